@@ -1,0 +1,89 @@
+"""Makes `megatron-core` run on what is here: a CPU stand-in for CUDA, repairs for defects of the wheel.
+
+`initialize_platform` is the first thing an entry point calls, before Megatron is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from enum import StrEnum
+from functools import cache
+
+from more_megatron.errors import MoREError
+from more_megatron.platform.packages import check_apex, has_package, silence_absent_package_warnings
+
+__all__ = ["Platform", "initialize_platform", "select_platform"]
+
+
+class Platform(StrEnum):
+    """Where tensors live."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def select_platform() -> Platform:
+    """Return the platform of this process: `MORE_PLATFORM` if it is set, else CUDA where a GPU is, else the CPU.
+
+    Raises:
+        MoREError: If `MORE_PLATFORM` names no platform, or CUDA where there is none.
+    """
+    import torch
+
+    forced = os.environ.get("MORE_PLATFORM", "").strip().lower()
+    if not forced:
+        return Platform.CUDA if torch.cuda.is_available() else Platform.CPU
+    if forced not in set(Platform):
+        raise MoREError(f"MORE_PLATFORM={forced} is not a platform: set it to cpu or cuda, or leave it out")
+    if forced == Platform.CUDA and not torch.cuda.is_available():
+        raise MoREError("MORE_PLATFORM=cuda, but PyTorch sees no GPU: check the driver, or set MORE_PLATFORM=cpu")
+    return Platform(forced)
+
+
+@cache
+def initialize_platform() -> Platform:
+    """Prepare this process for Megatron, once, and return its platform.
+
+    Raises:
+        MoREError: As `select_platform`, or if the package `apex` is not NVIDIA's.
+    """
+    check_apex()
+    platform = select_platform()
+    if platform is Platform.CPU:
+        _install_cpu_platform()
+    _repair_wheel()
+    return platform
+
+
+def _install_cpu_platform() -> None:
+    # Compiled fusions need a C++ compiler at run time and gain nothing here. Read when torch.compile is first used.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    # Megatron asserts this CUDA setting under tensor parallelism; without CUDA nothing reads it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    silence_absent_package_warnings()
+    if os.environ.get("RANK", "0") == "0":
+        absent = "" if has_package("transformer_engine") else ", no Transformer Engine"
+        print(f"> platform: cpu (gloo, float32{absent}); chosen by MORE_PLATFORM or the absence of a GPU", flush=True)
+
+    from more_megatron.platform.cuda_stand_ins import TORCH_CUDA
+    from more_megatron.platform.device_mode import CpuInPlaceOfCuda
+    from more_megatron.platform.stand_in import install
+
+    install(TORCH_CUDA)
+    CpuInPlaceOfCuda().__enter__()
+
+    from more_megatron.platform.megatron_stand_ins import MEGATRON_ON_CPU
+
+    install(MEGATRON_ON_CPU)
+    # The tracker compares the CPU's random state around a fork of the GPU's; here they are one.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: record.getMessage() != "CPU RNG state changed within GPU RNG context"
+    )
+
+
+def _repair_wheel() -> None:
+    from more_megatron.platform.stand_in import install
+    from more_megatron.platform.wheel_repairs import WHEEL_REPAIRS
+
+    install(WHEEL_REPAIRS)

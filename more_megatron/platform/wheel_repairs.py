@@ -1,0 +1,109 @@
+"""Repairs for defects of the `megatron-core` wheel, active on every platform.
+
+Each is a stand-in like those of the CPU platform: it names the text of the wheel that it mends.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.datasets import utils as dataset_utils
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from more_megatron.platform.stand_in import StandIn
+
+__all__ = ["WHEEL_REPAIRS"]
+
+_COMPILE_HELPERS = dataset_utils.compile_helpers
+
+
+def _compile_helpers_if_missing() -> None:
+    """Compile the dataset index builder unless its compiled form is there."""
+    try:
+        from megatron.core.datasets import helpers_cpp  # noqa: F401
+    except ImportError:
+        _COMPILE_HELPERS()
+
+
+_STATE_DICT = DistributedOptimizer.state_dict
+_LOAD_STATE_DICT = DistributedOptimizer.load_state_dict
+_SET_STATES = DistributedOptimizer._set_main_param_and_optimizer_states
+_FILTER_PARAM_GROUPS = MegatronOptimizer._filter_and_reorder_param_groups
+
+
+def _state_dict_with_steps(self: DistributedOptimizer) -> dict[str, Any]:
+    """Return the state dict, giving an optimizer that has not stepped yet the state it is about to load into."""
+    if not HAVE_APEX_OR_TE and len(self.optimizer.state) == 0:
+        self.init_state_fn(self.optimizer, self.config)
+        for state in self.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
+    return _STATE_DICT(self)
+
+
+def _load_state_dict_with_own_steps(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Load, then give each parameter a step of its own instead of one tensor that all of them count up."""
+    _LOAD_STATE_DICT(self, state_dict)
+    if not HAVE_APEX_OR_TE:
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _set_states_but_step(self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+    """Set the state of a parameter; its step comes with the parameter groups, not with the tensors."""
+    _SET_STATES(self, model_param, {"step": None, **tensors})
+
+
+def _filter_param_groups(current_groups: list[dict], saved_groups: list[dict]) -> list[dict]:
+    """Match groups as Megatron does, but number the parameters of this rank, not of the rank that saved."""
+    groups = _FILTER_PARAM_GROUPS(current_groups, saved_groups)
+    first = 0
+    for group, current in zip(groups, current_groups, strict=True):
+        group["params"] = list(range(first, first + len(current["params"])))
+        first += len(current["params"])
+    return groups
+
+
+WHEEL_REPAIRS = (
+    StandIn(
+        "megatron.core.datasets.utils",
+        "compile_helpers",
+        _compile_helpers_if_missing,
+        "it runs make in a folder that has no Makefile, although the compiled helper is shipped",
+        "core/datasets/utils.py",
+        'command = ["make", "-C"',
+    ),
+    StandIn(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
+        "state_dict",
+        _state_dict_with_steps,
+        "without Transformer Engine and apex it asserts a step count before any step, so no checkpoint can be loaded",
+        "core/optimizer/distrib_optimizer.py",
+        'steps = list(set([s["step"].item() for s in inner_state_dict["state"].values()]))',
+    ),
+    StandIn(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
+        "load_state_dict",
+        _load_state_dict_with_own_steps,
+        "without Transformer Engine and apex all parameters share one step tensor, and each counts it up",
+        "core/optimizer/distrib_optimizer.py",
+        's["step"] = step',
+    ),
+    StandIn(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer",
+        "_set_main_param_and_optimizer_states",
+        _set_states_but_step,
+        "without Transformer Engine and apex it looks for a step among tensors that are loaded without one",
+        "core/optimizer/distrib_optimizer.py",
+        "if not isinstance(tensors[key], torch.Tensor):",
+    ),
+    StandIn(
+        "megatron.core.optimizer.optimizer:MegatronOptimizer",
+        "_filter_and_reorder_param_groups",
+        staticmethod(_filter_param_groups),
+        "parameters keep the numbers of the rank that saved, which are others under another layout",
+        "core/optimizer/optimizer.py",
+        "group['params'] = params",
+    ),
+)

@@ -1,0 +1,1 @@
+"""What `megatron.training.pretrain` is handed: arguments, model, datasets, batch and loss."""

@@ -1,0 +1,150 @@
+"""The command line: Megatron's flags with our defaults, and the MoRE group."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from megatron.core.transformer import TransformerConfig
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_and_validate_args
+
+from more_megatron.config import MoREConfig
+from more_megatron.errors import MoREError
+from more_megatron.platform import Platform
+from more_megatron.platform.packages import has_package
+from more_megatron.variants import get_variant
+
+__all__ = ["parse_arguments"]
+
+# What every system shares, so that a run is described by sizes, data and system alone.
+_SHARED_DEFAULTS: dict[str, Any] = {
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+    "num_experts": 8,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_router_dtype": "fp32",
+    # The optimizer's state is saved so that it can be loaded under any other layout.
+    "use_distributed_optimizer": True,
+    "dist_ckpt_optim_fully_reshardable": True,
+}
+
+_PLATFORM_DEFAULTS: dict[Platform, dict[str, Any]] = {
+    Platform.CUDA: {"bf16": True},
+    Platform.CPU: {
+        "distributed_backend": "gloo",
+        "transformer_impl": "local",
+        "use_cpu_initialization": True,
+        "no_persist_layer_norm": True,
+        "gradient_accumulation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_gelu_fusion": False,
+        "bias_swiglu_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        # Worker processes would take the cores that train.
+        "num_workers": 0,
+    },
+}
+
+# Megatron's switches go one way. Where our default is the other end, these turn it back.
+_WAYS_BACK: dict[str, tuple[str, bool]] = {
+    "--no-swiglu": ("swiglu", False),
+    "--enable-bias-linear": ("add_bias_linear", True),
+    "--tie-embeddings-and-output-weights": ("untie_embeddings_and_output_weights", False),
+    "--no-use-distributed-optimizer": ("use_distributed_optimizer", False),
+    "--no-dist-ckpt-optim-fully-reshardable": ("dist_ckpt_optim_fully_reshardable", False),
+    "--no-bf16": ("bf16", False),
+}
+
+
+def parse_arguments(platform: Platform) -> argparse.Namespace:
+    """Parse and check the command line and set Megatron's globals.
+
+    Args:
+        platform: Where the run takes place; decides some defaults.
+
+    Returns:
+        Megatron's argument namespace with the MoRE fields in it.
+
+    Raises:
+        MoREError: If a flag is wrong in a way that Megatron does not check.
+        AssertionError: If Megatron's own check of a flag fails.
+    """
+    args = parse_and_validate_args(extra_args_provider=functools.partial(_extend_parser, platform=platform))
+    if args.moe_shared_expert_intermediate_size is None:
+        args.moe_shared_expert_intermediate_size = args.moe_ffn_hidden_size or args.ffn_hidden_size
+    elif args.moe_shared_expert_intermediate_size == 0:
+        args.moe_shared_expert_intermediate_size = None
+    return args
+
+
+def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argparse.ArgumentParser:
+    inherited = [field.name for field in dataclasses.fields(TransformerConfig)]
+    group = ArgumentGroupFactory(MoREConfig, exclude=inherited).build_group(parser, title="MoRE")
+    for option, (dest, value) in _WAYS_BACK.items():
+        group.add_argument(option, dest=dest, action="store_const", const=value, help=f"Set {dest} to {value}.")
+    parser.set_defaults(**_SHARED_DEFAULTS, **_PLATFORM_DEFAULTS[platform])
+    parser.error = _error  # type: ignore[method-assign]
+    parser.parse_args = functools.partial(_parse, parser.parse_args)  # type: ignore[method-assign]
+    return parser
+
+
+def _error(message: str) -> NoReturn:
+    """Take the place of argparse's own, which prints the usage of 800 flags first, on every rank."""
+    raise MoREError(message)
+
+
+def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
+    """Parse, then complete the flags whose default depends on another flag and check what Megatron does not."""
+    args = parse_args(*arguments)
+    _complete(args)
+    _check(args)
+    return args
+
+
+def _complete(args: argparse.Namespace) -> None:
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+    # Megatron trains MoE layers under tensor parallelism only with it.
+    args.sequence_parallel = args.sequence_parallel or args.tensor_model_parallel_size > 1
+    # A softmax over the one chosen expert would be 1 for every token.
+    if args.moe_router_topk == 1 and args.moe_router_score_function == "softmax":
+        args.moe_router_pre_softmax = True
+    # Attention kernels build causal masks themselves.
+    if not args.reset_attention_mask:
+        args.create_attention_mask_in_dataloader = False
+    args.bf16 = args.bf16 and not args.fp16
+    args.enable_one_logger = args.enable_one_logger and has_package("one_logger")
+    if args.async_strategy == "nvrx" and not has_package("nvidia_resiliency_ext"):
+        args.async_strategy = "mcore"
+
+
+def _check(args: argparse.Namespace) -> None:
+    get_variant(args.more_variant)
+    if args.num_experts % args.expert_model_parallel_size != 0:
+        raise MoREError(
+            f"--num-experts {args.num_experts} is not divisible by "
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: change one of them"
+        )
+    if args.reset_attention_mask and args.pipeline_model_parallel_size > 1:
+        raise MoREError(
+            "--reset-attention-mask needs --pipeline-model-parallel-size 1: "
+            "middle pipeline stages do not receive the mask"
+        )
+    unsupported = {
+        "--multi-latent-attention": args.multi_latent_attention,
+        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
+        "--hybrid-layer-pattern": args.hybrid_layer_pattern,
+        "--sft": args.sft,
+        "--fim-data": args.fim_data,
+    }
+    for option, value in unsupported.items():
+        if value:
+            raise MoREError(f"{option} is not supported: leave it out")

@@ -1,0 +1,147 @@
+"""One micro-batch on the ranks that need it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core import mpu
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.multi_token_prediction import mtp_on_this_rank
+from megatron.core.utils import (
+    flatten_batch_for_packed_sequences,
+    get_batch_on_this_cp_rank,
+    get_batch_on_this_tp_rank,
+)
+from megatron.training import get_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
+from megatron.training.utils import is_first_or_last_pipeline_stage
+
+from more_megatron.config import MoREConfig
+
+__all__ = ["Batch", "next_batch", "stage_needs_data"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch. Pipeline stages in the middle hold None everywhere but in `packed_seq_params`.
+
+    Attributes:
+        tokens: [b, s], on the first stage.
+        position_ids: [b, s], on the first stage.
+        attention_mask: True where attention is forbidden, [b, 1, s, s]; None for plain causal attention.
+        labels: [b, s], on the last stage.
+        loss_mask: [b, s], on the last stage.
+        packed_seq_params: Document boundaries, with `--dataloader-inter-document-masking`.
+    """
+
+    tokens: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    loss_mask: torch.Tensor | None = None
+    packed_seq_params: PackedSeqParams | None = None
+
+
+_TENSORS = (
+    "tokens",
+    "labels",
+    "loss_mask",
+    "position_ids",
+    "attention_mask",
+    "cu_seqlens",
+    "cu_seqlens_padded",
+    "max_seqlen",
+    "local_cp_size",
+)
+
+
+def stage_needs_data(config: MoREConfig, vp_stage: int | None) -> bool:
+    """Return whether this pipeline stage reads tokens or labels."""
+    return is_first_or_last_pipeline_stage(vp_stage) or _has_mtp(config, vp_stage)
+
+
+def next_batch(data_iterator: Iterator, config: MoREConfig, vp_stage: int | None) -> Batch:
+    """Read the next micro-batch and share it within the tensor- and context-parallel groups.
+
+    Args:
+        data_iterator: Yields dictionaries of tensors; read on tensor-parallel rank 0 only.
+        config: Model configuration.
+        vp_stage: Virtual pipeline stage, None without interleaving.
+    """
+    args = get_args()
+    packed = args.dataloader_inter_document_masking
+    if not stage_needs_data(config, vp_stage) and not packed:
+        return Batch()
+    fields = _share(_read(data_iterator), config, vp_stage)
+    packed_seq_params = _packed_seq_params(fields) if packed else None
+    if not stage_needs_data(config, vp_stage):
+        return Batch(packed_seq_params=packed_seq_params)
+    fields = get_batch_on_this_cp_rank(
+        fields,
+        is_hybrid_cp=False,
+        cp_group=mpu.get_context_parallel_group(),
+        use_per_sequence_balancing=packed,
+    )
+    names = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
+    return Batch(**{name: fields[name] for name in names}, packed_seq_params=packed_seq_params)
+
+
+def _read(data_iterator: Iterator) -> dict[str, torch.Tensor | None]:
+    if mpu.get_tensor_model_parallel_rank() != 0:
+        return {}
+    sample = next(data_iterator)
+    fields = {name: sample.get(name) for name in _TENSORS}
+    return {name: None if x is None else x.cuda(non_blocking=True) for name, x in fields.items()}
+
+
+def _share(
+    fields: dict[str, torch.Tensor | None], config: MoREConfig, vp_stage: int | None
+) -> dict[str, torch.Tensor | None]:
+    args = get_args()
+    shared = get_batch_on_this_tp_rank(
+        fields,
+        broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
+        broadcast_group=mpu.get_tensor_model_parallel_group(),
+        has_cu_seqlens=args.dataloader_inter_document_masking,
+        is_hybrid_cp=False,
+        create_attention_mask_in_dataloader=args.create_attention_mask_in_dataloader,
+        cp_size=args.context_parallel_size,
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        micro_batch_size=args.micro_batch_size,
+        seq_length=args.seq_length,
+        mtp_on_this_rank=_has_mtp(config, vp_stage),
+        pipeline_model_parallel_size=args.pipeline_model_parallel_size,
+        is_pipeline_first_stage=mpu.is_pipeline_first_stage(),
+        is_pipeline_last_stage=mpu.is_pipeline_last_stage(),
+    )
+    return flatten_batch_for_packed_sequences(shared)
+
+
+def _has_mtp(config: MoREConfig, vp_stage: int | None) -> bool:
+    return mtp_on_this_rank(
+        layout=config.pipeline_model_parallel_layout,
+        mtp_num_layers=config.mtp_num_layers,
+        ignore_virtual=False,
+        vp_stage=vp_stage,
+    )
+
+
+def _packed_seq_params(fields: dict[str, torch.Tensor | None]) -> PackedSeqParams:
+    boundaries = fields["cu_seqlens"].squeeze(0)
+    padded = fields["cu_seqlens_padded"]
+    padded = None if padded is None else padded.squeeze(0)
+    update_seqlen_stats_from_cu_seqlens(boundaries)
+    longest = int(fields["max_seqlen"].item())
+    cu_seqlens = boundaries if padded is None else padded
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        tokens_per_sample=get_args().seq_length,
+    )

@@ -1,0 +1,92 @@
+"""Training, validation and test data, as Megatron's flags describe them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+from megatron.core import mpu
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from megatron.training import get_args, print_rank_0
+from megatron.training.utils import get_blend_and_blend_per_split
+
+from more_megatron.config import MoREConfig
+from more_megatron.training.batch import stage_needs_data
+
+__all__ = ["DatasetsProvider"]
+
+
+class DatasetsProvider:
+    """Builds the three data sets; `pretrain` calls it on every rank.
+
+    Args:
+        config: Model configuration.
+    """
+
+    # Tells `pretrain` that the builder distributes the work over the ranks itself.
+    is_distributed = True
+
+    def __init__(self, config: MoREConfig) -> None:
+        self._config = config
+
+    def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
+        """Return the training, validation and test data sets, None where this rank reads no data.
+
+        Args:
+            num_samples: Samples wanted of each; None for one epoch.
+            vp_stage: Virtual pipeline stage, None without interleaving.
+        """
+        args = get_args()
+        print_rank_0("> building train, validation, and test datasets for GPT ...")
+        datasets = BlendedMegatronDatasetBuilder(
+            MockGPTDataset if args.mock_data else GPTDataset,
+            num_samples,
+            functools.partial(self._is_built_here, vp_stage),
+            _dataset_config(),
+        ).build()
+        print_rank_0("> finished creating GPT datasets ...")
+        return datasets
+
+    def _is_built_here(self, vp_stage: int | None) -> bool:
+        if mpu.get_tensor_model_parallel_rank() != 0:
+            return False
+        return get_args().dataloader_inter_document_masking or stage_needs_data(self._config, vp_stage)
+
+
+def _dataset_config() -> GPTDatasetConfig:
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    sequences_per_dataset = None
+    if args.per_dataset_sequences_path is not None:
+        with open(args.per_dataset_sequences_path) as file:
+            sequences_per_dataset = json.load(file)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        multiple_validation_sets=args.multiple_validation_sets,
+        full_validation=args.full_validation,
+        num_dataset_builder_threads=args.num_dataset_builder_threads,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=build_tokenizer(args),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
+        object_storage_cache_path=args.object_storage_cache_path,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
+        fast_cache_load=args.dataloader_fast_cache_load,
+        sequences_per_dataset=sequences_per_dataset,
+        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
+        context_parallel_size=args.context_parallel_size,
+        data_parallel_size=args.data_parallel_size,
+        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
+        inter_document_masking=args.dataloader_inter_document_masking,
+    )

@@ -1,0 +1,68 @@
+"""The forward step: a micro-batch through the model, with the depth it is to be computed at."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from megatron.core import mpu
+from megatron.core.models.gpt import GPTModel
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
+from megatron.training import get_args, get_timers
+
+from more_megatron.config import MoREConfig
+from more_megatron.recurrence.depth import DepthSampler
+from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.training.batch import next_batch
+from more_megatron.training.loss import language_model_loss
+from more_megatron.variants import get_variant
+
+__all__ = ["forward_step"]
+
+_straggler_timer = StragglerDetector()
+
+
+def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor, Callable]:
+    """Run one micro-batch through this pipeline stage.
+
+    Args:
+        data_iterator: Yields batches.
+        model: The stage's model, possibly wrapped.
+
+    Returns:
+        The stage's output, [s, b, h], on the last stage the token losses, [b, s]; and the loss function to apply to it.
+    """
+    gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
+    timers = get_timers()
+    timers("batch-generator", log_level=2).start()
+    with _straggler_timer(bdata=True):
+        batch = next_batch(data_iterator, gpt.config, gpt.vp_stage)
+    timers("batch-generator").stop()
+    micro_batch = _micro_batch(gpt)
+    with _straggler_timer:
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            batch.attention_mask,
+            labels=batch.labels,
+            loss_mask=batch.loss_mask,
+            packed_seq_params=batch.packed_seq_params,
+            extra_block_kwargs=micro_batch.block_kwargs(),
+        )
+    reported_depth = micro_batch.depth if gpt.training and get_variant(gpt.config.more_variant).recurrent else None
+    return output, functools.partial(language_model_loss, batch.loss_mask, reported_depth)
+
+
+def _micro_batch(gpt: GPTModel) -> MicroBatch:
+    """Return the depth and the sample ids of the micro-batch whose forward pass begins."""
+    args = get_args()
+    config: MoREConfig = gpt.config
+    sampler = DepthSampler(config, args.seed)
+    if not gpt.training:
+        return MicroBatch(sampler.evaluation())
+    # Megatron's schedules number the micro-batch on each layer of the stage. A stage without layers has no use for it.
+    index = gpt.decoder.layers[0].current_microbatch if len(gpt.decoder.layers) > 0 else 0
+    replica = mpu.get_data_parallel_rank()
+    first = args.consumed_train_samples + (index * args.data_parallel_size + replica) * args.micro_batch_size
+    return MicroBatch(sampler.draw(args.curr_iteration, index), tuple(range(first, first + args.micro_batch_size)))

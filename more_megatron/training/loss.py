@@ -1,0 +1,53 @@
+"""The language-modelling loss and what is reported of it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from megatron.core.rerun_state_machine import get_rerun_state_machine
+from megatron.training import get_args
+
+from more_megatron.recurrence.depth import Depth
+
+__all__ = ["language_model_loss"]
+
+_SPIKE_FACTOR = 10
+
+
+def language_model_loss(
+    loss_mask: torch.Tensor, depth: Depth | None, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the token losses of a micro-batch.
+
+    Args:
+        loss_mask: 1 for tokens that count, [b, s].
+        depth: Recurrence steps that were taken, to be reported; None reports nothing.
+        losses: Cross-entropy of each token in nats, [b, s].
+
+    Returns:
+        The sum of the losses, the number of tokens that count, and for each reported value its sum and weight.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    tokens = mask.sum().detach().to(torch.int)
+    _check(loss)
+    report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
+    if depth is not None:
+        report["recurrence steps"] = torch.tensor([depth.steps, 1.0], device=loss.device)
+    return loss, tokens, report
+
+
+def _check(loss: torch.Tensor) -> None:
+    """Hand the loss to Megatron's checks for NaN, infinity and spikes."""
+    args = get_args()
+    checks = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks.append((torch.isnan, "found NaN in local forward loss calculation", True))
+        checks.append((torch.isinf, "found Inf in local forward loss calculation", True))
+    machine = get_rerun_state_machine()
+    if args.check_for_spiky_loss:
+        is_spike = functools.partial(machine.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss")
+        checks.append((is_spike, "Spiky loss", False))
+    for rejects, message, fatal in checks:
+        machine.validate_result(result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal)

@@ -1,0 +1,31 @@
+"""Fixtures and rules of the whole test suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from more_megatron.platform import initialize_platform
+
+# Before any test module imports Megatron.
+initialize_platform()
+
+_WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is no GPU."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    """Folder with WikiText-2's validation and test files; skips where it is not."""
+    if not _WIKITEXT.is_dir():
+        pytest.skip(f"{_WIKITEXT} is not here")
+    return _WIKITEXT

@@ -1,0 +1,1 @@
+"""Helpers of the tests: worlds of ranks, and training runs in them."""

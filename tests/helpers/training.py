@@ -1,0 +1,80 @@
+"""Training runs inside a rank: the command line in, losses and gradient norms out."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.training import pretrain, training
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+from more_megatron.platform import initialize_platform
+from more_megatron.training.arguments import parse_arguments
+from more_megatron.training.datasets import DatasetsProvider
+from more_megatron.training.forward import forward_step
+from more_megatron.training.model import model_config_from_args
+
+__all__ = ["TINY", "History", "train"]
+
+# A model that trains in milliseconds a step, large enough for every layout: 4 layers, 4 heads, 4 experts.
+TINY = (
+    "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --ffn-hidden-size 64 "
+    "--moe-ffn-hidden-size 32 --num-experts 4 --micro-batch-size 2 --global-batch-size 8 "
+    "--mock-data --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 8 "
+    "--train-iters 6 --lr 1e-3 --lr-decay-style constant --attention-dropout 0 --hidden-dropout 0 --log-interval 1 "
+    "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --eval-iters 0 --eval-interval 1000"
+)
+
+
+@dataclass
+class History:
+    """What a run reported.
+
+    Attributes:
+        losses: Loss of each training step in nats; empty on ranks before the last pipeline stage.
+        grad_norms: Norm of the whole gradient before clipping, of each step.
+        steps: Recurrence steps of each training step.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    steps: list[float] = field(default_factory=list)
+
+
+def train(command_line: str) -> History:
+    """Train as `pretrain_more.py` does and return what each step reported on this rank.
+
+    Args:
+        command_line: Flags, separated by blanks.
+    """
+    history = History()
+    original = training.training_log
+
+    def record(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        # The arguments of `training_log` up to the gradient norm, which Megatron passes by position.
+        history.grad_norms.append(float(args[6]))
+        if "lm loss" in loss_dict:
+            history.losses.append(float(loss_dict["lm loss"]))
+        if "recurrence steps" in loss_dict:
+            history.steps.append(float(loss_dict["recurrence steps"]))
+        return original(loss_dict, *args, **kwargs)
+
+    training.training_log = record
+    sys.argv = ["pretrain_more.py", *command_line.split()]
+    args = parse_arguments(initialize_platform())
+    model_config = model_config_from_args(args)
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config),
+            DatasetsProvider(model_config.transformer),
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    except SystemExit as leaving:  # --exit-interval
+        if leaving.code:
+            raise
+    finally:
+        training.training_log = original
+    return history
