@@ -7,22 +7,38 @@ MoE part.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_submodules,
     get_gpt_layer_with_transformer_engine_submodules,
 )
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from more_megatron.config import MoREConfig
+from more_megatron.segments import Segments
 
-__all__ = ["LocalAttention", "LocalNorm", "final_norm", "layer_submodules"]
+__all__ = [
+    "LocalAttention",
+    "LocalNorm",
+    "SandwichParts",
+    "final_norm",
+    "grouped_linear",
+    "layer_submodules",
+    "sandwich_parts",
+    "segment_attention",
+]
 
 
 class LocalNorm(torch.nn.Module):
@@ -106,6 +122,42 @@ class LocalAttention(DotProductAttention):
         return tensor_parallel.get_cuda_rng_tracker().fork()
 
 
+def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """Apply to each group of rows a linear map of its own, all groups in one kernel.
+
+    Args:
+        rows: [rows, in], sorted by group.
+        weight: [groups, out, in].
+        ends: End of each group's rows, int32 [groups].
+
+    Returns:
+        [rows, out].
+    """
+    if weight.size(0) == 1:
+        return torch.nn.functional.linear(rows, weight[0])
+    return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+
+
+def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """Attend causally within each segment, all segments in one kernel.
+
+    Args:
+        query: [rows, heads, head_dim]; the rows of a segment are consecutive and in ascending position.
+        key: [rows, groups, head_dim].
+        value: [rows, groups, head_dim].
+        segments: Where the segments are.
+
+    Returns:
+        [rows, heads, head_dim].
+    """
+    query, key, value = (segments.pad(x) for x in (query, key, value))
+    # Padding comes after the rows of a segment, so the causal mask hides it.
+    context = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, enable_gqa=query.size(1) != key.size(1)
+    )
+    return segments.unpad(context)
+
+
 def layer_submodules(config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
     """Return the submodules of one transformer layer on the backend of `config`.
 
@@ -136,6 +188,44 @@ def layer_submodules(config: MoREConfig, moe: bool) -> TransformerLayerSubmodule
         pre_mlp_layernorm=LocalNorm,
         self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
         sharded_state_dict_keys_map=_checkpoint_names(submodules, moe),
+    )
+
+
+@dataclass(frozen=True)
+class SandwichParts:
+    """Builders of the parts of a sandwich block over whole sequences.
+
+    Attributes:
+        norm: Builds a norm.
+        attention: Specification of causal self-attention, without a norm of its own.
+        mlp: Linear layers of a gated MLP, without a norm of its own.
+    """
+
+    norm: LayerNormBuilder
+    attention: ModuleSpec
+    mlp: MLPSubmodules
+
+
+def sandwich_parts(config: MoREConfig) -> SandwichParts:
+    """Return the parts of a sandwich block on the backend of `config`."""
+    if config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        provider: BackendSpecProvider = TESpecProvider()
+        core_attention = provider.core_attention()
+    else:
+        provider, core_attention = LocalSpecProvider(), LocalAttention
+    attention = SelfAttentionSubmodules(
+        linear_qkv=provider.column_parallel_linear(),
+        core_attention=core_attention,
+        linear_proj=provider.row_parallel_linear(),
+        q_layernorm=IdentityOp,
+        k_layernorm=IdentityOp,
+    )
+    return SandwichParts(
+        norm=final_norm(config),
+        attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+        mlp=MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()),
     )
 
 

@@ -4,14 +4,16 @@ Each field below is a command-line flag; its docstring is the flag's help text.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
 from megatron.core.transformer import TransformerConfig
 
+from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
 
-__all__ = ["MoREConfig", "more_field_names"]
+__all__ = ["MoREConfig", "flag", "own_field_names"]
 
 _DEFAULT_STEPS = 4
 
@@ -24,11 +26,13 @@ class MoREConfig(TransformerConfig):
     """System to train: a name from the systems table of README.md."""
 
     recurrence_steps: int | None = None
-    """Recurrence steps r: the number under fixed sampling, the mean otherwise. Default: the midpoint of
-    --recurrence-min-steps and --recurrence-max-steps under uniform sampling, else 4."""
+    """Recurrence steps r: the number under fixed sampling, the mean otherwise. Default: the last entry of
+    --recurrence-curriculum, the midpoint of --recurrence-min-steps and --recurrence-max-steps under uniform sampling,
+    else 4."""
 
-    recurrence_sampling: Literal["fixed", "uniform"] = "fixed"
-    """How r is chosen in training: always the same, or uniform between the minimum and the maximum, both included."""
+    recurrence_sampling: Literal["fixed", "uniform", "poisson-lognormal"] = "fixed"
+    """How r is chosen in training: always the same; uniform between the minimum and the maximum, both included; or one
+    plus a Poisson number with a log-normal rate, as Huginn does, cut off at the maximum."""
 
     recurrence_sampling_unit: Literal["step", "micro-batch"] = "step"
     """Whether r is drawn once for a training step or anew for each of its micro-batches."""
@@ -37,7 +41,8 @@ class MoREConfig(TransformerConfig):
     """Smallest r that is drawn. Default: 1."""
 
     recurrence_max_steps: int | None = None
-    """Largest r that is drawn. Default: as far above --recurrence-steps as the minimum is below."""
+    """Largest r that is drawn. Default: under uniform sampling as far above the mean as the minimum is below it, under
+    poisson-lognormal four times the mean."""
 
     recurrence_backprop_steps: int | None = None
     """Number of last steps that carry gradient; the steps before them do not. Default: all."""
@@ -45,59 +50,116 @@ class MoREConfig(TransformerConfig):
     recurrence_eval_steps: int | None = None
     """Recurrence steps in evaluation. Default: --recurrence-steps."""
 
+    recurrence_curriculum: str | None = None
+    """Mean r by iteration, as in 0:1,10000:2,20000:4. Default: --recurrence-steps throughout."""
+
+    recurrence_state_std: float = 0.02
+    """Standard deviation of the random initial state of a recurrence."""
+
+    recurrence_ffn_hidden_size: int | None = None
+    """Width of the gated MLP in a recurrent block. Default: twice the hidden size in experts that are recurrent blocks,
+    four times in a block that experts share."""
+
     recurrence_residual_scale: float = 1.0
     """Factor on what each step of a recurrent MoE layer adds to the residual stream."""
 
+    router_logit_ema: float = 0.0
+    """Weight of the former logits in the routing of a recurrent MoE layer: l_t = beta l_{t-1} + (1 - beta) W s_t."""
+
+    router_min_entropy: float = 0.0
+    """Entropy in nats below which the routing distribution of a token is penalised. 0: no penalty."""
+
+    router_min_entropy_coeff: float = 0.001
+    """Coefficient of the entropy penalty."""
+
+    projection_orthogonality_coeff: float = 0.0
+    """Coefficient of the penalty on projections around a shared block that are not orthogonal."""
+
+    projection_dropout: float = 0.0
+    """Dropout on the output of the projections around a shared block."""
+
+    seed: int = 1234
+    """Seed of the run, Megatron's --seed: depth and initial states are drawn from it."""
+
     def __post_init__(self) -> None:
-        """Complete and check the recurrence fields.
+        """Check the recurrence fields.
 
         Raises:
             MoREError: If a field is out of range or contradicts another; the message names the flag.
         """
         super().__post_init__()
-        for name in _STEP_FIELDS:
-            _require_positive(name, getattr(self, name))
-        self._complete_steps()
+        for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps", "ffn_hidden_size"):
+            self._require(f"recurrence_{name}", at_least=1)
+        for name in ("recurrence_state_std", "router_min_entropy", "router_min_entropy_coeff"):
+            self._require(name, at_least=0)
+        self._require("projection_orthogonality_coeff", at_least=0)
+        for name in ("router_logit_ema", "projection_dropout"):
+            self._require(name, at_least=0, below=1)
         self._check_range()
 
-    def _complete_steps(self) -> None:
-        uniform = self.recurrence_sampling == "uniform"
-        if self.recurrence_steps is None:
-            has_range = uniform and self.recurrence_max_steps is not None
-            bounds = ((self.recurrence_min_steps or 1), self.recurrence_max_steps or 1)
-            self.recurrence_steps = (sum(bounds) + 1) // 2 if has_range else _DEFAULT_STEPS
-        if not uniform:
-            self.recurrence_min_steps = self.recurrence_max_steps = self.recurrence_steps
-        if self.recurrence_min_steps is None:
-            self.recurrence_min_steps = 1
-        if self.recurrence_max_steps is None:
-            self.recurrence_max_steps = max(2 * self.recurrence_steps - self.recurrence_min_steps, 1)
-        if self.recurrence_backprop_steps is None:
-            self.recurrence_backprop_steps = self.recurrence_max_steps
-        if self.recurrence_eval_steps is None:
-            self.recurrence_eval_steps = self.recurrence_steps
+    @property
+    def mean_steps(self) -> int:
+        """Mean number of recurrence steps in training, in the end if there is a curriculum."""
+        if self.recurrence_steps is not None:
+            return self.recurrence_steps
+        if self.curriculum is not None:
+            return self.curriculum.last
+        if self.recurrence_sampling == "uniform" and self.recurrence_max_steps is not None:
+            return (self._lowest_step + self.recurrence_max_steps + 1) // 2
+        return max(_DEFAULT_STEPS, self._lowest_step)
+
+    @functools.cached_property
+    def curriculum(self) -> Curriculum | None:
+        """The curriculum of the mean, None if it stays the same."""
+        return Curriculum(self.recurrence_curriculum) if self.recurrence_curriculum is not None else None
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Number of recurrence steps in evaluation."""
+        return self.recurrence_eval_steps or self.mean_steps
+
+    def step_range(self, mean: int) -> tuple[int, int]:
+        """Return the smallest and the largest number of steps that are drawn.
+
+        Args:
+            mean: Mean number of steps where training stands.
+        """
+        if self.recurrence_sampling == "fixed":
+            return mean, mean
+        low = min(self._lowest_step, mean)
+        default_high = 2 * mean - low if self.recurrence_sampling == "uniform" else 4 * mean
+        high = self.recurrence_max_steps or default_high
+        # A curriculum moves the range with the mean, up to the maximum.
+        if self.recurrence_sampling == "uniform" and self.curriculum is not None:
+            high = min(high, default_high)
+        return low, max(high, low)
+
+    @property
+    def _lowest_step(self) -> int:
+        return self.recurrence_min_steps or 1
+
+    def _require(self, name: str, at_least: float, below: float | None = None) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if value < at_least:
+            raise MoREError(f"{flag(name)} {value} must be at least {at_least}")
+        if below is not None and value >= below:
+            raise MoREError(f"{flag(name)} {value} must be below {below}")
 
     def _check_range(self) -> None:
-        low, high, mean = self.recurrence_min_steps, self.recurrence_max_steps, self.recurrence_steps
-        if high < low:
+        low, high = self._lowest_step, self.recurrence_max_steps
+        if high is not None and high < low:
             raise MoREError(
                 f"--recurrence-max-steps {high} is below --recurrence-min-steps {low}: raise the one or lower the other"
             )
-        if not low <= mean <= high:
+        if self.recurrence_sampling == "fixed" or self.curriculum is not None:
+            return
+        if self.mean_steps < low or (high is not None and self.mean_steps > high):
             raise MoREError(
-                f"--recurrence-steps {mean} lies outside --recurrence-min-steps {low} to --recurrence-max-steps {high}: "
-                "choose a mean between them or leave it out"
+                f"--recurrence-steps {self.mean_steps} lies outside --recurrence-min-steps {low} to "
+                f"--recurrence-max-steps {high}: choose a mean between them or leave it out"
             )
-
-
-_STEP_FIELDS = tuple(
-    f"recurrence_{name}" for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps")
-)
-
-
-def _require_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise MoREError(f"{flag(name)} {value} must be at least 1")
 
 
 def flag(name: str) -> str:
@@ -105,7 +167,8 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def more_field_names() -> list[str]:
+def own_field_names() -> set[str]:
     """Return the names of the fields that `MoREConfig` adds to Megatron's configuration."""
-    inherited = {field.name for field in dataclasses.fields(TransformerConfig)}
-    return [field.name for field in dataclasses.fields(MoREConfig) if field.name not in inherited]
+    return {field.name for field in dataclasses.fields(MoREConfig)} - {
+        field.name for field in dataclasses.fields(TransformerConfig)
+    }

@@ -6,24 +6,31 @@ Adding a system is one new file that defines its layer, and one row here.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
+from typing import Any
 
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import (
     TransformerLayer,
-    TransformerLayerSubmodules,
     get_transformer_layer_offset,
 )
 
 from more_megatron.backends import final_norm, layer_submodules
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
+from more_megatron.experts.light import LightExperts
+from more_megatron.experts.projections import ProjectionExperts
+from more_megatron.experts.recurrent import RecurrentExperts
+from more_megatron.moe.coordinates import DISPATCHERS
 from more_megatron.moe.iterated_router import IteratedRouter
-from more_megatron.moe.recurrent_moe import RecurrentMoETransformerLayer
+from more_megatron.moe.layer import MicroBatchTransformerLayer, RowMoELayer
+from more_megatron.moe.recurrent_moe import IteratedMoELayer, RecurrentMoETransformerLayer
+from more_megatron.moe.shared_block import CombinedBlockMoELayer, SharedBlockMoELayer
 
-__all__ = ["VARIANTS", "Variant", "block_spec", "get_variant"]
+__all__ = ["VARIANTS", "Variant", "block_spec", "check_variant", "get_variant"]
 
 
 @dataclass(frozen=True)
@@ -32,27 +39,56 @@ class Variant:
 
     Attributes:
         summary: What it is, in one line.
-        moe_layer: Builds the specification of a layer with experts.
+        layer: Transformer layer that holds the MoE part.
+        moe: MoE layer.
+        parts: Parts of the MoE layer that take the place of Megatron's.
         recurrent: Whether its depth comes from recurrence.
+        mixes_tokens: Whether experts let the tokens that were sent to them attend to each other.
+        has_projections: Whether experts are projections around a shared block.
+        iterates_router: Whether the router is asked in every step.
     """
 
     summary: str
-    moe_layer: Callable[[MoREConfig], ModuleSpec]
+    layer: type[TransformerLayer] = MicroBatchTransformerLayer
+    moe: type[MoELayer] = MoELayer
+    parts: dict[str, Any] = field(default_factory=dict)
     recurrent: bool = True
-
-
-def _moe(config: MoREConfig) -> ModuleSpec:
-    return ModuleSpec(module=TransformerLayer, submodules=layer_submodules(config, moe=True))
-
-
-def _recurrent_moe(config: MoREConfig) -> ModuleSpec:
-    submodules = _with_moe_parts(layer_submodules(config, moe=True), router=IteratedRouter)
-    return ModuleSpec(module=RecurrentMoETransformerLayer, submodules=submodules)
+    mixes_tokens: bool = False
+    has_projections: bool = False
+    iterates_router: bool = False
 
 
 VARIANTS: dict[str, Variant] = {
-    "moe": Variant("Megatron's mixture of experts, the baseline", _moe, recurrent=False),
-    "recurrent_moe": Variant("the MoE sub-layer iterated (Synthesis II, option C)", _recurrent_moe),
+    "moe": Variant(
+        "Megatron's mixture of experts, the baseline",
+        layer=TransformerLayer,
+        recurrent=False,
+    ),
+    "recurrent_experts": Variant(
+        "each expert is a recurrent block of its own (Synthesis I, option A)",
+        moe=RowMoELayer,
+        parts={"experts": RecurrentExperts},
+        mixes_tokens=True,
+    ),
+    "shared_block": Variant(
+        "experts are projections around one recurrent block (Synthesis I, option B)",
+        moe=SharedBlockMoELayer,
+        parts={"experts": ProjectionExperts},
+        mixes_tokens=True,
+        has_projections=True,
+    ),
+    "shared_block_ffn": Variant(
+        "light experts, combined, then one recurrent block over the sequence (option B as in the summary)",
+        moe=CombinedBlockMoELayer,
+        parts={"experts": LightExperts},
+    ),
+    "recurrent_moe": Variant(
+        "the MoE sub-layer iterated (Synthesis II, option C)",
+        layer=RecurrentMoETransformerLayer,
+        moe=IteratedMoELayer,
+        parts={"router": IteratedRouter},
+        iterates_router=True,
+    ),
 }
 
 
@@ -67,6 +103,56 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
+def check_variant(config: MoREConfig) -> None:
+    """Refuse what the system of `config` cannot do.
+
+    Raises:
+        MoREError: If the layout keeps tokens apart that must meet, or a field has no meaning for the system; the
+            message names the flags to change.
+    """
+    variant = get_variant(config.more_variant)
+    name = f"--more-variant {config.more_variant}"
+    if variant.recurrent and config.context_parallel_size > 1:
+        raise MoREError(f"{name} does not support --context-parallel-size {config.context_parallel_size}: use 1")
+    if config.add_bias_linear and variant.parts.get("experts") is not None:
+        raise MoREError(f"{name} has no biases: leave out --enable-bias-linear")
+    if variant.mixes_tokens:
+        _check_mixing(config, name)
+    if config.projection_orthogonality_coeff or config.projection_dropout:
+        if not variant.has_projections:
+            raise MoREError(
+                f"{name} has no projections: leave out --projection-orthogonality-coeff and --projection-dropout"
+            )
+        if config.calculate_per_token_loss and config.projection_orthogonality_coeff:
+            raise MoREError("--projection-orthogonality-coeff and --calculate-per-token-loss exclude each other")
+    if (config.router_logit_ema or config.router_min_entropy) and not variant.iterates_router:
+        raise MoREError(f"{name} asks its router once: leave out --router-logit-ema and --router-min-entropy")
+    if config.recurrence_residual_scale != 1.0 and not variant.iterates_router:
+        raise MoREError(f"{name} has no iterated residual: leave out --recurrence-residual-scale")
+
+
+def _check_mixing(config: MoREConfig, name: str) -> None:
+    """Check what experts need that let tokens attend to each other."""
+    expert_ranks = config.expert_model_parallel_size * config.expert_tensor_parallel_size
+    tensor_ranks = config.tensor_model_parallel_size
+    if expert_ranks % tensor_ranks != 0:
+        raise MoREError(
+            f"{name} needs all tokens of a sequence on one expert rank: --expert-model-parallel-size "
+            f"{config.expert_model_parallel_size} times --expert-tensor-parallel-size "
+            f"{config.expert_tensor_parallel_size} must be a multiple of --tensor-model-parallel-size {tensor_ranks}; "
+            "raise one of the former"
+        )
+    if 1 < config.expert_tensor_parallel_size < tensor_ranks and config.more_variant == "shared_block":
+        raise MoREError(f"{name} needs --expert-tensor-parallel-size 1 or {tensor_ranks}, like the tensor parallelism")
+    if config.moe_token_dispatcher_type not in DISPATCHERS:
+        raise MoREError(f"{name} needs --moe-token-dispatcher-type {' or '.join(DISPATCHERS)}")
+    if config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization:
+        raise MoREError(
+            f"{name} attends to every row it is given: leave out --moe-pad-expert-input-to-capacity and "
+            "--moe-router-padding-for-quantization"
+        )
+
+
 def block_spec(config: MoREConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Return the layers of this pipeline stage for the system that `config` names.
 
@@ -74,8 +160,7 @@ def block_spec(config: MoREConfig, vp_stage: int | None = None) -> TransformerBl
         config: Model configuration; `moe_layer_freq` says which layers have experts.
         vp_stage: Virtual pipeline stage, None without interleaving.
     """
-    variant = get_variant(config.more_variant)
-    moe_layer = variant.moe_layer(config)
+    moe_layer = _moe_layer(config)
     dense_layer = ModuleSpec(module=TransformerLayer, submodules=layer_submodules(config, moe=False))
     layers = [moe_layer if is_moe else dense_layer for is_moe in _moe_pattern(config)]
     return TransformerBlockSubmodules(
@@ -83,16 +168,16 @@ def block_spec(config: MoREConfig, vp_stage: int | None = None) -> TransformerBl
     )
 
 
-def _with_moe_parts(submodules: TransformerLayerSubmodules, **parts: object) -> TransformerLayerSubmodules:
-    """Return the layer with some parts of its MoE layer replaced.
+def _moe_layer(config: MoREConfig) -> ModuleSpec:
+    """Return the specification of a layer with experts.
 
-    Megatron's layer holds `functools.partial(MoELayer, submodules=...)`.
+    Megatron's submodules hold `functools.partial(MoELayer, submodules=...)`.
     """
-    builder = submodules.mlp
-    moe_submodules = dataclasses.replace(builder.keywords["submodules"], **parts)
-    return dataclasses.replace(
-        submodules, mlp=type(builder)(builder.func, **{**builder.keywords, "submodules": moe_submodules})
-    )
+    variant = get_variant(config.more_variant)
+    submodules = layer_submodules(config, moe=True)
+    moe_submodules = dataclasses.replace(submodules.mlp.keywords["submodules"], **variant.parts)
+    mlp = functools.partial(variant.moe, submodules=moe_submodules)
+    return ModuleSpec(module=variant.layer, submodules=dataclasses.replace(submodules, mlp=mlp))
 
 
 def _moe_pattern(config: MoREConfig) -> list[bool]:

@@ -3,65 +3,71 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
-from megatron.core import tensor_parallel
-from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from more_megatron.moe.iterated_router import IteratedRouter
-from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.moe.iterated_router import IteratedRouter, RouterStep
+from more_megatron.moe.layer import LayerInputs, MicroBatchTransformerLayer
 from more_megatron.recurrence.truncation import iterate_residual
 
-__all__ = ["RecurrentMoETransformerLayer"]
+__all__ = ["IteratedMoELayer", "RecurrentMoETransformerLayer"]
 
 
-class RecurrentMoETransformerLayer(TransformerLayer):
-    """A transformer layer whose MoE sub-layer is applied r times: `h <- h + scale * MoE(norm(h))`.
+class IteratedMoELayer(MoELayer):
+    """Megatron's MoE layer as one step of an iteration."""
 
-    The router sees each new state. With r = 1 and scale 1 this is Megatron's layer. The layer takes Megatron's
-    arguments; the depth comes with them (see `MicroBatch`).
-    """
+    router: IteratedRouter
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Selective recomputation of the MoE layer covers a whole step here: norm, MoE and residual. Its arguments must
-        # say what the step depends on, which Megatron's own checkpoint inside the MoE layer has no room for.
-        self._recompute_step = self.mlp.moe_layer_recompute
-        self.mlp.moe_layer_recompute = False
+    def forward(
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, step: RouterStep
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the increment of one step.
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention once, then the MoE sub-layer r times.
+        Args:
+            hidden_states: Normed state, [s, b, h].
+            inputs: What the layer knows about the micro-batch.
+            step: Which step it is.
 
         Returns:
-            Hidden states, [s, b, h], and the context, which a decoder-only model does not have.
+            The increment, [s, b, h], and its bias.
         """
-        hidden_states, context = self._forward_attention(*args, **kwargs)
-        depth = MicroBatch.of_layer(kwargs, self.config, self.training).depth
-        step = functools.partial(
-            self._step,
-            loss_weight=1.0 / max(depth.grad_steps, 1),
-            packed_seq_params=kwargs.get("packed_seq_params"),
-            padding_mask=kwargs.get("padding_mask"),
-        )
-        return iterate_residual(step, hidden_states, depth), context
+        with self.router.at(step):
+            return super().forward(hidden_states, padding_mask=inputs.padding_mask)
+
+
+class RecurrentMoETransformerLayer(MicroBatchTransformerLayer):
+    """A transformer layer whose MoE sub-layer is applied r times: `h <- h + scale * MoE(norm(h))`.
+
+    The router sees each new state. With r = 1 and scale 1 this is Megatron's layer. Selective recomputation of the MoE
+    part covers one step at a time.
+    """
+
+    def _apply_moe(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        step = functools.partial(self._step, inputs=inputs, in_graph=torch.is_grad_enabled())
+        return iterate_residual(step, hidden_states, inputs.micro_batch.depth)
 
     def _step(
         self,
         hidden_states: torch.Tensor,
+        former_logits: torch.Tensor | None,
         index: int,
         *,
-        loss_weight: float,
-        packed_seq_params: Any,
-        padding_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        def moe_sub_layer(hidden_states: torch.Tensor) -> torch.Tensor:
-            with self._router.weighted_losses(loss_weight):
-                return self._forward_mlp(hidden_states, padding_mask=padding_mask, packed_seq_params=packed_seq_params)
+        inputs: LayerInputs,
+        in_graph: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        depth = inputs.micro_batch.depth
+        has_grad = index >= depth.no_grad_steps
 
-        if self._recompute_step and self.training and torch.is_grad_enabled():
-            return tensor_parallel.checkpoint(moe_sub_layer, False, hidden_states)
-        return moe_sub_layer(hidden_states)
+        def sub_layer(
+            hidden_states: torch.Tensor, former_logits: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            # A step with gradient may run twice, first without; a step before them runs with the layer's own pass only.
+            counted = torch.is_grad_enabled() if has_grad else in_graph
+            step = RouterStep(index, 1.0 / max(depth.grad_steps, 1), counted, former_logits)
+            return self._moe_sub_layer(hidden_states, inputs, step), self.mlp.router.take_logits()
+
+        return self._recomputed(sub_layer, hidden_states, former_logits)
 
     def _forward_post_mlp(
         self, mlp_output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor
@@ -72,7 +78,3 @@ class RecurrentMoETransformerLayer(TransformerLayer):
             output = output * scale
             bias = None if bias is None else bias * scale
         return super()._forward_post_mlp((output, bias), residual)
-
-    @property
-    def _router(self) -> IteratedRouter:
-        return self.mlp.router

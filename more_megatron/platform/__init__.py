@@ -67,11 +67,12 @@ def _install_cpu_platform() -> None:
         print(f"> platform: cpu (gloo, float32{absent}); chosen by MORE_PLATFORM or the absence of a GPU", flush=True)
 
     from more_megatron.platform.cuda_stand_ins import TORCH_CUDA
-    from more_megatron.platform.device_mode import CpuInPlaceOfCuda
+    from more_megatron.platform.device_mode import enter_for_good
     from more_megatron.platform.stand_in import install
+    from more_megatron.platform.uneven_collectives import UNEVEN_COLLECTIVES
 
-    install(TORCH_CUDA)
-    CpuInPlaceOfCuda().__enter__()
+    install(TORCH_CUDA + UNEVEN_COLLECTIVES)
+    enter_for_good()
 
     from more_megatron.platform.megatron_stand_ins import MEGATRON_ON_CPU
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CpuInPlaceOfCuda"]
+__all__ = ["CpuInPlaceOfCuda", "enter_for_good"]
 
 
 def _on_cpu(device: Any) -> Any:
@@ -35,3 +35,20 @@ class CpuInPlaceOfCuda(TorchFunctionMode):
         if func is torch.Tensor.to and len(args) > 1:
             args = (args[0], _on_cpu(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
+
+
+def enter_for_good() -> None:
+    """Make the mode active in this thread until the process ends, in backward passes within backward passes too.
+
+    PyTorch takes a mode off while it handles a function, and `torch.autograd.backward` is such a function: what a
+    backward pass calls, recomputation above all, would run without the mode.
+    """
+    mode = CpuInPlaceOfCuda()
+    run_backward = torch.autograd._engine_run_backward
+
+    def run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_backward_in_mode
+    mode.__enter__()

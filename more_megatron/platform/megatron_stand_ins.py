@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from megatron.training import training
 
+from more_megatron.platform.checkpoint_writer import async_loop
 from more_megatron.platform.stand_in import StandIn
 
 __all__ = ["MEGATRON_ON_CPU"]
@@ -60,5 +61,13 @@ MEGATRON_ON_CPU = (
         "the split sizes of the all-to-all stay tensors where no copy from a GPU turns them into numpy",
         "core/transformer/moe/moe_utils.py",
         "if torch.is_tensor(tensor) and tensor.is_cuda:",
+    ),
+    StandIn(
+        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
+        "async_loop",
+        staticmethod(async_loop),
+        "the process that writes checkpoints in the background picks its GPU among none",
+        "core/dist_checkpointing/strategies/async_utils.py",
+        "torch.cuda.set_device(rank % torch.cuda.device_count())",
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,9 @@ import numpy as np
 from more_megatron.config import MoREConfig
 
 __all__ = ["Depth", "DepthSampler"]
+
+# Spread of the logarithm of the Poisson rate, Huginn's (arXiv 2502.05171, section 3.3).
+_LOG_RATE_STD = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,12 @@ class DepthSampler:
     a recomputation and a resumed run get the same depth.
 
     Args:
-        config: Model configuration with completed recurrence fields.
-        seed: Seed of the run.
+        config: Model configuration.
     """
 
-    def __init__(self, config: MoREConfig, seed: int) -> None:
-        self._sampling = config.recurrence_sampling
-        self._per_micro_batch = config.recurrence_sampling_unit == "micro-batch"
-        self._mean_steps = config.recurrence_steps
-        self._range = (config.recurrence_min_steps, config.recurrence_max_steps)
-        self._backprop_steps = config.recurrence_backprop_steps
-        self._eval_steps = config.recurrence_eval_steps
-        self._seed = seed
+    def __init__(self, config: MoREConfig) -> None:
+        self._config = config
+        self._curriculum = config.curriculum
 
     def draw(self, step: int, micro_batch: int = 0) -> Depth:
         """Return the depth of a micro-batch in training.
@@ -56,20 +54,33 @@ class DepthSampler:
             step: Training steps taken before this one.
             micro_batch: Index of the micro-batch within the step. Without effect if one depth is drawn for a step.
         """
-        steps = self._draw_steps(step, micro_batch if self._per_micro_batch else 0)
-        grad_steps = min(self._backprop_steps, steps)
+        per_micro_batch = self._config.recurrence_sampling_unit == "micro-batch"
+        # A counter-based generator: independent draws for every (seed, step, micro-batch) without any state.
+        counter = [0, 0, micro_batch if per_micro_batch else 0, step]
+        generator = np.random.Generator(np.random.Philox(key=self._config.seed, counter=counter))
+        steps = self._draw_steps(self._mean_steps(step), generator)
+        grad_steps = min(self._config.recurrence_backprop_steps or steps, steps)
         return Depth(no_grad_steps=steps - grad_steps, grad_steps=grad_steps)
 
     def evaluation(self) -> Depth:
         """Return the depth in evaluation: fixed, and no step carries gradient."""
-        return Depth(no_grad_steps=self._eval_steps, grad_steps=0)
+        return Depth(no_grad_steps=self._config.evaluation_steps, grad_steps=0)
 
-    def _draw_steps(self, step: int, micro_batch: int) -> int:
-        if self._sampling == "fixed":
-            return self._mean_steps
-        low, high = self._range
-        return int(self._generator(step, micro_batch).integers(low, high + 1))
+    def _mean_steps(self, step: int) -> int:
+        return self._config.mean_steps if self._curriculum is None else self._curriculum.steps_at(step)
 
-    def _generator(self, step: int, micro_batch: int) -> np.random.Generator:
-        # A counter-based generator: independent draws for every (seed, step, micro-batch) without any state.
-        return np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, micro_batch, step]))
+    def _draw_steps(self, mean: int, generator: np.random.Generator) -> int:
+        low, high = self._config.step_range(mean)
+        match self._config.recurrence_sampling:
+            case "fixed":
+                return mean
+            case "uniform":
+                return int(generator.integers(low, high + 1))
+            case _:
+                return min(max(_poisson_lognormal(mean, generator), low), high)
+
+
+def _poisson_lognormal(mean: int, generator: np.random.Generator) -> int:
+    """Draw 1 + Poisson(rate) with a log-normal rate of the given mean: Huginn's `poisson-lognormal-filling`."""
+    rate = generator.lognormal(math.log(mean) - _LOG_RATE_STD**2 / 2, _LOG_RATE_STD)
+    return 1 + int(generator.poisson(rate))

@@ -60,6 +60,6 @@ class MicroBatch:
                     "a recurrent layer was called in training without a depth: call the model with "
                     "extra_block_kwargs=MicroBatch(depth, sample_ids).block_kwargs()"
                 )
-            return cls(Depth(no_grad_steps=config.recurrence_eval_steps, grad_steps=0))
+            return cls(Depth(no_grad_steps=config.evaluation_steps, grad_steps=0))
         no_grad_steps, grad_steps, *sample_ids = carrier.tolist()
         return cls(Depth(no_grad_steps, grad_steps), tuple(sample_ids))

@@ -16,7 +16,7 @@ from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package
-from more_megatron.variants import get_variant
+from more_megatron.training.flag_checks import check_flags
 
 __all__ = ["parse_arguments"]
 
@@ -86,13 +86,14 @@ def parse_arguments(platform: Platform) -> argparse.Namespace:
 
 
 def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argparse.ArgumentParser:
-    inherited = [field.name for field in dataclasses.fields(TransformerConfig)]
-    group = ArgumentGroupFactory(MoREConfig, exclude=inherited).build_group(parser, title="MoRE")
+    # Megatron has flags for what its own configuration holds, and for the seed.
+    present = [field.name for field in dataclasses.fields(TransformerConfig)] + ["seed"]
+    group = ArgumentGroupFactory(MoREConfig, exclude=present).build_group(parser, title="MoRE")
     for option, (dest, value) in _WAYS_BACK.items():
         group.add_argument(option, dest=dest, action="store_const", const=value, help=f"Set {dest} to {value}.")
     parser.set_defaults(**_SHARED_DEFAULTS, **_PLATFORM_DEFAULTS[platform])
     parser.error = _error  # type: ignore[method-assign]
-    parser.parse_args = functools.partial(_parse, parser.parse_args)  # type: ignore[method-assign]
+    parser.parse_args = functools.partial(_parse, parser.parse_args)  # type: ignore[method-assign, assignment]
     return parser
 
 
@@ -102,10 +103,10 @@ def _error(message: str) -> NoReturn:
 
 
 def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
-    """Parse, then complete the flags whose default depends on another flag and check what Megatron does not."""
+    """Parse, check, and complete the flags whose default depends on another flag."""
     args = parse_args(*arguments)
+    check_flags(args)
     _complete(args)
-    _check(args)
     return args
 
 
@@ -124,27 +125,3 @@ def _complete(args: argparse.Namespace) -> None:
     args.enable_one_logger = args.enable_one_logger and has_package("one_logger")
     if args.async_strategy == "nvrx" and not has_package("nvidia_resiliency_ext"):
         args.async_strategy = "mcore"
-
-
-def _check(args: argparse.Namespace) -> None:
-    get_variant(args.more_variant)
-    if args.num_experts % args.expert_model_parallel_size != 0:
-        raise MoREError(
-            f"--num-experts {args.num_experts} is not divisible by "
-            f"--expert-model-parallel-size {args.expert_model_parallel_size}: change one of them"
-        )
-    if args.reset_attention_mask and args.pipeline_model_parallel_size > 1:
-        raise MoREError(
-            "--reset-attention-mask needs --pipeline-model-parallel-size 1: "
-            "middle pipeline stages do not receive the mask"
-        )
-    unsupported = {
-        "--multi-latent-attention": args.multi_latent_attention,
-        "--heterogeneous-layers-config-path": args.heterogeneous_layers_config_path,
-        "--hybrid-layer-pattern": args.hybrid_layer_pattern,
-        "--sft": args.sft,
-        "--fim-data": args.fim_data,
-    }
-    for option, value in unsupported.items():
-        if value:
-            raise MoREError(f"{option} is not supported: leave it out")

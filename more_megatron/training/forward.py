@@ -58,7 +58,7 @@ def _micro_batch(gpt: GPTModel) -> MicroBatch:
     """Return the depth and the sample ids of the micro-batch whose forward pass begins."""
     args = get_args()
     config: MoREConfig = gpt.config
-    sampler = DepthSampler(config, args.seed)
+    sampler = DepthSampler(config)
     if not gpt.training:
         return MicroBatch(sampler.evaluation())
     # Megatron's schedules number the micro-batch on each layer of the stage. A stage without layers has no use for it.

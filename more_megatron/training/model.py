@@ -11,7 +11,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.config import MoREConfig
-from more_megatron.variants import block_spec
+from more_megatron.variants import block_spec, check_variant
 
 __all__ = ["model_config_from_args"]
 
@@ -22,9 +22,11 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig:
     A specification given with `--spec` takes precedence, as in Megatron.
 
     Raises:
-        MoREError: If the recurrence fields contradict each other.
+        MoREError: If the recurrence fields contradict each other, or the system cannot do what they ask for.
     """
-    model_config = gpt_config_from_args(args, core_transformer_config_from_args(args, MoREConfig))
+    config = core_transformer_config_from_args(args, MoREConfig)
+    check_variant(config)
+    model_config = gpt_config_from_args(args, config)
     if model_config.transformer_layer_spec is None:
         model_config.transformer_layer_spec = _layers
     model_config.pre_wrap_hooks.append(_mark_experts)

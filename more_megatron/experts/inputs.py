@@ -1,0 +1,51 @@
+"""What experts that mix tokens receive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from more_megatron.experts.recurrent_block import BlockRows
+from more_megatron.experts.rows import RoutedRows
+from more_megatron.recurrence.depth import Depth
+
+__all__ = ["ExpertInputs"]
+
+
+@dataclass(frozen=True)
+class ExpertInputs:
+    """Rows for the local experts of a rank, sorted by expert, sequence and position.
+
+    Attributes:
+        hidden_states: [rows, h].
+        probs: Routing probability of each row, [rows].
+        rows: Which rows they are.
+        depth: Recurrence steps.
+        noisy: Whether initial states depend on the sample, as in training.
+        rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
+    """
+
+    hidden_states: torch.Tensor
+    probs: torch.Tensor
+    rows: RoutedRows
+    depth: Depth
+    noisy: bool
+    rotary_pos_emb: torch.Tensor | None
+
+    def by_expert(self) -> BlockRows:
+        """Return the rows for blocks that each expert has one of."""
+        return self._block_rows(self.rows.expert_ends, self.rows.experts)
+
+    def as_one_group(self) -> BlockRows:
+        """Return the rows for one block that all experts share; they still attend within their expert only."""
+        ends = self.rows.expert_ends[-1:]
+        return self._block_rows(ends, torch.zeros_like(self.rows.experts))
+
+    def _block_rows(self, ends: torch.Tensor, groups: torch.Tensor) -> BlockRows:
+        rows = self.rows
+        return BlockRows(ends, groups, rows.segments, rows.positions, rows.sample_ids, self.rotary_pos_emb)
+
+    def weigh(self, output: torch.Tensor) -> torch.Tensor:
+        """Return the output times the routing probabilities, in the type of the output."""
+        return (output * self.probs.unsqueeze(-1)).to(output.dtype)

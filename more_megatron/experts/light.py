@@ -1,0 +1,83 @@
+"""Light experts: one hidden layer of twice the hidden size, no gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+from more_megatron.backends import grouped_linear
+from more_megatron.config import MoREConfig
+from more_megatron.experts.parameters import draw_parameter, grouped_parameter, sharded_parameters
+from more_megatron.experts.recurrent import expert_placement
+from more_megatron.recurrence.initialization import BlockInitializer
+
+__all__ = ["LightExperts"]
+
+
+class LightExperts(MegatronModule):
+    """Expert i computes `W2_i . GELU(W1_i . x)` with dropout on the result; h -> 2h -> h.
+
+    Takes the arguments of Megatron's experts.
+
+    Args:
+        num_local_experts: Number of experts on this rank.
+        config: Model configuration.
+        pg_collection: Process groups.
+        name: Name of the module, unused.
+    """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: MoREConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.placement = expert_placement(config, num_local_experts, pg_collection)
+        hidden = config.hidden_size
+        self.fc1 = grouped_parameter(config, self.placement, (2 * hidden, hidden), split_dim=0)
+        self.fc2 = grouped_parameter(config, self.placement, (hidden, 2 * hidden), split_dim=1)
+        self.dropout = torch.nn.Dropout(config.hidden_dropout)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Draw the initial weights, which depend on the number of the layer."""
+        if not self.config.perform_initialization:
+            return
+        initializer, hidden = BlockInitializer(self.config, layer_number), self.config.hidden_size
+        for parameter, shape, std, name in (
+            (self.fc1, (2 * hidden, hidden), initializer.in_std, "fc1"),
+            (self.fc2, (hidden, 2 * hidden), initializer.out_std, "fc2"),
+        ):
+
+            def draw(group: int, shape: tuple = shape, std: float = std, name: str = name) -> torch.Tensor:
+                return initializer.truncated_normal(shape, f"light/{group}/{name}", std)
+
+            draw_parameter(parameter, self.placement, draw)
+
+    def forward(
+        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Compute all local experts.
+
+        Args:
+            hidden_states: Rows grouped by expert, [rows, h].
+            tokens_per_expert: Number of rows of each local expert, [local experts].
+            probs: Routing probability of each row, [rows].
+
+        Returns:
+            Outputs times probabilities, [rows, h], and no bias.
+        """
+        counts = torch.as_tensor(tokens_per_expert).to(hidden_states.device)
+        ends = counts.cumsum(0).to(torch.int32)
+        inner = torch.nn.functional.gelu(grouped_linear(hidden_states, self.fc1, ends))
+        output = self.dropout(grouped_linear(inner, self.fc2, ends))
+        return (output * probs.unsqueeze(-1)).to(output.dtype), None
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Return the weights of all experts as slices of one tensor each."""
+        return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)

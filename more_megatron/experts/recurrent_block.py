@@ -1,0 +1,191 @@
+"""Huginn's recurrent block over rows: an adapter and a sandwich block, one set of weights for each group of rows.
+
+    u <- Adapter([s; x]),   u <- N2(u + Attn(N1(u))),   s <- N4(u + MLP(N3(u)))
+
+Geiping et al., arXiv 2502.05171, section 3: four RMSNorms, two of them over the residual sum; the input x is injected
+in every step. All groups of a rank are computed together.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import _rotate_half
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+
+from more_megatron.backends import grouped_linear, segment_attention
+from more_megatron.config import MoREConfig
+from more_megatron.experts.parameters import Placement, draw_parameter, grouped_parameter, sharded_parameters
+from more_megatron.recurrence.depth import Depth
+from more_megatron.recurrence.initialization import BlockInitializer
+from more_megatron.recurrence.noise import state_noise
+from more_megatron.recurrence.truncation import iterate_state
+from more_megatron.segments import Segments
+
+__all__ = ["BlockRows", "RecurrentBlock"]
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """The rows that a block works on, sorted by group.
+
+    Attributes:
+        ends: End of each group's rows, int32 [groups].
+        groups: Local number of each row's group, int64 [rows].
+        segments: Rows that attend to each other.
+        positions: Position of each row in its sequence, int64 [rows].
+        sample_ids: Position of each row's sequence in the stream of samples, int64 [rows].
+        rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
+    """
+
+    ends: torch.Tensor
+    groups: torch.Tensor
+    segments: Segments
+    positions: torch.Tensor
+    sample_ids: torch.Tensor
+    rotary_pos_emb: torch.Tensor | None
+
+
+class RecurrentBlock(MegatronModule):
+    """Recurrent blocks, one for each group.
+
+    Over the ranks of `placement.split_group` attention is split by heads and the MLP by width, as in tensor
+    parallelism; adapter and norms are on every rank.
+
+    Args:
+        config: Model configuration.
+        placement: Which groups are here.
+        ffn_hidden_size: Width of the gated MLP.
+        name: Name of the block, unique within the layer.
+    """
+
+    def __init__(self, config: MoREConfig, placement: Placement, ffn_hidden_size: int, name: str) -> None:
+        super().__init__(config=config)
+        self.placement = placement
+        self.layer_number: int | None = None
+        self._name = name
+        self._head_dim = config.kv_channels
+        self._queries_per_group = config.num_attention_heads // config.num_query_groups
+        hidden, heads = config.hidden_size, config.num_attention_heads * self._head_dim
+        # For each query group its queries, then its key and its value: Megatron's order, which splits by groups.
+        qkv = config.num_query_groups * (self._queries_per_group + 2) * self._head_dim
+        self._shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
+            "adapter": ((hidden, 2 * hidden), None),
+            "qkv": ((qkv, hidden), 0),
+            "proj": ((hidden, heads), 1),
+            "fc1": ((2, ffn_hidden_size, hidden), 1),
+            "fc2": ((hidden, ffn_hidden_size), 1),
+            **{f"norm_{number}": ((hidden,), None) for number in range(1, 5)},
+        }
+        for key, (shape, split_dim) in self._shapes.items():
+            self.register_parameter(key, grouped_parameter(config, placement, shape, split_dim))
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
+        self.layer_number = layer_number
+        if not self.config.perform_initialization:
+            return
+        initializer = BlockInitializer(self.config, layer_number)
+        for key, (shape, _) in self._shapes.items():
+            draw = functools.partial(self._draw, initializer, key, shape)
+            draw_parameter(getattr(self, key), self.placement, draw)
+
+    def _draw(self, initializer: BlockInitializer, key: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
+        if key.startswith("norm"):
+            return torch.ones(shape)
+        std = initializer.out_std if key in ("proj", "fc2") else initializer.in_std
+        return initializer.truncated_normal(shape, f"{self._name}/{group}/{key}", std)
+
+    def forward(self, inputs: torch.Tensor, rows: BlockRows, depth: Depth, noisy: bool) -> torch.Tensor:
+        """Iterate from a random state.
+
+        Args:
+            inputs: What is injected in every step, [rows, h]; the same on every rank of the split group.
+            rows: Which rows they are.
+            depth: Number of steps.
+            noisy: Whether the initial state depends on the sample, as in training.
+
+        Returns:
+            The last state, [rows, h], the same on every rank of the split group.
+        """
+        adapter_state, adapter_input = self.adapter.split(self.config.hidden_size, dim=2)
+        injected = grouped_linear(inputs, adapter_input, rows.ends)
+        norms = [self._norm_weight(number, rows) for number in range(1, 5)]
+        rotation = self._rotation(rows)
+
+        def step(state: torch.Tensor) -> torch.Tensor:
+            mixed = grouped_linear(state, adapter_state, rows.ends) + injected
+            attended = self._norm(mixed + self._attention(self._norm(mixed, norms[0]), rows, rotation), norms[1])
+            return self._norm(attended + self._mlp(self._norm(attended, norms[2]), rows), norms[3])
+
+        return iterate_state(step, self._initial_state(rows, noisy).to(inputs.dtype), depth)
+
+    def _initial_state(self, rows: BlockRows, noisy: bool) -> torch.Tensor:
+        return state_noise(
+            rows.sample_ids if noisy else torch.zeros_like(rows.sample_ids),
+            rows.positions,
+            self.config.hidden_size,
+            seed=self.config.seed,
+            layer=self.layer_number,
+            std=self.config.recurrence_state_std,
+        )
+
+    def _attention(
+        self, x: torch.Tensor, rows: BlockRows, rotation: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        qkv = grouped_linear(self._copy(x), self.qkv, rows.ends)
+        qkv = qkv.view(len(x), -1, self._queries_per_group + 2, self._head_dim)
+        query, key, value = qkv.split((self._queries_per_group, 1, 1), dim=2)
+        query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
+        if rotation is not None:
+            query, key = self._rotate(query, rotation), self._rotate(key, rotation)
+        context = segment_attention(query, key, value, rows.segments)
+        return self._reduce(grouped_linear(context.flatten(1), self.proj, rows.ends))
+
+    def _mlp(self, x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
+        gate, up = grouped_linear(self._copy(x), self.fc1.flatten(1, 2), rows.ends).chunk(2, dim=-1)
+        return self._reduce(grouped_linear(torch.nn.functional.silu(gate) * up, self.fc2, rows.ends))
+
+    def _norm_weight(self, number: int, rows: BlockRows) -> torch.Tensor:
+        """Return the weight of a norm for each row, [rows, h]; [h] if there is one group."""
+        weight = getattr(self, f"norm_{number}").view(-1, self.config.hidden_size)
+        return weight[0] if len(weight) == 1 else weight.index_select(0, rows.groups)
+
+    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if weight.dim() == 1:
+            return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, self.config.layernorm_epsilon)
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=self.config.layernorm_epsilon) * weight
+
+    def _rotation(self, rows: BlockRows) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return cosine and sine of each row's angles, [rows, 1, d]."""
+        if rows.rotary_pos_emb is None:
+            return None
+        angles = rows.rotary_pos_emb[:, 0].index_select(0, rows.positions)
+        dtype = self.config.params_dtype
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _rotate(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        cos, sin = rotation
+        turned, rest = x[..., : cos.size(-1)], x[..., cos.size(-1) :]
+        turned = turned * cos + _rotate_half(turned, self.config.rotary_interleaved) * sin
+        return turned if rest.size(-1) == 0 else torch.cat((turned, rest), dim=-1)
+
+    def _copy(self, x: torch.Tensor) -> torch.Tensor:
+        if self.placement.split_size == 1:
+            return x
+        return copy_to_tensor_model_parallel_region(x, group=self.placement.split_group)
+
+    def _reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self.placement.split_size == 1:
+            return x
+        return reduce_from_tensor_model_parallel_region(x, group=self.placement.split_group)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Return the weights as slices of global tensors with an axis for the groups."""
+        return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
