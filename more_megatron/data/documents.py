@@ -1,0 +1,141 @@
+"""Where documents begin in a stream of text.
+
+Every rule here looks at a bounded neighbourhood of a position only, so a file can be cut into spans for any number of
+workers and the documents are the same. Positions are bytes, and a cut always lies at the start of a line (or, in text
+without line breaks, at a space), so it never splits a character.
+"""
+
+import re
+from collections.abc import Iterator
+from enum import StrEnum
+
+__all__ = ["PLAIN_GRID_BYTES", "Layout", "document_starts", "find_start", "sniff_layout", "tidy"]
+
+
+class Layout(StrEnum):
+    """How a text is divided into documents."""
+
+    WIKITEXT = "wikitext"
+    """An article for each level-one heading ` = Title = ` that stands between blank lines."""
+    PLAIN = "plain"
+    """Pieces of text without headings, cut at the first paragraph break after every `PLAIN_GRID_BYTES`."""
+    JSONL = "jsonl"
+    """One JSON object a line, its text under a key."""
+
+
+PLAIN_GRID_BYTES = 4096
+"""Grid on which text without headings is cut: small enough that `--split 949,50,1` leaves documents for validation."""
+
+_ASCII_SPACE = " \t\n\r\v\f"
+_LINE_LIKE_HEADING = re.compile(rb"\n(?=[ ]?=[ ][^=\s])")
+_HEADING_LINE = re.compile(rb"[ ]?=[ ][^=\s](?:[^\n]*[^\n=])?[ ]=[ \t\r]*\n[ \t\r]*(?:\n|\Z)")
+_BLANK_BEFORE = re.compile(rb"(?:\A|\n)[ \t\r]*\n\Z")
+_PARAGRAPH = re.compile(rb"\n[ \t\r]*\n(?=[ \t\r]*[^\s])")
+
+
+def sniff_layout(sample: bytes) -> Layout:
+    """Tell WikiText from other text by its first part.
+
+    Args:
+        sample: the beginning of the text, a megabyte or so.
+
+    Returns:
+        `WIKITEXT` if a level-one heading stands in it, otherwise `PLAIN`.
+    """
+    return Layout.WIKITEXT if _find_heading(sample, 0, first=True) is not None else Layout.PLAIN
+
+
+def find_start(data: bytes, position: int, layout: Layout, origin: int, final: bool) -> int | None:
+    """First place at or after `position` where a document begins.
+
+    Args:
+        data: a part of the text that begins where a document begins.
+        position: where in `data` to look from; more than 0.
+        layout: the division into documents.
+        origin: byte offset of `data` in the whole text.
+        final: whether `data` runs to the end of the text.
+
+    Returns:
+        A position in `data`, `len(data)` at the end of the text, or None when the rule needs more text than `data` has.
+    """
+    if layout is Layout.JSONL:
+        found = data.find(b"\n", position - 1) + 1 or None
+    elif layout is Layout.WIKITEXT:
+        found = _find_heading(data, position, first=False)
+        # The blank line below a heading may not have arrived yet.
+        if found is not None and not final and data.count(b"\n", found) < 2:
+            found = None
+    else:
+        found = _find_plain_cut(data, position, origin)
+    return len(data) if found is None and final else found
+
+
+def document_starts(data: bytes, layout: Layout, origin: int) -> Iterator[tuple[int, int]]:
+    """Divide a text that begins and ends with a document's bounds.
+
+    Args:
+        data: the text.
+        layout: the division into documents.
+        origin: byte offset of `data` in the whole text.
+
+    Yields:
+        Start and end of each document in `data`.
+    """
+    start = 0
+    while start < len(data):
+        end = find_start(data, start + 1, layout, origin, final=True)
+        assert end is not None
+        yield start, end
+        start = end
+
+
+def tidy(document: str) -> str:
+    """Drop blank lines around a document and carriage returns before its line breaks."""
+    body = document.rstrip(_ASCII_SPACE)
+    indent = len(body) - len(body.lstrip(_ASCII_SPACE))
+    start = body.rfind("\n", 0, indent) + 1
+    return body[start:].replace("\r\n", "\n")
+
+
+def _find_heading(data: bytes, position: int, first: bool) -> int | None:
+    """Position of the next level-one heading: a line ` = Title = ` between blank lines.
+
+    A section heading has a second `=` on both sides, and a line of a heading's look inside a paragraph has text above
+    or below it.
+    """
+    if first and _HEADING_LINE.match(data):
+        return 0
+    for match in _LINE_LIKE_HEADING.finditer(data, max(0, position - 1)):
+        start = match.end()
+        line = _HEADING_LINE.match(data, start)
+        if line is None or start < position:
+            continue
+        if _BLANK_BEFORE.search(data, max(0, start - 256), start):
+            return start
+    return None
+
+
+def _find_plain_cut(data: bytes, position: int, origin: int) -> int | None:
+    """Next cut on the grid, of which each cell has at most one.
+
+    A cell that begins before the data has had its cut there, and one that the data does not fill has none, so where
+    the data begins and ends changes nothing.
+    """
+    cell = max(1, (origin + position - 1) // PLAIN_GRID_BYTES, -(-origin // PLAIN_GRID_BYTES))
+    while (high := (cell + 1) * PLAIN_GRID_BYTES - origin) <= len(data):
+        cut = _cut_in_cell(data, high - PLAIN_GRID_BYTES, high)
+        if cut is not None and cut >= position:
+            return cut
+        cell += 1
+    return None
+
+
+def _cut_in_cell(data: bytes, low: int, high: int) -> int | None:
+    paragraph = _PARAGRAPH.search(data, low, high)
+    if paragraph:
+        return paragraph.end()
+    for separator in (b"\n", b" "):
+        found = data.find(separator, low, high)
+        if found >= 0:
+            return found + 1
+    return None

@@ -1,0 +1,165 @@
+"""The indexed dataset on disk: what the two files of a prefix hold, read and written without importing torch.
+
+`P.bin` is the token ids of all documents, end to end. `P.idx` is, little-endian: 9 bytes of magic, version (u64),
+dtype code (u8), sequence count S and document count D + 1 (u64 each), then the length of each sequence
+(int32 [S], tokens), its place in `P.bin` (int64 [S], bytes), and the first sequence of each document with a closing
+entry (int64 [D + 1]). The layout is that of `megatron/core/datasets/indexed_dataset.py`.
+"""
+
+import os
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from more_megatron.data.errors import DatasetError
+
+__all__ = ["HEADER_BYTES", "IndexFile", "bin_path", "idx_path", "read_index", "token_dtype", "write_index"]
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+HEADER_BYTES = _HEADER.size
+_DTYPES: dict[int, np.dtype] = {
+    1: np.dtype(np.uint8),
+    2: np.dtype(np.int8),
+    3: np.dtype(np.int16),
+    4: np.dtype(np.int32),
+    5: np.dtype(np.int64),
+    6: np.dtype(np.float64),
+    7: np.dtype(np.float32),
+    8: np.dtype(np.uint16),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+# From this vocabulary size on Megatron stores int32 (DType.optimal_dtype).
+_UINT16_VOCABULARY = 65500
+
+
+def bin_path(prefix: str | os.PathLike[str]) -> Path:
+    """Path of the token file of a dataset prefix."""
+    return Path(f"{os.fspath(prefix)}.bin")
+
+
+def idx_path(prefix: str | os.PathLike[str]) -> Path:
+    """Path of the index file of a dataset prefix."""
+    return Path(f"{os.fspath(prefix)}.idx")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype Megatron stores tokens in for a vocabulary of this size."""
+    return np.dtype(np.uint16) if vocab_size < _UINT16_VOCABULARY else np.dtype(np.int32)
+
+
+@dataclass(frozen=True)
+class IndexFile:
+    """The contents of an `.idx` file, memory-mapped.
+
+    Args:
+        dtype: dtype of the tokens in the `.bin` file.
+        lengths: tokens of each sequence, int32 [S].
+        pointers: byte offset of each sequence in the `.bin` file, int64 [S].
+        documents: first sequence of each document and a closing entry, int64 [D + 1].
+    """
+
+    dtype: np.dtype
+    lengths: NDArray[np.int32]
+    pointers: NDArray[np.int64]
+    documents: NDArray[np.int64]
+
+    @property
+    def sequence_count(self) -> int:
+        """Number of sequences S."""
+        return len(self.lengths)
+
+    @property
+    def document_count(self) -> int:
+        """Number of documents D, empty ones included."""
+        return len(self.documents) - 1
+
+    @property
+    def bin_bytes(self) -> int:
+        """Bytes that the `.bin` file must have at least."""
+        if not len(self.lengths):
+            return 0
+        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+
+
+def read_index(path: str | os.PathLike[str]) -> IndexFile:
+    """Map an `.idx` file, whoever wrote it.
+
+    Args:
+        path: the `.idx` file.
+
+    Returns:
+        Its arrays. Nothing but the header and the last entries is read from disk.
+
+    Raises:
+        DatasetError: the file is not an index, is of another version, or is shorter than its header says.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as stream:
+        head = stream.read(HEADER_BYTES)
+    if len(head) < HEADER_BYTES:
+        raise DatasetError(f"{path} is truncated: {size} bytes, an index has at least {HEADER_BYTES}; preprocess again")
+    magic, version, code, sequences, entries = _HEADER.unpack(head)
+    if magic != _MAGIC or version != 1 or code not in _DTYPES or entries < 1:
+        raise DatasetError(f"{path} is damaged or is not a Megatron index (bad header); preprocess again")
+    # A multimodal index carries one byte more for each sequence.
+    expected = HEADER_BYTES + 12 * sequences + 8 * entries
+    if size not in (expected, expected + sequences):
+        state = "truncated" if size < expected else "damaged"
+        raise DatasetError(f"{path} is {state}: {size} bytes, its header says {expected}; preprocess again")
+    data = np.memmap(path, mode="r", dtype=np.uint8)
+    lengths_end = HEADER_BYTES + 4 * sequences
+    pointers_end = lengths_end + 8 * sequences
+    index = IndexFile(
+        dtype=_DTYPES[code],
+        lengths=np.frombuffer(data, np.int32, sequences, HEADER_BYTES),
+        pointers=np.frombuffer(data, np.int64, sequences, lengths_end),
+        documents=np.frombuffer(data, np.int64, entries, pointers_end),
+    )
+    _check_ends(path, index)
+    return index
+
+
+def _check_ends(path: str | os.PathLike[str], index: IndexFile) -> None:
+    ends_meet = index.documents[0] == 0 and index.documents[-1] == index.sequence_count
+    if index.sequence_count:
+        ends_meet &= index.pointers[0] == 0 and index.lengths[0] >= 0 and index.lengths[-1] >= 0
+    if not ends_meet:
+        raise DatasetError(f"{path} is damaged: its document index does not match its sequences; preprocess again")
+
+
+def write_index(stream: IO[bytes], dtype: np.dtype, pieces: Callable[[], Iterable[NDArray[np.int32]]]) -> None:
+    """Write an `.idx` file from document lengths that come in pieces.
+
+    The three arrays of an index lie one after the other, so the pieces are gone through once for each of them and
+    memory does not grow with the corpus. A document without tokens has no sequence, as in Megatron's own tool.
+
+    Args:
+        stream: the open `.idx` file.
+        dtype: dtype of the tokens in the `.bin` file.
+        pieces: starts a new pass over the pieces, each the tokens of its documents, int32 [documents].
+    """
+    documents = sequences = 0
+    for lengths in pieces():
+        documents += len(lengths)
+        sequences += int(np.count_nonzero(lengths))
+    stream.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], sequences, documents + 1))
+    for lengths in pieces():
+        stream.write(lengths[lengths > 0].astype("<i4").tobytes())
+    offset = 0
+    for lengths in pieces():
+        sizes = lengths[lengths > 0].astype(np.int64) * dtype.itemsize
+        ends = np.cumsum(sizes) + offset
+        stream.write((ends - sizes).astype("<i8").tobytes())
+        offset += int(sizes.sum())
+    stream.write(struct.pack("<q", 0))
+    sequence = 0
+    for lengths in pieces():
+        ends = np.cumsum(lengths > 0, dtype=np.int64) + sequence
+        stream.write(ends.astype("<i8").tobytes())
+        sequence += int(np.count_nonzero(lengths))

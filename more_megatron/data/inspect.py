@@ -1,0 +1,113 @@
+"""What is in a dataset: counts, lengths, ratios, and some of its text."""
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from more_megatron.data.check import check_dataset
+from more_megatron.data.indexed import IndexFile, bin_path, idx_path, read_index
+from more_megatron.data.manifest import read_manifest
+from more_megatron.data.tokenizers import TokenizerOptions, build_decoder
+
+__all__ = ["describe"]
+
+_BAR = 40
+
+
+def describe(
+    prefix: str, options: TokenizerOptions | None = None, document: int = 0, sample_tokens: int = 100
+) -> list[str]:
+    """Describe a dataset.
+
+    Args:
+        prefix: its prefix.
+        options: tokenizer to decode with; None takes the manifest's.
+        document: the document to show.
+        sample_tokens: how much of it to show.
+
+    Returns:
+        Lines to print.
+
+    Raises:
+        DatasetError: the dataset is missing or damaged.
+    """
+    check_dataset(prefix)
+    index = read_index(idx_path(prefix))
+    manifest = read_manifest(prefix)
+    lines = _counts(prefix, index) + _ratios(manifest) + _histogram(index)
+    options = options or _options(manifest)
+    return lines + _sample(prefix, index, options, document, sample_tokens)
+
+
+def _counts(prefix: str, index: IndexFile) -> list[str]:
+    tokens = int(index.lengths.sum(dtype=np.int64))
+    size = os.path.getsize(bin_path(prefix))
+    empty = int(np.count_nonzero(np.diff(index.documents) == 0))
+    lines = [
+        f"dataset    {prefix}",
+        f"documents  {index.document_count:,}" + (f" ({empty:,} empty)" if empty else ""),
+        f"tokens     {tokens:,} ({index.dtype.name}, {size / 1e6:,.1f} MB)",
+    ]
+    if index.sequence_count != index.document_count - empty:
+        lines.append(f"sequences  {index.sequence_count:,}")
+    return lines
+
+
+def _ratios(manifest: dict[str, Any] | None) -> list[str]:
+    if manifest is None or not manifest.get("text_bytes"):
+        return ["manifest   none: token/byte and word/byte ratios are unknown"]
+    tokens, size, words = manifest["tokens"], manifest["text_bytes"], manifest["words"]
+    tokenizer = manifest["tokenizer"]
+    return [
+        f"tokenizer  {tokenizer['type']} {tokenizer['model'] or ''}",
+        f"ids        {tokenizer['vocab_size']:,}, end of document {tokenizer['eod']}",
+        f"text       {size:,} bytes, {words:,} words",
+        f"ratios     {tokens / size:.4f} tokens/byte, {words / size:.4f} words/byte, {tokens / words:.4f} tokens/word",
+        f"           bits per byte = loss in nats x {tokens / size / math.log(2):.4f}",
+    ]
+
+
+def _histogram(index: IndexFile) -> list[str]:
+    """Documents by length, one line for each power of two."""
+    ends = np.concatenate([[0], np.cumsum(index.lengths, dtype=np.int64)])[index.documents]
+    lengths = np.diff(ends)
+    bins = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    counts = np.bincount(bins)
+    lines = [
+        f"length     mean {lengths.mean():,.1f}, median {np.median(lengths):,.0f}, longest {lengths.max():,} tokens"
+    ]
+    for power in range(int(bins.min()), len(counts)):
+        bar = "#" * round(_BAR * counts[power] / counts.max())
+        lines.append(f"  <= {2**power:>12,}  {counts[power]:>12,}  {bar}".rstrip())
+    return lines
+
+
+def _options(manifest: dict[str, Any] | None) -> TokenizerOptions | None:
+    if manifest is None:
+        return None
+    stored = manifest.get("options", {}).get("tokenizer", {})
+    known = {name: value for name, value in stored.items() if name in TokenizerOptions.__dataclass_fields__}
+    special = known.get("special_tokens")
+    return TokenizerOptions(**{**known, "special_tokens": tuple(special) if special else None})
+
+
+def _sample(
+    prefix: str, index: IndexFile, options: TokenizerOptions | None, document: int, sample_tokens: int
+) -> list[str]:
+    document = min(max(document, 0), index.document_count - 1)
+    first, last = index.documents[document], index.documents[document + 1]
+    count = int(index.lengths[first:last].sum(dtype=np.int64)) if last > first else 0
+    header = f"document   {document}: {count:,} tokens"
+    if not count:
+        return [header]
+    tokens: NDArray[np.generic] = np.fromfile(
+        bin_path(prefix), index.dtype, min(count, sample_tokens), offset=int(index.pointers[first])
+    )
+    ids: list[int] = [int(id) for id in tokens]
+    if options is None:
+        return [header, f"  ids {ids}", "  give --tokenizer-type and --tokenizer-model to see the text"]
+    text = build_decoder(options)(ids)
+    return [header, *(f"  {line}" for line in text.splitlines())]

@@ -1,0 +1,97 @@
+"""Training a SentencePiece BPE tokenizer on the documents that are about to be encoded."""
+
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from more_megatron.data.detokenize import Detokenize
+from more_megatron.data.errors import DataError
+from more_megatron.data.parts import writing
+from more_megatron.data.sources import Source
+from more_megatron.data.tasks import plan_tasks, read_batches
+
+__all__ = ["train_sentencepiece"]
+
+_SAMPLE_BYTES = 1 << 27
+_TASK_BYTES = 1 << 22
+_LONGEST_SENTENCE = 4096
+
+
+def train_sentencepiece(sources: Sequence[Source], mode: Detokenize, vocab_size: int, path: str) -> None:
+    """Train BPE with byte fallback and write the model when it is complete.
+
+    The model keeps every character: it neither normalises nor collapses spaces, so a decoded text is the text.
+
+    Args:
+        sources: the inputs; evenly spaced documents are taken if they are larger than 128 MiB.
+        mode: how WikiText's spelling is undone before.
+        vocab_size: number of pieces, the 256 bytes and 3 control pieces included.
+        path: the model file.
+
+    Raises:
+        DataError: there is too little text for this vocabulary, or the file cannot be written.
+    """
+    import sentencepiece
+
+    target = Path(path)
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(sources, mode),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=8 * _LONGEST_SENTENCE,
+            num_threads=min(16, os.cpu_count() or 1),
+            minloglevel=2,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise DataError(_reason(str(error), vocab_size)) from error
+    with writing(target):
+        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            unfinished.write_bytes(model.getvalue())
+            os.replace(unfinished, target)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def _sentences(sources: Sequence[Source], mode: Detokenize) -> Iterator[str]:
+    stride = max(1, -(-sum(source.size for source in sources) // _SAMPLE_BYTES))
+    number = 0
+    for task in plan_tasks(sources, _TASK_BYTES):
+        for batch in read_batches(task, mode):
+            for document in batch.documents:
+                if number % stride == 0:
+                    yield from _lines(document.decode())
+                number += 1
+
+
+def _lines(text: str) -> Iterator[str]:
+    for line in text.replace("\0", "").split("\n"):
+        for start in range(0, len(line), _LONGEST_SENTENCE):
+            piece = line[start : start + _LONGEST_SENTENCE]
+            if not piece.isspace():
+                yield piece
+
+
+def _reason(message: str, vocab_size: int) -> str:
+    most = re.search(r"Vocabulary size too high.*?<= ?(\d+)", message)
+    if most:
+        return f"--vocab-size {vocab_size} is too large for this text; use {most.group(1)} or less"
+    least = re.search(r"smaller than required_chars\. ?\d+ vs (\d+)", message)
+    if least:
+        return f"--vocab-size {vocab_size} is too small for this text's characters; use more than {least.group(1)}"
+    if "sentences_.empty" in message or "empty" in message:
+        return "there is no text to train a tokenizer on"
+    return f"the tokenizer cannot be trained: {' '.join(message.split())[:300]}"

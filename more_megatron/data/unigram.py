@@ -1,0 +1,213 @@
+"""How a unigram model segments a word, and why that can depend on the text before it.
+
+SentencePiece adds up piece scores from the beginning of the text in 32-bit floats. Segmentations of a word differ in
+their sum, and rounding at the size of the running total can turn a small difference around. So a word's segmentation
+is that of the word alone only while the total is small against the gap to the next best one. Three facts tame this:
+
+- In exact arithmetic the gap is known; rounding of n additions moves a sum by at most n/2 units in the last place.
+- Between two powers of two the running total is a whole number of units, so adding a score adds its rounded number of
+  units whatever the total is, unless the score lies exactly between two. There, one segmentation holds for the range.
+- Beyond -100,000 the total starts again from zero (0.2.2 and later).
+
+`UnigramLattice` answers all three questions by the search of `unigram_model.cc` (EncodeOptimized) in different
+arithmetic.
+"""
+
+import math
+import operator
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+__all__ = ["RESET", "WORST_ROUNDING", "Segmentation", "UnigramLattice", "float32"]
+
+RESET = 100_000.0
+"""Size of the running total beyond which the search starts again from zero."""
+
+WORST_ROUNDING = 2.0**-8
+"""Most that an addition to a running total short of `RESET` is off: half a unit in the last place."""
+
+_UNKNOWN_PENALTY = 10.0
+_MANTISSA_BITS = 24
+_FLOAT = struct.Struct("f")
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A word in pieces.
+
+    Args:
+        tokens: token ids.
+        scores: score of each piece that the search took; unknown characters count one by one.
+        limit: size of the running total before the word up to which this is its segmentation; negative if rounding
+            decides even at the beginning of a text.
+        deepest: lowest total at any place inside the word, relative to its beginning; at most 0.
+    """
+
+    tokens: list[int]
+    scores: list[float]
+    limit: float
+    deepest: float
+
+
+def float32(value: float) -> float:
+    """Round to a 32-bit float."""
+    result: float = _FLOAT.unpack(_FLOAT.pack(value))[0]
+    return result
+
+
+class UnigramLattice:
+    """The segmentations of single words.
+
+    Args:
+        pieces: id and score of each ordinary piece; scores are at most 0.
+        unknown: id of the unknown piece.
+        byte_ids: ids of the 256 byte pieces, if unknown characters become bytes.
+    """
+
+    def __init__(self, pieces: dict[str, tuple[int, float]], unknown: int, byte_ids: list[int] | None) -> None:
+        # Every piece and every beginning of one, so that one look-up tells whether to read on.
+        self._pieces: dict[str, tuple[int, float]] = {
+            piece[:length]: (-1, 0.0) for piece in pieces for length in range(1, len(piece))
+        }
+        self._pieces.update(pieces)
+        self._unknown = unknown
+        self._unknown_score = float32(min(score for _, score in pieces.values()) - _UNKNOWN_PENALTY)
+        self._byte_ids = byte_ids
+
+    def segment(self, word: str) -> Segmentation:
+        """Segment a word in exact arithmetic, and tell how far that holds.
+
+        Args:
+            word: normalised text with its U+2581.
+        """
+        search = self._search(word, 0.0, operator.add)
+        tokens, scores, gap = self._path(word, search)
+        return Segmentation(tokens, scores, _limit(gap, len(word), min(search.totals)), min(search.totals))
+
+    def segment_in_range(self, word: str, exponent: int) -> Segmentation | None:
+        """Segment a word that begins and ends at totals between -2**exponent and -2**(exponent - 1).
+
+        Args:
+            word: normalised text with its U+2581.
+            exponent: the range.
+
+        Returns:
+            The segmentation, or None if a score lies between two units, so that it depends on the very total.
+        """
+        unit = 2.0 ** (exponent - _MANTISSA_BITS)
+        halves = False
+
+        def add(total: float, score: float) -> float:
+            nonlocal halves
+            steps = score / unit
+            halves |= abs(steps - math.trunc(steps)) == 0.5
+            return total + round(steps)
+
+        search = self._search(word, 0.0, add)
+        if halves:
+            return None
+        tokens, scores, _ = self._path(word, search)
+        return Segmentation(tokens, scores, 0.0, min(search.totals) * unit)
+
+    def segment_at(self, word: str, total: float) -> tuple[list[int], float]:
+        """Segment a word as SentencePiece does at a running total, starting again from zero where it does.
+
+        Args:
+            word: normalised text with its U+2581.
+            total: the running total, a 32-bit float.
+
+        Returns:
+            Token ids, and the running total behind the word.
+        """
+        search = self._search(word, total, lambda before, score: float32(before + score), RESET)
+        return self._path(word, search)[0], search.totals[-1]
+
+    def _search(
+        self, word: str, total: float, add: Callable[[float, float], float], reset: float = math.inf
+    ) -> "_Search":
+        size = len(word)
+        totals = [math.nan] * (size + 1)
+        starts = [-1] * (size + 1)
+        pieces = [-1] * (size + 1)
+        scores = [0.0] * (size + 1)
+        gaps = [math.inf] * (size + 1)
+        totals[0] = total
+        known = self._pieces.get
+        for start in range(size):
+            if -totals[start] > reset:
+                _shift(totals, start, add)
+            here = totals[start]
+            end = start + 1
+            found = known(word[start:end])
+            if found is None or found[0] < 0:
+                found, follows = (-1, self._unknown_score), found
+            else:
+                follows = found
+            while found is not None:
+                piece, score = found
+                if piece >= 0 or end == start + 1:
+                    offered = add(here, score)
+                    if starts[end] < 0:
+                        totals[end], starts[end], pieces[end], scores[end] = offered, start, piece, score
+                    elif offered > totals[end]:
+                        gaps[end] = offered - totals[end]
+                        totals[end], starts[end], pieces[end], scores[end] = offered, start, piece, score
+                    elif totals[end] - offered < gaps[end]:
+                        gaps[end] = totals[end] - offered
+                end += 1
+                found = known(word[start:end]) if follows is not None and end <= size else None
+        return _Search(totals, starts, pieces, scores, gaps)
+
+    def _path(self, word: str, search: "_Search") -> tuple[list[int], list[float], float]:
+        ends = []
+        end = len(word)
+        while end > 0:
+            ends.append(end)
+            end = search.starts[end]
+        ends.reverse()
+        tokens: list[int] = []
+        was_unknown = False
+        for end in ends:
+            piece = search.pieces[end]
+            if piece >= 0:
+                tokens.append(piece)
+            elif self._byte_ids is not None:
+                tokens += [self._byte_ids[byte] for byte in word[search.starts[end] : end].encode()]
+            elif not was_unknown:
+                tokens.append(self._unknown)
+            was_unknown = piece < 0
+        return tokens, [search.scores[end] for end in ends], min((search.gaps[end] for end in ends), default=math.inf)
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The best way to each place of a word: its total, last piece and that piece's start, and the gap to the second."""
+
+    totals: list[float]
+    starts: list[int]
+    pieces: list[int]
+    scores: list[float]
+    gaps: list[float]
+
+
+def _limit(gap: float, size: int, deepest: float) -> float:
+    """Largest total before a word of `size` characters with which rounding cannot close a gap.
+
+    Each of the two sums compared is off by at most half a unit for each character, so the gap must exceed `size` units.
+    Totals below 2**exponent have units of at most 2**(exponent - 24), and the totals inside the word must be below too.
+    """
+    unit = gap / max(1, size) - 1e-9
+    if unit <= 0:
+        return -1.0
+    if math.isinf(unit):
+        return math.inf
+    exponent = math.frexp(unit)[1] - 1 + _MANTISSA_BITS
+    return math.ldexp(1.0, min(exponent, 1000)) + deepest - 1.0
+
+
+def _shift(totals: list[float], start: int, add: Callable[[float, float], float]) -> None:
+    offset = totals[start]
+    for place in range(start, len(totals)):
+        # Places that nothing has reached yet are not numbers and stay so.
+        totals[place] = add(totals[place], -offset)

@@ -1,0 +1,227 @@
+"""Documents to tokens, a window of text at a time, through a table of words."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from more_megatron.data.encoding import Encoded
+from more_megatron.data.wordtable import POISON, WordTable, WordTokens
+
+__all__ = ["CutRule", "WordEncoder"]
+
+WINDOW_BYTES = 1 << 18
+"""Text looked up at a time: its arrays stay in the processor's cache."""
+
+# Neither byte occurs in UTF-8.
+_HEAD = 0xFE
+_END = 0xFF
+_SPACE = 0x20
+_NEWLINE = 0x0A
+
+
+@dataclass(frozen=True)
+class CutRule:
+    """Where a text may be cut so that the parts can be encoded alone.
+
+    A word begins at a space that follows a byte of `closing`, and is named by what stands after that space.
+
+    Args:
+        closing: the bytes after which a space begins a word; None for all but the space itself.
+        blanks: ASCII bytes that the model reads as a space.
+        newlines: whether a line break begins a word too, of which it is then the first byte.
+        head: whether the first word of a text is encoded differently from the same word later.
+    """
+
+    closing: bytes | None = None
+    blanks: bytes = b""
+    newlines: bool = False
+    head: bool = False
+
+
+class WordEncoder:
+    """Encodes documents word by word, exactly as the tokenizer encodes them whole.
+
+    Args:
+        rule: where texts may be cut.
+        encode_words: tokens of words after a space; None for a word whose document must be encoded whole.
+        encode_heads: tokens of words at the start of a text; used if the rule says that they differ.
+        encode_whole: tokens of a whole document.
+        dtype: dtype of the token ids.
+        eod: token that ends each document, or None.
+        suffix: tokens that the tokenizer puts behind every text; those before it belong to the first word.
+        keeps_empty: whether a text without characters has tokens too.
+    """
+
+    def __init__(
+        self,
+        rule: CutRule,
+        encode_words: Callable[[list[bytes]], list[WordTokens]],
+        encode_heads: Callable[[list[bytes]], list[WordTokens]],
+        encode_whole: Callable[[str], Sequence[int] | NDArray[np.integer]],
+        dtype: np.dtype,
+        eod: int | None,
+        suffix: Sequence[int] = (),
+        keeps_empty: bool = False,
+    ) -> None:
+        self._rule = rule
+        self._encode_heads = encode_heads
+        self._encode_whole = encode_whole
+        self._dtype = dtype
+        self._eod = [] if eod is None else [eod]
+        self._closing_tokens = [*suffix, *self._eod]
+        self._keeps_empty = keeps_empty
+        self._opening = bytes([_HEAD if rule.head else _SPACE])
+        self._inner = bytes([_SPACE, _HEAD]) + rule.blanks
+        self._closing = None
+        if rule.closing is not None:
+            self._closing = np.zeros(256, dtype=bool)
+            self._closing[list(rule.closing)] = True
+        self._table = self._make_table(encode_words, dtype)
+        self._heads: dict[bytes, int] = {}
+        self._end_id = self._table.add(self._closing_tokens)
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """Encode documents.
+
+        Args:
+            documents: the documents as UTF-8.
+
+        Returns:
+            Their tokens, in order.
+        """
+        whole = {
+            index
+            for index, document in enumerate(documents)
+            if b"\0" in document or (self._keeps_empty and not document)
+        }
+        text = b"".join(
+            [part for index, document in enumerate(documents) for part in self._framed(document, index in whole)]
+        )
+        tokens, lengths = self._encode_text(text, whole)
+        return self._finish(documents, tokens, lengths, whole)
+
+    def _framed(self, document: bytes, whole: bool) -> tuple[bytes, ...]:
+        # A document without text has no word at all, not one empty word.
+        if whole or not document:
+            return (b"\xff",)
+        return (self._opening, document, b"\xff")
+
+    def _encode_text(self, text: bytes, whole: set[int]) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
+        parts: list[NDArray[np.generic]] = []
+        ends: list[NDArray[np.int64]] = []
+        done = documents = start = 0
+        while start < len(text):
+            stop = self._window_end(text, start)
+            tokens, document_ends, poisoned = self._encode_window(text[start:stop])
+            whole.update((poisoned + documents).tolist())
+            parts.append(tokens)
+            ends.append(document_ends + done)
+            done += len(tokens)
+            documents += len(document_ends)
+            start = stop
+        if not parts:
+            return np.empty(0, self._dtype), np.empty(0, np.int64)
+        all_ends: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), *ends])
+        return np.concatenate(parts), all_ends[1:] - all_ends[:-1]
+
+    def _make_table(self, encode_words: Callable[[list[bytes]], list[WordTokens]], dtype: np.dtype) -> WordTable:
+        return WordTable(encode_words, dtype)
+
+    def _settle(self, ids: NDArray[np.int32], closes: NDArray[np.int64]) -> None:
+        """Change ids that depend on where in its document a word stands; for models of which that is true.
+
+        Args:
+            ids: word ids of a window, int32 [words].
+            closes: places in `ids` where documents end; the last one may go on in the next window.
+        """
+
+    def _window_end(self, text: bytes, start: int) -> int:
+        """A document's end or a cut after the wanted size, so that no word lies in two windows."""
+        wanted = start + WINDOW_BYTES
+        if wanted >= len(text):
+            return len(text)
+        end = text.find(b"\xff", wanted) + 1
+        if end <= wanted + WINDOW_BYTES:
+            return end
+        space = text.find(b" ", wanted, end)
+        while space >= 0 and not self._cuts(text, space):
+            space = text.find(b" ", space + 1, end)
+        return space if space >= 0 else end
+
+    def _cuts(self, text: bytes, space: int) -> bool:
+        before = text[space - 1]
+        return before not in self._inner if self._closing is None else bool(self._closing[before])
+
+    def _encode_window(self, text: bytes) -> tuple[NDArray[np.generic], NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens of a window, the token count up to each document's end, and the documents to encode whole."""
+        if self._table.full:
+            self._table.clear()
+            self._heads.clear()
+            self._end_id = self._table.add(self._closing_tokens)
+        data = np.frombuffer(text, dtype=np.uint8)
+        cuts = self._find_cuts(data)
+        marks = data[cuts]
+        starts = cuts + 1
+        if self._rule.newlines:
+            starts -= marks == _NEWLINE
+        ends = np.append(cuts[1:], len(data))
+        ids = self._table.look_up(text, starts, ends)
+        closes = np.flatnonzero(marks == _END)
+        ids[closes] = self._end_id
+        if self._rule.head:
+            self._look_up_heads(text, ids, np.flatnonzero(marks == _HEAD), starts, ends)
+        self._settle(ids, closes)
+        tokens, counts = self._table.gather(ids)
+        poisoned = np.searchsorted(closes, np.flatnonzero(ids == POISON))
+        return tokens, np.cumsum(counts, dtype=np.int64)[closes], np.unique(poisoned)
+
+    def _find_cuts(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
+        cut = data == _SPACE
+        for blank in self._rule.blanks:
+            cut |= data == blank
+        if self._closing is not None:
+            opens = self._closing[data[:-1]]
+        elif self._rule.head:
+            opens = ~cut[:-1] & (data[:-1] != _HEAD)
+        else:
+            opens = ~cut[:-1]
+        cut[1:] &= opens
+        cut |= data >= _HEAD
+        if self._rule.newlines:
+            cut |= data == _NEWLINE
+        return np.flatnonzero(cut)
+
+    def _look_up_heads(
+        self,
+        text: bytes,
+        ids: NDArray[np.int32],
+        heads: NDArray[np.int64],
+        starts: NDArray[np.int64],
+        ends: NDArray[np.int64],
+    ) -> None:
+        words = [text[starts[index] : ends[index]] for index in heads.tolist()]
+        new = list(dict.fromkeys(word for word in words if word not in self._heads))
+        for word, tokens in zip(new, self._encode_heads(new) if new else [], strict=True):
+            self._heads[word] = POISON if tokens is None else self._table.add(tokens)
+        ids[heads] = [self._heads[word] for word in words]
+
+    def _finish(
+        self, documents: Sequence[bytes], tokens: NDArray[np.generic], lengths: NDArray[np.int64], whole: set[int]
+    ) -> Encoded:
+        """Put in the documents that were encoded whole, and take the end token from empty ones."""
+        spliced = dict.fromkeys(np.flatnonzero(lengths == len(self._closing_tokens)).tolist(), np.empty(0, self._dtype))
+        for index in whole:
+            ids = np.asarray(self._encode_whole(documents[index].decode()), dtype=self._dtype)
+            spliced[index] = np.append(ids, np.array(self._eod, self._dtype)) if len(ids) else ids
+        if spliced:
+            bounds = np.concatenate([[0], np.cumsum(lengths)])
+            parts = []
+            position = 0
+            for index in sorted(spliced):
+                parts += [tokens[position : bounds[index]], spliced[index]]
+                position = bounds[index + 1]
+                lengths[index] = len(spliced[index])
+            tokens = np.concatenate([*parts, tokens[position:]])
+        return Encoded(tokens, lengths.astype(np.int32))

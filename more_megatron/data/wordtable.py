@@ -1,0 +1,224 @@
+"""From text to token ids by looking up words, many at a time.
+
+A word is what lies between two cuts of a text; whoever builds a table vouches that the tokens of a text are those of
+its words, one after the other (`sentencepiece_words.py` proves it for a model). The table knows each word by its bytes:
+words of up to 16 bytes are compared as two 64-bit integers in an open hash table, longer ones in a dictionary, so a
+look-up is exact and a whole window of text costs a few dozen numpy calls.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["POISON", "WordTable", "WordTokens"]
+
+WordTokens = Sequence[int] | None
+"""Token ids of a word; None where the word alone does not decide them and its document must be encoded whole."""
+
+POISON = 0
+"""Word id of every word that has no tokens of its own."""
+
+_SHORT_BYTES = 16
+_ROW = 4
+_SLOT_BITS = 19
+_PACKED = {2: np.dtype(np.uint64), 4: np.dtype(np.complex128)}
+_MOST_ROWS = 1 << 19
+_MIX_LOW = np.uint64(0x9E3779B97F4A7C15)
+_MIX_HIGH = np.uint64(0xC2B2AE3D27D4EB4F)
+_KEEP = np.array([(1 << (8 * count)) - 1 for count in range(9)], dtype=np.uint64)
+
+
+class WordTable:
+    """Words seen so far and their tokens. Its memory is bounded: a full table is emptied and fills again.
+
+    Args:
+        encode: gives the tokens of words it has not seen.
+        dtype: dtype of token ids; its largest value (uint16) or -1 (int32) must not be an id.
+        capacity: rows of tokens to hold; a word takes one for every four of its tokens.
+    """
+
+    def __init__(
+        self, encode: Callable[[list[bytes]], list[WordTokens]], dtype: np.dtype, capacity: int = _MOST_ROWS
+    ) -> None:
+        self._encode = encode
+        self._capacity = capacity
+        self._blank = np.array(-1).astype(dtype)[()]
+        self._rows = np.full((1024, _ROW), self._blank, dtype=dtype)
+        self._slots_low = np.zeros(1 << _SLOT_BITS, dtype=np.uint64)
+        self._slots_high = np.zeros(1 << _SLOT_BITS, dtype=np.uint64)
+        self._slots_id = np.zeros(1 << _SLOT_BITS, dtype=np.int32)
+        self._counts = np.zeros(1024, dtype=np.int32)
+        self._others: dict[bytes, int] = {}
+        self._used = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all words."""
+        self._slots_id[:] = -1
+        self._others.clear()
+        self._used = 1
+        self._rows[POISON] = self._blank
+
+    @property
+    def full(self) -> bool:
+        """Whether the table should be emptied before the next look-up."""
+        return self._used >= self._capacity
+
+    def add(self, tokens: Sequence[int]) -> int:
+        """Store a word that no text can spell, such as the end of a document.
+
+        Returns:
+            Its id.
+        """
+        segments = max(1, -(-len(tokens) // _ROW))
+        first = self._used
+        self._reserve(first + segments)
+        rows = self._rows[first : first + segments].reshape(-1)
+        rows[:] = self._blank
+        rows[: len(tokens)] = tokens
+        self._counts[first] = len(tokens)
+        self._used += segments
+        return first
+
+    def look_up(self, text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
+        """Find words, encoding those that are new.
+
+        Args:
+            text: the window that holds them, without NUL bytes.
+            starts: first byte of each word, int64 [words].
+            ends: byte after each word, int64 [words].
+
+        Returns:
+            Word ids, int32 [words]; `POISON` for words without tokens of their own.
+        """
+        low, high, long = _keys(text, starts, ends)
+        slots = _hash(low, high)
+        ids = self._slots_id[slots]
+        missed = np.flatnonzero((self._slots_low[slots] != low) | (self._slots_high[slots] != high) | (ids < 0))
+        if len(long):
+            missed = np.setdiff1d(missed, long, assume_unique=True)
+        if len(missed):
+            missed = self._probe_again(ids, missed, low, high, slots)
+        others = np.concatenate([missed, long])
+        if len(others):
+            words = [text[start:end] for start, end in zip(starts[others].tolist(), ends[others].tolist(), strict=True)]
+            new = self._learn(words)
+            ids[others] = [self._others[word] for word in words]
+            if new:
+                self._move_to_slots(
+                    dict(zip(words[: len(missed)], missed.tolist(), strict=True)), new, low, high, slots
+                )
+        return ids
+
+    def gather(self, ids: NDArray[np.int32]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
+        """Tokens of words, one after the other.
+
+        Args:
+            ids: word ids, int32 [words].
+
+        Returns:
+            Token ids [tokens], and the number of tokens of each word, int32 [words].
+        """
+        counts = self._counts[ids]
+        rows: NDArray[np.integer] = ids
+        if len(counts) and counts.max() > _ROW:
+            segments = np.maximum(1, (counts + (_ROW - 1)) // _ROW)
+            ends = np.cumsum(segments)
+            rows = np.repeat(ids - (ends - segments), segments) + np.arange(ends[-1])
+        # One item of 8 or 16 bytes for each row: numpy gathers scalars much faster than short rows.
+        packed = self._rows.view(_PACKED[self._rows.itemsize]).reshape(-1)
+        flat = packed[rows].view(self._rows.dtype)
+        return flat[flat != self._blank], counts
+
+    def _probe_again(
+        self,
+        ids: NDArray[np.int32],
+        missed: NDArray[np.int64],
+        low: NDArray[np.uint64],
+        high: NDArray[np.uint64],
+        slots: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Look into the second slot of the words missed in their first; fills `ids`, returns what is still missed."""
+        second = slots[missed] ^ 1
+        hit = self._slots_id[second]
+        found = (hit >= 0) & (self._slots_low[second] == low[missed]) & (self._slots_high[second] == high[missed])
+        ids[missed[found]] = hit[found]
+        still: NDArray[np.int64] = missed[~found]
+        return still
+
+    def _learn(self, words: list[bytes]) -> list[bytes]:
+        """Encode the words that are new into the dictionary; returns them."""
+        new = list(dict.fromkeys(word for word in words if word not in self._others))
+        if new:
+            for word, tokens in zip(new, self._encode(new), strict=True):
+                self._others[word] = POISON if tokens is None else self.add(tokens)
+                self._added(word, self._others[word])
+        return new
+
+    def _added(self, word: bytes, word_id: int) -> None:
+        """Called for each word that is learnt; a table that knows more of its words keeps it here."""
+
+    def _move_to_slots(
+        self,
+        places: dict[bytes, int],
+        new: list[bytes],
+        low: NDArray[np.uint64],
+        high: NDArray[np.uint64],
+        slots: NDArray[np.int64],
+    ) -> None:
+        """Move new short words from the dictionary to the hash table, as far as their slots are free."""
+        short = [word for word in new if word in places]
+        where = np.array([places[word] for word in short], dtype=np.int64)
+        ids = np.array([self._others[word] for word in short], dtype=np.int32)
+        for flip in (0, 1):
+            slot = slots[where] ^ flip
+            # Of two words for one slot the later takes it; the other one tries again or stays in the dictionary.
+            free = self._slots_id[slot] < 0
+            self._slots_low[slot[free]] = low[where[free]]
+            self._slots_high[slot[free]] = high[where[free]]
+            self._slots_id[slot[free]] = ids[free]
+            placed = free & (self._slots_low[slot] == low[where]) & (self._slots_high[slot] == high[where])
+            for index in np.flatnonzero(placed).tolist():
+                del self._others[short[index]]
+            short = [short[index] for index in np.flatnonzero(~placed).tolist()]
+            where, ids = where[~placed], ids[~placed]
+
+    def _reserve(self, rows: int) -> None:
+        have = len(self._rows)
+        if rows <= have:
+            return
+        grown = max(rows, 2 * have)
+        self._rows = np.concatenate([self._rows, np.full((grown - have, _ROW), self._blank, dtype=self._rows.dtype)])
+        self._counts = np.concatenate([self._counts, np.zeros(grown - have, dtype=np.int32)])
+
+
+def _keys(
+    text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]
+) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
+    """First and second eight bytes of each word, zero-filled, and the indices of the words that are longer.
+
+    Two aligned loads make an unaligned one; numpy would copy the whole window for an unaligned view.
+    """
+    aligned = np.frombuffer(text + bytes(24 + -len(text) % 8), dtype="<u8")
+    lengths = ends - starts
+    low = _load(aligned, starts)
+    low &= _KEEP[np.minimum(lengths, 8)]
+    high = np.zeros(len(starts), dtype=np.uint64)
+    beyond = np.flatnonzero(lengths > 8)
+    rest = lengths[beyond] - 8
+    high[beyond] = _load(aligned, starts[beyond] + 8) & _KEEP[np.minimum(rest, 8)]
+    return low, high, beyond[rest > 8]
+
+
+def _load(aligned: NDArray[np.uint64], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    index = offsets >> 3
+    shift = ((offsets & 7) << 3).astype(np.uint64)
+    value: NDArray[np.uint64] = aligned[index] >> shift
+    # Shifting by 64 is undefined, so the upper part moves in two steps.
+    value |= (aligned[index + 1] << (np.uint64(63) - shift)) << np.uint64(1)
+    return value
+
+
+def _hash(low: NDArray[np.uint64], high: NDArray[np.uint64]) -> NDArray[np.int64]:
+    return (((high * _MIX_HIGH) ^ low) * _MIX_LOW >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)

@@ -1,0 +1,247 @@
+"""The tool from files to datasets: formats, identity with Megatron's builder, errors, resuming."""
+
+import gzip
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+from tests.data.conftest import TOOL, assert_one_line, run_tool, write_like_megatron
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext-2"
+
+
+def write_jsonl(path: Path, documents: list[str], copies: int = 1, ensure_ascii: bool = True) -> Path:
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=ensure_ascii) + "\n" for text in documents)
+    path.write_text(lines * copies, encoding="utf-8")
+    return path
+
+
+def same_files(first: Path, second: Path) -> bool:
+    return all(Path(f"{first}{end}").read_bytes() == Path(f"{second}{end}").read_bytes() for end in (".bin", ".idx"))
+
+
+@pytest.fixture(scope="module")
+def model(model_path: Callable[[str], str]) -> str:
+    return model_path("bpe")
+
+
+@pytest.fixture(scope="module")
+def hostile(corpus: list[str]) -> list[str]:
+    return ["", *corpus[:60], "a\0b", " \u2581 </s> ", "\r\nx\r\n", "😀 e\u0301", "", "  ", corpus[60] * 3]
+
+
+def test_same_files_as_megatrons_builder(tmp_path: Path, model: str, hostile: list[str]) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    data = write_jsonl(tmp_path / "in.jsonl", hostile, copies=40)
+    result = run_tool("--input", data, "--output-prefix", tmp_path / "ours", "--tokenizer-model", model, "--workers", 2)
+    assert result.returncode == 0, result.stderr
+    theirs = tmp_path / "theirs_text_document"
+    write_like_megatron(str(theirs), hostile * 40, processor.encode_as_ids, processor.eos_id(), np.uint16)
+    assert same_files(tmp_path / "ours_text_document", theirs)
+    manifest = json.loads((tmp_path / "ours_text_document.json").read_text())
+    assert manifest["documents"] == len(hostile) * 40
+    assert manifest["text_bytes"] == sum(len(text.encode()) for text in hostile) * 40
+    assert manifest["words"] == sum(len(text.encode().split()) for text in hostile) * 40
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_every_format_gives_the_same_dataset(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    text = "".join(f" \n = Title {number} = \n \n {body.strip()} \n" for number, body in enumerate(corpus[:40]))
+    files = {"text.tokens": text.encode(), "text.txt": text.encode(), "text.raw.gz": gzip.compress(text.encode())}
+    try:
+        import zstandard
+
+        files["text.txt.zst"] = zstandard.ZstdCompressor().compress(text.encode())
+    except ImportError:
+        pass
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+        result = run_tool("--input", tmp_path / name, "--output-prefix", tmp_path / name, "--tokenizer-model", model)
+        assert result.returncode == 0, result.stderr
+        assert same_files(tmp_path / f"{name}_text_document", tmp_path / "text.tokens_text_document")
+        assert json.loads((tmp_path / f"{name}_text_document.json").read_text())["documents"] == 40
+
+
+def test_parquet(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": corpus[:50]}), tmp_path / "rows.parquet", row_group_size=7)
+    rows = [line for body in corpus[:5] for line in ("", f" = T{len(body)} = \n", "", f" {' '.join(body.split())} \n")]
+    parquet.write_table(arrow.table({"text": rows}), tmp_path / "lines.parquet")
+    counts = []
+    for name in ("rows", "lines"):
+        prefix = tmp_path / name
+        result = run_tool("--input", f"{prefix}.parquet", "--output-prefix", prefix, "--tokenizer-model", model)
+        assert result.returncode == 0, result.stderr
+        counts.append(json.loads(Path(f"{prefix}_text_document.json").read_text())["documents"])
+    assert counts == [50, 5]
+
+
+def test_globs_keep_order_and_many_inputs_follow_each_other(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    for number in range(3):
+        write_jsonl(tmp_path / f"part{number}.jsonl", corpus[number * 10 : number * 10 + 10], ensure_ascii=False)
+    write_jsonl(tmp_path / "all.jsonl", corpus[:30])
+    for prefix, pattern in (("a", "part*.jsonl"), ("b", "all.jsonl")):
+        result = run_tool(
+            "--input", tmp_path / pattern, "--output-prefix", tmp_path / prefix, "--tokenizer-model", model
+        )
+        assert result.returncode == 0, result.stderr
+    assert same_files(tmp_path / "a_text_document", tmp_path / "b_text_document")
+
+
+def test_play_without_headings_trains_a_tokenizer_and_verifies(tmp_path: Path, corpus: list[str]) -> None:
+    text = "\n\n".join(f"ROMEO:\n{paragraph.strip()}" for body in corpus for paragraph in body.split("\n\n"))
+    (tmp_path / "play.txt").write_text(text)
+    prefix = tmp_path / "play"
+    arguments = ["--input", f"{prefix}.txt", "--output-prefix", prefix, "--train-tokenizer", "--vocab-size", 2000]
+    result = run_tool(*arguments, "--verify")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"(\d+) documents encoded again .* the same, \1 of them decode to their exact text", result.stderr)
+    manifest = json.loads(Path(f"{prefix}_text_document.json").read_text())
+    assert manifest["documents"] > 50
+    assert manifest["tokenizer"]["vocab_size"] == 2000
+    assert manifest["tokenizer"]["model"] == f"{prefix}_tokenizer.model"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="WikiText-2 is not here")
+def test_wikitext_2(tmp_path: Path, model: str) -> None:
+    files = sorted(SHARED.glob("*.tokens"))
+    result = run_tool("--input", *files, "--output-prefix", tmp_path / "w", "--tokenizer-model", model)
+    assert result.returncode == 0, result.stderr
+    # Two lines of a formula look like headings inside a paragraph.
+    assert json.loads((tmp_path / "w_text_document.json").read_text())["documents"] == 120
+
+
+BAD_INPUTS: dict[str, tuple[bytes, list[str]]] = {
+    "empty.txt": (b"", ["empty.txt", "is empty"]),
+    "blank.txt": (b" \n \n", ["no text", "blank.txt"]),
+    "latin.txt": (b"caf\xe9 au lait\n", ["latin.txt", "not UTF-8", "offset 3"]),
+    "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', ["latin.jsonl", "not UTF-8", "offset 24"]),
+    "key.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', ["key.jsonl", "byte 14", "'text'", "--json-key"]),
+    "number.jsonl": (b'{"text": 3}\n', ["number.jsonl", "byte 0", "int"]),
+    "broken.jsonl": (b'{"text": "a"\n', ["broken.jsonl", "byte 0", "no JSON"]),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', ["half.jsonl", "surrogate"]),
+    "cut.txt.gz": (gzip.compress(os.urandom(1000))[:500], ["cut.txt.gz", "damaged gzip"]),
+    "not.txt.gz": (b"plain", ["not.txt.gz", "damaged gzip"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_ends_in_one_line(name: str, tmp_path: Path, model: str) -> None:
+    data, words = BAD_INPUTS[name]
+    (tmp_path / name).write_bytes(data)
+    arguments = ["--input", tmp_path / name, "--output-prefix", tmp_path / "out", "--tokenizer-model", model]
+    assert_one_line(run_tool(*arguments, "--no-progress"), *words)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_bad_arguments_end_in_one_line(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    data = write_jsonl(tmp_path / "in.jsonl", corpus[:3])
+    out = ["--output-prefix", tmp_path / "out", "--no-progress"]
+    usual = ["--input", data, *out]
+    (tmp_path / "bad.model").write_bytes(b"nothing")
+    assert_one_line(run_tool("--input", tmp_path / "no.txt", *out, "--tokenizer-model", model), "does not exist")
+    assert_one_line(run_tool("--input", tmp_path, *out, "--tokenizer-model", model), "is a folder")
+    assert_one_line(run_tool(*usual), "needs --tokenizer-model")
+    assert_one_line(run_tool(*usual, "--tokenizer-model", "no.model"), "no.model", "does not exist")
+    assert_one_line(run_tool(*usual, "--tokenizer-model", tmp_path / "bad.model"), "bad.model", "damaged")
+    assert_one_line(run_tool(*usual, "--train-tokenizer", "--vocab-size", 90000), "90000 is too large", "or less")
+    inside = ["--input", data, "--output-prefix", data / "x", "--no-progress", "--tokenizer-model", model]
+    assert_one_line(run_tool(*inside), "cannot write", "Not a directory")
+    assert run_tool(*usual, "--tokenizer-type", "Nonsense").returncode == 2
+    assert run_tool(*usual, "--train-tokenizer").returncode == 2
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_full_disk_ends_in_one_line_and_resumes(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=12)
+    arguments = ["--input", data, "--tokenizer-model", model, "--no-progress", "--workers", "2"]
+    command = [sys.executable, TOOL, *arguments, "--output-prefix", tmp_path / "full"]
+    # A limit on the size of a file stands in for a full disk; the joined file is the first to reach it.
+    limited = f"trap '' XFSZ; ulimit -f 1200; exec {' '.join(map(str, command))}"
+    result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=120)
+    assert_one_line(result, "cannot write", "--resume")
+    assert [path.name for path in tmp_path.glob("full*")] == ["full_text_document.partial"]
+    assert run_tool(*arguments, "--output-prefix", tmp_path / "full", "--resume").returncode == 0
+    assert run_tool(*arguments, "--output-prefix", tmp_path / "free").returncode == 0
+    assert same_files(tmp_path / "full_text_document", tmp_path / "free_text_document")
+
+
+def kill_when_parts_exist(command: list[Any], folder: Path, parts: int) -> None:
+    process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("part-*.json"))) < parts and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_resume_after_kill(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=30)
+    out = tmp_path / "killed"
+    folder = tmp_path / "killed_text_document.partial"
+    command = [
+        TOOL,
+        "--input",
+        data,
+        "--output-prefix",
+        out,
+        "--tokenizer-model",
+        model,
+        "--no-progress",
+        "--workers",
+        2,
+    ]
+    kill_when_parts_exist(command, folder, 3)
+    assert not (tmp_path / "killed_text_document.idx").exists()
+    old = {path: path.stat().st_mtime_ns for path in folder.glob("part-*.json")}
+    assert len(old) >= 3
+    time.sleep(0.3)
+    changed = run_tool(*command[1:], "--no-append-eod", "--resume")
+    assert_one_line(changed, "cannot resume", "append_eod")
+    # Another number of workers goes on with the same parts.
+    resumed = run_tool(*command[1:-1], 3, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    fresh = run_tool(*command[1:3], "--output-prefix", tmp_path / "fresh", *command[5:])
+    assert fresh.returncode == 0, fresh.stderr
+    assert same_files(tmp_path / "killed_text_document", tmp_path / "fresh_text_document")
+    assert not folder.exists()
+
+
+def test_kill_then_start_clean(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=10)
+    command = [TOOL, "--input", data, "--output-prefix", tmp_path / "x", "--tokenizer-model", model, "--no-progress"]
+    kill_when_parts_exist([*command, "--workers", 2], tmp_path / "x_text_document.partial", 1)
+    assert run_tool(*command[1:]).returncode == 0
+    assert sorted(path.suffix for path in tmp_path.glob("x*")) == [".bin", ".idx", ".json"]
+
+
+def test_help_is_quick() -> None:
+    # Processor time, since a busy machine says nothing about the tool.
+    times = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert run_tool("--help").returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime)
+    assert min(times) < 0.5
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        f"import sys; sys.argv=['t','--help']; sys.path.insert(0, {str(TOOL.parent)!r}); import preprocess_wikitext; "
+    )
+    code += "print([m for m in ('torch', 'megatron', 'transformers', 'pyarrow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

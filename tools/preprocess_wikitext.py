@@ -1,0 +1,164 @@
+#!/usr/bin/env python
+"""Text files to a Megatron dataset: `P_text_document.bin`, `.idx` and a manifest `.json`. See docs/data.md."""
+
+import argparse
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from more_megatron.data.detokenize import Detokenize
+from more_megatron.data.documents import Layout
+from more_megatron.data.preprocess import Job, preprocess
+from more_megatron.data.progress import Progress
+from more_megatron.data.sources import Source, expand_inputs, open_source
+from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions, TokenizerType, load
+from more_megatron.errors import MoREError, one_line_errors
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    _add_data(parser.add_argument_group("input and output"))
+    _add_tokenizer(parser.add_argument_group("tokenizer (Megatron's flags)"))
+    group = parser.add_argument_group("run")
+    group.add_argument("--workers", type=_positive, default=_cores(), help="processes (default: the cores there are)")
+    group.add_argument("--resume", action="store_true", help="use the finished parts of an interrupted run")
+    group.add_argument("--verify", action="store_true", help="read the result back with Megatron and compare samples")
+    group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+    args = parser.parse_args(arguments)
+    if args.train_tokenizer and not args.vocab_size:
+        parser.error("--train-tokenizer needs --vocab-size")
+    return args
+
+
+def _add_data(group: argparse._ArgumentGroup) -> None:
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="FILE", help="files and globs, also .jsonl, .parquet, .gz, .zst")
+    source.add_argument("--dataset", metavar="NAME", help="wikitext-103-raw-v1, or OWNER/REPOSITORY/FOLDER")
+    group.add_argument("--dataset-split", default="train", help="split of --dataset (default: train)")
+    group.add_argument("--output-prefix", required=True, metavar="P", help="writes P_<key>_document.bin, .idx, .json")
+    group.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
+    group.add_argument(
+        "--layout",
+        choices=["auto", Layout.WIKITEXT.value, Layout.PLAIN.value],
+        default="auto",
+        help="documents of text files: an article for each ` = Title = `, or pieces cut at paragraphs",
+    )
+    group.add_argument(
+        "--detokenize",
+        choices=[mode.value for mode in Detokenize],
+        default="none",
+        help="undo WikiText's ` @-@ ` and spacing",
+    )
+    group.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end documents with the tokenizer's end-of-document token",
+    )
+
+
+def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
+    types = [kind.value for kind in TokenizerType]
+    group.add_argument(
+        "--tokenizer-type", choices=types, default=types[0], metavar="T", help=f"one of {', '.join(types)}"
+    )
+    group.add_argument("--tokenizer-model", metavar="M", help="file, folder or hub name")
+    group.add_argument("--train-tokenizer", action="store_true", help="train SentencePiece BPE on the inputs first")
+    group.add_argument("--vocab-size", type=_positive, help="size to train; also for TikTokenizer and NullTokenizer")
+    group.add_argument("--vocab-file")
+    group.add_argument("--merge-file")
+    group.add_argument("--tokenizer-special-tokens", nargs="+", dest="special_tokens")
+    group.add_argument("--tokenizer-metadata", dest="metadata_path")
+    group.add_argument("--tiktoken-pattern", choices=["v1", "v2"])
+    group.add_argument("--tiktoken-num-special-tokens", type=int, default=1000)
+    group.add_argument("--tokenizer-sentencepiece-legacy", action="store_true")
+    group.add_argument(
+        "--tokenizer-sentencepiece-ignore-extra-whitespaces", action=argparse.BooleanOptionalAction, default=True
+    )
+    group.add_argument("--tokenizer-hf-no-use-fast", action="store_true")
+    group.add_argument("--tokenizer-hf-no-include-special-tokens", action="store_true")
+    group.add_argument("--trust-remote-code", action="store_true")
+    group.add_argument("--null-tokenizer-eod-id", type=int)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sources(args: argparse.Namespace) -> list[Source]:
+    if args.dataset:
+        from more_megatron.data.hub import download
+
+        paths = download(args.dataset, args.dataset_split)
+    else:
+        paths = expand_inputs(args.input)
+    layout = None if args.layout == "auto" else Layout(args.layout)
+    return [open_source(path, args.json_key, layout) for path in paths]
+
+
+def _options(args: argparse.Namespace, sources: list[Source]) -> TokenizerOptions:
+    if args.train_tokenizer:
+        args.tokenizer_model = _train(args, sources)
+    return TokenizerOptions.from_args(args)
+
+
+def _train(args: argparse.Namespace, sources: list[Source]) -> str:
+    from more_megatron.data.train_tokenizer import train_sentencepiece
+
+    model = args.tokenizer_model or f"{args.output_prefix}_tokenizer.model"
+    if args.tokenizer_type not in SENTENCEPIECE_TYPES:
+        raise MoREError(f"--train-tokenizer trains SentencePiece; it cannot make a {args.tokenizer_type}")
+    if not (args.resume and os.path.exists(model)):
+        print(f"training a tokenizer of {args.vocab_size} pieces: {model}", file=sys.stderr)
+        train_sentencepiece(sources, Detokenize(args.detokenize), args.vocab_size, model)
+    return str(model)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool and return its exit code."""
+    args = parse_arguments(arguments)
+    with one_line_errors(Path(__file__).name, OSError):
+        try:
+            _run(args)
+        except KeyboardInterrupt:
+            raise MoREError("interrupted; run the same command with --resume to go on") from None
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    sources = _sources(args)
+    tokenizer = load(_options(args, sources))
+    job = Job(
+        prefix=f"{args.output_prefix}_{args.json_key}_document",
+        sources=sources,
+        tokenizer=tokenizer,
+        append_eod=args.append_eod,
+        detokenize=Detokenize(args.detokenize),
+        workers=args.workers,
+        resume=args.resume,
+    )
+    print(f"encoding by {tokenizer.method}", file=sys.stderr)
+    known = all(source.seekable for source in sources)
+    total = sum(source.size for source in sources) if known else None
+    with closing(Progress(total, not args.no_progress)) as progress:
+        manifest = preprocess(job, progress)
+    print(f"{job.prefix}: {manifest['documents']} documents, {manifest['tokens']} tokens", file=sys.stderr)
+    if args.verify:
+        from more_megatron.data.verify import verify
+
+        print(f"{job.prefix}: {verify(job, manifest)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
