@@ -135,6 +135,12 @@ class MoREConfig(TransformerConfig):
         return low, max(high, low)
 
     @property
+    def max_steps(self) -> int:
+        """Largest number of recurrence steps that training can take."""
+        means = self.curriculum.means if self.curriculum is not None else [self.mean_steps]
+        return max(self.step_range(mean)[1] for mean in means)
+
+    @property
     def _lowest_step(self) -> int:
         return self.recurrence_min_steps or 1
 

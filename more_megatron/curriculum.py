@@ -35,6 +35,11 @@ class Curriculum:
         return self._steps[bisect_right(self._starts, step) - 1]
 
     @property
+    def means(self) -> list[int]:
+        """The mean numbers of recurrence steps, in order."""
+        return list(self._steps)
+
+    @property
     def last(self) -> int:
         """The mean number of recurrence steps in the end."""
         return self._steps[-1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,17 +21,19 @@ from megatron.core.transformer.transformer_layer import (
 
 from more_megatron.backends import final_norm, layer_submodules
 from more_megatron.config import MoREConfig
+from more_megatron.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.errors import MoREError
-from more_megatron.experts.light import LightExperts
-from more_megatron.experts.projections import ProjectionExperts
-from more_megatron.experts.recurrent import RecurrentExperts
+from more_megatron.experts.ffn import ffn_experts_cost
+from more_megatron.experts.light import LightExperts, light_experts_cost
+from more_megatron.experts.projections import ProjectionExperts, projection_experts_cost
+from more_megatron.experts.recurrent import RecurrentExperts, recurrent_experts_cost
 from more_megatron.moe.coordinates import DISPATCHERS
 from more_megatron.moe.iterated_router import IteratedRouter
 from more_megatron.moe.layer import MicroBatchTransformerLayer, RowMoELayer
 from more_megatron.moe.recurrent_moe import IteratedMoELayer, RecurrentMoETransformerLayer
 from more_megatron.moe.shared_block import CombinedBlockMoELayer, SharedBlockMoELayer
 
-__all__ = ["VARIANTS", "Variant", "block_spec", "check_variant", "get_variant"]
+__all__ = ["VARIANTS", "Variant", "block_spec", "check_variant", "get_variant", "layer_cost", "model_cost"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Variant:
         layer: Transformer layer that holds the MoE part.
         moe: MoE layer.
         parts: Parts of the MoE layer that take the place of Megatron's.
+        experts_cost: Cost of the routed experts, and of the block they share, given configuration and sequence length.
         recurrent: Whether its depth comes from recurrence.
         mixes_tokens: Whether experts let the tokens that were sent to them attend to each other.
         has_projections: Whether experts are projections around a shared block.
@@ -52,6 +56,7 @@ class Variant:
     layer: type[TransformerLayer] = MicroBatchTransformerLayer
     moe: type[MoELayer] = MoELayer
     parts: dict[str, Any] = field(default_factory=dict)
+    experts_cost: Callable[[MoREConfig, int], Cost] = ffn_experts_cost
     recurrent: bool = True
     mixes_tokens: bool = False
     has_projections: bool = False
@@ -68,12 +73,14 @@ VARIANTS: dict[str, Variant] = {
         "each expert is a recurrent block of its own (Synthesis I, option A)",
         moe=RowMoELayer,
         parts={"experts": RecurrentExperts},
+        experts_cost=recurrent_experts_cost,
         mixes_tokens=True,
     ),
     "shared_block": Variant(
         "experts are projections around one recurrent block (Synthesis I, option B)",
         moe=SharedBlockMoELayer,
         parts={"experts": ProjectionExperts},
+        experts_cost=projection_experts_cost,
         mixes_tokens=True,
         has_projections=True,
     ),
@@ -81,6 +88,7 @@ VARIANTS: dict[str, Variant] = {
         "light experts, combined, then one recurrent block over the sequence (option B as in the summary)",
         moe=CombinedBlockMoELayer,
         parts={"experts": LightExperts},
+        experts_cost=light_experts_cost,
     ),
     "recurrent_moe": Variant(
         "the MoE sub-layer iterated (Synthesis II, option C)",
@@ -166,6 +174,34 @@ def block_spec(config: MoREConfig, vp_stage: int | None = None) -> TransformerBl
     return TransformerBlockSubmodules(
         layer_specs=[layers[index] for index in _local_layers(config, vp_stage)], layer_norm=final_norm(config)
     )
+
+
+def model_cost(config: MoREConfig, vocab_size: int, seq_length: int, tied: bool = False) -> Cost:
+    """Return the cost of a whole model.
+
+    Args:
+        config: Model configuration.
+        vocab_size: Size of the vocabulary, with padding.
+        seq_length: Length of a sequence.
+        tied: Whether input and output embeddings are one.
+    """
+    embedding = linear_cost(config.hidden_size, vocab_size)
+    head = Cost(once=embedding.once) if tied else embedding
+    ends = Cost(embedding.parameters, config.hidden_size) + head + Cost(config.hidden_size, config.hidden_size)
+    return sum((layer_cost(config, seq_length, is_moe) for is_moe in _moe_pattern(config)), ends)
+
+
+def layer_cost(config: MoREConfig, seq_length: int, is_moe: bool) -> Cost:
+    """Return the cost of a layer, with or without experts."""
+    hidden = config.hidden_size
+    attention = attention_cost(config, seq_length) + Cost(2 * hidden, 2 * hidden)
+    if not is_moe:
+        return attention + gated_mlp_cost(hidden, config.ffn_hidden_size)
+    variant = get_variant(config.more_variant)
+    moe = variant.experts_cost(config, seq_length) + linear_cost(hidden, config.num_moe_experts)
+    if config.moe_shared_expert_intermediate_size is not None:
+        moe = moe + gated_mlp_cost(hidden, config.moe_shared_expert_intermediate_size)
+    return attention + (moe.in_every_step() if variant.iterates_router else moe)
 
 
 def _moe_layer(config: MoREConfig) -> ModuleSpec:

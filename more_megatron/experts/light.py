@@ -10,11 +10,14 @@ from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.backends import grouped_linear
 from more_megatron.config import MoREConfig
+from more_megatron.costs import Cost, linear_cost
 from more_megatron.experts.parameters import draw_parameter, grouped_parameter, sharded_parameters
+from more_megatron.experts.projections import shared_ffn_hidden_size
 from more_megatron.experts.recurrent import expert_placement
+from more_megatron.experts.recurrent_block import block_cost
 from more_megatron.recurrence.initialization import BlockInitializer
 
-__all__ = ["LightExperts"]
+__all__ = ["LightExperts", "light_experts_cost"]
 
 
 class LightExperts(MegatronModule):
@@ -81,3 +84,11 @@ class LightExperts(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Return the weights of all experts as slices of one tensor each."""
         return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
+
+
+def light_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+    """Return the cost of the routed experts and the block that follows them."""
+    hidden = config.hidden_size
+    expert = linear_cost(hidden, 2 * hidden) + linear_cost(2 * hidden, hidden)
+    routed = expert.routed(config.num_moe_experts, config.moe_router_topk)
+    return routed + block_cost(config, shared_ffn_hidden_size(config), seq_length)

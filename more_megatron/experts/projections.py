@@ -10,14 +10,15 @@ from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.backends import grouped_linear
 from more_megatron.config import MoREConfig
+from more_megatron.costs import Cost, linear_cost
 from more_megatron.experts.inputs import ExpertInputs
 from more_megatron.experts.parameters import draw_parameter, grouped_parameter, sharded_parameters
-from more_megatron.experts.recurrent import expert_placement
-from more_megatron.experts.recurrent_block import RecurrentBlock
+from more_megatron.experts.recurrent import expert_placement, routed_context
+from more_megatron.experts.recurrent_block import RecurrentBlock, block_cost
 from more_megatron.experts.replication import enter_replicated, leave_replicated
 from more_megatron.recurrence.initialization import BlockInitializer
 
-__all__ = ["ProjectionExperts"]
+__all__ = ["ProjectionExperts", "projection_experts_cost", "shared_ffn_hidden_size"]
 
 
 class ProjectionExperts(MegatronModule):
@@ -84,3 +85,18 @@ class ProjectionExperts(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Return the projections of all experts as slices of one tensor each."""
         return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
+
+
+def shared_ffn_hidden_size(config: MoREConfig) -> int:
+    """Return the width of the MLP in a block that experts share."""
+    return config.recurrence_ffn_hidden_size or 4 * config.hidden_size
+
+
+def projection_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+    """Return the cost of the routed experts and the block between their projections."""
+    experts, topk = config.num_moe_experts, config.moe_router_topk
+    block = block_cost(config, shared_ffn_hidden_size(config), routed_context(config, seq_length))
+    rows = block.routed(1, topk)
+    # A token meets the one block however many experts it is sent to.
+    shared = Cost(block.parameters, block.parameters, rows.once, rows.per_step)
+    return (linear_cost(config.hidden_size, config.hidden_size) * 2).routed(experts, topk) + shared

@@ -10,12 +10,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_rank
 
 from more_megatron.config import MoREConfig
+from more_megatron.costs import Cost
 from more_megatron.experts.inputs import ExpertInputs
 from more_megatron.experts.parameters import Placement
-from more_megatron.experts.recurrent_block import RecurrentBlock
+from more_megatron.experts.recurrent_block import RecurrentBlock, block_cost
 from more_megatron.experts.replication import enter_replicated, leave_replicated
 
-__all__ = ["RecurrentExperts", "expert_placement"]
+__all__ = ["RecurrentExperts", "expert_placement", "recurrent_experts_cost", "routed_context"]
 
 
 def expert_placement(config: MoREConfig, num_local_experts: int, pg_collection: ProcessGroupCollection) -> Placement:
@@ -51,7 +52,7 @@ class RecurrentExperts(MegatronModule):
         self.block = RecurrentBlock(
             config,
             expert_placement(config, num_local_experts, pg_collection),
-            config.recurrence_ffn_hidden_size or 2 * config.hidden_size,
+            _ffn_hidden_size(config),
             name="expert",
         )
 
@@ -76,3 +77,18 @@ class RecurrentExperts(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Return the weights of all experts as slices of one tensor each."""
         return self.block.sharded_state_dict(f"{prefix}block.", sharded_offsets, metadata)
+
+
+def routed_context(config: MoREConfig, seq_length: int) -> float:
+    """Return how many tokens of a sequence meet in one expert if the load is balanced."""
+    return seq_length * config.moe_router_topk / config.num_moe_experts
+
+
+def recurrent_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+    """Return the cost of the routed experts."""
+    expert = block_cost(config, _ffn_hidden_size(config), routed_context(config, seq_length))
+    return expert.routed(config.num_moe_experts, config.moe_router_topk)
+
+
+def _ffn_hidden_size(config: MoREConfig) -> int:
+    return config.recurrence_ffn_hidden_size or 2 * config.hidden_size

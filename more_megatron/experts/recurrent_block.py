@@ -12,7 +12,6 @@ import functools
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import _rotate_half
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
@@ -21,14 +20,16 @@ from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.backends import grouped_linear, segment_attention
 from more_megatron.config import MoREConfig
+from more_megatron.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.experts.parameters import Placement, draw_parameter, grouped_parameter, sharded_parameters
+from more_megatron.experts.row_ops import rms_norm, rotate
 from more_megatron.recurrence.depth import Depth
 from more_megatron.recurrence.initialization import BlockInitializer
 from more_megatron.recurrence.noise import state_noise
 from more_megatron.recurrence.truncation import iterate_state
 from more_megatron.segments import Segments
 
-__all__ = ["BlockRows", "RecurrentBlock"]
+__all__ = ["BlockRows", "RecurrentBlock", "block_cost"]
 
 
 @dataclass(frozen=True)
@@ -158,23 +159,20 @@ class RecurrentBlock(MegatronModule):
         return weight[0] if len(weight) == 1 else weight.index_select(0, rows.groups)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if weight.dim() == 1:
-            return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, self.config.layernorm_epsilon)
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=self.config.layernorm_epsilon) * weight
+        return rms_norm(x, weight, self.config.layernorm_epsilon)
 
     def _rotation(self, rows: BlockRows) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return cosine and sine of each row's angles, [rows, 1, d]."""
+        """Return cosine and sine of each row's angles, [rows, 1, planes]."""
         if rows.rotary_pos_emb is None:
             return None
+        # Megatron lists the angle of each channel; the two of a plane share it.
         angles = rows.rotary_pos_emb[:, 0].index_select(0, rows.positions)
-        dtype = self.config.params_dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        planes = angles.size(-1) // 2
+        angles = angles[..., 0::2] if self.config.rotary_interleaved else angles[..., :planes]
+        return angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
 
     def _rotate(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        cos, sin = rotation
-        turned, rest = x[..., : cos.size(-1)], x[..., cos.size(-1) :]
-        turned = turned * cos + _rotate_half(turned, self.config.rotary_interleaved) * sin
-        return turned if rest.size(-1) == 0 else torch.cat((turned, rest), dim=-1)
+        return rotate(x, *rotation, self.config.rotary_interleaved)
 
     def _copy(self, x: torch.Tensor) -> torch.Tensor:
         if self.placement.split_size == 1:
@@ -189,3 +187,17 @@ class RecurrentBlock(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Return the weights as slices of global tensors with an axis for the groups."""
         return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
+
+
+def block_cost(config: MoREConfig, ffn_hidden_size: int, context: float) -> Cost:
+    """Return the cost of one block: all in every step, but for the half of the adapter that sees the input.
+
+    Args:
+        config: Model configuration.
+        ffn_hidden_size: Width of the gated MLP.
+        context: Length of the sequence that attends to itself.
+    """
+    hidden = config.hidden_size
+    step = linear_cost(hidden, hidden) + attention_cost(config, context) + gated_mlp_cost(hidden, ffn_hidden_size)
+    norms = Cost(4 * hidden, 4 * hidden)
+    return linear_cost(hidden, hidden) + step.in_every_step() + norms

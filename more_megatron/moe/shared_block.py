@@ -12,6 +12,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 
 from more_megatron.experts.inputs import ExpertInputs
 from more_megatron.experts.parameters import Placement
+from more_megatron.experts.projections import shared_ffn_hidden_size
 from more_megatron.experts.recurrent_block import RecurrentBlock
 from more_megatron.moe.coordinates import local_coordinates
 from more_megatron.moe.layer import LayerInputs, RowMoELayer
@@ -40,7 +41,7 @@ class SharedBlockMoELayer(RowMoELayer):
                 split_group=groups.expt_tp if split_experts else None,
                 replica_rank=get_pg_rank(groups.dp_cp if split_experts else groups.tp_dp_cp),
             ),
-            config.recurrence_ffn_hidden_size or 4 * config.hidden_size,
+            shared_ffn_hidden_size(config),
             name="shared",
         )
         # Replicas of experts see other rows on each tensor-parallel rank: their gradients are summed, as under
@@ -82,7 +83,7 @@ class CombinedBlockMoELayer(MoELayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        width = self.config.recurrence_ffn_hidden_size or 4 * self.config.hidden_size
+        width = shared_ffn_hidden_size(self.config)
         self.recurrent_block = SequenceBlock(self.config, width, kwargs["pg_collection"])
 
     def set_layer_number(self, layer_number: int) -> None:

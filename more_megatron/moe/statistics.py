@@ -66,6 +66,8 @@ class IterationTracker(MoEMetricsTracker):
         return super().report(loss_scale, iteration, *args, **kwargs)
 
     def _report_steps(self, iteration: int, writer: Any, wandb_writer: Any) -> None:
+        if self._steps.numel() == 0:
+            return
         torch.distributed.all_reduce(self._steps, group=parallel_state.get_pipeline_model_parallel_group())
         torch.distributed.all_reduce(
             self._steps, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)

@@ -66,6 +66,12 @@ class DepthSampler:
         """Return the depth in evaluation: fixed, and no step carries gradient."""
         return Depth(no_grad_steps=self._config.evaluation_steps, grad_steps=0)
 
+    def expected(self) -> Depth:
+        """Return the depth at the mean number of steps, which a typical training step has in the end."""
+        mean = self._config.mean_steps
+        grad_steps = min(self._config.recurrence_backprop_steps or mean, mean)
+        return Depth(no_grad_steps=mean - grad_steps, grad_steps=grad_steps)
+
     def _mean_steps(self, step: int) -> int:
         return self._config.mean_steps if self._curriculum is None else self._curriculum.steps_at(step)
 

@@ -1,0 +1,185 @@
+"""Times training steps of several systems at equal cost, in one process and in turn.
+
+A machine's speed drifts, so systems are measured in rounds, each once a round, and compared within a round: what is
+reported is the median of the ratios.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.models.gpt import GPTModelConfig
+
+from more_megatron.config import MoREConfig
+from more_megatron.costs import Cost
+from more_megatron.errors import MoREError
+from more_megatron.recurrence.depth import Depth
+from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.variants import get_variant, model_cost
+
+__all__ = ["StepBenchmark", "SystemTiming", "match_flops", "step_time_by_depth", "time_systems"]
+
+_WIDTH_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class SystemTiming:
+    """What a system took.
+
+    Attributes:
+        name: Name of the system.
+        cost: Cost of the model.
+        flops_per_token: Operations a token of a training step.
+        seconds: Time of a step in each round.
+        peak_bytes: Most memory that the process (or the GPU) held during a step.
+    """
+
+    name: str
+    cost: Cost
+    flops_per_token: float
+    seconds: list[float]
+    peak_bytes: int
+
+    def achieved_flops(self, tokens: int) -> list[float]:
+        """Return operations a second in each round, for steps of `tokens` tokens."""
+        return [self.flops_per_token * tokens / seconds for seconds in self.seconds]
+
+
+class StepBenchmark:
+    """A model of one system and a batch of random tokens.
+
+    Args:
+        model_config: Megatron's model configuration with a `MoREConfig`.
+        seq_length: Length of a sequence.
+        batch_size: Sequences a step.
+    """
+
+    def __init__(self, model_config: GPTModelConfig, seq_length: int, batch_size: int) -> None:
+        self.config: MoREConfig = model_config.transformer
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        self._model: GPTModel = model_config.get_builder_cls()(model_config).build_model(groups)
+        device = torch.cuda.current_device()
+        self._model = self._model.cuda(device).to(self.config.params_dtype).train()
+        shape = (batch_size, seq_length)
+        self._tokens = torch.randint(model_config.vocab_size, shape, device=device)
+        self._positions = torch.arange(seq_length, device=device).expand(shape)
+        self.cost = model_cost(self.config, self._model.vocab_size, seq_length)
+
+    def step(self, depth: Depth) -> float:
+        """Take one forward and backward pass and return its seconds."""
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        micro_batch = MicroBatch(depth, tuple(range(len(self._tokens))))
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        losses = self._model(
+            self._tokens,
+            self._positions,
+            None,
+            labels=self._tokens,
+            extra_block_kwargs=micro_batch.block_kwargs(),
+        )
+        losses.float().mean().backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int, seq_length: int) -> MoREConfig:
+    """Return the configuration with the width of its experts chosen so that a token costs `target` operations.
+
+    Args:
+        config: Model configuration.
+        target: Operations a token of a training step.
+        depth: Recurrence steps.
+        vocab_size: Size of the vocabulary, with padding.
+        seq_length: Length of a sequence.
+
+    Raises:
+        MoREError: If the system costs more than that at any width.
+    """
+    name = "moe_ffn_hidden_size" if _has_ffn_experts(config) else "recurrence_ffn_hidden_size"
+
+    def flops(width: int) -> float:
+        setattr(matched, name, width)
+        return model_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
+
+    matched = copy.copy(config)
+    base, slope = flops(_WIDTH_MULTIPLE), (flops(2 * _WIDTH_MULTIPLE) - flops(_WIDTH_MULTIPLE)) / _WIDTH_MULTIPLE
+    width = _WIDTH_MULTIPLE + (target - base) / slope
+    width = round(width / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
+    if width < _WIDTH_MULTIPLE:
+        raise MoREError(
+            f"{config.more_variant} costs {base / 1e6:.1f} MFLOP a token at the least, more than {target / 1e6:.1f}: "
+            "raise the target or take fewer recurrence steps"
+        )
+    flops(width)
+    return matched
+
+
+def _has_ffn_experts(config: MoREConfig) -> bool:
+    return "experts" not in get_variant(config.more_variant).parts
+
+
+def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int, warmup: int) -> list[SystemTiming]:
+    """Time each system once a round.
+
+    Args:
+        benchmarks: Systems by name.
+        depth: Recurrence steps of the recurrent ones.
+        rounds: Rounds that count.
+        warmup: Rounds before them that do not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in benchmarks}
+    peaks = dict.fromkeys(benchmarks, 0)
+    for number in range(warmup + rounds):
+        for name, benchmark in benchmarks.items():
+            _reset_peak()
+            duration = benchmark.step(depth)
+            if number >= warmup:
+                seconds[name].append(duration)
+                peaks[name] = max(peaks[name], _peak_bytes())
+    return [
+        SystemTiming(
+            name,
+            benchmark.cost,
+            benchmark.cost.training_flops(depth.no_grad_steps, depth.grad_steps),
+            seconds[name],
+            peaks[name],
+        )
+        for name, benchmark in benchmarks.items()
+    ]
+
+
+def step_time_by_depth(benchmark: StepBenchmark, steps: list[int], rounds: int) -> dict[int, float]:
+    """Return the median seconds of a training step for each number of recurrence steps, all with gradient."""
+    for count in steps:
+        benchmark.step(Depth(0, count))
+    seconds: dict[int, list[float]] = {count: [] for count in steps}
+    for _ in range(rounds):
+        for count in steps:
+            seconds[count].append(benchmark.step(Depth(0, count)))
+    return {count: statistics.median(times) for count, times in seconds.items()}
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif (clear := Path("/proc/self/clear_refs")).exists():
+        clear.write_text("5")
+
+
+def _peak_bytes() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,105 @@
+"""Reads the lines that Megatron's trainer prints.
+
+Ranks share one output, so that a line of one may begin where a line of another ends: nothing here is anchored at the
+beginning of a line.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+__all__ = ["Iteration", "TrainingLog", "Validation", "read_iteration", "read_log", "read_validation"]
+
+_ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
+_MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
+_SEQUENCES = re.compile(r"global batch size: +(\d+)")
+_LOSS = re.compile(r"lm loss: (\S+)")
+_STEPS = re.compile(r"recurrence steps: (\S+)")
+_VALIDATION = re.compile(r"validation loss at iteration (\d+).*?lm loss value: (\S+) \| lm loss PPL: (\S+)")
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """An iteration line: means over the iterations since the line before.
+
+    Attributes:
+        number: Training steps taken.
+        total: Training steps of the whole run.
+        loss: Loss in nats, NaN where the steps were skipped.
+        milliseconds: Time a step.
+        sequences: Sequences a step.
+        recurrence_steps: Recurrence steps r, None for a system without recurrence.
+    """
+
+    number: int
+    total: int
+    loss: float
+    milliseconds: float
+    sequences: int
+    recurrence_steps: float | None
+
+
+@dataclass(frozen=True)
+class Validation:
+    """A validation line.
+
+    Attributes:
+        iteration: Training steps before it.
+        loss: Loss in nats.
+        perplexity: exp(loss).
+    """
+
+    iteration: int
+    loss: float
+    perplexity: float
+
+
+@dataclass
+class TrainingLog:
+    """The iteration and validation lines of a run, in order."""
+
+    iterations: list[Iteration] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
+
+    def tokens_per_second(self, sequence_length: int) -> float:
+        """Return the median over the lines; the first stands aside, since the first step of a process warms up."""
+        lines = self.iterations[1:] or self.iterations
+        return statistics.median(1000 * line.sequences * sequence_length / line.milliseconds for line in lines)
+
+
+def read_iteration(line: str) -> Iteration | None:
+    """Return what an iteration line says, None for any other line."""
+    found = _ITERATION.search(line)
+    milliseconds, sequences = _MILLISECONDS.search(line), _SEQUENCES.search(line)
+    if not (found and milliseconds and sequences):
+        return None
+    loss, steps = _LOSS.search(line), _STEPS.search(line)
+    return Iteration(
+        number=int(found[1]),
+        total=int(found[2]),
+        loss=float(loss[1]) if loss else float("nan"),
+        milliseconds=float(milliseconds[1]),
+        sequences=int(sequences[1]),
+        recurrence_steps=float(steps[1]) if steps else None,
+    )
+
+
+def read_validation(line: str) -> Validation | None:
+    """Return what a validation line says, None for any other line."""
+    found = _VALIDATION.search(line)
+    return Validation(int(found[1]), float(found[2]), float(found[3])) if found else None
+
+
+def read_log(lines: Iterable[str]) -> TrainingLog:
+    """Return all that the lines of a run say."""
+    log = TrainingLog()
+    for line in lines:
+        iteration, validation = read_iteration(line), read_validation(line)
+        if iteration:
+            log.iterations.append(iteration)
+        if validation:
+            log.validations.append(validation)
+    return log

@@ -1,0 +1,63 @@
+"""Makes Megatron's throughput line true for systems whose depth comes from recurrence."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.training import training
+
+from more_megatron.config import MoREConfig
+from more_megatron.recurrence.depth import DepthSampler
+from more_megatron.variants import get_variant, model_cost
+
+__all__ = ["count_recurrence", "print_cost", "step_flops"]
+
+
+def count_recurrence(config: MoREConfig) -> None:
+    """Let `pretrain` count the operations of a recurrent system with the depth of each training step.
+
+    Megatron's own count knows its architectures only, and no recurrence. The baseline keeps it.
+    """
+    if get_variant(config.more_variant).recurrent:
+
+        def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
+            return step_flops(config, args, batch_size)
+
+        training.num_floating_point_operations = count
+
+
+def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) -> float:
+    """Return the operations of the training step that is under way.
+
+    Args:
+        config: Model configuration.
+        args: Megatron's arguments; `curr_iteration` says which step it is.
+        batch_size: Sequences of the step.
+    """
+    sampler = DepthSampler(config)
+    per_step = config.recurrence_sampling_unit == "step"
+    micro_batches = range(1 if per_step else get_num_microbatches())
+    depths = [sampler.draw(getattr(args, "curr_iteration", 0), index) for index in micro_batches]
+    no_grad_steps = sum(depth.no_grad_steps for depth in depths) / len(depths)
+    grad_steps = sum(depth.grad_steps for depth in depths) / len(depths)
+    tied = not args.untie_embeddings_and_output_weights
+    cost = model_cost(config, args.padded_vocab_size, args.seq_length, tied)
+    return batch_size * args.seq_length * cost.training_flops(no_grad_steps, grad_steps)
+
+
+def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
+    """Print the size of the model and what a token costs, on rank 0."""
+    cost = model_cost(
+        config, args.padded_vocab_size, args.seq_length, tied=not args.untie_embeddings_and_output_weights
+    )
+    depth = DepthSampler(config).expected()
+    if args.rank == 0:
+        print(
+            f"> {config.more_variant}: {cost.parameters / 1e6:.2f} M parameters, "
+            f"{cost.active_parameters / 1e6:.2f} M active a token, "
+            f"{cost.training_flops(depth.no_grad_steps, depth.grad_steps) / 1e6:.2f} MFLOP a token and training step "
+            f"(r = {depth.steps}, {depth.grad_steps} with gradient)",
+            flush=True,
+        )

@@ -1,0 +1,171 @@
+"""Benchmark training steps of the systems at equal operations a token, on the machine at hand.
+
+Prints for each system tokens/s, achieved FLOP/s, peak memory and the ratio of its achieved FLOP/s to that of `moe` in
+the same round, then the time of a step against the number of recurrence steps.
+
+    python tools/benchmark_step.py --hidden-size 256 --num-experts 8 --seq-length 256
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import sys
+
+from more_megatron.errors import one_line_errors
+
+_SYSTEMS = ("moe", "recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
+
+
+def parse_flags() -> argparse.Namespace:
+    """Return the command line's flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", default=list(_SYSTEMS), metavar="NAME", help="default: all")
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--num-layers", type=int, default=2)
+    parser.add_argument("--num-attention-heads", type=int, default=8)
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
+    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--topk", type=int, default=1, help="experts a token")
+    parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--recurrence-steps", type=int, default=4, help="steps r of the comparison")
+    parser.add_argument("--backprop-steps", type=int, default=None, help="of these with gradient; default: all")
+    parser.add_argument("--depths", type=int, nargs="*", default=[1, 2, 4, 8], help="r for step time against r")
+    parser.add_argument("--rounds", type=int, default=7, help="measurements of each system")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--megatron-flags", default="", help="further flags of pretrain_more.py, in one string")
+    return parser.parse_args()
+
+
+def megatron_command_line(flags: argparse.Namespace, system: str) -> list[str]:
+    """Return the flags of a training run that describe the model."""
+    return [
+        *("--more-variant", system),
+        *("--num-layers", str(flags.num_layers)),
+        *("--hidden-size", str(flags.hidden_size)),
+        *("--num-attention-heads", str(flags.num_attention_heads)),
+        *("--seq-length", str(flags.seq_length)),
+        *("--micro-batch-size", str(flags.batch_size)),
+        *("--num-experts", str(flags.num_experts)),
+        *("--moe-router-topk", str(flags.topk)),
+        *("--moe-aux-loss-coeff", "0.001"),
+        *("--moe-shared-expert-intermediate-size", str(2 * flags.hidden_size)),
+        *("--recurrence-steps", str(flags.recurrence_steps)),
+        *("--attention-dropout", "0", "--hidden-dropout", "0"),
+        *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(flags.vocab_size - 1)),
+        *("--train-iters", "1", "--lr", "1e-3"),
+        *flags.megatron_flags.split(),
+    ]
+
+
+def build(flags: argparse.Namespace) -> dict:
+    """Return a benchmark for each system; their experts are as wide as equal cost allows."""
+    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+    from megatron.training import global_vars
+    from megatron.training.initialize import initialize_megatron
+
+    from more_megatron.evaluation.step_benchmark import StepBenchmark, match_flops
+    from more_megatron.platform import Platform, initialize_platform
+    from more_megatron.training.arguments import parse_arguments
+    from more_megatron.training.model import model_config_from_args
+    from more_megatron.variants import model_cost
+
+    platform = initialize_platform()
+    depth = comparison_depth(flags)
+    configs, benchmarks, target = {}, {}, 0.0
+    for system in flags.systems:
+        sys.argv = ["benchmark_step.py", *megatron_command_line(flags, system)]
+        global_vars.destroy_global_vars()
+        unset_num_microbatches_calculator()
+        with contextlib.redirect_stdout(io.StringIO()):  # the listing of 800 arguments
+            args = parse_arguments(platform)
+        configs[system] = model_config_from_args(args)
+        cost = model_cost(configs[system].transformer, args.padded_vocab_size, flags.seq_length)
+        target = max(target, cost.training_flops(depth.no_grad_steps, depth.grad_steps))
+    with contextlib.redirect_stdout(io.StringIO()):
+        initialize_megatron(allow_no_cuda=platform is Platform.CPU)
+    for system, config in configs.items():
+        config.transformer = match_flops(config.transformer, target, depth, args.padded_vocab_size, flags.seq_length)
+        benchmarks[system] = StepBenchmark(config, flags.seq_length, flags.batch_size)
+    return benchmarks
+
+
+def comparison_depth(flags: argparse.Namespace):
+    """Return the depth at which systems are compared."""
+    from more_megatron.recurrence.depth import Depth
+
+    grad_steps = min(flags.backprop_steps or flags.recurrence_steps, flags.recurrence_steps)
+    return Depth(flags.recurrence_steps - grad_steps, grad_steps)
+
+
+def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
+    """Time the systems, print the table and return its rows."""
+    from more_megatron.evaluation.step_benchmark import time_systems
+
+    tokens = flags.batch_size * flags.seq_length
+    timings = time_systems(benchmarks, comparison_depth(flags), flags.rounds, flags.warmup)
+    baseline = next((t.achieved_flops(tokens) for t in timings if t.name == "moe"), None)
+    heads = ("M params", "MFLOP/tok", "tokens/s", "GFLOP/s", "peak MB", "vs moe")
+    print(f"{'system':18} " + " ".join(f"{head:>10}" for head in heads))
+    rows = []
+    for timing in timings:
+        achieved = timing.achieved_flops(tokens)
+        ratio = statistics.median(a / b for a, b in zip(achieved, baseline, strict=True)) if baseline else float("nan")
+        row = {
+            "system": timing.name,
+            "parameters": timing.cost.parameters,
+            "flops_per_token": timing.flops_per_token,
+            "tokens_per_second": tokens / statistics.median(timing.seconds),
+            "achieved_flops": statistics.median(achieved),
+            "peak_bytes": timing.peak_bytes,
+            "ratio_to_moe": ratio,
+        }
+        rows.append(row)
+        print(
+            f"{row['system']:18} {row['parameters'] / 1e6:10.2f} {row['flops_per_token'] / 1e6:10.2f} "
+            f"{row['tokens_per_second']:10.0f} {row['achieved_flops'] / 1e9:10.2f} "
+            f"{row['peak_bytes'] / 2**20:10.0f} {row['ratio_to_moe']:10.2f}",
+            flush=True,
+        )
+    return rows
+
+
+def against_depth(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
+    """Time steps of different depth, print the table and return its rows."""
+    from more_megatron.evaluation.step_benchmark import step_time_by_depth
+    from more_megatron.variants import get_variant
+
+    print(f"\nmilliseconds a step against r\n{'system':18} " + " ".join(f"{f'r={r}':>8}" for r in flags.depths))
+    rows = []
+    for system, benchmark in benchmarks.items():
+        if not get_variant(system).recurrent:
+            continue
+        seconds = step_time_by_depth(benchmark, flags.depths, max(flags.rounds // 2, 1))
+        rows.append({"system": system, "seconds": seconds})
+        print(f"{system:18} " + " ".join(f"{1e3 * seconds[r]:8.1f}" for r in flags.depths), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark."""
+    flags = parse_flags()
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
+        os.environ.setdefault(name, value)
+    with one_line_errors("benchmark_step.py", Exception):
+        benchmarks = build(flags)
+        figures = {"comparison": compare(flags, benchmarks)}
+        if flags.depths:
+            figures["by_depth"] = against_depth(flags, benchmarks)
+        if flags.json:
+            with open(flags.json, "w") as file:
+                json.dump(figures, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
