@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Ten steps of `shared_block`: experts are projections around one recurrent block a layer.
+# Further flags are passed on: bash examples/debug/shared_block.sh --train-iters 50
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+RECURRENCE_ARGS=(
+    --recurrence-sampling uniform
+    --recurrence-min-steps 2
+    --recurrence-max-steps 4
+    --recurrence-backprop-steps 2
+    --recurrence-eval-steps 4
+)
+
+pretrain --more-variant shared_block "${RECURRENCE_ARGS[@]}" "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Ten steps of `shared_block_ffn`: light experts, then one recurrent block over the sequence.
+# Further flags are passed on: bash examples/debug/shared_block_ffn.sh --train-iters 50
+set -euo pipefail
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+RECURRENCE_ARGS=(
+    --recurrence-sampling uniform
+    --recurrence-min-steps 2
+    --recurrence-max-steps 4
+    --recurrence-backprop-steps 2
+    --recurrence-eval-steps 4
+)
+
+pretrain --more-variant shared_block_ffn "${RECURRENCE_ARGS[@]}" "$@"

@@ -1,0 +1,144 @@
+"""Runs shell scripts with stand-ins for their programs, and what they would have launched on ranks of the tests.
+
+A script is run by bash as it is. `torchrun` and `make` only write down how they were called; `python` is real, but
+trains tokenizers of 400 pieces. The calls of `torchrun` can then be given to `parse`, or to `train_call`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers.program import Ended, pretrain_more
+from tests.helpers.ranks import run_ranks
+
+__all__ = ["PROJECT", "Call", "calls_of", "parse", "train_call"]
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+_RECORDER = """#!{python}
+import json, os, sys
+with open(os.environ["MORE_TEST_CALLS"], "a") as calls:
+    calls.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+_PYTHON = """#!/bin/sh
+case "$*" in *--train-tokenizer*) set -- "$@" --vocab-size 400;; esac
+exec {python} "$@"
+"""
+_ENTRY_POINT = "pretrain_more.py"
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a script called a program.
+
+    Attributes:
+        program: `torchrun` or `make`.
+        arguments: Its arguments.
+    """
+
+    program: str
+    arguments: list[str]
+
+    @property
+    def flags(self) -> list[str]:
+        """The flags of `pretrain_more.py` in a call of `torchrun`."""
+        return self.arguments[self.arguments.index(_ENTRY_POINT) + 1 :]
+
+    @property
+    def ranks_of_node(self) -> int:
+        """Ranks that `torchrun` would start here."""
+        return int(self._launcher_value("--nproc-per-node", "1"))
+
+    @property
+    def world_size(self) -> int:
+        """Ranks on all nodes."""
+        return self.ranks_of_node * int(self._launcher_value("--nnodes", "1"))
+
+    def _launcher_value(self, flag: str, default: str) -> str:
+        launcher = self.arguments[: self.arguments.index(_ENTRY_POINT)]
+        return launcher[launcher.index(flag) + 1] if flag in launcher else default
+
+
+def calls_of(
+    script: str, folder: Path, variables: Mapping[str, str] | None = None, vocabulary: int = 400
+) -> list[Call]:
+    """Run a script in a folder and return its calls of `torchrun` and `make`, in order.
+
+    Args:
+        script: Text of the script.
+        folder: Where it runs: a folder of the test's, with the project's files linked into it.
+        variables: Environment variables it finds.
+
+    Raises:
+        AssertionError: If it fails.
+    """
+    programs, record = folder / ".programs", folder / ".calls"
+    _link_project(folder)
+    programs.mkdir(exist_ok=True)
+    record.write_text("")
+    for name, text in {"torchrun": _RECORDER, "make": _RECORDER, "python": _PYTHON}.items():
+        (programs / name).write_text(text.format(python=sys.executable))
+        (programs / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        **(variables or {}),
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "MORE_TEST_CALLS": str(record),
+    }
+    command = ["bash", "-euo", "pipefail", "-c", script]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, f"{ended.stdout[-2000:]}\n{ended.stderr[-2000:]}"
+    return [Call(words[0], words[1:]) for words in map(json.loads, record.read_text().splitlines())]
+
+
+def parse(call: Call, folder: Path) -> None:
+    """Check the flags of a call as the program does in a world of that size, without starting it.
+
+    Args:
+        call: A call of `torchrun`.
+        folder: Where relative paths begin.
+
+    Raises:
+        AssertionError: If a flag is wrong.
+    """
+    run_ranks(1, _parse_in_world_of, call.flags, call.world_size, str(folder))
+
+
+def train_call(call: Call, smaller: str, folder: Path) -> list[Ended]:
+    """Run a call on ranks of the tests.
+
+    Args:
+        call: A call of `torchrun` on one node.
+        smaller: Flags that take precedence over those of the call.
+        folder: Where relative paths begin.
+    """
+    command_line = f"{shlex.join(call.flags)} {smaller}"
+    return pretrain_more(call.ranks_of_node, command_line, prepare=functools.partial(os.chdir, folder))
+
+
+def _link_project(folder: Path) -> None:
+    for name in ("tools", "examples", _ENTRY_POINT, "Makefile"):
+        if not (folder / name).exists():
+            (folder / name).symlink_to(PROJECT / name)
+    activate = folder / ".venv" / "bin" / "activate"
+    activate.parent.mkdir(parents=True, exist_ok=True)
+    activate.touch()
+
+
+def _parse_in_world_of(flags: list[str], world_size: int, folder: str) -> None:
+    from more_megatron.platform import initialize_platform
+    from more_megatron.training.arguments import parse_arguments
+    from more_megatron.training.model import model_config_from_args
+
+    os.chdir(folder)
+    os.environ["WORLD_SIZE"] = str(world_size)
+    sys.argv = [_ENTRY_POINT, *flags]
+    model_config_from_args(parse_arguments(initialize_platform()))

@@ -1,0 +1,67 @@
+"""The scripts in examples/: each is run by bash, and what it launches is run or parsed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from more_megatron.data.sample_text import write_sample_text
+from more_megatron.variants import VARIANTS
+from tests.helpers.shell import PROJECT, calls_of, parse, train_call
+
+_SCRIPTS = sorted([*PROJECT.glob("examples/*/*.sh"), PROJECT / ".ci" / "run"])
+_ON_TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
+_TEXT_BYTES = 120_000
+
+
+@pytest.mark.parametrize("script", _SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_bash_and_shellcheck_accept(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck") is not None:
+        found = subprocess.run(["shellcheck", "-x", script], cwd=PROJECT, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_debug_script_trains(variant: str, tmp_path: Path) -> None:
+    (call,) = calls_of(f"bash examples/debug/{variant}.sh --train-iters 2 --log-interval 2", tmp_path)
+    assert call.flags[call.flags.index("--more-variant") + 1] == variant
+    for ended in train_call(call, "", tmp_path):
+        assert ended.code == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the reference configuration's preprocessing has run, on small texts."""
+    folder = tmp_path_factory.mktemp("wikitext103")
+    for split in ("train", "valid", "test"):
+        path = folder / f"wiki.{split}.tokens"
+        write_sample_text(path)
+        path.write_text(path.read_text()[:_TEXT_BYTES])
+    calls_of(f"bash examples/wikitext103/preprocess.sh {folder}", folder)
+    return folder
+
+
+def test_reference_preprocessing_writes_what_the_runs_read(preprocessed: Path) -> None:
+    (call,) = calls_of("bash examples/wikitext103/single_node.sh", preprocessed)
+    for flag in ("--train-data-path", "--valid-data-path", "--test-data-path"):
+        assert (preprocessed / f"{_value(call.flags, flag)}.idx").is_file()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reference_parses_on_one_node_and_on_two(variant: str, preprocessed: Path) -> None:
+    variables = {"VARIANT": variant}
+    (one,) = calls_of("bash examples/wikitext103/single_node.sh", preprocessed, variables)
+    (two,) = calls_of("bash examples/wikitext103/multi_node.sh", preprocessed, {**variables, **_ON_TWO_NODES})
+    assert (one.world_size, two.world_size) == (8, 16)
+    assert _value(one.flags, "--micro-batch-size") == "6"
+    assert _value(two.flags, "--micro-batch-size") == "3"
+    parse(one, preprocessed)
+    parse(two, preprocessed)
+
+
+def _value(flags: list[str], name: str) -> str:
+    return flags[flags.index(name) + 1]

@@ -1,0 +1,99 @@
+"""README.md cannot rot: its commands run, and its tables name what there is.
+
+All its ```bash blocks are one script, run by bash in a folder of the test's (see `helpers/shell.py`). Preprocessing is
+real, on a small text with a small vocabulary. What `torchrun` would launch on two ranks is trained, `_SMALLER` appended
+to its flags; what needs more ranks is parsed in a world of that size. `make` targets must exist.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from more_megatron.config import flag, own_field_names
+from more_megatron.data.sample_text import write_sample_text
+from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
+from more_megatron.variants import VARIANTS
+from tests.helpers.shell import PROJECT, Call, calls_of, parse, train_call
+
+_README = (PROJECT / "README.md").read_text()
+_SMALLER = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16 "
+    "--max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 4 --lr-warmup-iters 0 --lr-decay-iters 100 "
+    "--eval-iters 1 --eval-interval 2 --log-interval 1 --save-interval 2 --override-opt-param-scheduler"
+)
+_MOST_RANKS = 2
+_TEXT_BYTES = 200_000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the texts that README.md assumes to be there."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "data").mkdir()
+    for split in ("train", "valid", "test"):
+        path = folder / "data" / f"wiki.{split}.tokens"
+        write_sample_text(path)
+        path.write_text(path.read_text()[:_TEXT_BYTES])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def calls(folder: Path) -> list[Call]:
+    """What the blocks of README.md call."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", _README, flags=re.MULTILINE | re.DOTALL)
+    return calls_of("\n".join(blocks), folder, {"NODE_RANK": "0", "MASTER_ADDR": "node0"})
+
+
+def test_make_targets_exist(calls: list[Call]) -> None:
+    made = [call for call in calls if call.program == "make"]
+    assert [call.arguments for call in made] == [["quickstart"], ["test"]]
+    for call in made:
+        subprocess.run(["make", "--dry-run", *call.arguments], cwd=PROJECT, check=True, capture_output=True)
+
+
+def test_runs_of_many_ranks_parse(calls: list[Call], folder: Path) -> None:
+    large = [call for call in calls if call.program == "torchrun" and call.world_size > _MOST_RANKS]
+    assert [call.world_size for call in large] == [16, 8, 16]
+    for call in large:
+        parse(call, folder)
+
+
+def test_runs_of_two_ranks_train_resume_and_evaluate(calls: list[Call], folder: Path) -> None:
+    """Each run but the last trains two steps more than the one before: it continues from its checkpoint."""
+    small = [call for call in calls if call.program == "torchrun" and call.world_size <= _MOST_RANKS]
+    assert len(small) == 3
+    for index, call in enumerate(small):
+        steps = 2 * min(index + 1, len(small) - 1)
+        ranks = train_call(call, f"{_SMALLER} --train-iters {steps}", folder)
+        output = "".join(ended.stdout + ended.stderr for ended in ranks)
+        assert all(ended.code == 0 for ended in ranks), output[-4000:]
+        assert f"validation loss at iteration {steps}" in output
+        assert (f"at iteration {2 * index}" in output) == (index > 0), "did not continue where the run before ended"
+
+
+def test_systems_table_says_what_works() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (works|planned) \|$", _README, flags=re.MULTILINE))
+    assert {name for name, state in rows.items() if state == "works"} == set(VARIANTS)
+
+
+def test_every_flag_of_ours_is_named() -> None:
+    names = {flag(name) for name in own_field_names()} - {"--seed"} | set(_WAYS_BACK)
+    assert not [name for name in sorted(names) if f"`{name}" not in _README]
+
+
+def test_every_default_of_ours_is_named() -> None:
+    spelled = {"add_bias_linear": "--disable-bias-linear"}
+    names = [*_SHARED_DEFAULTS, *_PLATFORM_DEFAULTS["cuda"]]
+    assert not [name for name in names if f"`{spelled.get(name, flag(name))}" not in _README]
+
+
+def test_files_of_the_tour_exist() -> None:
+    tour = _README.split("## Tour of the files")[1].split("## Systems")[0]
+    paths = re.findall(r"`((?:more_megatron|tools|examples|docs)/[\w./]*|\w+\.py)`", tour)
+    missing = [path for path in paths if not any((base / path).exists() for base in (PROJECT, PROJECT / "tools"))]
+    assert len(paths) > 10
+    assert not missing
