@@ -159,7 +159,7 @@ class MoREConfig(TransformerConfig):
             raise MoREError(
                 f"--recurrence-max-steps {high} is below --recurrence-min-steps {low}: raise the one or lower the other"
             )
-        if self.recurrence_sampling == "fixed" or self.curriculum is not None:
+        if self.curriculum is not None or self.recurrence_sampling == "fixed":
             return
         if self.mean_steps < low or (high is not None and self.mean_steps > high):
             raise MoREError(

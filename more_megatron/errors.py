@@ -38,9 +38,10 @@ def one_line_errors(program: str, *expected: type[BaseException]) -> Iterator[No
         program: Name the line begins with.
         expected: Further errors that are the user's to mend in this block.
     """
+    kinds: tuple[type[BaseException], ...] = (MoREError, *expected)
     try:
         yield
-    except (MoREError, *expected) as error:
+    except kinds as error:
         if os.environ.get("MORE_TRACEBACK") == "1":
             raise
         if os.environ.get("RANK", "0") != "0":

@@ -1,20 +1,51 @@
-"""The process that writes checkpoints in the background, on a machine without a GPU."""
+"""The processes that Megatron writes checkpoints with, and the signals that a run outlives to save once more.
+
+A launcher that ends a run sends SIGTERM to its whole process group. With `--exit-signal-handler` the ranks save before
+they leave, which takes these processes.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+from multiprocessing.managers import SyncManager
 from typing import Any
 
-from more_megatron.platform.cuda_stand_ins import TORCH_CUDA
+from more_megatron.platform import Platform, select_platform
 from more_megatron.platform.packages import silence_absent_package_warnings
-from more_megatron.platform.stand_in import install
 
-__all__ = ["async_loop"]
+__all__ = ["async_loop", "results_queue"]
+
+_manager: SyncManager | None = None
+_queue: Any = None
+
+
+def results_queue(mp_mode: str = "spawn") -> Any:
+    """Return the queue over which writers report, kept by a process that does not end at a SIGTERM.
+
+    Args:
+        mp_mode: How that process is started.
+    """
+    global _manager, _queue
+    if _manager is None:
+        _manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        _manager.start(initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_IGN))
+        _queue = _manager.Queue()
+    return _queue
 
 
 def async_loop(*args: Any) -> None:
-    """Run Megatron's loop in a process that starts without the stand-ins of the one that started it."""
-    silence_absent_package_warnings()
+    """Run Megatron's loop of the background writer.
+
+    It runs in a process that starts anew, without the stand-ins of the one that started it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if select_platform() is Platform.CPU:
+        silence_absent_package_warnings()
+        from more_megatron.platform.cuda_stand_ins import TORCH_CUDA
+        from more_megatron.platform.stand_in import install
+
+        install(TORCH_CUDA)
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
-    install(TORCH_CUDA)
     PersistentAsyncCaller.async_loop(*args)

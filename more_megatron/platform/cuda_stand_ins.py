@@ -158,12 +158,12 @@ TORCH_CUDA = (
     _torch_cuda(
         "Stream", HostStream, "side streams for copies and reductions", "core/transformer/moe/token_dispatcher.py"
     ),
-    _torch_cuda("Event", HostEvent, "events order the side streams", "training/training.py"),
+    _torch_cuda("Event", HostEvent, "events order the side streams", "core/transformer/moe/moe_layer.py"),
     _torch_cuda(
         "stream",
         _stream_context,
         "work is sent to a side stream",
-        "core/distributed/distributed_data_parallel.py",
+        "core/distributed/param_and_grad_buffer.py",
     ),
     _torch_cuda(
         "current_stream",

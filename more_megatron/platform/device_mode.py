@@ -23,8 +23,8 @@ def _on_cpu(device: Any) -> Any:
 class CpuInPlaceOfCuda(TorchFunctionMode):
     """While active, `device='cuda'` and its other spellings mean the CPU.
 
-    Megatron names the device in a hundred places (`device='cuda'`, `device=torch.cuda.current_device()`); a mode catches
-    them all where a tensor is made or moved.
+    Megatron names the device in a hundred places (`device='cuda'`, `device=torch.cuda.current_device()`); a mode
+    catches them all where a tensor is made or moved.
     """
 
     def __torch_function__(

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from megatron.training import training
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from more_megatron.platform.checkpoint_writer import async_loop
 from more_megatron.platform.stand_in import StandIn
 
 __all__ = ["MEGATRON_ON_CPU"]
@@ -27,6 +27,15 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
 
 def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+_START_DATA_ITERATOR = _BaseDataLoaderIter.__init__
+
+
+def _start_data_iterator(self: _BaseDataLoaderIter, *args: Any, **kwargs: Any) -> None:
+    state = torch.default_generator.get_state()
+    _START_DATA_ITERATOR(self, *args, **kwargs)
+    torch.default_generator.set_state(state)
 
 
 MEGATRON_ON_CPU = (
@@ -63,11 +72,11 @@ MEGATRON_ON_CPU = (
         "if torch.is_tensor(tensor) and tensor.is_cuda:",
     ),
     StandIn(
-        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
-        "async_loop",
-        staticmethod(async_loop),
-        "the process that writes checkpoints in the background picks its GPU among none",
-        "core/dist_checkpointing/strategies/async_utils.py",
-        "torch.cuda.set_device(rank % torch.cuda.device_count())",
+        "torch.utils.data.dataloader:_BaseDataLoaderIter",
+        "__init__",
+        _start_data_iterator,
+        "it draws from the CPU's generator, which is the one for dropout here: a resumed run would drop others",
+        "training/datasets/data_samplers.py",
+        "torch.utils.data.DataLoader(",
     ),
 )

@@ -11,7 +11,9 @@ import torch
 from megatron.core.datasets import utils as dataset_utils
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.training import get_args, training
 
+from more_megatron.platform.checkpoint_writer import async_loop, results_queue
 from more_megatron.platform.stand_in import StandIn
 
 __all__ = ["WHEEL_REPAIRS"]
@@ -65,6 +67,27 @@ def _filter_param_groups(current_groups: list[dict], saved_groups: list[dict]) -
     return groups
 
 
+_TRAINING_LOG = training.training_log
+
+
+def _training_log(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
+    """Log as Megatron does, and begin a new average after a first line that would have come anyway."""
+    iteration = args[3]
+    comes_anyway = iteration % get_args().log_interval == 0
+    return _TRAINING_LOG(*args, is_first_iteration=is_first_iteration and not comes_anyway, **kwargs)
+
+
+_EVALUATE_AND_PRINT_RESULTS = training.evaluate_and_print_results
+
+
+def _evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
+    """Evaluate as Megatron does, with the length of a single full validation set in a list as it expects."""
+    arguments = get_args()
+    if arguments.full_validation and isinstance(arguments.eval_iters, int):
+        arguments.eval_iters = [arguments.eval_iters]
+    return _EVALUATE_AND_PRINT_RESULTS(*args, **kwargs)
+
+
 WHEEL_REPAIRS = (
     StandIn(
         "megatron.core.datasets.utils",
@@ -105,5 +128,37 @@ WHEEL_REPAIRS = (
         "parameters keep the numbers of the rank that saved, which are others under another layout",
         "core/optimizer/optimizer.py",
         "group['params'] = params",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "training_log",
+        _training_log,
+        "losses of the first line are averaged into the second: a resumed run prints others than an uninterrupted one",
+        "training/training.py",
+        "should_reset = not is_first_iteration",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "evaluate_and_print_results",
+        _evaluate_and_print_results,
+        "full validation takes the number of iterations for a list, which it is only with several validation sets",
+        "training/training.py",
+        "args.eval_iters = eval_iters[0] if not args.multiple_validation_sets else eval_iters",
+    ),
+    StandIn(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async",
+        "get_write_results_queue",
+        results_queue,
+        "its process ends at the SIGTERM that a run outlives to save once more",
+        "core/dist_checkpointing/strategies/filesystem_async.py",
+        "_results_queue = ctx.Manager().Queue()",
+    ),
+    StandIn(
+        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
+        "async_loop",
+        staticmethod(async_loop),
+        "as above, and without a GPU it picks one among none",
+        "core/dist_checkpointing/strategies/async_utils.py",
+        "torch.cuda.set_device(rank % torch.cuda.device_count())",
     ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -92,6 +93,9 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
     for option, (dest, value) in _WAYS_BACK.items():
         group.add_argument(option, dest=dest, action="store_const", const=value, help=f"Set {dest} to {value}.")
     parser.set_defaults(**_SHARED_DEFAULTS, **_PLATFORM_DEFAULTS[platform])
+    # A bare percent sign in a help text, which Megatron has, would end --help in an error.
+    for action in parser._actions:
+        action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     parser.error = _error  # type: ignore[method-assign]
     parser.parse_args = functools.partial(_parse, parser.parse_args)  # type: ignore[method-assign, assignment]
     return parser

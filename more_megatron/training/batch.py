@@ -129,11 +129,13 @@ def _has_mtp(config: MoREConfig, vp_stage: int | None) -> bool:
 
 
 def _packed_seq_params(fields: dict[str, torch.Tensor | None]) -> PackedSeqParams:
-    boundaries = fields["cu_seqlens"].squeeze(0)
-    padded = fields["cu_seqlens_padded"]
+    boundaries, padded, max_seqlen = (fields[name] for name in ("cu_seqlens", "cu_seqlens_padded", "max_seqlen"))
+    assert boundaries is not None
+    assert max_seqlen is not None
+    boundaries = boundaries.squeeze(0)
     padded = None if padded is None else padded.squeeze(0)
     update_seqlen_stats_from_cu_seqlens(boundaries)
-    longest = int(fields["max_seqlen"].item())
+    longest = int(max_seqlen.item())
     cu_seqlens = boundaries if padded is None else padded
     return PackedSeqParams(
         qkv_format="thd",

@@ -1,24 +1,28 @@
-"""Checks of the checkpoint a run is about to load, before any rank starts to."""
+"""Checkpoints around a run: checked before any rank loads one, saved where nothing is in the way."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.training import training
+from torch.distributed.checkpoint import CheckpointException
 
 from more_megatron.config import flag
 from more_megatron.errors import MoREError
+from more_megatron.training.checkpoint_files import (
+    checkpoint_to_load,
+    clear_for_save,
+    fault,
+    newest_complete_iteration,
+    repair_tracker,
+)
 
-__all__ = ["check_checkpoint", "newest_complete_iteration", "refuse_unreadable_checkpoints"]
-
-_TRACKER = "latest_checkpointed_iteration.txt"
+__all__ = ["check_checkpoint", "guard_checkpoints"]
 
 # Arguments that decide which tensors a model has, and of which shape.
 _ARCHITECTURE = (
@@ -34,148 +38,137 @@ _ARCHITECTURE = (
     "moe_ffn_hidden_size",
     "moe_shared_expert_intermediate_size",
     "moe_layer_freq",
+    "recurrence_ffn_hidden_size",
     "normalization",
     "position_embedding_type",
     "swiglu",
     "add_bias_linear",
     "qk_layernorm",
+    "moe_router_enable_expert_bias",
     "untie_embeddings_and_output_weights",
     "vocab_size",
 )
 
 
 def check_checkpoint(args: argparse.Namespace) -> None:
-    """Check the checkpoint that `--load` names, if there is one.
+    """Check the checkpoint that `--load` names, if there is one. Rank 0 checks for all.
 
-    A tracker file that a kill left empty is written anew: it names the newest complete checkpoint again.
+    A tracker file that a kill left empty or unwritten is mended.
 
     Args:
         args: Validated arguments.
 
     Raises:
-        MoREError: If the checkpoint is damaged or incomplete, or is one of another architecture.
+        MoREError: If the checkpoint is damaged or incomplete, or is one of another architecture; or if there is none
+            and `--load` is not where the run saves.
     """
-    if args.load is None or args.ckpt_format != "torch_dist" or not Path(args.load, _TRACKER).is_file():
+    if args.rank != 0 or args.load is None or args.ckpt_format != "torch_dist":
         return
     folder = Path(args.load)
     if args.ckpt_step is None:
-        _repair_tracker(folder, write=args.rank == 0)
-    checkpoint = _checkpoint_to_load(folder, args.ckpt_step)
-    fault = _fault(checkpoint)
-    if fault is not None:
-        complete = newest_complete_iteration(folder)
-        remedy = (
-            "there is no complete one beside it"
-            if complete is None
-            else f"--ckpt-step {complete} loads the newest complete one"
-        )
-        raise MoREError(f"checkpoint {checkpoint} is damaged: {fault}; {remedy}")
-    _check_architecture(checkpoint, args)
+        repair_tracker(folder)
+    checkpoint = checkpoint_to_load(folder, args.ckpt_step)
+    if checkpoint is None:
+        # The same command starts a run and resumes it.
+        if args.load != args.save:
+            raise MoREError(f"there is no checkpoint in --load {folder}: name another folder, or leave it out")
+        return
+    _check_files(folder, checkpoint)
+    saved = _saved_arguments(checkpoint)
+    if saved is not None:
+        _check_architecture(checkpoint, saved, args)
+        _check_optimizer(checkpoint, saved, args)
 
 
-def newest_complete_iteration(folder: Path) -> int | None:
-    """Return the iteration of the newest complete checkpoint in a `--save` folder, None if there is none."""
-    iterations = sorted(int(path.name.removeprefix("iter_")) for path in folder.glob("iter_*") if path.is_dir())
-    for iteration in reversed(iterations):
-        if _fault(_iteration_folder(folder, iteration)) is None:
-            return iteration
-    return None
-
-
-def refuse_unreadable_checkpoints() -> None:
-    """Make `pretrain` end with one line where Megatron cannot read the checkpoint that it loads."""
+def guard_checkpoints() -> None:
+    """Make `pretrain` end with one line where it cannot read a checkpoint, and save only into folders that are new."""
     training.load_checkpoint = _one_line_on_failure(training.load_checkpoint)
+    training.save_checkpoint = _into_a_new_folder(training.save_checkpoint)
 
 
 def _one_line_on_failure(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         try:
             return load(*args, **kwargs)
-        except Exception as error:
-            name = type(error).__name__
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            detail = lines[-1] if lines else "no further message"
+        except (Exception, CheckpointException, SystemExit) as error:
+            detail = _last_line(error)
+            remedy = "load an older one with --ckpt-step, or MORE_TRACEBACK=1 shows where it failed"
+            if "OptimizerParamScheduler" in detail:
+                remedy = "--override-opt-param-scheduler takes the schedule that the flags describe"
             raise MoREError(
-                f"the checkpoint in {training.get_args().load} cannot be loaded: {name}: {detail}; "
-                "load an older one with --ckpt-step, or MORE_TRACEBACK=1 shows where it failed"
+                f"the checkpoint in {training.get_args().load} cannot be loaded: {detail}; {remedy}"
             ) from error
 
     return load_checkpoint
 
 
-def _iteration_folder(folder: Path, iteration: int) -> Path:
-    return folder / f"iter_{iteration:07d}"
+def _into_a_new_folder(save: Callable[..., Any]) -> Callable[..., Any]:
+    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        arguments = training.get_args()
+        # Other ranks write only after they have exchanged plans with rank 0.
+        if arguments.rank == 0 and arguments.ckpt_format == "torch_dist" and not kwargs.get("non_persistent_ckpt"):
+            clear_for_save(Path(arguments.save), iteration)
+        return save(iteration, *args, **kwargs)
+
+    return save_checkpoint
 
 
-def _read_tracker(folder: Path) -> str:
-    return (folder / _TRACKER).read_text(errors="replace").strip()
-
-
-def _checkpoint_to_load(folder: Path, step: int | None) -> Path:
-    if step is not None:
-        return _iteration_folder(folder, step)
-    entry = _read_tracker(folder)
-    return folder / "release" if entry == "release" else _iteration_folder(folder, int(entry))
-
-
-def _repair_tracker(folder: Path, write: bool) -> None:
-    entry = _read_tracker(folder)
-    if entry == "release" or entry.isdecimal():
+def _check_files(folder: Path, checkpoint: Path) -> None:
+    found = fault(checkpoint)
+    if found is None:
         return
     complete = newest_complete_iteration(folder)
-    if complete is None:
+    remedy = (
+        "there is no complete one beside it"
+        if complete is None
+        else f"--ckpt-step {complete} loads the newest complete one"
+    )
+    raise MoREError(f"checkpoint {checkpoint} is damaged: {found}; {remedy}")
+
+
+def _last_line(error: BaseException) -> str:
+    """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no further message'}"
+
+
+def _saved_arguments(checkpoint: Path) -> argparse.Namespace | None:
+    try:
+        with warnings.catch_warnings():
+            # That it loads on one rank is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            return load_common_state_dict(str(checkpoint)).get("args")
+    except (Exception, CheckpointException) as error:  # whatever damaged content raises
         raise MoREError(
-            f"{folder / _TRACKER} is damaged and there is no complete checkpoint beside it: "
-            "load another folder, or remove the file to start anew"
-        )
-    if write:
-        print(
-            f"> {folder / _TRACKER} is damaged; continuing from the newest complete checkpoint, {complete}", flush=True
-        )
-    # Every rank writes the same line; a rename leaves no moment at which a reader sees half of it.
-    temporary = folder / f".{_TRACKER}.{os.getpid()}"
-    temporary.write_text(str(complete))
-    temporary.replace(folder / _TRACKER)
+            f"checkpoint {checkpoint} is damaged: its arguments cannot be read ({_last_line(error)}); "
+            "load an older one with --ckpt-step"
+        ) from error
 
 
-def _fault(checkpoint: Path) -> str | None:
-    """Return what is wrong with the files of a checkpoint, None if they are all there and whole."""
-    if not checkpoint.is_dir():
-        return "the folder does not exist"
-    try:
-        json.loads((checkpoint / "metadata.json").read_text())
-    except (OSError, ValueError):
-        return "metadata.json is missing or not JSON, as after a save that did not finish"
-    try:
-        with open(checkpoint / ".metadata", "rb") as file:
-            metadata = pickle.load(file)
-    except Exception:  # whatever a damaged pickle raises
-        return ".metadata is missing or cannot be read"
-    needed: dict[str, int] = {}
-    for info in metadata.storage_data.values():
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
-    for name, size in sorted(needed.items()):
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size < size:
-            return f"{name} is truncated ({path.stat().st_size} of {size} bytes)"
-    return None
-
-
-def _check_architecture(checkpoint: Path, args: argparse.Namespace) -> None:
-    try:
-        saved = load_common_state_dict(str(checkpoint)).get("args")
-    except Exception as error:  # whatever damaged content raises
-        raise MoREError(f"checkpoint {checkpoint} is damaged: its arguments cannot be read ({error})") from error
-    if saved is None:
-        return
+def _check_architecture(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:
+    # Megatron fills the number of groups in while it builds the model.
+    skipped = set() if args.group_query_attention else {"num_query_groups"}
+    if args.finetune:
+        skipped.add("more_variant")
     for name in _ARCHITECTURE:
-        if not hasattr(saved, name) or (name == "more_variant" and args.finetune):
+        if name in skipped or not hasattr(saved, name) or not hasattr(args, name):
             continue
         was, now = getattr(saved, name), getattr(args, name)
         if was != now:
             raise MoREError(
                 f"checkpoint {checkpoint} is of another architecture: {flag(name)} was {was} and is {now} now; "
                 "give it the former value or another --load"
+            )
+
+
+def _check_optimizer(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:
+    if args.no_load_optim or args.finetune or getattr(saved, "no_save_optim", None):
+        return
+    for name in ("use_distributed_optimizer", "optimizer"):
+        was, now = getattr(saved, name, None), getattr(args, name)
+        if was is not None and was != now:
+            former = f"{flag(name)} was {was} and is {now} now"
+            raise MoREError(
+                f"the optimizer state of checkpoint {checkpoint} does not fit: {former}; "
+                "give it the former value, or --no-load-optim to start without that state"
             )

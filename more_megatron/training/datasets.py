@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
+from pathlib import Path
 from typing import Any
 
 from megatron.core import mpu
@@ -14,9 +16,11 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.config import MoREConfig
+from more_megatron.errors import MoREError
 from more_megatron.training.batch import stage_needs_data
+from more_megatron.training.index_cache import cache_folder, remove_unusable_indices
 
-__all__ = ["DatasetsProvider"]
+__all__ = ["DatasetsProvider", "data_blends"]
 
 
 class DatasetsProvider:
@@ -41,12 +45,16 @@ class DatasetsProvider:
         """
         args = get_args()
         print_rank_0("> building train, validation, and test datasets for GPT ...")
-        datasets = BlendedMegatronDatasetBuilder(
+        # The builder lets rank 0 go first.
+        if args.rank == 0 and not args.dataloader_fast_cache_load:
+            remove_unusable_indices(_cache_folders(args))
+        builder = BlendedMegatronDatasetBuilder(
             MockGPTDataset if args.mock_data else GPTDataset,
             num_samples,
             functools.partial(self._is_built_here, vp_stage),
             _dataset_config(),
-        ).build()
+        )
+        datasets = _build(builder)
         print_rank_0("> finished creating GPT datasets ...")
         return datasets
 
@@ -54,6 +62,31 @@ class DatasetsProvider:
         if mpu.get_tensor_model_parallel_rank() != 0:
             return False
         return get_args().dataloader_inter_document_masking or stage_needs_data(self._config, vp_stage)
+
+
+def _build(builder: BlendedMegatronDatasetBuilder) -> Any:
+    try:
+        return builder.build()
+    except Exception as error:
+        # Megatron's builder turns an OSError into an exception without a class of its own.
+        if isinstance(error.__cause__, OSError):
+            raise MoREError(
+                f"the dataset index cannot be written beside the data ({error.__cause__.strerror}): "
+                "give --data-cache-path a folder that can be written to"
+            ) from error
+        raise
+
+
+def _cache_folders(args: argparse.Namespace) -> list[Path]:
+    if args.data_cache_path is not None:
+        return [Path(args.data_cache_path)]
+    return [cache_folder(prefix) for blend in data_blends(args) for prefix in blend]
+
+
+def data_blends(args: argparse.Namespace) -> list[list[str]]:
+    """Return the prefixes of each blend that the data flags name: one, or one a split."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return [prefixes for prefixes, _ in filter(None, [blend, *(blend_per_split or [])])]
 
 
 def _dataset_config() -> GPTDatasetConfig:

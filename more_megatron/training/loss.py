@@ -16,18 +16,19 @@ _SPIKE_FACTOR = 10
 
 
 def language_model_loss(
-    loss_mask: torch.Tensor, depth: Depth | None, losses: torch.Tensor
+    loss_mask: torch.Tensor | None, depth: Depth | None, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum the token losses of a micro-batch.
 
     Args:
-        loss_mask: 1 for tokens that count, [b, s].
+        loss_mask: 1 for tokens that count, [b, s]; there on the last pipeline stage, which alone computes losses.
         depth: Recurrence steps that were taken, to be reported; None reports nothing.
         losses: Cross-entropy of each token in nats, [b, s].
 
     Returns:
         The sum of the losses, the number of tokens that count, and for each reported value its sum and weight.
     """
+    assert loss_mask is not None
     mask = loss_mask.view(-1).float()
     loss = torch.sum(losses.view(-1).float() * mask)
     tokens = mask.sum().detach().to(torch.int)

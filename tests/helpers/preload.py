@@ -12,4 +12,7 @@ from more_megatron.platform import initialize_platform  # noqa: E402
 
 initialize_platform()
 
-import tests.helpers.training  # noqa: E402, F401
+# Megatron imports its tokenizers, and with them transformers, when a run asks for one.
+import megatron.core.tokenizers.text.text_tokenizer  # noqa: E402, F401
+
+import tests.helpers.reuse  # noqa: E402, F401

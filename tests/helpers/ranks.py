@@ -19,9 +19,10 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_ranks"]
+__all__ = ["PRELOADED", "free_port", "rank_environment", "run_ranks"]
 
-_PRELOADED = "tests.helpers.preload"
+# What the server process imports.
+PRELOADED = "tests.helpers.preload"
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
@@ -37,8 +38,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         AssertionError: If a rank raised, exited or did not finish; the message holds its traceback and output.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOADED])
-    port = _free_port()
+    context.set_forkserver_preload([PRELOADED])
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank{rank}.log") for rank in range(world_size)]
         pipes, processes = [], []
@@ -57,19 +58,24 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
                 _end(process)
 
 
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return the environment variables that a launcher sets for a rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
 def _rank_main(
     sender: Connection, rank: int, world_size: int, port: int, log: str, function: Callable[..., Any], args: tuple
 ) -> None:
     # A group of its own, so that what the rank itself starts ends with it.
     os.setsid()
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    os.environ.update(rank_environment(rank, world_size, port))
     with open(log, "w", buffering=1) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -115,7 +121,8 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
     process.join()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that is free at present."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -16,7 +16,7 @@ from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
 from more_megatron.training.model import model_config_from_args
 
-__all__ = ["TINY", "History", "train"]
+__all__ = ["TINY", "TINY_ON_FILES", "History", "train"]
 
 # A model that trains in milliseconds a step, large enough for every layout: 4 layers, 4 heads, 4 experts.
 TINY = (
@@ -26,6 +26,9 @@ TINY = (
     "--train-iters 6 --lr 1e-3 --lr-decay-style constant --attention-dropout 0 --hidden-dropout 0 --log-interval 1 "
     "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --eval-iters 0 --eval-interval 1000"
 )
+
+# The same without random tokens: the caller names the data with --data-path.
+TINY_ON_FILES = TINY.replace("--mock-data ", "")
 
 
 @dataclass

@@ -1,0 +1,141 @@
+"""A `--save` folder on disk: which of its checkpoints are complete, and what a kill can leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+from more_megatron.errors import MoREError
+
+__all__ = ["checkpoint_to_load", "clear_for_save", "fault", "newest_complete_iteration", "repair_tracker"]
+
+_TRACKER = "latest_checkpointed_iteration.txt"
+_RELEASE = "release"
+
+
+def checkpoint_to_load(folder: Path, step: int | None) -> Path | None:
+    """Return the checkpoint that Megatron loads from a folder, None if there is none.
+
+    Args:
+        folder: The folder that `--load` names.
+        step: Iteration that `--ckpt-step` names, None for the newest.
+    """
+    if step is not None:
+        return _iteration_folder(folder, step)
+    entry = _read_tracker(folder)
+    if entry is None:
+        return None
+    return folder / _RELEASE if entry == _RELEASE else _iteration_folder(folder, int(entry))
+
+
+def newest_complete_iteration(folder: Path, before: int | None = None) -> int | None:
+    """Return the iteration of the newest complete checkpoint in a `--save` folder, None if there is none.
+
+    Args:
+        folder: The folder.
+        before: Look only at iterations below this one.
+    """
+    for iteration in sorted(_iterations(folder), reverse=True):
+        if (before is None or iteration < before) and fault(_iteration_folder(folder, iteration)) is None:
+            return iteration
+    return None
+
+
+def repair_tracker(folder: Path) -> None:
+    """Make the tracker file name the newest complete checkpoint again if a kill left it empty or not yet written.
+
+    Raises:
+        MoREError: If the tracker file is damaged and there is no complete checkpoint beside it.
+    """
+    entry = _read_tracker(folder)
+    if entry is not None and (entry == _RELEASE or entry.isdecimal()):
+        return
+    tracker = folder / _TRACKER
+    complete = newest_complete_iteration(folder)
+    if complete is not None:
+        print(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
+        _write_tracker(folder, complete)
+    elif entry is not None and not _iterations(folder):
+        raise MoREError(f"{tracker} is damaged and there is no checkpoint beside it: load another folder, or remove it")
+    elif entry is not None:
+        print(f"> {tracker} was left by a save that did not finish, the first one: starting anew")
+        tracker.unlink()
+
+
+def clear_for_save(folder: Path, iteration: int) -> None:
+    """Remove what is in the way of the checkpoint of an iteration: an older run's, or one that is not complete.
+
+    Files of two saves under one name would pass for one checkpoint if the second save did not finish. The tracker file
+    is moved first, so that at every moment it names a complete checkpoint or is not there.
+    """
+    checkpoint = _iteration_folder(folder, iteration)
+    if not checkpoint.exists():
+        return
+    if _read_tracker(folder) == str(iteration):
+        (folder / _TRACKER).unlink()
+        earlier = newest_complete_iteration(folder, before=iteration)
+        if earlier is not None:
+            _write_tracker(folder, earlier)
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
+    # metadata.json is what makes a checkpoint complete; without it what remains after a kill is none.
+    (checkpoint / "metadata.json").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def fault(checkpoint: Path) -> str | None:
+    """Return what is wrong with the files of a checkpoint, None if they are all there and whole."""
+    if not checkpoint.is_dir():
+        return "the folder does not exist"
+    try:
+        json.loads((checkpoint / "metadata.json").read_text())
+    except (OSError, ValueError):
+        return "metadata.json is missing or not JSON, as after a save that did not finish"
+    try:
+        sizes = _expected_sizes(checkpoint)
+    except Exception:  # whatever a damaged pickle raises
+        return ".metadata is missing or cannot be read"
+    for name, size in sorted(sizes.items()):
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size < size:
+            return f"{name} is truncated ({path.stat().st_size} of {size} bytes)"
+    return None
+
+
+def _expected_sizes(checkpoint: Path) -> dict[str, int]:
+    """Return the least size in bytes of each data file, as the checkpoint's index implies it."""
+    with open(checkpoint / ".metadata", "rb") as file:
+        metadata = pickle.load(file)
+    sizes: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
+    return sizes
+
+
+def _iteration_folder(folder: Path, iteration: int) -> Path:
+    return folder / f"iter_{iteration:07d}"
+
+
+def _iterations(folder: Path) -> list[int]:
+    names = [path.name.removeprefix("iter_") for path in folder.glob("iter_*") if path.is_dir()]
+    return [int(name) for name in names if name.isdecimal()]
+
+
+def _read_tracker(folder: Path) -> str | None:
+    try:
+        return (folder / _TRACKER).read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return None
+
+
+def _write_tracker(folder: Path, iteration: int) -> None:
+    # A rename leaves no moment at which a reader sees half of it.
+    temporary = folder / f".{_TRACKER}.{os.getpid()}"
+    temporary.write_text(str(iteration))
+    temporary.replace(folder / _TRACKER)

@@ -1,0 +1,76 @@
+"""The cache of dataset indices that Megatron keeps beside the data, and what a kill can leave in it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["cache_folder", "remove_unusable_indices"]
+
+_DESCRIPTION = "description.txt"
+
+
+def cache_folder(prefix: str) -> Path:
+    """Return where Megatron caches the indices of a dataset without `--data-cache-path`."""
+    return Path(prefix, "cache", "GPTDataset_indices")
+
+
+def remove_unusable_indices(folders: Iterable[Path]) -> None:
+    """Remove cached indices that are incomplete or older than their data.
+
+    Megatron writes an index in place and takes any file of the right name for a whole one. Its name says which dataset
+    it is of, not what was in it: data that were preprocessed again would be read with the old index.
+
+    Args:
+        folders: Cache folders, not all of which need exist.
+    """
+    for folder in folders:
+        for description in sorted(folder.glob(f"*-{_DESCRIPTION}")):
+            group = sorted(folder.glob(description.name.removesuffix(_DESCRIPTION) + "*"))
+            reason = _reason_to_remove(description, group)
+            if reason is not None:
+                print(f"> removing the dataset index {description.name.removesuffix('-' + _DESCRIPTION)}: {reason}")
+                for path in group:
+                    path.unlink(missing_ok=True)
+
+
+def _reason_to_remove(description: Path, group: list[Path]) -> str | None:
+    if not all(_is_whole(path) for path in group if path.suffix == ".npy"):
+        return "it was not written to its end"
+    try:
+        prefixes = _dataset_prefixes(json.loads(description.read_text()))
+    except ValueError:
+        return "its description was not written to its end"
+    oldest = min((path.stat().st_mtime for path in group), default=0.0)
+    for prefix in prefixes:
+        index = Path(f"{prefix}.idx")
+        if index.is_file() and index.stat().st_mtime > oldest:
+            return f"{index} is newer"
+    return None
+
+
+def _dataset_prefixes(description: object) -> set[str]:
+    """Return every dataset that a description names; that of a blend nests those of its parts."""
+    if isinstance(description, list):
+        return set().union(*map(_dataset_prefixes, description))
+    if not isinstance(description, dict):
+        return set()
+    own = {path for path in [description.get("dataset_path")] if isinstance(path, str)}
+    return own.union(*map(_dataset_prefixes, description.values()))
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether an array file is as long as its header says."""
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(file)
+            expected = file.tell() + math.prod(shape) * dtype.itemsize
+    except (OSError, ValueError):
+        return False
+    return path.stat().st_size == expected

@@ -1,0 +1,37 @@
+"""The folders a run writes to, tried before it starts."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from more_megatron.config import flag
+from more_megatron.errors import MoREError
+
+__all__ = ["check_output_folders"]
+
+_FOLDERS = ("save", "tensorboard_dir", "data_cache_path", "wandb_save_dir")
+
+
+def check_output_folders(args: argparse.Namespace) -> None:
+    """Make the folders that flags name, and check that a file can be written there. Rank 0 checks for all.
+
+    Raises:
+        MoREError: If a folder cannot be made or written to.
+    """
+    if args.rank != 0:
+        return
+    for name in _FOLDERS:
+        folder = getattr(args, name)
+        if not folder:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise MoREError(
+                f"{flag(name)} {folder} is not a folder that can be written to ({error.strerror}): "
+                "name another or change its permissions"
+            ) from error

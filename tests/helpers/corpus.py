@@ -1,0 +1,29 @@
+"""A dataset of a few hundred random documents, in Megatron's format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+__all__ = ["write_corpus"]
+
+
+def write_corpus(prefix: Path, documents: int = 200, vocab_size: int = 126, seed: int = 0) -> Path:
+    """Write `prefix.bin` and `prefix.idx` and return the prefix.
+
+    Args:
+        prefix: Where to.
+        documents: Number of documents, of 10 to 59 tokens each.
+        vocab_size: Tokens are below it.
+        seed: Of the random tokens.
+    """
+    random = np.random.default_rng(seed)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for length in random.integers(10, 60, documents):
+        builder.add_item(torch.from_numpy(random.integers(0, vocab_size, length)))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+    return prefix

@@ -1,0 +1,127 @@
+"""Ends a rank in the middle of something, at a moment that a test chooses.
+
+Each function is given to `Program` as `prepare`: it sets a trap in the rank before the program starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.training import checkpointing, training
+
+__all__ = [
+    "kill_before_checkpoint_is_complete",
+    "kill_before_tracker",
+    "kill_in_data_file",
+    "kill_in_index_cache",
+    "kill_in_tracker",
+    "terminate_after_step",
+]
+
+_SAVE = 2
+_STEP = 3
+
+
+def _kill() -> None:
+    # A rank has a group of its own, with the processes that write for it.
+    os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _at_call(number: int, holder: Any, name: str, act: Callable[..., Any]) -> None:
+    """Replace a function: its n-th call is `act`, given the original and the arguments."""
+    original = getattr(holder, name)
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return act(original, *args, **kwargs) if calls == number else original(*args, **kwargs)
+
+    setattr(holder, name, counted)
+
+
+def kill_in_data_file() -> None:
+    """End the rank when the first tensors of the checkpoint of iteration 4 are written, and half of the next."""
+    original = filesystem_async._write_item
+    written = 0
+
+    # Megatron looks at the signature.
+    @functools.wraps(original)
+    def write_item(*args: Any, **kwargs: Any) -> Any:
+        nonlocal written
+        result = original(*args, **kwargs)
+        stream = next(argument for argument in args if hasattr(argument, "truncate"))
+        written += "iter_0000004" in str(stream.name)
+        if written == 3:
+            stream.flush()
+            stream.truncate(stream.tell() - 100)
+            _kill()
+        return result
+
+    filesystem_async._write_item = write_item
+
+
+def kill_before_checkpoint_is_complete() -> None:
+    """End the rank when the second checkpoint lacks nothing but the file that says it is complete."""
+    _at_call(_SAVE, serialization, "save_config", lambda *args: _kill())
+
+
+def kill_before_tracker() -> None:
+    """End the rank between the second checkpoint and its entry in the tracker file."""
+    _trap_tracker(lambda path: _kill())
+
+
+def kill_in_tracker() -> None:
+    """End the rank when the tracker file is open and empty."""
+
+    def act(path: Path) -> None:
+        path.write_text("")
+        _kill()
+
+    _trap_tracker(act)
+
+
+def _trap_tracker(act: Callable[[Path], None]) -> None:
+    original = checkpointing.maybe_msc.open
+    writes = 0
+
+    def open_(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        nonlocal writes
+        if str(path).endswith("latest_checkpointed_iteration.txt") and mode == "w":
+            writes += 1
+            if writes == _SAVE:
+                act(Path(path))
+        return original(path, mode, *args, **kwargs)
+
+    checkpointing.maybe_msc.open = open_
+
+
+def kill_in_index_cache() -> None:
+    """End the rank when half of a dataset index is written."""
+
+    def act(original: Any, path: Any, array: np.ndarray, **kwargs: Any) -> None:
+        original(path, array, **kwargs)
+        with open(path, "r+b") as stream:
+            stream.truncate(os.path.getsize(path) // 2)
+        _kill()
+
+    _at_call(3, np, "save", act)
+
+
+def terminate_after_step() -> None:
+    """Send the rank a SIGTERM after its third step."""
+
+    def act(original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    _at_call(_STEP, training, "train_step", act)

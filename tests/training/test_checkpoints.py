@@ -1,0 +1,165 @@
+"""Damaged checkpoints and those of other models are refused with one line; what a kill left is mended."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from more_megatron.errors import MoREError
+from more_megatron.training.checkpoint_files import (
+    checkpoint_to_load,
+    clear_for_save,
+    fault,
+    newest_complete_iteration,
+    repair_tracker,
+)
+from tests.helpers.program import pretrain_more
+from tests.helpers.training import TINY
+from tests.training.test_refusals import refused
+
+_RUN = f"{TINY} --train-iters 4 --global-batch-size 4"
+_TRACKER = "latest_checkpointed_iteration.txt"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the checkpoints of iterations 2 and 4."""
+    folder = tmp_path_factory.mktemp("saved")
+    [ended] = pretrain_more(1, f"{_RUN} --save {folder} --save-interval 2")
+    assert ended.code == 0, ended.stderr
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """Return a copy of those checkpoints."""
+    return shutil.copytree(saved, tmp_path / "copy")
+
+
+def _data_file(folder: Path) -> Path:
+    return next((folder / "iter_0000004").glob("*.distcp"))
+
+
+def _truncate(folder: Path) -> None:
+    file = _data_file(folder)
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _delete(folder: Path) -> None:
+    _data_file(folder).unlink()
+
+
+def _garble_index(folder: Path) -> None:
+    (folder / "iter_0000004" / ".metadata").write_bytes(b"garbage" * 100)
+
+
+def _unfinish(folder: Path) -> None:
+    (folder / "iter_0000004" / "metadata.json").unlink()
+
+
+def _garble_data(folder: Path) -> None:
+    file = _data_file(folder)
+    content = bytearray(file.read_bytes())
+    content[: len(content) // 2] = b"\xa5" * (len(content) // 2)
+    file.write_bytes(content)
+
+
+def _garble_tensor(folder: Path) -> None:
+    with open(_data_file(folder), "r+b") as file:
+        file.seek(5000)
+        file.write(b"\xa5" * 3000)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder / "iter_0000004")
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (_truncate, ("truncated", "--ckpt-step 2 loads the newest complete one")),
+        (_delete, ("is missing", "--ckpt-step 2")),
+        (_garble_index, (".metadata is missing or cannot be read", "--ckpt-step 2")),
+        (_unfinish, ("metadata.json is missing", "--ckpt-step 2")),
+        (_garble_data, ("iter_0000004", "damaged")),
+        (_garble_tensor, ("cannot be loaded",)),
+        (_remove, ("the folder does not exist", "--ckpt-step 2")),
+    ],
+)
+def test_damaged_checkpoint(folder: Path, damage: Callable[[Path], None], parts: tuple[str, ...]) -> None:
+    damage(folder)
+    refused(pretrain_more(1, f"{_RUN} --load {folder}")[0], str(folder), *parts)
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--more-variant moe", "--more-variant was recurrent_moe and is moe now"),
+        ("--num-layers 2", "--num-layers was 4 and is 2 now"),
+        ("--hidden-size 64", "--hidden-size was 32 and is 64 now"),
+        ("--num-experts 8", "--num-experts was 4 and is 8 now"),
+        ("--group-query-attention --num-query-groups 2", "--group-query-attention was False and is True now"),
+        ("--vocab-size 200", "--vocab-size was 127 and is 200 now"),
+        ("--no-use-distributed-optimizer", "--use-distributed-optimizer was True and is False now"),
+        ("--train-iters 40", "--override-opt-param-scheduler"),
+    ],
+)
+def test_checkpoint_of_another_run(saved: Path, flags: str, part: str) -> None:
+    refused(pretrain_more(1, f"{_RUN} --load {saved} {flags}")[0], part)
+
+
+@pytest.mark.parametrize(
+    "flags", ["--no-use-distributed-optimizer --no-load-optim", "--train-iters 6 --override-opt-param-scheduler"]
+)
+def test_what_the_refusal_advises_works(saved: Path, flags: str) -> None:
+    [ended] = pretrain_more(1, f"{_RUN} --load {saved} {flags} --ckpt-step 2")
+    assert ended.code == 0, ended.stderr
+
+
+def test_complete_checkpoints_have_no_fault(saved: Path) -> None:
+    assert fault(saved / "iter_0000004") is None
+    assert newest_complete_iteration(saved) == 4
+    assert newest_complete_iteration(saved, before=4) == 2
+    assert checkpoint_to_load(saved, None) == saved / "iter_0000004"
+    assert checkpoint_to_load(saved, 2) == saved / "iter_0000002"
+
+
+@pytest.mark.parametrize("content", ["", "x", None])
+def test_tracker_is_mended(folder: Path, content: str | None) -> None:
+    (folder / _TRACKER).unlink()
+    if content is not None:
+        (folder / _TRACKER).write_text(content)
+    _unfinish(folder)
+    repair_tracker(folder)
+    assert (folder / _TRACKER).read_text() == "2"
+
+
+def test_whole_tracker_is_left_alone(folder: Path) -> None:
+    (folder / _TRACKER).write_text("2\n")
+    repair_tracker(folder)
+    assert (folder / _TRACKER).read_text() == "2\n"
+
+
+def test_tracker_without_any_checkpoint(tmp_path: Path) -> None:
+    repair_tracker(tmp_path)
+    assert checkpoint_to_load(tmp_path, None) is None
+    (tmp_path / _TRACKER).write_text("")
+    with pytest.raises(MoREError, match="is damaged and there is no checkpoint beside it"):
+        repair_tracker(tmp_path)
+    # The first save was cut short in its tracker file, and its folder then lost: nothing to go on from.
+    (tmp_path / "iter_0000002").mkdir()
+    repair_tracker(tmp_path)
+    assert checkpoint_to_load(tmp_path, None) is None
+
+
+def test_save_clears_what_is_in_its_way(folder: Path) -> None:
+    clear_for_save(folder, 4)
+    assert not (folder / "iter_0000004").exists()
+    assert (folder / _TRACKER).read_text() == "2"
+    clear_for_save(folder, 2)
+    assert not (folder / "iter_0000002").exists()
+    assert not (folder / _TRACKER).exists()
+    clear_for_save(folder, 6)

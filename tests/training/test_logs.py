@@ -1,0 +1,64 @@
+"""What a run says: its log lines, TensorBoard, and Weights & Biases without an account."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.program import Ended, pretrain_more
+from tests.helpers.training import TINY
+
+_RUN = (
+    f"{TINY} --train-iters 3 --num-layers 2 --global-batch-size 4 --recurrence-steps 3 --eval-iters 1 "
+    "--eval-interval 2 --wandb-project more --wandb-exp-name tiny"
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """Return the folder that a run logged to, and how the run ended."""
+    folder = tmp_path_factory.mktemp("logs")
+    flags = f"--tensorboard-dir {folder / 'tensorboard'} --wandb-save-dir {folder} --save {folder} --save-interval 9"
+    [ended] = pretrain_more(1, f"{_RUN} {flags}", environment={"WANDB_MODE": "offline"})
+    assert ended.code == 0, ended.stderr
+    return folder, ended
+
+
+def test_log_line_holds_loss_and_recurrence_steps(run: tuple[Path, Ended]) -> None:
+    lines = [line for line in run[1].stdout.splitlines() if " iteration " in line and "lm loss:" in line]
+    assert len(lines) == 3
+    for line in lines:
+        assert "recurrence steps: 3.000000E+00 |" in line
+        assert "load_balancing_loss:" in line
+        assert "z_loss:" in line
+
+
+def test_evaluation_prints_loss_and_perplexity(run: tuple[Path, Ended]) -> None:
+    lines = [line for line in run[1].stdout.splitlines() if "validation loss at iteration" in line]
+    assert lines
+    for line in lines:
+        assert re.search(r"lm loss value: \d\.\d+E[+-]\d+ \| lm loss PPL: \d\.\d+E[+-]\d+", line)
+
+
+def test_tensorboard_has_the_curves(run: tuple[Path, Ended]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run[0] / "tensorboard"))
+    events.Reload()
+    scalars = events.Tags()["scalars"]
+    for name in ("lm loss", "recurrence steps", "grad-norm", "lm loss validation"):
+        assert name in scalars
+    assert [event.step for event in events.Scalars("lm loss")] == [1, 2, 3]
+
+
+def test_wandb_keeps_the_run_offline(run: tuple[Path, Ended]) -> None:
+    [folder] = (run[0] / "wandb").glob("offline-run-*")
+    assert list(folder.glob("*.wandb"))
+
+
+def test_nothing_is_said_about_absent_packages(run: tuple[Path, Ended]) -> None:
+    for name in ("Transformer Engine and Apex", "Apex is not installed", "one_logger package"):
+        assert name not in run[1].stderr
+        assert name not in run[1].stdout

@@ -1,0 +1,149 @@
+"""One checkpoint, every layout: the same losses and gradient norms."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.corpus import write_corpus
+from tests.helpers.ranks import run_ranks
+from tests.helpers.reuse import train_all
+from tests.helpers.training import TINY, TINY_ON_FILES, History
+
+_TOLERANCE = 1e-5
+_RUN = f"{TINY_ON_FILES} --split 1,0,0 --global-batch-size 4"
+_FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+_SELECTIVE = "--recompute-granularity selective --recompute-modules moe"
+
+SYSTEMS = {
+    "moe": "--more-variant moe",
+    "recurrent_moe fixed": "--more-variant recurrent_moe --recurrence-steps 3 --recurrence-backprop-steps 2",
+    "recurrent_moe uniform": (
+        "--more-variant recurrent_moe --recurrence-sampling uniform --recurrence-min-steps 2 --recurrence-max-steps 4 "
+        "--recurrence-backprop-steps 2"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Ranks and flags; `optimizer` names the checkpoint whose optimizer state fits."""
+
+    ranks: int
+    flags: str = ""
+    optimizer: str = "--use-distributed-optimizer"
+
+
+_OFF = "--no-use-distributed-optimizer"
+_TP2, _PP2, _EP2 = (f"--{kind}-model-parallel-size 2" for kind in ("tensor", "pipeline", "expert"))
+_INTERLEAVED = f"{_PP2} --num-layers-per-virtual-pipeline-stage 1"
+_ALLGATHER = "--moe-token-dispatcher-type allgather"
+
+LAYOUTS = {
+    "1": Layout(1),
+    "1 allgather": Layout(1, _ALLGATHER),
+    "1 selective": Layout(1, _SELECTIVE),
+    "1 full": Layout(1, _FULL),
+    "1 optimizer off": Layout(1, optimizer=_OFF),
+    "dp2": Layout(2),
+    "dp2 optimizer off": Layout(2, optimizer=_OFF),
+    "tp2": Layout(2, _TP2),
+    "tp2 allgather full": Layout(2, f"{_TP2} {_ALLGATHER} {_FULL}"),
+    "tp2 optimizer off": Layout(2, _TP2, optimizer=_OFF),
+    "pp2": Layout(2, _PP2),
+    "pp2 full": Layout(2, f"{_PP2} {_FULL}"),
+    "pp2 interleaved": Layout(2, _INTERLEAVED),
+    "pp2 interleaved selective": Layout(2, f"{_INTERLEAVED} {_SELECTIVE}"),
+    "ep2": Layout(2, _EP2),
+    "ep2 allgather": Layout(2, f"{_EP2} {_ALLGATHER}"),
+    "ep2 selective": Layout(2, f"{_EP2} {_SELECTIVE}"),
+    "ep2 optimizer off": Layout(2, _EP2, optimizer=_OFF),
+    "tp2 ep2": Layout(4, f"{_TP2} {_EP2} --expert-tensor-parallel-size 1"),
+    "tp2 ep2 allgather selective": Layout(
+        4, f"{_TP2} {_EP2} --expert-tensor-parallel-size 1 {_ALLGATHER} {_SELECTIVE}"
+    ),
+    "pp2 ep2": Layout(4, f"{_PP2} {_EP2}"),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Return the runs of this module, started when first asked for."""
+    return Runs(tmp_path_factory.mktemp("parity"))
+
+
+class Runs:
+    """Trains each system in one world for each number of ranks.
+
+    Args:
+        folder: Holds the checkpoints.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._run = f"{_RUN} --data-path {write_corpus(folder / 'corpus')}"
+        self._worlds: dict[tuple[str, int], list[History] | AssertionError] = {}
+
+    @functools.cache  # noqa: B019
+    def reference(self, system: str) -> History:
+        """Return the uninterrupted run of a single process, which saves after its first step."""
+        lines = [
+            f"{self._run} {SYSTEMS[system]} {optimizer} --save {self._checkpoint(system, optimizer)} "
+            "--save-interval 1 --exit-interval 1"
+            for optimizer in (_OFF, Layout.optimizer)
+        ]
+        return run_ranks(1, train_all, [*lines, f"{self._run} {SYSTEMS[system]}"])[0][-1]
+
+    def of(self, system: str, layout: str) -> History:
+        """Return the run of a layout that loads the reference's checkpoint, as the last rank reports it."""
+        ranks = LAYOUTS[layout].ranks
+        names = [name for name in LAYOUTS if LAYOUTS[name].ranks == ranks]
+        if (system, ranks) not in self._worlds:
+            self._worlds[system, ranks] = self._outcome(system, ranks)
+        outcome = self._worlds[system, ranks]
+        if isinstance(outcome, AssertionError):
+            raise outcome
+        return outcome[names.index(layout)]
+
+    def _outcome(self, system: str, ranks: int) -> list[History] | AssertionError:
+        self.reference(system)
+        lines = [
+            f"{self._run} {SYSTEMS[system]} {layout.flags} {layout.optimizer} "
+            f"--load {self._checkpoint(system, layout.optimizer)}"
+            for layout in LAYOUTS.values()
+            if layout.ranks == ranks
+        ]
+        try:
+            return run_ranks(ranks, train_all, lines)[-1]
+        except AssertionError as failure:  # said by each test of this world, and not tried again
+            return failure
+
+    def _checkpoint(self, system: str, optimizer: str) -> Path:
+        return self._folder / system.replace(" ", "-") / ("plain" if optimizer == _OFF else "distributed")
+
+
+@pytest.mark.parametrize(("system", "layout"), itertools.product(SYSTEMS, LAYOUTS))
+def test_losses_and_gradient_norms_equal_the_single_process(runs: Runs, system: str, layout: str) -> None:
+    reference = runs.reference(system)
+    history = runs.of(system, layout)
+    assert len(history.losses) == 5
+    assert history.losses == pytest.approx(reference.losses[1:], rel=_TOLERANCE)
+    assert history.grad_norms == pytest.approx(reference.grad_norms[1:], rel=_TOLERANCE)
+    assert history.steps == reference.steps[1:]
+
+
+def test_a_world_that_is_used_again_trains_as_a_fresh_one() -> None:
+    line = f"{TINY} {SYSTEMS['recurrent_moe uniform']} {_EP2}"
+    first = run_ranks(2, train_all, [line])[-1]
+    again = run_ranks(2, train_all, [f"{TINY} {SYSTEMS['moe']} {_TP2}", line])[-1]
+    assert again[1:] == first
+
+
+def test_uniform_depth_varies_and_stays_in_its_range(runs: Runs) -> None:
+    steps = runs.reference("recurrent_moe uniform").steps
+    assert set(steps) <= {2.0, 3.0, 4.0}
+    assert len(set(steps)) > 1

@@ -1,0 +1,117 @@
+"""The command a user types: killed, told to stop, and started again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.corpus import write_corpus
+from tests.helpers.program import losses_by_iteration
+from tests.helpers.training import TINY, TINY_ON_FILES
+
+_ROOT = Path(__file__).parents[2]
+_ITERATIONS = 12
+
+
+@contextlib.contextmanager
+def _torchrun(flags: str, log: Path) -> Iterator[subprocess.Popen]:
+    """Run the program on two ranks in a process group of its own, writing to `log`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with open(log, "w") as output:
+        process = subprocess.Popen(
+            [*command, "pretrain_more.py", *flags.split()],
+            cwd=_ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+    try:
+        yield process
+    finally:
+        # Ranks have groups of their own under torchrun; they end with the agent, or by its signal.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen, log: Path, timeout: float = 240) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+def _kill_ranks(process: subprocess.Popen) -> None:
+    """Send SIGKILL to the agent's ranks, all at once."""
+    import psutil
+
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for rank in ranks:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            rank.kill()
+    psutil.wait_procs(ranks, timeout=30)
+
+
+def test_killed_stopped_and_resumed_with_the_same_losses(tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus")
+    save = tmp_path / "checkpoints"
+    flags = (
+        f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --expert-model-parallel-size 2 --global-batch-size 4 "
+        f"--hidden-dropout 0.1 --data-path {corpus} --split 1,0,0 --save {save} --load {save} --save-interval 2 "
+        "--exit-signal-handler"
+    )
+    logs = [tmp_path / f"{name}.log" for name in ("killed", "stopped", "finished", "uninterrupted")]
+    with _torchrun(flags, logs[0]) as process:
+        _wait_for(lambda: " iteration        5/" in logs[0].read_text(), process, logs[0])
+        _kill_ranks(process)
+    with _torchrun(flags, logs[1]) as process:
+        _wait_for(lambda: " iteration        7/" in logs[1].read_text(), process, logs[1])
+        process.terminate()
+        process.wait(timeout=120)
+    stopped_at = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert stopped_at >= 7
+    with _torchrun(flags, logs[2]) as process:
+        assert process.wait(timeout=240) == 0, logs[2].read_text()[-3000:]
+    with _torchrun(flags.replace(str(save), str(tmp_path / "other")), logs[3]) as process:
+        assert process.wait(timeout=240) == 0, logs[3].read_text()[-3000:]
+    killed, stopped, finished, uninterrupted = (losses_by_iteration(log.read_text()) for log in logs)
+    assert list(uninterrupted) == list(range(1, _ITERATIONS + 1))
+    assert min(stopped) in (5, 6)
+    assert list(finished) == list(range(stopped_at + 1, _ITERATIONS + 1))
+    for losses in (killed, stopped, finished):
+        assert losses == {iteration: uninterrupted[iteration] for iteration in losses}
+
+
+def test_refusal_is_one_line_of_ours(tmp_path: Path) -> None:
+    log = tmp_path / "refused.log"
+    with _torchrun(f"{TINY} --more-variant nonsense", log) as process:
+        assert process.wait(timeout=240) != 0
+    output = log.read_text()
+    assert output.count("pretrain_more.py: error: --more-variant nonsense does not exist") == 1
+    # torchrun's own report holds the one there is.
+    assert output.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_platform_that_is_not_there(platform: str, tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "pretrain_more.py"],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "MORE_PLATFORM": platform, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"pretrain_more.py: error: MORE_PLATFORM={platform}")
