@@ -53,7 +53,9 @@ class LocalNorm(torch.nn.Module):
         eps: Added to the variance.
     """
 
-    def __new__(cls, config: MoREConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> torch.nn.Module:
+    def __new__(  # type: ignore[misc]
+        cls, config: MoREConfig, hidden_size: int, eps: float = 1e-5, **kwargs: Any
+    ) -> torch.nn.Module:
         """Return the PyTorch module: its parameter names are Megatron's."""
         kinds = {"RMSNorm": torch.nn.RMSNorm, "LayerNorm": torch.nn.LayerNorm}
         norm = kinds[config.normalization](hidden_size, eps=eps)
@@ -94,14 +96,17 @@ class LocalAttention(DotProductAttention):
         """
         if not self._kernel_can(kwargs):
             return super().forward(query, key, value, attention_mask, attn_mask_type, **kwargs)
-        causal = attention_mask is None
+        allowed = None if attention_mask is None else ~attention_mask.bool()
+        query_, key_, value_ = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         dropout = self.attention_dropout.p if self.training else 0.0
         with self._random_state():
             context = torch.nn.functional.scaled_dot_product_attention(
-                *(x.permute(1, 2, 0, 3) for x in (query, key, value)),
-                attn_mask=None if causal else ~attention_mask.bool(),
+                query_,
+                key_,
+                value_,
+                attn_mask=allowed,
                 dropout_p=dropout,
-                is_causal=causal,
+                is_causal=allowed is None,
                 scale=self.softmax_scale,
                 enable_gqa=query.size(2) != key.size(2),
             )

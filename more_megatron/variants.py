@@ -53,7 +53,7 @@ class Variant:
     """
 
     summary: str
-    layer: type[TransformerLayer] = MicroBatchTransformerLayer
+    layer: type[TransformerLayer] = TransformerLayer
     moe: type[MoELayer] = MoELayer
     parts: dict[str, Any] = field(default_factory=dict)
     experts_cost: Callable[[MoREConfig, int], Cost] = ffn_experts_cost
@@ -66,11 +66,11 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "moe": Variant(
         "Megatron's mixture of experts, the baseline",
-        layer=TransformerLayer,
         recurrent=False,
     ),
     "recurrent_experts": Variant(
         "each expert is a recurrent block of its own (Synthesis I, option A)",
+        layer=MicroBatchTransformerLayer,
         moe=RowMoELayer,
         parts={"experts": RecurrentExperts},
         experts_cost=recurrent_experts_cost,
@@ -78,6 +78,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "shared_block": Variant(
         "experts are projections around one recurrent block (Synthesis I, option B)",
+        layer=MicroBatchTransformerLayer,
         moe=SharedBlockMoELayer,
         parts={"experts": ProjectionExperts},
         experts_cost=projection_experts_cost,
@@ -86,6 +87,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "shared_block_ffn": Variant(
         "light experts, combined, then one recurrent block over the sequence (option B as in the summary)",
+        layer=MicroBatchTransformerLayer,
         moe=CombinedBlockMoELayer,
         parts={"experts": LightExperts},
         experts_cost=light_experts_cost,
@@ -211,8 +213,10 @@ def _moe_layer(config: MoREConfig) -> ModuleSpec:
     """
     variant = get_variant(config.more_variant)
     submodules = layer_submodules(config, moe=True)
-    moe_submodules = dataclasses.replace(submodules.mlp.keywords["submodules"], **variant.parts)
-    mlp = functools.partial(variant.moe, submodules=moe_submodules)
+    megatron_moe: Any = submodules.mlp
+    moe_submodules = dataclasses.replace(megatron_moe.keywords["submodules"], **variant.parts)
+    moe: Any = variant.moe
+    mlp = functools.partial(moe, submodules=moe_submodules)
     return ModuleSpec(module=variant.layer, submodules=dataclasses.replace(submodules, mlp=mlp))
 
 

@@ -47,6 +47,10 @@ class Placement:
         return get_pg_rank(self.split_group)
 
 
+# Attribute of a parameter: the dimension of it that is split over ranks, or None.
+_SPLIT_DIM = "split_dim"
+
+
 def grouped_parameter(
     config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None
 ) -> torch.nn.Parameter:
@@ -76,10 +80,9 @@ def grouped_parameter(
     size = [len(placement.groups) * local[0]] if len(shape) == 1 else [len(placement.groups), *local]
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
-    is_split = split_dim is not None and placement.split_size > 1
-    set_tensor_model_parallel_attributes(parameter, is_split, split_dim + 1 if is_split else -1, 1)
-    # Read below: the dimension of the parameter that is split.
-    parameter.split_dim = split_dim + 1 if is_split else None
+    split = split_dim + 1 if split_dim is not None and placement.split_size > 1 else None
+    set_tensor_model_parallel_attributes(parameter, split is not None, -1 if split is None else split, 1)
+    setattr(parameter, _SPLIT_DIM, split)
     return parameter
 
 
@@ -93,10 +96,11 @@ def draw_parameter(parameter: torch.nn.Parameter, placement: Placement, draw: Ca
         draw: Returns the whole weight of a group, given its global number.
     """
     local = parameter.view(len(placement.groups), -1) if parameter.dim() == 1 else parameter
+    split = getattr(parameter, _SPLIT_DIM)
     for target, group in zip(local, placement.groups, strict=True):
         weight = draw(group)
-        if parameter.split_dim is not None:
-            weight = weight.chunk(placement.split_size, dim=parameter.split_dim - 1)[placement.split_rank]
+        if split is not None:
+            weight = weight.chunk(placement.split_size, dim=split - 1)[placement.split_rank]
         target.copy_(weight)
 
 
@@ -122,9 +126,10 @@ def sharded_parameters(
     sharded = {}
     for name, parameter in module.named_parameters(recurse=False):
         offsets = [*sharded_offsets, (axes, placement.groups[0] // len(placement.groups), chunks)]
-        if parameter.split_dim is not None:
-            offsets.append((axes + parameter.split_dim, placement.split_rank, placement.split_size))
-        copies = 0 if parameter.split_dim is not None else placement.split_rank
+        split = getattr(parameter, _SPLIT_DIM)
+        if split is not None:
+            offsets.append((axes + split, placement.split_rank, placement.split_size))
+        copies = 0 if split is not None else placement.split_rank
         sharded[prefix + name] = ShardedTensor.from_rank_offsets(
             prefix + name,
             parameter,

@@ -53,9 +53,11 @@ class ProjectionExperts(MegatronModule):
         initializer = BlockInitializer(self.config, layer_number)
         shape = (self.config.hidden_size, self.config.hidden_size)
         for name, parameter in self.named_parameters():
-            draw_parameter(
-                parameter, self.placement, lambda group, name=name: initializer.orthogonal(shape, f"{name}/{group}")
-            )
+
+            def draw(group: int, name: str = name) -> torch.Tensor:
+                return initializer.orthogonal(shape, f"{name}/{group}")
+
+            draw_parameter(parameter, self.placement, draw)
 
     def forward(self, inputs: ExpertInputs, block: RecurrentBlock) -> torch.Tensor:
         """Compute all local experts on the rows that were sent to them.

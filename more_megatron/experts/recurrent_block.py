@@ -69,7 +69,7 @@ class RecurrentBlock(MegatronModule):
     def __init__(self, config: MoREConfig, placement: Placement, ffn_hidden_size: int, name: str) -> None:
         super().__init__(config=config)
         self.placement = placement
-        self.layer_number: int | None = None
+        self.layer_number = 0
         self._name = name
         self._head_dim = config.kv_channels
         self._queries_per_group = config.num_attention_heads // config.num_query_groups
@@ -141,7 +141,8 @@ class RecurrentBlock(MegatronModule):
         self, x: torch.Tensor, rows: BlockRows, rotation: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         qkv = grouped_linear(self._copy(x), self.qkv, rows.ends)
-        qkv = qkv.view(len(x), -1, self._queries_per_group + 2, self._head_dim)
+        # Not `view`: without rows it could not tell the number of query groups.
+        qkv = qkv.unflatten(1, (-1, self._queries_per_group + 2, self._head_dim))
         query, key, value = qkv.split((self._queries_per_group, 1, 1), dim=2)
         query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
         if rotation is not None:

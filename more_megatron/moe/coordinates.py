@@ -87,4 +87,7 @@ class CoordinateAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
         return rows
 
 
-DISPATCHERS = {"allgather": CoordinateAllGatherDispatcher, "alltoall": CoordinateAlltoAllDispatcher}
+DISPATCHERS: dict[str, type[CoordinateAllGatherDispatcher] | type[CoordinateAlltoAllDispatcher]] = {
+    "allgather": CoordinateAllGatherDispatcher,
+    "alltoall": CoordinateAlltoAllDispatcher,
+}

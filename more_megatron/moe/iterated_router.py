@@ -137,9 +137,8 @@ class IteratedRouter(TopKRouter):
         ranks = self.tp_cp_group.size()
         loss = loss * (coefficient / ranks)
         if self.calculate_per_token_loss:
-            tokens = (~padding_mask).sum() if padding_mask is not None else loss.new_tensor(activation.numel())
-            tokens = tokens if padding_mask is not None else activation.numel() // activation.size(-1)
-            loss = loss * tokens * ranks
+            rows = activation.numel() // activation.size(-1)
+            loss = loss * (rows if padding_mask is None else (~padding_mask).sum()) * ranks
         return MoEAuxLossAutoScaler.apply(activation, loss)
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:

@@ -46,7 +46,7 @@ class SequenceBlock(MegatronModule):
         parts = sandwich_parts(config)
         hidden, device = config.hidden_size, "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.adapter = torch.nn.Parameter(torch.empty(hidden, 2 * hidden, dtype=config.params_dtype, device=device))
-        self.adapter.sequence_parallel = config.sequence_parallel
+        setattr(self.adapter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
         self.attention = build_module(parts.attention, config=config, layer_number=1, pg_collection=pg_collection)
         self.mlp = MLP(config, parts.mlp, ffn_hidden_size=ffn_hidden_size, tp_group=pg_collection.tp)
         for number in range(1, 5):

@@ -1,0 +1,127 @@
+"""Small models of every system, built inside a rank without Megatron's trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+
+from more_megatron.config import MoREConfig
+from more_megatron.recurrence.depth import Depth
+from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.variants import block_spec
+
+__all__ = ["EXPERTS", "HIDDEN", "RECOMPUTATION", "gpt_model", "logits", "small_config", "start_ranks"]
+
+HIDDEN, EXPERTS, VOCABULARY = 16, 4, 24
+
+# Fields of the configuration for each kind of recomputation.
+RECOMPUTATION: dict[str, dict[str, Any]] = {
+    "off": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
+
+def start_ranks(*, tensor: int = 1, expert: int = 1, expert_tensor: int | None = None) -> None:
+    """Form Megatron's process groups over all ranks of the world, anew if they exist.
+
+    Args:
+        tensor: Tensor-parallel size.
+        expert: Expert-parallel size.
+        expert_tensor: Expert-tensor-parallel size. Default: as `tensor`.
+    """
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor, expert_model_parallel_size=expert, expert_tensor_parallel_size=expert_tensor
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+
+
+def small_config(variant: str, **fields: Any) -> MoREConfig:
+    """Return the configuration of a one-layer model without dropout, shared experts and balance losses.
+
+    Args:
+        variant: Name of the system.
+        fields: What differs.
+    """
+    topk = fields.setdefault("moe_router_topk", 1)
+    defaults: dict[str, Any] = {
+        "num_layers": 1,
+        "hidden_size": HIDDEN,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 2 * HIDDEN,
+        "moe_ffn_hidden_size": HIDDEN,
+        "num_moe_experts": EXPERTS,
+        "moe_router_pre_softmax": topk == 1,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "transformer_impl": "local",
+        "use_cpu_initialization": True,
+        "persist_layer_norm": False,
+        "bias_dropout_fusion": False,
+    }
+    return MoREConfig(more_variant=variant, **{**defaults, **fields})
+
+
+def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = None) -> GPTModel:
+    """Return a whole model.
+
+    Args:
+        config: Model configuration.
+        seq_length: Length of a sequence.
+        weight_std: Standard deviation of weights drawn anew, the same in every model of these sizes: large ones, so
+            that every part has its say in the output, and norms that are not the identity. None: as initialized.
+    """
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config),
+        vocab_size=VOCABULARY,
+        max_sequence_length=seq_length,
+        position_embedding_type="rope",
+        share_embeddings_and_output_weights=False,
+        parallel_output=False,
+    )
+    if weight_std is not None:
+        _redraw(model, weight_std)
+    return model
+
+
+@torch.no_grad()
+def _redraw(module: torch.nn.Module, std: float) -> None:
+    """Draw all parameters anew: norms around 1, everything else around 0."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator) * std
+        parameter.copy_(noise + 1.0 if "norm" in name else noise)
+
+
+def logits(model: GPTModel, embeddings: torch.Tensor, depth: Depth, sample_ids: tuple[int, ...] = ()) -> torch.Tensor:
+    """Return the logits of a model, [b, s, vocabulary].
+
+    Args:
+        model: Whole model.
+        embeddings: Of the tokens, [s, b, h].
+        depth: Recurrence steps.
+        sample_ids: Of the sequences; empty as in evaluation.
+    """
+    length, batch = embeddings.shape[:2]
+    position_ids = torch.arange(length).expand(batch, length)
+    return model(
+        None,
+        position_ids,
+        None,
+        decoder_input=embeddings,
+        extra_block_kwargs=MicroBatch(depth, sample_ids).block_kwargs(),
+    )

@@ -1,0 +1,120 @@
+"""Building blocks in plain PyTorch against Megatron's own, and against loops."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+from more_megatron.backends import (
+    LocalAttention,
+    LocalNorm,
+    final_norm,
+    grouped_linear,
+    layer_submodules,
+    segment_attention,
+)
+from more_megatron.segments import Segments
+from tests.helpers.ranks import run_ranks
+from tests.moe.build import small_config, start_ranks
+
+_LENGTHS = [[3, 0, 4, 1], [0, 0, 5], [2], [0, 0], [7, 7]]
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _compare(ours: torch.Tensor, expected: torch.Tensor, leaves: list[torch.Tensor]) -> None:
+    """Check values and the gradients of a random weighing."""
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+    weights = torch.randn(ours.shape, generator=_generator())
+    gradients = [torch.autograd.grad((output * weights).sum(), leaves) for output in (ours, expected)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", _LENGTHS, ids=str)
+def test_grouped_linear_is_a_linear_map_for_each_group(lengths: list[int]) -> None:
+    rows = torch.randn(sum(lengths), 8, generator=_generator()).requires_grad_()
+    weight = torch.randn(len(lengths), 12, 8, generator=_generator()).requires_grad_()
+    ends = torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32)
+    parts = [part @ group.T for part, group in zip(rows.split(lengths), weight, strict=True)]
+    _compare(grouped_linear(rows, weight, ends), torch.cat(parts), [rows, weight])
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("lengths", _LENGTHS, ids=str)
+def test_segment_attention_is_causal_attention_in_each_segment(lengths: list[int], groups: int) -> None:
+    generator, heads, size, number = _generator(), 4, 8, sum(lengths)
+    query, key, value = leaves = [
+        torch.randn(number, count, size, generator=generator).requires_grad_() for count in (heads, groups, groups)
+    ]
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    parts = [value.new_zeros(0, heads, size)]
+    for q, k, v in zip(*(x.split(lengths) for x in (query, key, value)), strict=True):
+        k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
+        scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(size)
+        forbidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
+        parts.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(forbidden, -torch.inf).softmax(-1), v))
+    _compare(segment_attention(query, key, value, Segments(offsets, 16)), torch.cat(parts), leaves)
+
+
+def _attention(kind: type[DotProductAttention], **fields: Any) -> DotProductAttention:
+    config = small_config("moe", num_query_groups=2, **fields)
+    return kind(config, layer_number=2, attn_mask_type=AttnMaskType.causal, attention_type="self")
+
+
+def _local_attention_equals_megatrons() -> None:
+    start_ranks()
+    generator, length, batch = _generator(), 6, 2
+    query, key, value = leaves = [
+        torch.randn(length, batch, heads, 4, generator=generator).requires_grad_() for heads in (4, 2, 2)
+    ]
+    causal = torch.ones(length, length, dtype=torch.bool).triu(1).expand(batch, 1, -1, -1)
+    documents = causal.clone()
+    documents[1, :, 3:, :3] = True
+    theirs = _attention(DotProductAttention)
+    ours = _attention(LocalAttention)
+    for mask, explicit in ((None, causal), (causal, causal), (documents, documents)):
+        _compare(ours(query, key, value, mask), theirs(query, key, value, explicit), leaves)
+    # What the kernel cannot do is left to Megatron, which has its own parameters for it.
+    for fields in ({"softmax_type": "learnable"}, {"softmax_type": "off-by-one"}, {"window_size": (2, 0)}):
+        ours, theirs = (_attention(kind, **fields) for kind in (LocalAttention, DotProductAttention))
+        theirs.load_state_dict(ours.state_dict())
+        _compare(ours(query, key, value, causal), theirs(query, key, value, causal), leaves)
+
+
+def test_local_attention_equals_megatrons_own() -> None:
+    run_ranks(1, _local_attention_equals_megatrons)
+
+
+@pytest.mark.parametrize("kind", ["RMSNorm", "LayerNorm"])
+@pytest.mark.parametrize("sequence_parallel", [True, False])
+def test_a_local_norm_is_pytorchs_and_marked_for_sequence_parallelism(kind: str, sequence_parallel: bool) -> None:
+    config = small_config("moe", normalization=kind)
+    config.sequence_parallel = sequence_parallel
+    norm = LocalNorm(config, 16, eps=1e-3)
+    assert type(norm) is getattr(torch.nn, kind)
+    assert norm.eps == 1e-3
+    assert {parameter.sequence_parallel for parameter in norm.parameters()} == {sequence_parallel}
+    # Megatron finds norms in checkpoints by these names.
+    assert {name for name, _ in norm.named_parameters()} == {"weight", "bias"} - (
+        {"bias"} if kind == "RMSNorm" else set()
+    )
+
+
+@pytest.mark.parametrize("moe", [True, False])
+def test_the_layers_of_the_local_backend_are_local(moe: bool) -> None:
+    config = small_config("moe", qk_layernorm=True)
+    submodules = layer_submodules(config, moe)
+    attention = submodules.self_attention.submodules
+    assert attention.core_attention is LocalAttention
+    assert {attention.q_layernorm, attention.k_layernorm, submodules.input_layernorm, final_norm(config)} == {LocalNorm}
+    # In checkpoints the norm before a dense MLP is part of the MLP; before experts it is a module by itself.
+    assert ("pre_mlp_layernorm." in submodules.sharded_state_dict_keys_map) != moe
