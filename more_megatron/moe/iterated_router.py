@@ -131,9 +131,8 @@ class IteratedRouter(TopKRouter):
     ) -> torch.Tensor:
         """Attach a mean over this rank's tokens to the backward pass, and log it: the way of Megatron's z-loss."""
         loss = loss * self._step.loss_weight
-        get_moe_metrics_tracker().record(
-            name, loss, self.layer_number, self.config.num_layers, avg_group=self.tp_dp_cp_group
-        )
+        num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
+        get_moe_metrics_tracker().record(name, loss, self.layer_number, num_layers, avg_group=self.tp_dp_cp_group)
         ranks = self.tp_cp_group.size()
         loss = loss * (coefficient / ranks)
         if self.calculate_per_token_loss:
