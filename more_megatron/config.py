@@ -159,6 +159,11 @@ class MoREConfig(TransformerConfig):
             raise MoREError(
                 f"--recurrence-max-steps {high} is below --recurrence-min-steps {low}: raise the one or lower the other"
             )
+        if self.curriculum is not None and high is not None and max(self.curriculum.means) > high:
+            raise MoREError(
+                f"--recurrence-curriculum reaches a mean of {max(self.curriculum.means)} steps, above "
+                f"--recurrence-max-steps {high}: raise the maximum or end the curriculum earlier"
+            )
         if self.curriculum is not None or self.recurrence_sampling == "fixed":
             return
         if self.mean_steps < low or (high is not None and self.mean_steps > high):

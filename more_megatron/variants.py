@@ -27,6 +27,7 @@ from more_megatron.experts.ffn import ffn_experts_cost
 from more_megatron.experts.light import LightExperts, light_experts_cost
 from more_megatron.experts.projections import ProjectionExperts, projection_experts_cost
 from more_megatron.experts.recurrent import RecurrentExperts, recurrent_experts_cost
+from more_megatron.moe.capacity import CapacityInTrainingMoELayer
 from more_megatron.moe.coordinates import DISPATCHERS
 from more_megatron.moe.iterated_router import IteratedRouter
 from more_megatron.moe.layer import MicroBatchTransformerLayer, RowMoELayer
@@ -54,7 +55,7 @@ class Variant:
 
     summary: str
     layer: type[TransformerLayer] = TransformerLayer
-    moe: type[MoELayer] = MoELayer
+    moe: type[MoELayer] = CapacityInTrainingMoELayer
     parts: dict[str, Any] = field(default_factory=dict)
     experts_cost: Callable[[MoREConfig, int], Cost] = ffn_experts_cost
     recurrent: bool = True

@@ -45,6 +45,34 @@ def test_a_token_reaches_neither_the_past_nor_other_sequences(variant: str) -> N
         _check(perturbations, largest_leak=1e-6, where=f"perturbation: {where}")
 
 
+@torch.no_grad()
+def _effects_of_capacity(variant: str) -> dict[str, tuple[float, float, float]]:
+    """Return how far capacity moves the logits: in training, in evaluation, and in training after an evaluation."""
+    start_ranks()
+    fields = {"num_layers": 2, "moe_router_topk": 2, "moe_router_load_balancing_type": "aux_loss"}
+    embeddings = torch.randn(_LENGTH, _BATCH, HIDDEN, generator=torch.Generator().manual_seed(0))
+    dropless = gpt_model(small_config(variant, **fields), _LENGTH, weight_std=0.2)
+    expected = logits(dropless, embeddings, _DEPTH)
+    effects = {}
+    for name, capacity in (("dropped", {}), ("padded", {"moe_pad_expert_input_to_capacity": True})):
+        if capacity and VARIANTS[variant].mixes_tokens:
+            continue
+        config = small_config(variant, **fields, **capacity, moe_expert_capacity_factor=0.5)
+        model = gpt_model(config, _LENGTH, weight_std=0.2)
+        outputs = [logits(model.train(mode), embeddings, _DEPTH) for mode in (True, False, True)]
+        effects[name] = tuple(float((output - expected).abs().max()) for output in outputs)
+    return effects
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_tokens_above_capacity_are_dropped_in_training_only(variant: str) -> None:
+    (effects,) = run_ranks(1, _effects_of_capacity, variant)
+    for name, (before, evaluation, after) in effects.items():
+        assert before > 0.1, name
+        assert evaluation < 1e-6, name
+        assert after == before, name
+
+
 @pytest.mark.parametrize(
     ("variant", "fields", "flags"),
     [

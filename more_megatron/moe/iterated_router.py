@@ -7,12 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 
 from more_megatron.config import MoREConfig
-from more_megatron.moe.statistics import record_routing
+from more_megatron.moe.statistics import record_loss, record_routing, routing_entropy
 
 __all__ = ["IteratedRouter", "RouterStep"]
 
@@ -109,7 +108,7 @@ class IteratedRouter(TopKRouter):
         floor, coefficient = self.config.router_min_entropy, self.config.router_min_entropy_coeff
         if floor == 0.0 or coefficient == 0.0 or not self._attaches_losses:
             return logits
-        shortfall = torch.relu(floor - torch.distributions.Categorical(logits=logits.float()).entropy())
+        shortfall = torch.relu(floor - routing_entropy(logits))
         if padding_mask is not None:
             valid = ~padding_mask.view_as(shortfall)
             penalty = (shortfall * valid).sum() / valid.sum().clamp(min=1)
@@ -131,8 +130,7 @@ class IteratedRouter(TopKRouter):
     ) -> torch.Tensor:
         """Attach a mean over this rank's tokens to the backward pass, and log it: the way of Megatron's z-loss."""
         loss = loss * self._step.loss_weight
-        num_layers = self.config.num_layers + (self.config.mtp_num_layers or 0)
-        get_moe_metrics_tracker().record(name, loss, self.layer_number, num_layers, avg_group=self.tp_dp_cp_group)
+        record_loss(name, loss, self)
         ranks = self.tp_cp_group.size()
         loss = loss * (coefficient / ranks)
         if self.calculate_per_token_loss:

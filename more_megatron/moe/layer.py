@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.experts.inputs import ExpertInputs
 from more_megatron.experts.rows import RoutedRows
+from more_megatron.moe.capacity import CapacityInTrainingMoELayer
 from more_megatron.moe.coordinates import DISPATCHERS, local_coordinates
 from more_megatron.recurrence.micro_batch import MicroBatch
 
@@ -91,7 +91,7 @@ class MicroBatchTransformerLayer(TransformerLayer):
         return self._forward_post_mlp(self.mlp(normed, inputs, *more), residual)
 
 
-class RowMoELayer(MoELayer):
+class RowMoELayer(CapacityInTrainingMoELayer):
     """Megatron's MoE layer for experts that mix tokens: they receive coordinates along with the rows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from more_megatron.moe.capacity import CapacityInTrainingMoELayer
 from more_megatron.moe.iterated_router import IteratedRouter, RouterStep
 from more_megatron.moe.layer import LayerInputs, MicroBatchTransformerLayer
 from more_megatron.recurrence.truncation import iterate_residual
@@ -14,7 +14,7 @@ from more_megatron.recurrence.truncation import iterate_residual
 __all__ = ["IteratedMoELayer", "RecurrentMoETransformerLayer"]
 
 
-class IteratedMoELayer(MoELayer):
+class IteratedMoELayer(CapacityInTrainingMoELayer):
     """Megatron's MoE layer as one step of an iteration."""
 
     router: IteratedRouter

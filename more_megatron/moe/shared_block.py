@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_pg_rank, get_pg_size
 
@@ -14,8 +12,10 @@ from more_megatron.experts.inputs import ExpertInputs
 from more_megatron.experts.parameters import Placement
 from more_megatron.experts.projections import shared_ffn_hidden_size
 from more_megatron.experts.recurrent_block import RecurrentBlock
+from more_megatron.moe.capacity import CapacityInTrainingMoELayer
 from more_megatron.moe.coordinates import local_coordinates
 from more_megatron.moe.layer import LayerInputs, RowMoELayer
+from more_megatron.moe.statistics import record_loss
 from more_megatron.recurrence.noise import state_noise
 from more_megatron.recurrence.sequence_block import SequenceBlock
 
@@ -66,19 +66,13 @@ class SharedBlockMoELayer(RowMoELayer):
         if coefficient == 0.0 or not (self.training and torch.is_grad_enabled()):
             return output
         penalty = self.experts.orthogonality_penalty()
-        get_moe_metrics_tracker().record(
-            "orthogonality_loss",
-            penalty,
-            self.layer_number,
-            self.config.num_layers,
-            avg_group=self.router.tp_dp_cp_group,
-        )
+        record_loss("orthogonality_loss", penalty, self.router)
         share = self.num_local_experts / self.config.num_moe_experts
         weight = coefficient * share * self._replica_ratio
         return MoEAuxLossAutoScaler.apply(output, penalty * weight)
 
 
-class CombinedBlockMoELayer(MoELayer):
+class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
     """Light experts, combined, and then one recurrent block over the whole sequence."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ Weights & Biases as `router entropy/step N` and `expert load cv/step N`, average
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -14,9 +15,15 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
-__all__ = ["IterationTracker", "record_routing"]
+__all__ = ["IterationTracker", "record_loss", "record_routing", "routing_entropy"]
 
 _FIGURES = ("router entropy", "expert load cv")
+
+
+def routing_entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Return the entropy of each routing distribution in nats, in float32, given [..., experts]."""
+    # Without the check of its argument, for which a GPU would have to be waited for.
+    return torch.distributions.Categorical(logits=logits.float(), validate_args=False).entropy()
 
 
 @torch.no_grad()
@@ -32,10 +39,23 @@ def record_routing(router: TopKRouter, step: int, logits: torch.Tensor, routing_
     tracker = get_moe_metrics_tracker()
     if not isinstance(tracker, IterationTracker):
         return
-    entropy = torch.distributions.Categorical(logits=logits.float()).entropy().mean()
+    entropy = routing_entropy(logits).mean()
     load = routing_map.sum(dim=0).float()
     variation = load.std(correction=0) / load.mean().clamp(min=1e-9)
     tracker.record_step(step, torch.stack((entropy, variation)))
+
+
+def record_loss(name: str, loss: torch.Tensor, router: TopKRouter) -> None:
+    """Log a loss of an MoE layer, averaged over ranks, as Megatron logs those of its router.
+
+    Args:
+        name: Name of the loss.
+        loss: Its value on this rank, before its coefficient.
+        router: Router of the layer.
+    """
+    # Layers of multi-token prediction are numbered after the others.
+    layers = router.config.num_layers + (router.config.mtp_num_layers or 0)
+    get_moe_metrics_tracker().record(name, loss, router.layer_number, layers, avg_group=router.tp_dp_cp_group)
 
 
 class IterationTracker(MoEMetricsTracker):
@@ -49,8 +69,15 @@ class IterationTracker(MoEMetricsTracker):
     def __init__(self, max_steps: int, losses: tuple[str, ...] = ()) -> None:
         super().__init__()
         self._losses = losses
-        # Sums of the figures and, in the last row, how many there are.
-        self._steps = torch.zeros(len(_FIGURES) + 1, max_steps, device=torch.cuda.current_device())
+        self._max_steps = max_steps
+
+    @functools.cached_property
+    def _steps(self) -> torch.Tensor:
+        """Sums of the figures and, in the last row, how many there are.
+
+        Made when first used: only then a rank has chosen its device.
+        """
+        return torch.zeros(len(_FIGURES) + 1, self._max_steps, device=torch.cuda.current_device())
 
     def record_step(self, step: int, figures: torch.Tensor) -> None:
         """Add the figures of one routing decision, [2]."""
@@ -66,7 +93,7 @@ class IterationTracker(MoEMetricsTracker):
         return super().report(loss_scale, iteration, *args, **kwargs)
 
     def _report_steps(self, iteration: int, writer: Any, wandb_writer: Any) -> None:
-        if self._steps.numel() == 0:
+        if self._max_steps == 0:
             return
         torch.distributed.all_reduce(self._steps, group=parallel_state.get_pipeline_model_parallel_group())
         torch.distributed.all_reduce(

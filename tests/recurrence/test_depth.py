@@ -144,6 +144,7 @@ def test_evaluation_takes_a_fixed_number_without_gradient() -> None:
         ({"sampling": "uniform", "steps": 2, "min_steps": 3}, ["--recurrence-steps 2", "--recurrence-min-steps 3"]),
         ({"sampling": "poisson-lognormal", "steps": 9, "max_steps": 8}, ["--recurrence-steps", "--recurrence-max"]),
         ({"curriculum": "0:1,20:2,10:3"}, ["--recurrence-curriculum", "out of order"]),
+        ({"curriculum": "0:1,20:8", "max_steps": 4}, ["--recurrence-curriculum", "--recurrence-max-steps 4"]),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_by_name(fields: dict[str, Any], flags: list[str]) -> None:

@@ -1,0 +1,38 @@
+"""Capacity of experts: tokens above it are dropped in training, never in evaluation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+__all__ = ["CapacityInTrainingMoELayer"]
+
+
+class CapacityInTrainingMoELayer(MoELayer):
+    """Megatron's MoE layer, which keeps all tokens in evaluation.
+
+    Which tokens exceed the capacity of an expert depends on tokens that come later: a model that drops is not causal,
+    and its losses in evaluation would be those of no model that generates.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        """Drop tokens above capacity, as the configuration says, or in evaluation not."""
+        super().train(mode)
+        if self.config.moe_expert_capacity_factor is None:
+            return self
+        config = self.config
+        if not mode:
+            config = copy.copy(config)
+            config.moe_expert_capacity_factor, config.moe_pad_expert_input_to_capacity = None, False
+        self.router.config = config
+        self._set_padding(config.moe_pad_expert_input_to_capacity)
+        return self
+
+    def _set_padding(self, pads: bool) -> None:
+        """Make the dispatcher expect expert inputs that are padded to capacity, or as they come."""
+        parts: list[Any] = [self.token_dispatcher, getattr(self.token_dispatcher, "_comm_manager", None)]
+        for part in parts:
+            if hasattr(part, "drop_and_pad"):
+                part.drop_and_pad = pads
