@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import warnings
 from pathlib import Path
 
 from more_megatron.errors import MoREError
 
-__all__ = ["check_apex", "has_package", "silence_absent_package_warnings"]
+__all__ = ["check_apex", "has_package", "imports", "silence_absent_package_warnings"]
 
 # Megatron says these at import on every rank. On a machine without a GPU nothing can be done about them.
 _ABSENT_PACKAGES = (
@@ -21,6 +23,16 @@ _ABSENT_PACKAGES = (
 def has_package(name: str) -> bool:
     """Return whether `name` can be imported, without importing it."""
     return importlib.util.find_spec(name) is not None
+
+
+@functools.cache
+def imports(name: str) -> bool:
+    """Return whether importing `name` succeeds: a compiled package can be there and not fit the PyTorch beside it."""
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError):
+        return False
+    return True
 
 
 def check_apex() -> None:

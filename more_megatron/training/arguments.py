@@ -16,7 +16,7 @@ from megatron.training.arguments import parse_and_validate_args
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.platform import Platform
-from more_megatron.platform.packages import has_package
+from more_megatron.platform.packages import has_package, imports
 from more_megatron.training.flag_checks import check_flags
 
 __all__ = ["parse_arguments"]
@@ -93,12 +93,26 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
     for option, (dest, value) in _WAYS_BACK.items():
         group.add_argument(option, dest=dest, action="store_const", const=value, help=f"Set {dest} to {value}.")
     parser.set_defaults(**_SHARED_DEFAULTS, **_PLATFORM_DEFAULTS[platform])
+    if platform is Platform.CUDA:
+        parser.set_defaults(**_installed_defaults())
     # A bare percent sign in a help text, which Megatron has, would end --help in an error.
     for action in parser._actions:
         action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     parser.error = _error  # type: ignore[method-assign]
     parser.parse_args = functools.partial(_parse, parser.parse_args)  # type: ignore[method-assign, assignment]
     return parser
+
+
+def _installed_defaults() -> dict[str, Any]:
+    """Return the defaults on CUDA that depend on which packages are there."""
+    defaults: dict[str, Any] = {}
+    if not imports("transformer_engine.pytorch"):
+        defaults |= {"transformer_impl": "local", "no_persist_layer_norm": True, "masked_softmax_fusion": False}
+        defaults |= {} if imports("apex") else {"apply_rope_fusion": False}
+    # Megatron's output layer adds to gradients with a kernel of NVIDIA apex, also under Transformer Engine.
+    if not imports("fused_weight_gradient_mlp_cuda"):
+        defaults["gradient_accumulation_fusion"] = False
+    return defaults
 
 
 def _error(message: str) -> NoReturn:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
+from typing import Any
 
 from more_megatron.errors import MoREError
 
-__all__ = ["checkpoint_to_load", "clear_for_save", "fault", "newest_complete_iteration", "repair_tracker"]
+__all__ = [
+    "checkpoint_to_load",
+    "clear_for_save",
+    "content_fault",
+    "fault",
+    "newest_complete_iteration",
+    "repair_tracker",
+]
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _RELEASE = "release"
@@ -26,9 +36,9 @@ def checkpoint_to_load(folder: Path, step: int | None) -> Path | None:
     if step is not None:
         return _iteration_folder(folder, step)
     entry = _read_tracker(folder)
-    if entry is None:
-        return None
-    return folder / _RELEASE if entry == _RELEASE else _iteration_folder(folder, int(entry))
+    if entry == _RELEASE:
+        return folder / _RELEASE
+    return _iteration_folder(folder, int(entry)) if entry is not None and entry.isdecimal() else None
 
 
 def newest_complete_iteration(folder: Path, before: int | None = None) -> int | None:
@@ -108,14 +118,51 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
+def content_fault(checkpoint: Path, rank: int, ranks: int) -> str | None:
+    """Return what is wrong inside the data files of a checkpoint, None if each tensor is as it was written.
+
+    PyTorch writes a tensor as an archive with a checksum, and does not look at the checksum when it reads. Each rank
+    looks at its part of the files, about as much as it is going to load.
+
+    Args:
+        checkpoint: A checkpoint without `fault`.
+        rank: Which part to look at.
+        ranks: Number of parts.
+    """
+    pieces = _pieces(checkpoint)
+    for name in sorted(pieces)[rank::ranks]:
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        with open(checkpoint / name, "rb") as file:
+            for info in pieces[name]:
+                file.seek(info.offset)
+                content = file.read(info.length)
+                if not _is_whole(content):
+                    return f"bytes {info.offset} to {info.offset + info.length} of {name} are not what was written"
+    return None
+
+
+def _is_whole(content: bytes) -> bool:
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+        return False
+
+
 def _expected_sizes(checkpoint: Path) -> dict[str, int]:
     """Return the least size in bytes of each data file, as the checkpoint's index implies it."""
+    return {name: max(info.offset + info.length for info in infos) for name, infos in _pieces(checkpoint).items()}
+
+
+def _pieces(checkpoint: Path) -> dict[str, list[Any]]:
+    """Return by data file where each tensor of it begins and how long it is, as the checkpoint's index says."""
     with open(checkpoint / ".metadata", "rb") as file:
         metadata = pickle.load(file)
-    sizes: dict[str, int] = {}
+    pieces: dict[str, list[Any]] = {}
     for info in metadata.storage_data.values():
-        sizes[info.relative_path] = max(sizes.get(info.relative_path, 0), info.offset + info.length)
-    return sizes
+        pieces.setdefault(info.relative_path, []).append(info)
+    return pieces
 
 
 def _iteration_folder(folder: Path, iteration: int) -> Path:

@@ -17,6 +17,7 @@ from more_megatron.errors import MoREError
 from more_megatron.training.checkpoint_files import (
     checkpoint_to_load,
     clear_for_save,
+    content_fault,
     fault,
     newest_complete_iteration,
     repair_tracker,
@@ -51,9 +52,10 @@ _ARCHITECTURE = (
 
 
 def check_checkpoint(args: argparse.Namespace) -> None:
-    """Check the checkpoint that `--load` names, if there is one. Rank 0 checks for all.
+    """Check the checkpoint that `--load` names, if there is one.
 
-    A tracker file that a kill left empty or unwritten is mended.
+    Rank 0 checks that all of it is there and that it is of this run. Each rank checks the content of some files. A
+    tracker file that a kill left empty or unwritten is mended.
 
     Args:
         args: Validated arguments.
@@ -62,18 +64,25 @@ def check_checkpoint(args: argparse.Namespace) -> None:
         MoREError: If the checkpoint is damaged or incomplete, or is one of another architecture; or if there is none
             and `--load` is not where the run saves.
     """
-    if args.rank != 0 or args.load is None or args.ckpt_format != "torch_dist":
+    if args.load is None or args.ckpt_format != "torch_dist":
         return
     folder = Path(args.load)
-    if args.ckpt_step is None:
+    if args.ckpt_step is None and args.rank == 0:
         repair_tracker(folder)
     checkpoint = checkpoint_to_load(folder, args.ckpt_step)
+    if args.rank == 0:
+        _check_whole(args, folder, checkpoint)
+    if checkpoint is not None:
+        _refuse(folder, checkpoint, content_fault(checkpoint, args.rank, args.world_size))
+
+
+def _check_whole(args: argparse.Namespace, folder: Path, checkpoint: Path | None) -> None:
     if checkpoint is None:
         # The same command starts a run and resumes it.
         if args.load != args.save:
             raise MoREError(f"there is no checkpoint in --load {folder}: name another folder, or leave it out")
         return
-    _check_files(folder, checkpoint)
+    _refuse(folder, checkpoint, fault(checkpoint))
     saved = _saved_arguments(checkpoint)
     if saved is not None:
         _check_architecture(checkpoint, saved, args)
@@ -113,15 +122,17 @@ def _into_a_new_folder(save: Callable[..., Any]) -> Callable[..., Any]:
     return save_checkpoint
 
 
-def _check_files(folder: Path, checkpoint: Path) -> None:
-    found = fault(checkpoint)
+def _refuse(folder: Path, checkpoint: Path, found: str | None) -> None:
+    """Refuse a checkpoint if something was found to be wrong with it."""
     if found is None:
         return
     complete = newest_complete_iteration(folder)
+    if complete is not None and checkpoint == checkpoint_to_load(folder, complete):
+        complete = newest_complete_iteration(folder, before=complete)
     remedy = (
         "there is no complete one beside it"
         if complete is None
-        else f"--ckpt-step {complete} loads the newest complete one"
+        else f"--ckpt-step {complete} loads the newest complete one beside it"
     )
     raise MoREError(f"checkpoint {checkpoint} is damaged: {found}; {remedy}")
 

@@ -24,7 +24,7 @@ _REMOTE = ("s3://", "msc://")
 
 
 def check_data(args: argparse.Namespace) -> None:
-    """Check the data sets that the data flags name, and that each split has data.
+    """Check the data sets that the data flags name, and that each split has data. One rank of each node checks.
 
     Args:
         args: Validated arguments; Megatron's tokenizer is built.
@@ -33,7 +33,7 @@ def check_data(args: argparse.Namespace) -> None:
         MoREError: If there are no data, files are missing or damaged, were made with another tokenizer, or do not
             suffice for a split.
     """
-    if args.mock_data:
+    if args.mock_data or args.local_rank != 0:
         return
     blends = data_blends(args)
     if not blends:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from more_megatron.errors import MoREError
 from more_megatron.platform import Platform, select_platform
-from more_megatron.platform.packages import has_package
+from more_megatron.platform.packages import has_package, imports
 from more_megatron.variants import get_variant
 
 __all__ = ["check_flags"]
@@ -57,7 +57,7 @@ def check_flags(args: argparse.Namespace) -> None:
     get_variant(args.more_variant)
     if args.use_checkpoint_args or args.yaml_cfg is not None:  # The flags are not all there yet.
         return
-    for check in (_positive, _required, _shapes, _experts, _layout, _backend, _files, _unsupported):
+    for check in (_positive, _required, _shapes, _experts, _layout, _backend, _recurrence, _files, _unsupported):
         for fault in check(args):
             raise MoREError(fault)
 
@@ -144,12 +144,34 @@ def _layout(args: argparse.Namespace) -> Iterator[str]:
         )
 
 
-def _backend(args: argparse.Namespace) -> Iterator[str]:
-    if args.transformer_impl == "transformer_engine" and not has_package("transformer_engine"):
+def _recurrence(args: argparse.Namespace) -> Iterator[str]:
+    """Megatron's schedules and overlaps that expect a layer to run once."""
+    variant, name = get_variant(args.more_variant), f"--more-variant {args.more_variant}"
+    if not variant.recurrent:
+        return
+    if args.overlap_moe_expert_parallel_comm:
+        yield f"{name} runs its experts as a whole: leave out --overlap-moe-expert-parallel-comm"
+    if args.cuda_graph_impl != "none":
+        yield f"{name} varies its steps and rows, which no CUDA graph can: leave out --cuda-graph-impl"
+    recomputes_steps = args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or ())
+    varies = args.recurrence_sampling != "fixed" or args.recurrence_curriculum is not None
+    # Megatron reduces a bucket of gradients when each has arrived as often as in the first step.
+    if args.overlap_grad_reduce and recomputes_steps and varies and variant.iterates_router:
         yield (
-            "--transformer-impl transformer_engine, but Transformer Engine is not installed: "
+            f"--overlap-grad-reduce with {name} and --recompute-modules moe needs the same number of gradient steps "
+            "throughout: give --recompute-granularity full, or --recurrence-sampling fixed without a curriculum"
+        )
+
+
+def _backend(args: argparse.Namespace) -> Iterator[str]:
+    if args.transformer_impl == "transformer_engine" and not imports("transformer_engine.pytorch"):
+        yield (
+            "--transformer-impl transformer_engine, but Transformer Engine is not installed, or not for this PyTorch: "
             "install the extra `te` or give --transformer-impl local"
         )
+    for flag, value in (("--fp8-format", args.fp8), ("--fp4-format", args.fp4)):
+        if value is not None and args.transformer_impl == "local":
+            yield f"{flag} needs --transformer-impl transformer_engine: local layers compute in bf16"
     if args.distributed_backend == "nccl" and select_platform() is Platform.CPU:
         yield "--distributed-backend nccl needs a GPU: leave it out"
     if args.cuda_graph_impl != "none" and select_platform() is Platform.CPU:

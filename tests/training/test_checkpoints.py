@@ -80,12 +80,12 @@ def _remove(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "parts"),
     [
-        (_truncate, ("truncated", "--ckpt-step 2 loads the newest complete one")),
+        (_truncate, ("truncated", "--ckpt-step 2 loads the newest complete one beside it")),
         (_delete, ("is missing", "--ckpt-step 2")),
         (_garble_index, (".metadata is missing or cannot be read", "--ckpt-step 2")),
         (_unfinish, ("metadata.json is missing", "--ckpt-step 2")),
         (_garble_data, ("iter_0000004", "damaged")),
-        (_garble_tensor, ("cannot be loaded",)),
+        (_garble_tensor, ("are not what was written", "--ckpt-step 2")),
         (_remove, ("the folder does not exist", "--ckpt-step 2")),
     ],
 )

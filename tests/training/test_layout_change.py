@@ -12,46 +12,62 @@ from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY_ON_FILES, History
 
 _ITERATIONS = 6
-_RUN = (
-    f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --split 1,0,0 --global-batch-size 4 --save-interval 2 "
-    "--more-variant recurrent_moe --recurrence-steps 3 --recurrence-backprop-steps 2"
-)
+_RUN = f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --split 1,0,0 --global-batch-size 4 --save-interval 2"
+_DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
+_SYSTEMS = ("moe", "recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
 _LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
     "tp2": "--tensor-model-parallel-size 2",
     "pp2": "--pipeline-model-parallel-size 2",
 }
-# Run: its layout, whose checkpoint it loads, and of which iteration.
-_RUNS: dict[str, tuple[str, str | None, int]] = {
-    "ep2": ("ep2", None, 0),
-    "tp2 from ep2": ("tp2", "ep2", 2),
-    "pp2 from ep2": ("pp2", "ep2", 2),
-    "ep2 from tp2": ("ep2", "tp2 from ep2", 4),
-    "ep2 from pp2": ("ep2", "pp2 from ep2", 4),
-    "tp2 from pp2": ("tp2", "pp2 from ep2", 4),
-}
-
-
-@pytest.fixture(scope="module")
-def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, History]:
-    """Return what each run reported."""
-    folder = tmp_path_factory.mktemp("layouts")
-    corpus = write_corpus(folder / "corpus")
-    lines = []
-    for name, (layout, source, iteration) in _RUNS.items():
-        load = "" if source is None else f"--load {_save_folder(folder, source)} --ckpt-step {iteration}"
-        save = f"--save {_save_folder(folder, name)}"
-        lines.append(f"{_RUN} --data-path {corpus} {_LAYOUTS[layout]} {load} {save}")
-    return dict(zip(_RUNS, run_ranks(2, train_all, lines)[-1], strict=True))
 
 
 def _save_folder(folder: Path, name: str) -> Path:
     return folder / name.replace(" ", "-")
 
 
-@pytest.mark.parametrize("name", [name for name in _RUNS if _RUNS[name][1] is not None])
-def test_continues_with_the_losses_of_the_uninterrupted_run(histories: dict[str, History], name: str) -> None:
-    reference, history, first = histories["ep2"], histories[name], _RUNS[name][2]
-    assert len(history.losses) == _ITERATIONS - first
-    assert history.losses == pytest.approx(reference.losses[first:], rel=1e-5)
-    assert history.grad_norms == pytest.approx(reference.grad_norms[first:], rel=1e-5)
+@pytest.fixture(scope="module")
+def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, History]]:
+    """Return what runs of each system reported, each run but the first continuing from another layout's checkpoint."""
+    folder = tmp_path_factory.mktemp("systems")
+    run = f"{_RUN} {_DEPTH} --num-layers 2 --moe-router-topk 2 --data-path {write_corpus(folder / 'corpus')}"
+    # Ranks, flags, the run whose checkpoint is loaded and of which iteration.
+    runs = {
+        "1": (1, "", None, 0),
+        "ep2 from 1": (2, _LAYOUTS["ep2"], "1", 2),
+        "tp2 from ep2": (2, _LAYOUTS["tp2"], "ep2 from 1", 4),
+        "pp2 from ep2": (2, _LAYOUTS["pp2"], "ep2 from 1", 4),
+        "pp2 ep2 from 1": (4, f"{_LAYOUTS['pp2']} {_LAYOUTS['ep2']} --exit-interval 4", "1", 2),
+        "1 from pp2 ep2": (1, "", "pp2 ep2 from 1", 4),
+    }
+    sources = {source for _, _, source, _ in runs.values()}
+    histories: dict[str, dict[str, History]] = {system: {} for system in _SYSTEMS}
+    for name, (ranks, layout, source, iteration) in runs.items():
+        lines = []
+        for system in _SYSTEMS:
+            saves = folder / system
+            load = "" if source is None else f"--load {_save_folder(saves, source)} --ckpt-step {iteration}"
+            save = f"--save {_save_folder(saves, name)}" if name in sources else ""
+            lines.append(f"{run} --more-variant {system} {layout} {load} {save}")
+        for system, history in zip(_SYSTEMS, run_ranks(ranks, train_all, lines)[-1], strict=True):
+            histories[system][name] = history
+    return histories
+
+
+@pytest.mark.parametrize("system", _SYSTEMS)
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("ep2 from 1", range(2, 6)),
+        ("tp2 from ep2", range(4, 6)),
+        ("pp2 from ep2", range(4, 6)),
+        ("pp2 ep2 from 1", range(2, 4)),
+        ("1 from pp2 ep2", range(4, 6)),
+    ],
+)
+def test_every_system_continues_under_another_layout(
+    systems: dict[str, dict[str, History]], system: str, name: str, steps: range
+) -> None:
+    reference, history = systems[system]["1"], systems[system][name]
+    assert history.losses == pytest.approx([reference.losses[step] for step in steps], rel=1e-5)
+    assert history.grad_norms == pytest.approx([reference.grad_norms[step] for step in steps], rel=1e-5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,15 +17,6 @@ _TOLERANCE = 1e-5
 _RUN = f"{TINY_ON_FILES} --split 1,0,0 --global-batch-size 4"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _SELECTIVE = "--recompute-granularity selective --recompute-modules moe"
-
-SYSTEMS = {
-    "moe": "--more-variant moe",
-    "recurrent_moe fixed": "--more-variant recurrent_moe --recurrence-steps 3 --recurrence-backprop-steps 2",
-    "recurrent_moe uniform": (
-        "--more-variant recurrent_moe --recurrence-sampling uniform --recurrence-min-steps 2 --recurrence-max-steps 4 "
-        "--recurrence-backprop-steps 2"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -70,6 +60,77 @@ LAYOUTS = {
 }
 
 
+# Layouts that between them have every kind of parallelism, dispatcher and recomputation.
+_SPREAD = (
+    "1 full",
+    "1 selective",
+    "dp2",
+    "tp2",
+    "tp2 allgather full",
+    "pp2 interleaved selective",
+    "ep2 allgather",
+    "ep2 optimizer off",
+    "tp2 ep2",
+    "pp2 ep2",
+)
+# Layouts that take the micro-batches of a single process.
+_SAME_MICRO_BATCHES = ("1 full", "tp2", "tp2 allgather full", "pp2", "pp2 interleaved")
+_MICRO_BATCH = "--recurrence-sampling-unit micro-batch"
+_POISSON = "--recurrence-sampling poisson-lognormal --recurrence-max-steps 6"
+
+
+@dataclass(frozen=True)
+class System:
+    """Flags, the layouts that are tried, and whether the depth varies."""
+
+    flags: str
+    layouts: tuple[str, ...]
+    varies: bool = True
+
+
+def _uniform(lowest: int) -> str:
+    highest = lowest + 2
+    return f"--recurrence-sampling uniform --recurrence-min-steps {lowest} --recurrence-max-steps {highest}"
+
+
+SYSTEMS = {
+    "moe": System("--more-variant moe", tuple(LAYOUTS), varies=False),
+    "recurrent_moe fixed": System(
+        "--more-variant recurrent_moe --recurrence-steps 3 --recurrence-backprop-steps 2", tuple(LAYOUTS), varies=False
+    ),
+    "recurrent_moe uniform": System(
+        f"--more-variant recurrent_moe {_uniform(2)} --recurrence-backprop-steps 2", tuple(LAYOUTS)
+    ),
+    "recurrent_moe micro-batch top-2": System(
+        f"--more-variant recurrent_moe --moe-router-topk 2 --router-logit-ema 0.5 --recurrence-steps 2 {_POISSON} "
+        f"{_MICRO_BATCH}",
+        _SAME_MICRO_BATCHES,
+    ),
+    "recurrent_experts": System(
+        f"--more-variant recurrent_experts {_uniform(1)} --recurrence-backprop-steps 2", _SPREAD
+    ),
+    "recurrent_experts micro-batch top-2": System(
+        f"--more-variant recurrent_experts --moe-router-topk 2 --recurrence-steps 2 {_POISSON} {_MICRO_BATCH}",
+        _SAME_MICRO_BATCHES,
+    ),
+    "shared_block top-2": System(
+        f"--more-variant shared_block --moe-router-topk 2 --recurrence-steps 2 {_POISSON} "
+        "--recurrence-backprop-steps 2 --projection-orthogonality-coeff 0.1",
+        _SPREAD,
+    ),
+    "shared_block micro-batch": System(
+        f"--more-variant shared_block {_uniform(1)} {_MICRO_BATCH}", _SAME_MICRO_BATCHES
+    ),
+    "shared_block_ffn top-2": System(
+        f"--more-variant shared_block_ffn --moe-router-topk 2 {_uniform(1)} --recurrence-backprop-steps 2", _SPREAD
+    ),
+    "shared_block_ffn micro-batch": System(
+        f"--more-variant shared_block_ffn --recurrence-steps 2 {_POISSON} {_MICRO_BATCH}", _SAME_MICRO_BATCHES
+    ),
+}
+_CASES = [(name, layout) for name, system in SYSTEMS.items() for layout in system.layouts]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Return the runs of this module, started when first asked for."""
@@ -92,16 +153,16 @@ class Runs:
     def reference(self, system: str) -> History:
         """Return the uninterrupted run of a single process, which saves after its first step."""
         lines = [
-            f"{self._run} {SYSTEMS[system]} {optimizer} --save {self._checkpoint(system, optimizer)} "
+            f"{self._run} {SYSTEMS[system].flags} {optimizer} --save {self._checkpoint(system, optimizer)} "
             "--save-interval 1 --exit-interval 1"
             for optimizer in (_OFF, Layout.optimizer)
         ]
-        return run_ranks(1, train_all, [*lines, f"{self._run} {SYSTEMS[system]}"])[0][-1]
+        return run_ranks(1, train_all, [*lines, f"{self._run} {SYSTEMS[system].flags}"])[0][-1]
 
     def of(self, system: str, layout: str) -> History:
         """Return the run of a layout that loads the reference's checkpoint, as the last rank reports it."""
         ranks = LAYOUTS[layout].ranks
-        names = [name for name in LAYOUTS if LAYOUTS[name].ranks == ranks]
+        names = [name for name in SYSTEMS[system].layouts if LAYOUTS[name].ranks == ranks]
         if (system, ranks) not in self._worlds:
             self._worlds[system, ranks] = self._outcome(system, ranks)
         outcome = self._worlds[system, ranks]
@@ -112,9 +173,9 @@ class Runs:
     def _outcome(self, system: str, ranks: int) -> list[History] | AssertionError:
         self.reference(system)
         lines = [
-            f"{self._run} {SYSTEMS[system]} {layout.flags} {layout.optimizer} "
+            f"{self._run} {SYSTEMS[system].flags} {layout.flags} {layout.optimizer} "
             f"--load {self._checkpoint(system, layout.optimizer)}"
-            for layout in LAYOUTS.values()
+            for layout in map(LAYOUTS.__getitem__, SYSTEMS[system].layouts)
             if layout.ranks == ranks
         ]
         try:
@@ -126,7 +187,7 @@ class Runs:
         return self._folder / system.replace(" ", "-") / ("plain" if optimizer == _OFF else "distributed")
 
 
-@pytest.mark.parametrize(("system", "layout"), itertools.product(SYSTEMS, LAYOUTS))
+@pytest.mark.parametrize(("system", "layout"), _CASES)
 def test_losses_and_gradient_norms_equal_the_single_process(runs: Runs, system: str, layout: str) -> None:
     reference = runs.reference(system)
     history = runs.of(system, layout)
@@ -137,13 +198,16 @@ def test_losses_and_gradient_norms_equal_the_single_process(runs: Runs, system: 
 
 
 def test_a_world_that_is_used_again_trains_as_a_fresh_one() -> None:
-    line = f"{TINY} {SYSTEMS['recurrent_moe uniform']} {_EP2}"
+    line = f"{TINY} {SYSTEMS['recurrent_moe uniform'].flags} {_EP2}"
     first = run_ranks(2, train_all, [line])[-1]
-    again = run_ranks(2, train_all, [f"{TINY} {SYSTEMS['moe']} {_TP2}", line])[-1]
+    again = run_ranks(2, train_all, [f"{TINY} {SYSTEMS['moe'].flags} {_TP2}", line])[-1]
     assert again[1:] == first
 
 
-def test_uniform_depth_varies_and_stays_in_its_range(runs: Runs) -> None:
-    steps = runs.reference("recurrent_moe uniform").steps
-    assert set(steps) <= {2.0, 3.0, 4.0}
-    assert len(set(steps)) > 1
+@pytest.mark.parametrize("system", [name for name, system in SYSTEMS.items() if system.varies])
+def test_the_depth_varies_in_these_runs(runs: Runs, system: str) -> None:
+    assert len(set(runs.reference(system).steps)) > 1
+
+
+def test_uniform_depth_stays_in_its_range(runs: Runs) -> None:
+    assert set(runs.reference("recurrent_moe uniform").steps) <= {2.0, 3.0, 4.0}
