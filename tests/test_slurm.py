@@ -1,0 +1,234 @@
+"""The scripts in examples/slurm/, against stand-ins for SLURM's programs."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from more_megatron.data.sample_text import write_sample_text
+from tests.helpers.corpus import write_corpus
+from tests.helpers.program import losses_by_iteration
+from tests.helpers.ranks import run_ranks
+from tests.helpers.shell import PROJECT, Call, calls_of
+from tests.helpers.slurm import JOB_ID, job_variables, submit, write_slurm
+
+_SCRIPTS = sorted((PROJECT / "examples" / "slurm").glob("*.sbatch"))
+_SYSTEMS = ("recurrent_experts", "shared_block", "recurrent_moe")
+_SIZES = (8, 64, 512)
+_GPUS_PER_NODE = 8
+
+# Two nodes of two ranks: tensor parallelism within a node, expert parallelism across both.
+_TINY_RUN = {
+    "SYSTEM": "recurrent_experts",
+    "SIZE": "8",
+    "LAYERS": "1",
+    "HIDDEN": "32",
+    "HEADS": "4",
+    "SEQ_LENGTH": "16",
+    "EXPERTS": "4",
+    "TP": "2",
+    "EP": "4",
+    "MICRO_BATCH": "1",
+    "GLOBAL_BATCH": "4",
+    "TRAIN_ITERS": "10000",
+    "WARMUP_ITERS": "1",
+    "LOG_INTERVAL": "1",
+    "EVAL_ITERS": "0",
+    "OMP_NUM_THREADS": "1",
+}
+_TINY_DATA = "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 8 --split 1,0,0"
+
+
+@pytest.mark.parametrize("script", _SCRIPTS, ids=lambda path: path.name)
+def test_bash_and_shellcheck_accept(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    found = subprocess.run(["shellcheck", "-x", script], cwd=PROJECT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_stopped_at_the_time_limit_requeued_and_cancelled(tmp_path: Path) -> None:
+    variables = {
+        **_TINY_RUN,
+        **job_variables(tmp_path, nodes=2, gpus_per_node=2),
+        "DATA_PREFIX": str(write_corpus(tmp_path / "corpus")),
+        "CHECKPOINTS": str(tmp_path / "checkpoints"),
+    }
+    tracker = tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt"
+
+    with submit("bare_metal.sbatch", _TINY_DATA, tmp_path, variables) as job:
+        job.wait_for(" iteration        3/")
+        job.time_is_nearly_over()
+        assert job.wait() == 0
+        assert job.requeued == [JOB_ID]
+    stopped_at = int(tracker.read_text())
+    first = losses_by_iteration(job.log.read_text())
+    assert list(first) == list(range(1, stopped_at + 1))
+
+    with submit("bare_metal.sbatch", _TINY_DATA, tmp_path, variables, restarts=1) as job:
+        job.wait_for(f" iteration {stopped_at + 2:8d}/")
+        job.cancel()
+        assert job.wait() == 0
+        assert job.requeued == [JOB_ID]
+    cancelled_at = int(tracker.read_text())
+    second = losses_by_iteration(job.log.read_text())
+    assert list(second) == list(range(stopped_at + 1, cancelled_at + 1))
+
+
+@pytest.fixture(scope="module")
+def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which preprocess.sbatch has run on a small text, and in which the stand-ins are."""
+    folder = tmp_path_factory.mktemp("slurm")
+    write_sample_text(folder / "text.txt")
+    (folder / "text.txt").write_text((folder / "text.txt").read_text()[:120_000])
+    write_slurm(folder / ".programs")
+    _calls("bash examples/slurm/preprocess.sbatch 'text.t*' --layout plain", folder, nodes=1)
+    return folder
+
+
+def test_each_system_and_size_parses(preprocessed: Path) -> None:
+    runs = {(system, size): _node_call(preprocessed, system, size) for system in _SYSTEMS for size in _SIZES}
+    for (_, size), call in runs.items():
+        assert call.world_size == size
+    calls = [(call.flags, call.world_size) for call in runs.values()]
+    (reports,) = run_ranks(1, _parse_in_worlds, calls, str(preprocessed))
+    # Every rank has work in every step, and all pipeline stages the same.
+    for layout in reports:
+        assert layout["global_batch_size"] % (layout["micro_batch_size"] * layout["data_parallel_size"]) == 0
+        assert layout["num_layers"] % layout["pipeline_model_parallel_size"] == 0
+        assert layout["num_experts"] % layout["expert_model_parallel_size"] == 0
+
+
+def test_preprocessing_writes_what_the_runs_read(preprocessed: Path) -> None:
+    flags = _node_call(preprocessed, "moe", 8).flags
+    assert (preprocessed / f"{_value(flags, '--data-path')}.idx").is_file()
+    assert (preprocessed / _value(flags, "--tokenizer-model")).is_file()
+
+
+def test_container_and_bare_metal_run_the_same(preprocessed: Path) -> None:
+    variables = {"IMAGE": "image.sqsh", "MOUNTS": "/datasets:/datasets", "FP8_RECIPE": "blockwise"}
+    (preprocessed / "srun").unlink(missing_ok=True)
+    contained = _calls("bash examples/slurm/container.sbatch --lr 1e-5", preprocessed, nodes=1, **variables)
+    bare = _calls("bash examples/slurm/bare_metal.sbatch --lr 1e-5", preprocessed, nodes=1, **variables)
+    assert contained == bare
+    (call,) = contained
+    assert call.flags[-2:] == ["--lr", "1e-5"]
+    assert _value(call.flags, "--fp8-recipe") == "blockwise"
+    assert _value(call.arguments, "--master-addr") == "127.0.0.1"
+    first, second = (preprocessed / "srun").read_text().splitlines()
+    assert "--container-image=image.sqsh" in first
+    assert f"--container-mounts={preprocessed}:{preprocessed},/datasets:/datasets " in first
+    assert "--cpus-per-task=2 " in second
+    assert "container" not in second.replace(str(preprocessed), "")
+
+
+def test_unknown_size_is_refused(preprocessed: Path) -> None:
+    environment = {**os.environ, **job_variables(preprocessed, 3, 8), "SLURM_NODEID": "0", "MASTER_ADDR": "node0"}
+    command = ["bash", "examples/slurm/node.sh"]
+    ended = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert "there is no size for 24 GPUs" in ended.stderr
+
+
+def test_conversion_passes_on_what_it_is_given(tmp_path: Path) -> None:
+    write_slurm(tmp_path / "bin")
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "$MORE_PLATFORM $*"\n')
+    python.chmod(0o755)
+    variables = {**os.environ, **job_variables(tmp_path, nodes=1, gpus_per_node=0), "VENV": str(tmp_path)}
+    ended = subprocess.run(
+        ["bash", "examples/slurm/convert.sbatch", "checkpoints/run", "export/run", "--dtype", "bfloat16"],
+        cwd=PROJECT,
+        env={**variables, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    platform, tool, *arguments = ended.stdout.split()
+    assert (platform, tool) == ("cpu", "tools/convert_checkpoint.py")
+    args = runpy.run_path(str(PROJECT / tool))["parse_arguments"](arguments)
+    assert (args.command, args.load, args.save) == ("to-hf", Path("checkpoints/run"), Path("export/run"))
+
+
+def test_flags_of_the_guides_exist() -> None:
+    (known,) = run_ranks(1, _known_options)
+    for guide in ("parallelism.md", "fp8.md"):
+        named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", (PROJECT / "docs" / guide).read_text()))
+        assert len(named) > 5
+        assert named <= known, sorted(named - known)
+
+
+def _calls(script: str, folder: Path, nodes: int, **variables: str) -> list[Call]:
+    # The scripts put the virtual environment first in PATH; here its programs are the recording ones.
+    environment = folder / "venv"
+    environment.mkdir(exist_ok=True)
+    if not (environment / "bin").exists():
+        (environment / "bin").symlink_to(folder / ".programs")
+    known = {**job_variables(folder, nodes, _GPUS_PER_NODE), "VENV": str(environment)}
+    return calls_of(script, folder, {**known, **variables})
+
+
+def _node_call(folder: Path, system: str, size: int) -> Call:
+    variables = {"SYSTEM": system, "SLURM_NODEID": "0", "MASTER_ADDR": "node0", "MASTER_PORT": "20000"}
+    (call,) = _calls("bash examples/slurm/node.sh", folder, nodes=size // _GPUS_PER_NODE, **variables)
+    return call
+
+
+def _value(flags: list[str], name: str) -> str:
+    return flags[flags.index(name) + 1]
+
+
+def _parse_in_worlds(calls: list[tuple[list[str], int]], folder: str) -> list[dict[str, int]]:
+    """Check each command line as the program does in a world of its size, and return the layouts."""
+    import sys
+
+    from more_megatron.platform import initialize_platform
+    from more_megatron.training.arguments import parse_arguments
+    from more_megatron.training.model import model_config_from_args
+    from tests.helpers.reuse import _read_each_docstring_once, forget_run
+
+    os.chdir(folder)
+    _read_each_docstring_once()
+    names = ("num_layers", "num_experts", "micro_batch_size", "global_batch_size", "data_parallel_size")
+    sizes = ("pipeline_model_parallel_size", "expert_model_parallel_size")
+    layouts = []
+    for flags, world_size in calls:
+        os.environ["WORLD_SIZE"] = str(world_size)
+        sys.argv = ["pretrain_more.py", *flags]
+        args = parse_arguments(initialize_platform())
+        model_config_from_args(args)
+        layouts.append({name: getattr(args, name) for name in names + sizes})
+        forget_run()
+    return layouts
+
+
+def _known_options() -> set[str]:
+    """Return every flag of the program."""
+    import sys
+
+    from more_megatron.platform import initialize_platform
+    from more_megatron.training import arguments
+
+    options: set[str] = set()
+    extend = arguments._extend_parser
+
+    def record(parser, platform):
+        extend(parser, platform)
+        options.update(parser._option_string_actions)
+        raise KeyboardInterrupt
+
+    arguments._extend_parser = record
+    sys.argv = ["pretrain_more.py"]
+    try:
+        arguments.parse_arguments(initialize_platform())
+    except KeyboardInterrupt:
+        return options
+    return options
