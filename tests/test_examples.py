@@ -12,7 +12,7 @@ from more_megatron.data.sample_text import write_sample_text
 from more_megatron.variants import VARIANTS
 from tests.helpers.shell import PROJECT, calls_of, parse, train_call
 
-_SCRIPTS = sorted([*PROJECT.glob("examples/*/*.sh"), PROJECT / ".ci" / "run"])
+_SCRIPTS = sorted([*PROJECT.glob("examples/**/*.sh"), PROJECT / ".ci" / "run"])
 _ON_TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
 _TEXT_BYTES = 120_000
 

@@ -12,9 +12,7 @@ from megatron.core.dist_checkpointing.serialization import load_common_state_dic
 from megatron.training import training
 from torch.distributed.checkpoint import CheckpointException
 
-from more_megatron.config import flag
-from more_megatron.errors import MoREError
-from more_megatron.training.checkpoint_files import (
+from more_megatron.checkpoint_files import (
     checkpoint_to_load,
     clear_for_save,
     content_fault,
@@ -22,6 +20,8 @@ from more_megatron.training.checkpoint_files import (
     newest_complete_iteration,
     repair_tracker,
 )
+from more_megatron.config import flag
+from more_megatron.errors import MoREError
 
 __all__ = ["check_checkpoint", "guard_checkpoints"]
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.errors import MoREError
-from more_megatron.training.checkpoint_files import (
+from more_megatron.checkpoint_files import (
     checkpoint_to_load,
     clear_for_save,
     fault,
     newest_complete_iteration,
     repair_tracker,
 )
+from more_megatron.errors import MoREError
 from tests.helpers.program import pretrain_more
 from tests.helpers.training import TINY
 from tests.training.test_refusals import refused

@@ -1,0 +1,1 @@
+"""MoRE models in the Hugging Face format."""

@@ -1,0 +1,163 @@
+"""Megatron to Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from more_megatron.errors import MoREError
+from more_megatron.hf.conversion.architecture import config_from_args
+from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
+from more_megatron.hf.conversion.model_card import model_card
+from more_megatron.hf.conversion.progress import progress_bar
+from more_megatron.hf.conversion.safetensors_files import Group, plan_files, write_files
+from more_megatron.hf.conversion.stored_args import write_args
+from more_megatron.hf.conversion.tokenizer_files import ExportedTokenizer, plan_tokenizer
+from more_megatron.hf.conversion.unfinished import unfinished_folder
+from more_megatron.hf.conversion.verification import compare_logits, compare_tensors
+from more_megatron.hf.mapping import Entry, entries
+
+__all__ = ["DTYPES", "ToHF", "to_hf"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_CODE = ("configuration_more.py", "modeling_more.py")
+_EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class ToHF:
+    """What is exported, where to and how.
+
+    Attributes:
+        load: Folder that a run saved to.
+        save: Folder of the Hugging Face model.
+        step: Iteration of the checkpoint; None: the newest.
+        dtype: Name of the dtype of the weights; None: that of the checkpoint.
+        max_shard_size: Largest size of a weights file in bytes.
+        tokenizer: Whether the tokenizer is exported.
+        tokenizer_model: Where the tokenizer is now; None: where it was.
+        verify: Whether what was written is read again and compared.
+        progress: Whether to draw a progress bar.
+    """
+
+    load: Path
+    save: Path
+    step: int | None = None
+    dtype: str | None = None
+    max_shard_size: int = 5 * 10**9
+    tokenizer: bool = True
+    tokenizer_model: str | None = None
+    verify: bool = False
+    progress: bool = True
+
+
+def to_hf(job: ToHF) -> list[str]:
+    """Convert a checkpoint into a folder that `from_pretrained` reads.
+
+    Args:
+        job: What, where to and how.
+
+    Returns:
+        What was done, in lines.
+
+    Raises:
+        MoREError: If the checkpoint, the tokenizer or the place to write to is not as it must be. Nothing is left
+            under the final name.
+    """
+    with unfinished_folder(job.save) as folder:
+        checkpoint = MegatronCheckpoint(job.load, job.step)
+        source = _Source(checkpoint, job.dtype)
+        tokenizer = plan_tokenizer(checkpoint.args, job.tokenizer_model) if job.tokenizer else None
+        _write_weights(folder, source, job)
+        _write_texts(folder, source, tokenizer)
+        if tokenizer is not None and tokenizer.write is not None:
+            tokenizer.write(folder)
+        lines = [f"{job.save}: {source.config['variant']} of {checkpoint.path}, {source.parameters:,} parameters"]
+        if job.verify:
+            lines.append(compare_tensors(folder, source.entries, source.read, job.progress))
+            lines.append(compare_logits(folder, checkpoint, source.entries))
+    return lines
+
+
+class _Source:
+    """The parameters of a checkpoint in the dtypes of the export."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint, dtype: str | None) -> None:
+        shapes = checkpoint.shapes()
+        if _EMBEDDING not in shapes:
+            raise MoREError(f"checkpoint {checkpoint.path} lacks the parameter {_EMBEDDING}")
+        self.checkpoint = checkpoint
+        self.config = _config(checkpoint, shapes[_EMBEDDING][0])
+        self.entries = entries(self.config)
+        checkpoint.check(self.entries, self.config["num_hidden_layers"])
+        self._dtype = DTYPES[dtype] if dtype is not None else None
+        self.config["dtype"] = str(self.dtype(self.entries[0])).removeprefix("torch.")
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(prod(entry.shape) for entry in self.entries)
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Return the dtype of a parameter in the export."""
+        if entry.fp32:
+            return torch.float32
+        return self._dtype or self.checkpoint.dtype(entry)
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """Return a parameter in Megatron's layout."""
+        return self.checkpoint.read(entry).to(self.dtype(entry))
+
+
+def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
+    try:
+        return config_from_args(checkpoint.args, vocab_size)
+    except AttributeError as error:
+        raise MoREError(
+            f"the arguments in checkpoint {checkpoint.path} do not say {error.name}: it was not written by this version"
+        ) from error
+
+
+def _write_weights(folder: Path, source: _Source, job: ToHF) -> None:
+    groups = [Group(entry.names, entry.shapes, source.dtype(entry)) for entry in source.entries]
+    by_name = {entry.names: entry for entry in source.entries}
+    with progress_bar(sum(group.size for group in groups), "B", "weights", job.progress) as bar:
+
+        def read(group: Group) -> Sequence[torch.Tensor]:
+            entry = by_name[group.names]
+            bar.update(group.size)
+            return entry.split(source.read(entry))
+
+        write_files(folder, plan_files(groups, job.max_shard_size), read)
+
+
+def _write_texts(folder: Path, source: _Source, tokenizer: ExportedTokenizer | None) -> None:
+    args = source.checkpoint.args
+    ids = {} if tokenizer is None else _token_ids(tokenizer)
+    _write_json(folder / "config.json", {**source.config, **ids})
+    used = tokenizer.vocab_size if tokenizer is not None else getattr(args, "vocab_size", None)
+    padding = list(range(used, source.config["vocab_size"])) if used else []
+    _write_json(folder / "generation_config.json", {**ids, **({"suppress_tokens": padding} if padding else {})})
+    write_args(folder, args)
+    has_tokenizer = tokenizer is not None and tokenizer.write is not None
+    card = model_card(source.config, args, source.checkpoint.iteration, source.parameters, has_tokenizer)
+    (folder / "README.md").write_text(card)
+    for name in _CODE:
+        shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
+
+
+def _token_ids(tokenizer: ExportedTokenizer) -> dict[str, int]:
+    found = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    return {name: token for name, token in found.items() if token is not None}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,153 @@
+"""Hugging Face to Megatron."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from more_megatron.errors import MoREError
+from more_megatron.hf.conversion.architecture import args_from_config, config_from_args
+from more_megatron.hf.conversion.export import DTYPES
+from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
+from more_megatron.hf.conversion.megatron_writer import write_release
+from more_megatron.hf.conversion.progress import progress_bar
+from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder
+from more_megatron.hf.conversion.stored_args import read_args
+from more_megatron.hf.conversion.unfinished import unfinished_folder
+from more_megatron.hf.conversion.verification import compare_tensors
+from more_megatron.hf.mapping import Entry, entries
+
+__all__ = ["FromHF", "from_hf"]
+
+_SHOWN = 3
+# The checkpoint holds no optimizer and no random state, and begins a run.
+_OF_A_RELEASE = {
+    "no_save_optim": True,
+    "no_save_rng": True,
+    "iteration": 0,
+    "consumed_train_samples": 0,
+    "consumed_valid_samples": 0,
+    "skipped_train_samples": 0,
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "ckpt_format": "torch_dist",
+    "add_position_embedding": True,
+}
+_DEFAULTS = {"quick_geglu": False, "squared_relu": False, "moe_router_load_balancing_type": "aux_loss"}
+
+
+@dataclass(frozen=True)
+class FromHF:
+    """What is imported, where to and how.
+
+    Attributes:
+        load: Folder of the Hugging Face model.
+        save: Folder that runs will name with `--load`.
+        dtype: Name of the dtype of the weights; None: that of the files.
+        verify: Whether what was written is read again and compared.
+        progress: Whether to draw a progress bar.
+    """
+
+    load: Path
+    save: Path
+    dtype: str | None = None
+    verify: bool = False
+    progress: bool = True
+
+
+def from_hf(job: FromHF) -> list[str]:
+    """Convert a Hugging Face model of ours into a checkpoint that runs of any layout begin from.
+
+    Args:
+        job: What, where to and how.
+
+    Returns:
+        What was done, in lines.
+
+    Raises:
+        MoREError: If the model or the place to write to is not as it must be. Nothing is left under the final name.
+    """
+    with unfinished_folder(job.save) as folder:
+        source = _Source(job.load, job.dtype)
+        args = argparse.Namespace(**{**_DEFAULTS, **_arguments(job.load, source.config), **_OF_A_RELEASE})
+        with progress_bar(len(source.entries), "parameter", "weights", job.progress) as bar:
+
+            def read(entry: Entry) -> torch.Tensor:
+                bar.update()
+                return source.read(entry)
+
+            write_release(folder, source.config, args, [(entry, source.dtype(entry)) for entry in source.entries], read)
+        parameters = sum(prod(entry.shape) for entry in source.entries)
+        lines = [f"{job.save}: {source.config['variant']} of {job.load}, {parameters:,} parameters"]
+        if job.verify:
+            written = MegatronCheckpoint(folder)
+            written.check(source.entries, source.config["num_hidden_layers"])
+            lines.append(compare_tensors(job.load, source.entries, written.read, job.progress))
+    return lines
+
+
+class _Source:
+    """The parameters of a Hugging Face folder."""
+
+    def __init__(self, folder: Path, dtype: str | None) -> None:
+        self.config = _config(folder)
+        self.entries = entries(self.config)
+        self._files = SafetensorsFolder(folder)
+        self._dtype = DTYPES[dtype] if dtype is not None else None
+        self._check(folder)
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Return the dtype of a parameter in the checkpoint."""
+        if entry.fp32:
+            return torch.float32
+        return self._dtype or self._files.dtype(entry.names[0])
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """Return a parameter in Megatron's layout."""
+        return entry.merge([self._files.read(name) for name in entry.names]).to(self.dtype(entry))
+
+    def _check(self, folder: Path) -> None:
+        shapes = {name: shape for entry in self.entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
+        for name, shape in shapes.items():
+            if name not in self._files.names:
+                raise MoREError(f"{folder} lacks the parameter {name}")
+            if self._files.shape(name) != shape:
+                found = list(self._files.shape(name))
+                raise MoREError(f"{folder} holds {name} in shape {found} instead of {list(shape)}")
+        unknown = sorted(self._files.names - set(shapes))
+        if unknown:
+            names = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+            raise MoREError(f"{folder} holds parameters that the mapping has no row for: {names}")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise MoREError(f"--load {folder} holds no config.json: name the folder of a Hugging Face model") from error
+    except ValueError as error:
+        raise MoREError(f"{path} is damaged: export the model again") from error
+    if config.get("model_type") != "more":
+        raise MoREError(f"--load {folder} is a model of type {config.get('model_type')}, not more")
+    try:
+        args_from_config(config)
+    except KeyError as error:
+        raise MoREError(f"{path} does not say {error.args[0]}: export the model again") from error
+    return config
+
+
+def _arguments(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the run that a model was exported from, or those that its configuration stands for."""
+    stored = read_args(folder)
+    if stored:
+        described = config_from_args(argparse.Namespace(**stored), config["vocab_size"])
+        if all(config.get(name) == value for name, value in described.items()):
+            return stored
+    return {**stored, **args_from_config(config)}

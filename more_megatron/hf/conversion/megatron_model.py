@@ -1,0 +1,118 @@
+"""A checkpoint as Megatron's own model, in one process on the CPU: what an export is compared with."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from more_megatron.platform import Platform, initialize_platform
+
+_PLATFORM = initialize_platform()
+
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args  # noqa: E402
+
+from more_megatron.config import MoREConfig  # noqa: E402
+from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint  # noqa: E402
+from more_megatron.variants import block_spec  # noqa: E402
+
+__all__ = ["megatron_logits"]
+
+# One rank without a GPU, in float32.
+_HERE = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "sequence_parallel": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_expert_capacity_factor": None,
+    "moe_pad_expert_input_to_capacity": False,
+    "moe_shared_expert_overlap": False,
+    "moe_permute_fusion": False,
+    "moe_router_fusion": False,
+    "moe_grouped_gemm": False,
+    "overlap_moe_expert_parallel_comm": False,
+    "recompute_granularity": None,
+    "recompute_method": None,
+    "recompute_num_layers": None,
+    "recompute_modules": None,
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "perform_initialization": False,
+    "no_persist_layer_norm": True,
+    "gradient_accumulation_fusion": False,
+    "masked_softmax_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+    "cross_entropy_loss_fusion": False,
+    "cuda_graph_impl": "none",
+    "fp8": None,
+    "fp4": None,
+    "fp8_param_gather": False,
+    "fp4_param_gather": False,
+    "fp16": False,
+    "bf16": False,
+    "params_dtype": torch.float32,
+    "attention_softmax_in_fp32": True,
+}
+
+
+@torch.no_grad()
+def megatron_logits(checkpoint: MegatronCheckpoint, tokens: torch.Tensor) -> torch.Tensor | str:
+    """Return the logits of Megatron's model in evaluation, or why it cannot be built here.
+
+    Args:
+        checkpoint: The checkpoint.
+        tokens: Input, [b, s].
+
+    Returns:
+        Logits with padding, [b, s, V], or the reason.
+    """
+    if _PLATFORM is not Platform.CPU:
+        return "this process has set itself up for a GPU"
+    common = dist_checkpointing.serialization.load_common_state_dict(str(checkpoint.path))
+    args: argparse.Namespace = common["args"]
+    if not hasattr(args, "transformer_impl"):
+        return "the checkpoint does not hold the arguments of a run"
+    if args.add_bias_linear:
+        return "biases need Transformer Engine"
+    for name, value in _HERE.items():
+        setattr(args, name, value)
+    _one_rank()
+    model = _build(args, checkpoint)
+    metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": parallel_state.get_data_parallel_group()}
+    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.path))["model"])
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    return model.eval()(tokens, positions, None)
+
+
+def _one_rank() -> None:
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+
+
+def _build(args: argparse.Namespace, checkpoint: MegatronCheckpoint) -> GPTModel:
+    args.padded_vocab_size = checkpoint.shapes()["embedding.word_embeddings.weight"][0]
+    config = core_transformer_config_from_args(args, MoREConfig)
+    model_config = gpt_config_from_args(args, config)
+    model_config.transformer_layer_spec = lambda model_config, vp_stage=None: block_spec(config, vp_stage)
+    model_config.parallel_output = False
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return model_config.get_builder_cls()(model_config).build_model(groups)

@@ -1,0 +1,204 @@
+"""A torch_dist checkpoint, read a tensor at a time in one process, whatever layout wrote it."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import zipfile
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from more_megatron.checkpoint_files import checkpoint_to_load, fault, newest_complete_iteration
+from more_megatron.errors import MoREError
+from more_megatron.hf.conversion import pickles
+from more_megatron.hf.mapping import LAYERS, Entry
+
+__all__ = ["MegatronCheckpoint", "layer_key"]
+
+_COMMON = "common_state/shard_0_1"
+_LEGACY_COMMON = "common.pt"
+_NOT_OF_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
+_SHOWN = 3
+
+
+class MegatronCheckpoint:
+    """One checkpoint in a folder that a run saved to.
+
+    Args:
+        folder: The folder that `--save` named.
+        step: Iteration of the checkpoint, None for the newest.
+
+    Raises:
+        MoREError: If there is no checkpoint, or it is not complete or damaged.
+
+    Attributes:
+        path: Folder of the checkpoint.
+        args: Arguments of the run.
+        iteration: Iteration at which it was saved.
+    """
+
+    def __init__(self, folder: Path, step: int | None = None) -> None:
+        self.path = _find(folder, step)
+        self._reader = FileSystemReader(self.path)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._storage = metadata.storage_data
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            key: info
+            for key, info in metadata.state_dict_metadata.items()
+            if isinstance(info, TensorStorageMetadata) and not _NOT_OF_THE_MODEL.match(key)
+        }
+        common = self._common()
+        self.args: argparse.Namespace = common["args"]
+        self.iteration: int = common.get("iteration", 0)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of the model, layers stacked where they are."""
+        return {key: tuple(info.size) for key, info in self._tensors.items()}
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Return the dtype of a parameter."""
+        return self._tensors[self._place(entry)[0]].properties.dtype
+
+    def check(self, entries: Iterable[Entry], num_layers: int) -> None:
+        """Check that the checkpoint holds exactly these parameters, in these shapes.
+
+        Raises:
+            MoREError: If a parameter is missing, unknown or of another shape.
+        """
+        expected: set[str] = set()
+        for entry in entries:
+            key, layer = self._place(entry)
+            expected.add(key)
+            shape = entry.shape if layer is None else (num_layers, *entry.shape)
+            if key not in self._tensors:
+                raise MoREError(f"checkpoint {self.path} lacks the parameter {key}")
+            if tuple(self._tensors[key].size) != shape:
+                found = list(self._tensors[key].size)
+                raise MoREError(f"checkpoint {self.path} holds {key} in shape {found} instead of {list(shape)}")
+        unknown = sorted(set(self._tensors) - expected)
+        if unknown:
+            names = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
+            raise MoREError(f"checkpoint {self.path} holds parameters that the mapping has no row for: {names}")
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """Return a parameter, in Megatron's layout.
+
+        Raises:
+            MoREError: If its data are damaged or incomplete.
+        """
+        key, layer = self._place(entry)
+        info = self._tensors[key]
+        offsets, sizes = (0,) * len(entry.shape), entry.shape
+        if layer is not None:
+            offsets, sizes = (layer, *offsets), (1, *sizes)
+        target = torch.empty(sizes, dtype=info.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, info, [chunk])
+        if sum(prod(item.lengths) for item in items) != target.numel():
+            raise MoREError(f"checkpoint {self.path} is damaged: a part of {key} is missing")
+        self._read(items, _Planner(target), key)
+        return target.view(entry.shape)
+
+    def _place(self, entry: Entry) -> tuple[str, int | None]:
+        """Return the key that holds a parameter, and the layer in it where layers are stacked."""
+        if entry.layer is None or entry.key in self._tensors:
+            return entry.key, entry.layer
+        return layer_key(entry.key, entry.layer), None
+
+    def _common(self) -> dict[str, Any]:
+        """Return what the checkpoint holds beside tensors."""
+        try:
+            legacy = self.path / _LEGACY_COMMON
+            if legacy.is_file():
+                found = pickles.load(legacy.read_bytes())
+            else:
+                planner = _Planner()
+                index = next(index for index in self._storage if index.fqn == _COMMON)
+                nowhere = torch.Size((0,))
+                item = ReadItem(LoadItemType.BYTE_IO, index, nowhere, index, nowhere, nowhere)
+                self._read([item], planner, _COMMON)
+                (found,) = pickles.load(planner.content)
+            if not isinstance(found["args"], argparse.Namespace):
+                raise TypeError("no arguments")
+        except MoREError:
+            raise
+        except Exception as error:  # whatever damaged content raises
+            raise MoREError(f"checkpoint {self.path} is damaged: its arguments cannot be read") from error
+        return dict(found)
+
+    def _read(self, items: list[ReadItem], planner: _Planner, key: str) -> None:
+        try:
+            for item in items:
+                self._check_content(self._storage[item.storage_index])
+            self._reader.read_data(LoadPlan(items), planner)
+        except Exception as error:  # whatever damaged content raises
+            raise MoREError(f"checkpoint {self.path} is damaged: {key} cannot be read") from error
+
+    def _check_content(self, piece: Any) -> None:
+        """Check a piece of a data file, an archive whose checksums PyTorch does not look at when it reads.
+
+        Raises:
+            ValueError: If it is not what was written.
+        """
+        with open(self.path / piece.relative_path, "rb") as file:
+            file.seek(piece.offset)
+            content = io.BytesIO(file.read(piece.length))
+        with zipfile.ZipFile(content) as archive:
+            if archive.testzip() is not None:
+                raise ValueError("a checksum differs")
+
+
+class _Planner(DefaultLoadPlanner):
+    """Reads into one tensor, or takes bytes."""
+
+    def __init__(self, target: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self._target = target
+        self.content = b""
+
+    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
+        assert self._target is not None
+        starts = zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        return self._target[tuple(slice(start, start + length) for start, length in starts)]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        pass
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        self.content = value.getvalue()
+
+
+def layer_key(key: str, layer: int) -> str:
+    """Return the key of a parameter where layers are not stacked."""
+    return f"{LAYERS}{layer}.{key.removeprefix(LAYERS)}"
+
+
+def _find(folder: Path, step: int | None) -> Path:
+    if not folder.is_dir():
+        raise MoREError(f"--load {folder} is not a folder: name the one that the run saved to")
+    try:
+        path = checkpoint_to_load(folder, step)
+    except ValueError:
+        path = None
+    if path is None:
+        newest = newest_complete_iteration(folder)
+        remedy = "name another folder" if newest is None else f"--ckpt-step {newest} takes the newest complete one"
+        raise MoREError(f"--load {folder} does not say which checkpoint is the newest: {remedy}")
+    found = fault(path)
+    if found is not None:
+        newest = newest_complete_iteration(folder)
+        remedy = (
+            "there is no complete one beside it" if newest is None else f"--ckpt-step {newest} takes a complete one"
+        )
+        raise MoREError(f"checkpoint {path} is damaged: {found}; {remedy}")
+    return path

@@ -1,0 +1,158 @@
+"""A SentencePiece model as a `tokenizer.json`, which transformers reads without any code of ours."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from more_megatron.errors import MoREError
+
+__all__ = ["write_sentencepiece"]
+
+_UNIGRAM, _BPE = 1, 2
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_NORMAL = (1, _USER_DEFINED)
+_NEVER = -1000.0
+_MARK = "\u2581"
+
+
+def write_sentencepiece(model: Path, folder: Path, max_length: int) -> None:
+    """Write `tokenizer.json`, `tokenizer_config.json` and a copy of the model.
+
+    As in training, no token is put before or after a text, and the names of special tokens in a text are text. Both
+    ends of a text are the token that Megatron puts between documents.
+
+    Args:
+        model: The SentencePiece model.
+        folder: Where to.
+        max_length: Longest sequence, in tokens.
+
+    Raises:
+        MoREError: If the model's segmentation is neither BPE nor unigram.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    content = model.read_bytes()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(content)
+    tokenizer = _tokenizer(proto, model)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **_special_tokens(proto),
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,
+        "padding_side": "left",
+        "model_max_length": max_length,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    (folder / "tokenizer.model").write_bytes(content)
+
+
+def _tokenizer(proto: Any, model: Path) -> Any:
+    from tokenizers import AddedToken, Tokenizer, models
+
+    trainer = proto.trainer_spec
+    segmentation: Any
+    if trainer.model_type == _BPE:
+        vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+        segmentation = models.BPE(
+            vocabulary,
+            _merges(proto),
+            unk_token=_unknown(proto),
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
+        )
+    elif trainer.model_type == _UNIGRAM:
+        scores = [(piece.piece, _unigram_score(piece)) for piece in proto.pieces]
+        segmentation = models.Unigram(scores, trainer.unk_id, trainer.byte_fallback)
+    else:
+        raise MoREError(f"{model} is neither a BPE nor a unigram model: --no-tokenizer leaves the tokenizer out")
+    tokenizer = Tokenizer(segmentation)
+    normalizer = _normalizer(proto)
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if trainer.model_type == _UNIGRAM:
+        tokenizer.pre_tokenizer = _unknown_runs(proto)
+    tokenizer.decoder = _decoder(proto)
+    for piece in proto.pieces:
+        if piece.type in (_CONTROL, _UNKNOWN):
+            tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
+        elif piece.type == _USER_DEFINED:
+            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=False)])
+    return tokenizer
+
+
+def _merges(proto: Any) -> list[tuple[str, str]]:
+    """Return the merges of a BPE model: each pair of pieces that makes a piece, the best piece first.
+
+    SentencePiece takes the best piece that two neighbours make, the leftmost first. Where several pairs make the same
+    piece, as in a run of one character, the pair with the longer left half is the leftmost.
+    """
+    scores = {
+        piece.piece: piece.score for piece in proto.pieces if piece.type not in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
+    }
+    merges = []
+    for piece, score in scores.items():
+        for end in range(len(piece) - 1, 0, -1):
+            left, right = piece[:end], piece[end:]
+            if left in scores and right in scores:
+                merges.append((-score, -end, left, right))
+    return [(left, right) for _, _, left, right in sorted(merges)]
+
+
+def _unigram_score(piece: Any) -> float:
+    """Return the score of a piece, so low for those that no text is made of that any other way is better."""
+    return _NEVER if piece.type in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE) else piece.score
+
+
+def _unknown_runs(proto: Any) -> Any:
+    """Return what cuts out runs of characters that no piece has.
+
+    No piece reaches over them, and without them the name of a special token is never matched as a whole where the model
+    lacks one of its characters.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    known = {character for piece in proto.pieces if piece.type in _NORMAL for character in piece.piece}
+    pattern = "[^" + "".join(f"\\x{{{ord(character):X}}}" for character in sorted(known)) + "]+"
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+def _normalizer(proto: Any) -> Any:
+    from tokenizers import Regex, normalizers
+
+    spec = proto.normalizer_spec
+    steps: list[Any] = []
+    if spec.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(" "))
+    if spec.escape_whitespaces:
+        steps.append(normalizers.Replace(" ", _MARK))
+    return normalizers.Sequence(steps) if steps else None
+
+
+def _decoder(proto: Any) -> Any:
+    from tokenizers import decoders
+
+    spec = proto.normalizer_spec
+    steps = [decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
+        steps.append(decoders.Strip(" ", 1, 0))
+    return decoders.Sequence(steps)
+
+
+def _unknown(proto: Any) -> str | None:
+    return next((piece.piece for piece in proto.pieces if piece.type == _UNKNOWN), None)
+
+
+def _special_tokens(proto: Any) -> dict[str, str]:
+    trainer = proto.trainer_spec
+    end = proto.pieces[trainer.eos_id].piece if trainer.eos_id >= 0 else None
+    pad = proto.pieces[trainer.pad_id].piece if trainer.pad_id >= 0 else end
+    found = {"bos_token": end, "eos_token": end, "pad_token": pad, "unk_token": _unknown(proto)}
+    return {name: token for name, token in found.items() if token is not None}

@@ -1,0 +1,84 @@
+"""Arguments of a run as JSON, for the way back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from more_megatron.errors import MoREError
+
+__all__ = ["read_args", "write_args"]
+
+_FILE = "megatron_args.json"
+# Where the run stood and on which machine: nothing that describes the model.
+_OF_THE_MACHINE = frozenset(
+    {
+        "rank",
+        "local_rank",
+        "world_size",
+        "save",
+        "load",
+        "tensorboard_dir",
+        "wandb_save_dir",
+        "data_cache_path",
+        "data_path",
+        "train_data_path",
+        "valid_data_path",
+        "test_data_path",
+        "data_args_path",
+        "per_split_data_args_path",
+        "per_dataset_sequences_path",
+        "pretrained_checkpoint",
+        "iteration",
+        "curr_iteration",
+        "consumed_train_samples",
+        "consumed_valid_samples",
+        "skipped_train_samples",
+        "num_floating_point_operations_so_far",
+    }
+)
+
+
+def write_args(folder: Path, args: argparse.Namespace) -> None:
+    """Write the arguments that JSON can hold, without those of the machine that the run was on."""
+    kept = {
+        name: _dtype_name(value)
+        for name, value in vars(args).items()
+        if name not in _OF_THE_MACHINE and (_is_plain(value) or isinstance(value, torch.dtype))
+    }
+    (folder / _FILE).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+
+
+def read_args(folder: Path) -> dict[str, Any]:
+    """Return the arguments of the run that a folder was exported from; empty if it does not say.
+
+    Raises:
+        MoREError: If they are damaged.
+    """
+    path = folder / _FILE
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        return {name: _dtype(value) for name, value in found.items()}
+    except (ValueError, AttributeError, KeyError) as error:
+        raise MoREError(f"{path} is damaged: remove it, and the arguments are derived from config.json") from error
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    # Not what only derives from these types, as members of enumerations do.
+    return type(value) in (int, float, str, bool, type(None))
+
+
+def _dtype_name(value: Any) -> Any:
+    return {"dtype": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
+
+
+def _dtype(value: Any) -> Any:
+    return getattr(torch, value["dtype"]) if isinstance(value, dict) else value

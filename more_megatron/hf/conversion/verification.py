@@ -1,0 +1,137 @@
+"""What was written, read again and compared with where it came from."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from more_megatron.errors import MoREError
+from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
+from more_megatron.hf.conversion.progress import progress_bar
+from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder, tensor_bytes
+from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
+from more_megatron.hf.mapping import Entry
+
+__all__ = ["compare_logits", "compare_tensors"]
+
+_TOKENS = 64
+_TOLERANCE = 1e-4
+_TEXT = (
+    "The tower is 324 metres tall, about the same height as an 81-storey building. Its base is square, measuring 125 "
+    "metres on each side. It was the first structure in the world to pass both the 200-metre and the 300-metre mark."
+)
+# Copies of the weights in float32: one of each side, and one while a side is loaded.
+_COPIES = 3
+
+
+def compare_tensors(
+    folder: Path, entries: Sequence[Entry], read: Callable[[Entry], torch.Tensor], progress: bool
+) -> str:
+    """Compare the SHA-256 of every tensor in both layouts.
+
+    Args:
+        folder: The Hugging Face model.
+        entries: Its parameters.
+        read: Returns a parameter of Megatron's side.
+        progress: Whether to draw a progress bar.
+
+    Returns:
+        What was compared, in words.
+
+    Raises:
+        MoREError: If two tensors differ.
+    """
+    files = SafetensorsFolder(folder)
+    with progress_bar(len(entries), "parameter", "verify", progress) as bar:
+        for entry in entries:
+            ours = read(entry)
+            theirs = [files.read(name).to(ours.dtype) for name in entry.names]
+            for name, expected, found in zip(entry.names, entry.split(ours), theirs, strict=True):
+                if _sha256(expected) != _sha256(found):
+                    raise MoREError(f"what was written cannot be trusted: {name} differs from its source")
+            if _sha256(entry.merge(theirs)) != _sha256(ours):
+                raise MoREError(f"what was written cannot be trusted: {entry.key} does not come back the same")
+            bar.update()
+    return f"verified: {len(entries)} parameters have the same hashes on both sides, in both layouts"
+
+
+def compare_logits(folder: Path, checkpoint: MegatronCheckpoint, entries: Sequence[Entry]) -> str:
+    """Compare the logits of both sides on a text, in float32 on the CPU, where this machine can hold both.
+
+    Args:
+        folder: The Hugging Face model.
+        checkpoint: Megatron's.
+        entries: Their parameters.
+
+    Returns:
+        How far they are apart, or why they were not compared.
+
+    Raises:
+        MoREError: If they differ.
+    """
+    import psutil
+
+    needed = 4 * _COPIES * sum(prod(entry.shape) for entry in entries)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        return f"logits not compared: both sides take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+    tokens = _tokens(folder, checkpoint.args)
+    with _quiet():
+        os.environ.setdefault("MORE_PLATFORM", "cpu")
+        from more_megatron.hf.conversion.megatron_model import megatron_logits
+
+        ours = megatron_logits(checkpoint, tokens)
+        if isinstance(ours, str):
+            return f"logits not compared: {ours}"
+        theirs = _huggingface_logits(folder, tokens)
+    difference = (ours - theirs).abs().max().item()
+    bound = _TOLERANCE * max(1.0, ours.abs().max().item())
+    if not difference <= bound:
+        raise MoREError(f"what was written cannot be trusted: logits differ by {difference:.2g} from Megatron's")
+    return f"verified: logits of {tokens.numel()} tokens differ from Megatron's by {difference:.1g} at most"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what Megatron says while it builds a model out of the way."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _tokens(folder: Path, args: Any) -> torch.Tensor:
+    length = min(_TOKENS, args.max_position_embeddings)
+    if (folder / "tokenizer_config.json").is_file():
+        ids = open_tokenizer(folder)(_TEXT)["input_ids"]
+    else:
+        ids = [(7 * position + 3) % (args.vocab_size or args.padded_vocab_size) for position in range(length)]
+    return torch.tensor([ids[:length]])
+
+
+@torch.no_grad()
+def _huggingface_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    from transformers.utils.logging import disable_progress_bar
+
+    from more_megatron.hf.modeling_more import MoREForCausalLM
+
+    disable_progress_bar()
+    model = MoREForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model(tokens).logits
+
+
+def _sha256(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor_bytes(tensor)).digest()

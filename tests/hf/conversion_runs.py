@@ -1,0 +1,128 @@
+"""Checkpoints of tiny runs, converted there and back inside ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+from tests.helpers.corpus import write_corpus
+from tests.helpers.reuse import train_all
+from tests.helpers.training import TINY_ON_FILES
+
+__all__ = ["RUNS", "SEQUENCES", "WITHOUT_ARGUMENTS", "Reported", "command_line", "convert", "train_runs", "write_data"]
+
+SEQUENCES = 8
+_LENGTH = 16
+_VALIDATION = r"validation loss at iteration \d+ on validation set \| lm loss value: (\S+)"
+_VOCABULARY = 126
+
+_EP2, _TP2, _PP2 = (f"--{kind}-model-parallel-size 2" for kind in ("expert", "tensor", "pipeline"))
+_TOP2 = "--moe-router-topk 2"
+
+# Run: its system, its layout on two ranks, and what else differs from the others.
+RUNS: dict[str, str] = {
+    "moe, dp": "--more-variant moe",
+    "moe, tp2, many features": (
+        f"--more-variant moe {_TP2} {_TOP2} --moe-layer-freq [0]+[1]*3 --normalization LayerNorm --qk-layernorm "
+        "--group-query-attention --num-query-groups 2 --add-qkv-bias --tie-embeddings-and-output-weights "
+        "--position-embedding-type learned_absolute --no-swiglu --moe-shared-expert-gate "
+        "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 1.5"
+    ),
+    "recurrent_moe, ep2": f"--more-variant recurrent_moe {_EP2} --router-logit-ema 0.5 --recurrence-residual-scale 0.5",
+    "recurrent_moe, pp2": f"--more-variant recurrent_moe {_PP2} {_TOP2} --rotary-interleaved --rotary-percent 0.5",
+    "recurrent_experts, tp2": f"--more-variant recurrent_experts {_TP2} --kv-channels 12",
+    "recurrent_experts, ep2": f"--more-variant recurrent_experts {_EP2} {_TOP2} --recurrence-ffn-hidden-size 40",
+    "shared_block, pp2": f"--more-variant shared_block {_PP2} --group-query-attention --num-query-groups 2",
+    "shared_block, tp2": f"--more-variant shared_block {_TP2} {_TOP2}",
+    "shared_block_ffn, ep2": f"--more-variant shared_block_ffn {_EP2} --moe-shared-expert-intermediate-size 0",
+    "shared_block_ffn, tp2": f"--more-variant shared_block_ffn {_TP2} {_TOP2} --normalization LayerNorm",
+}
+# The run whose arguments do not travel with the model: they are derived from its configuration.
+WITHOUT_ARGUMENTS = "recurrent_moe, ep2"
+_COMMON = (
+    f"{TINY_ON_FILES} --train-iters 2 --global-batch-size 4 --save-interval 2 --eval-iters 2 "
+    "--recurrence-steps 3 --init-method-std 0.2"
+)
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What one run reported.
+
+    Attributes:
+        losses: Loss of each training step.
+        validation: Loss of the last evaluation, over all sequences of the validation file.
+    """
+
+    losses: list[float]
+    validation: float
+
+
+def write_data(folder: Path) -> None:
+    """Write a training corpus, and a validation file that is one document of `SEQUENCES` sequences."""
+    write_corpus(folder / "train")
+    builder = IndexedDatasetBuilder(f"{folder}/valid.bin", dtype=np.uint16)
+    tokens = np.random.default_rng(1).integers(0, _VOCABULARY, SEQUENCES * _LENGTH + 1)
+    builder.add_item(torch.from_numpy(tokens))
+    builder.end_document()
+    builder.finalize(f"{folder}/valid.idx")
+
+
+def command_line(folder: Path, flags: str) -> str:
+    """Return the flags of a run on that data."""
+    data = f"--train-data-path {folder}/train --valid-data-path {folder}/valid --test-data-path {folder}/valid"
+    return f"{_COMMON} {data} --data-cache-path {folder}/cache {flags}"
+
+
+def train_runs(lines: list[str]) -> list[Reported]:
+    """Train once for each command line and return what was reported; complete on the last rank."""
+    reports = []
+    for line in lines:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            (history,) = train_all([line])
+        found = re.findall(
+            r"validation loss at iteration \d+ on validation set \| lm loss value: (\S+)", output.getvalue()
+        )
+        reports.append(Reported(history.losses, float(found[-1]) if found else float("nan")))
+    return reports
+
+
+def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
+    """Convert each run's checkpoint to Hugging Face, back, and there again, each way verified.
+
+    Returns:
+        For each run what the two first conversions said, and the loss of the model on the validation file.
+    """
+    from more_megatron.hf.conversion.export import ToHF, to_hf
+    from more_megatron.hf.conversion.importer import FromHF, from_hf
+
+    said = {}
+    for name in names:
+        place = folder / name
+        lines = to_hf(ToHF(place / "run", place / "hf", max_shard_size=100_000, verify=True, progress=False))
+        if name == WITHOUT_ARGUMENTS:
+            (place / "hf" / "megatron_args.json").unlink()
+        lines += from_hf(FromHF(place / "hf", place / "back", verify=True, progress=False))
+        to_hf(ToHF(place / "back", place / "again", tokenizer=name != WITHOUT_ARGUMENTS, progress=False))
+        said[name] = [*lines, str(_loss(place / "hf", folder / "valid"))]
+    return said
+
+
+@torch.no_grad()
+def _loss(model_folder: Path, prefix: Path) -> float:
+    """Return the mean loss of a model over the sequences of a file of one document."""
+    from more_megatron.hf.modeling_more import MoREForCausalLM
+
+    model = MoREForCausalLM.from_pretrained(model_folder).eval()
+    dataset = IndexedDataset(str(prefix))
+    tokens = torch.from_numpy(dataset[0].astype(np.int64))
+    inputs, labels = tokens[:-1].view(SEQUENCES, _LENGTH), tokens[1:].view(SEQUENCES, _LENGTH)
+    logits = model(inputs).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).item()

@@ -1,0 +1,292 @@
+"""What cannot be converted is refused in one line, and nothing is left under the final name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from more_megatron.config import MoREConfig
+from more_megatron.errors import MoREError
+from more_megatron.hf import mapping
+from more_megatron.hf.conversion import pickles
+from more_megatron.hf.conversion.architecture import args_from_config, config_from_args, evaluation_steps
+from more_megatron.hf.conversion.export import ToHF, to_hf
+from more_megatron.hf.conversion.importer import FromHF, from_hf
+from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
+from more_megatron.hf.conversion.safetensors_files import Group, plan_files, tensor_bytes
+from more_megatron.hf.mapping import entries
+from tests.helpers.shell import PROJECT
+from tests.hf.conversion_sources import VALUES, make_args, write_source
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a checkpoint and the Hugging Face model it makes."""
+    folder = tmp_path_factory.mktemp("sources")
+    write_source(folder / "ckpt", config_from_args(make_args(), 24), make_args())
+    to_hf(ToHF(folder / "ckpt", folder / "hf", tokenizer=False, progress=False))
+    return folder
+
+
+@pytest.fixture
+def folder(sources: Path, tmp_path: Path) -> Path:
+    """Return a copy of that folder."""
+    return shutil.copytree(sources, tmp_path / "copy")
+
+
+def _refused(convert: Callable[[], Any], place: Path, *parts: str) -> None:
+    """Check that a conversion ends with one line and leaves nothing."""
+    with pytest.raises(MoREError) as caught:
+        convert()
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+    assert not place.exists()
+    assert not list(place.parent.glob(".*.partial"))
+
+
+def _export(folder: Path, **fields: Any) -> Callable[[], Any]:
+    job = ToHF(folder / "ckpt", folder / "out", **{"tokenizer": False, "progress": False, **fields})
+    return lambda: to_hf(job)
+
+
+def _import(folder: Path) -> Callable[[], Any]:
+    return lambda: from_hf(FromHF(folder / "hf", folder / "out", progress=False))
+
+
+def _data_file(folder: Path) -> Path:
+    return next((folder / "ckpt" / "release").glob("*.distcp"))
+
+
+def _truncate(folder: Path) -> None:
+    _data_file(folder).write_bytes(_data_file(folder).read_bytes()[:-100])
+
+
+def _garble(folder: Path) -> None:
+    content = bytearray(_data_file(folder).read_bytes())
+    content[len(content) // 2 :] = b"\xa5" * (len(content) - len(content) // 2)
+    _data_file(folder).write_bytes(content)
+
+
+def _garble_numbers(folder: Path) -> None:
+    checkpoint = MegatronCheckpoint(folder / "ckpt")
+    (router,) = (e for e in entries(config_from_args(checkpoint.args, 24)) if e.layer == 1 and "router" in e.key)
+    numbers = bytes(tensor_bytes(checkpoint.read(router)))
+    content = _data_file(folder).read_bytes()
+    assert content.count(numbers) == 1
+    _data_file(folder).write_bytes(content.replace(numbers, numbers[::-1]))
+
+
+def _garble_all(folder: Path) -> None:
+    _data_file(folder).write_bytes(b"\xa5" * _data_file(folder).stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("damage", "parts"),
+    [
+        (_truncate, ("is truncated", "there is no complete one beside it")),
+        (_garble, ("is damaged: decoder.", "cannot be read")),
+        (_garble_numbers, ("is damaged: decoder.layers.mlp.router.weight cannot be read",)),
+        (_garble_all, ("is damaged: common_state", "cannot be read")),
+        (lambda folder: _data_file(folder).unlink(), ("__0_0.distcp is missing",)),
+        (lambda folder: (folder / "ckpt/release/metadata.json").unlink(), ("metadata.json is missing",)),
+        (lambda folder: (folder / "ckpt/latest_checkpointed_iteration.txt").write_text("x"), ("which checkpoint",)),
+        (lambda folder: (folder / "ckpt/latest_checkpointed_iteration.txt").unlink(), ("name another folder",)),
+        (lambda folder: shutil.rmtree(folder / "ckpt"), ("is not a folder",)),
+    ],
+)
+def test_damaged_checkpoint(damage: Callable[[Path], Any], parts: tuple[str, ...], folder: Path) -> None:
+    damage(folder)
+    _refused(_export(folder), folder / "out", str(folder / "ckpt"), *parts)
+
+
+def test_missing_tokenizer(folder: Path) -> None:
+    remedy = "name its place with --tokenizer-model, or --no-tokenizer"
+    _refused(_export(folder, tokenizer=True), folder / "out", "absent.model, is not there", remedy)
+
+
+def test_parameters_that_the_table_does_not_know(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = mapping.MOE
+    monkeypatch.setattr(mapping, "MOE", tuple(row for row in known if row.megatron != "mlp.router.weight"))
+    key = "decoder.layers.mlp.router.weight"
+    _refused(_export(folder), folder / "out", f"holds parameters that the mapping has no row for: {key}")
+    monkeypatch.setattr(mapping, "MOE", (*known, mapping.Row("mlp.more", "mlp.more", "h")))
+    _refused(_export(folder), folder / "out", "lacks the parameter decoder.layers.0.mlp.more")
+    monkeypatch.setattr(mapping, "MOE", (mapping.Row("mlp.router.weight", "mlp.gate.weight", "h N"), *known))
+    _refused(_export(folder), folder / "out", f"holds {key} in shape [2, 4, 16] instead of [2, 16, 4]")
+
+
+def test_parameters_that_the_model_does_not_have(folder: Path) -> None:
+    path = folder / "hf" / "model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "model.more": torch.zeros(1)}, path)
+    _refused(_import(folder), folder / "out", "holds parameters that the mapping has no row for: model.more")
+    name = "model.norm.weight"
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, path)
+    _refused(_import(folder), folder / "out", f"lacks the parameter {name}")
+    save_file({**weights, name: torch.zeros(17)}, path)
+    _refused(_import(folder), folder / "out", f"holds {name} in shape [17] instead of [16]")
+    save_file({**weights, "model.embed_tokens.weight": torch.zeros(24, 16, dtype=torch.int8)}, path)
+    _refused(_import(folder), folder / "out", "as I8: save it in floating point")
+    path.write_bytes(path.read_bytes()[:100])
+    _refused(_import(folder), folder / "out", "is damaged")
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"variant": "gru_experts"}, "system gru_experts cannot be converted"),
+        ({"model_type": "llama"}, "is a model of type llama, not more"),
+        ({"hidden_act": "tanh"}, "hidden_act tanh with gated_mlp True has no counterpart in Megatron"),
+        ({"rope_scaling_factor": 4.0}, "rope_scaling_factor 4.0 has no counterpart in Megatron"),
+    ],
+)
+def test_model_that_megatron_cannot_express(fields: dict[str, Any], part: str, folder: Path) -> None:
+    path = folder / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    _refused(_import(folder), folder / "out", part)
+
+
+def test_configuration_that_is_not_there_or_incomplete(folder: Path) -> None:
+    path = folder / "hf" / "config.json"
+    path.write_text(json.dumps({"model_type": "more", "variant": "moe"}))
+    _refused(_import(folder), folder / "out", "does not say num_attention_heads")
+    path.write_text("{")
+    _refused(_import(folder), folder / "out", "config.json is damaged")
+    path.unlink()
+    _refused(_import(folder), folder / "out", "holds no config.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"more_variant": "gru_experts"}, "--more-variant gru_experts: systems that can be converted are moe,"),
+        ({"multi_latent_attention": True}, "--multi-latent-attention True has no counterpart"),
+        ({"mtp_num_layers": 1}, "--mtp-num-layers 1 has no counterpart"),
+        ({"window_size": [4, 0]}, "--window-size [4, 0] has no counterpart"),
+        ({"layernorm_zero_centered_gamma": True}, "--layernorm-zero-centered-gamma True has no counterpart"),
+        ({"position_embedding_type": "yarn"}, "--position-embedding-type yarn has no counterpart"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type sinkhorn has no"),
+        ({"moe_router_load_balancing_type": ["aux_loss", "sinkhorn"]}, "sinkhorn has no counterpart"),
+    ],
+)
+def test_run_that_the_model_cannot_express(values: dict[str, Any], part: str) -> None:
+    with pytest.raises(MoREError) as caught:
+        config_from_args(make_args(**values), 24)
+    assert part in str(caught.value)
+
+
+def test_checkpoint_of_another_version(tmp_path: Path) -> None:
+    args = make_args()
+    del args.router_logit_ema
+    write_source(tmp_path / "ckpt", config_from_args(make_args(), 24), args)
+    _refused(_export(tmp_path), tmp_path / "out", "do not say router_logit_ema")
+
+
+@pytest.mark.parametrize("convert", [_export, _import])
+def test_full_disk(convert: Callable[..., Callable[[], Any]], folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        _refused(convert(folder), folder / "out", "out cannot be written: ", "free space or name another --save")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_folder_that_is_not_empty_is_left_alone(folder: Path) -> None:
+    out = folder / "out"
+    out.mkdir()
+    (out / "file").write_text("mine")
+    for convert in (_export(folder), _import(folder)):
+        with pytest.raises(MoREError, match="exists and is not an empty folder"):
+            convert()
+    assert (out / "file").read_text() == "mine"
+    (out / "file").unlink()
+    assert len(_export(folder)()) == 1
+    assert (out / "model.safetensors").is_file()
+
+
+def test_the_tool_ends_with_one_line(folder: Path) -> None:
+    command = [sys.executable, PROJECT / "tools" / "convert_checkpoint.py", "from-hf", "--load", folder / "ckpt"]
+    ended = subprocess.run([*command, "--save", folder / "out"], capture_output=True, text=True)
+    assert ended.returncode == 1
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith(f"convert_checkpoint.py: error: --load {folder / 'ckpt'} holds no config.json")
+    assert len(ended.stderr.splitlines()) == 1
+    assert not (folder / "out").exists()
+
+
+def test_dtype_is_asked_for(folder: Path) -> None:
+    to_hf(ToHF(folder / "ckpt", folder / "out", dtype="bfloat16", tokenizer=False, progress=False))
+    exact, rounded = (load_file(folder / name / "model.safetensors") for name in ("hf", "out"))
+    assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
+    assert json.loads((folder / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_files_are_filled_up_to_the_limit() -> None:
+    groups = [Group((str(number),), ((size,),), torch.float32) for number, size in enumerate((10, 10, 30, 5, 5))]
+    files = plan_files(groups, limit=80)
+    assert [[group.names[0] for group in file] for file in files] == [["0", "1"], ["2"], ["3", "4"]]
+    mixed = [Group(("half",), ((3,),), torch.float16), Group(("whole",), ((3,),), torch.float32)]
+    assert [group.names[0] for group in plan_files(mixed, limit=80)[0]] == ["whole", "half"]
+
+
+def test_arguments_and_configuration_say_the_same() -> None:
+    for values in ({}, {"recurrence_ffn_hidden_size": 24}, {"more_variant": "moe", "moe_layer_freq": [0, 1]}):
+        config = config_from_args(make_args(**values), 24)
+        derived = argparse.Namespace(**{**VALUES, **args_from_config(config)})
+        assert config_from_args(derived, 24) == config
+        # A width that is the default is not asked for: a run that does not ask for it fits.
+        assert derived.recurrence_ffn_hidden_size == values.get("recurrence_ffn_hidden_size")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"recurrence_steps": 7},
+        {"recurrence_eval_steps": 9, "recurrence_steps": 7},
+        {"recurrence_sampling": "uniform", "recurrence_max_steps": 9},
+        {"recurrence_sampling": "uniform", "recurrence_min_steps": 2, "recurrence_max_steps": 5},
+        {"recurrence_sampling": "poisson-lognormal", "recurrence_min_steps": 6},
+        {"recurrence_curriculum": "0:1,10:3"},
+    ],
+)
+def test_evaluation_steps_are_those_of_the_trainer(fields: dict[str, Any]) -> None:
+    config = MoREConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **fields)
+    assert evaluation_steps(make_args(**fields)) == config.evaluation_steps
+
+
+def test_pickles_build_nothing_but_plain_types(tmp_path: Path) -> None:
+    path = tmp_path / "object"
+    torch.save(
+        {"args": make_args(), "dtype": torch.bfloat16, "tensor": torch.ones(2), "call": _Call(tmp_path / "made")}, path
+    )
+    found = pickles.load(path.read_bytes())
+    assert found["args"] == make_args()
+    assert found["dtype"] is torch.bfloat16
+    assert torch.equal(found["tensor"], torch.ones(2))
+    assert isinstance(found["call"], pickles.Opaque)
+    assert not (tmp_path / "made").exists()
+
+
+class _Call:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return open, (self._path, "w")

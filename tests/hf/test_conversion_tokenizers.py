@@ -1,0 +1,121 @@
+"""Exported tokenizers give the ids of training and decode what they encode."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from more_megatron.data.sample_text import write_sample_text
+from more_megatron.errors import MoREError
+from more_megatron.hf.conversion.tokenizer_files import open_tokenizer, plan_tokenizer
+
+_TEXT_BYTES = 150_000
+_EXACT = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+MODELS: dict[str, dict[str, Any]] = {
+    # As tools/preprocess_wikitext.py trains.
+    "ours": {"model_type": "bpe", "split_digits": True, "allow_whitespace_only_pieces": True, **_EXACT},
+    "bpe, nfkc": {"model_type": "bpe", "pad_id": 3},
+    "bpe, own pieces": {"model_type": "bpe", "user_defined_symbols": ["<sep>"], "add_dummy_prefix": False, **_EXACT},
+    "unigram": {"model_type": "unigram", **_EXACT},
+    "unigram, nfkc": {"model_type": "unigram"},
+}
+_KEEPS_EVERYTHING = ("ours", "bpe, own pieces")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return English, with what WikiText writes for rare words."""
+    path = tmp_path_factory.mktemp("text") / "text"
+    write_sample_text(path)
+    return path.read_text()[:_TEXT_BYTES] + "\n the <unk> of <unk> , and </s> \u00e9\u4e2d\n"
+
+
+def _args(kind: str, model: Path) -> argparse.Namespace:
+    return argparse.Namespace(tokenizer_type=kind, tokenizer_model=str(model), max_position_embeddings=64)
+
+
+def train(text: str, path: Path, **options: Any) -> sentencepiece.SentencePieceProcessor:
+    """Train a small SentencePiece model and return it."""
+    model = io.BytesIO()
+    lines = iter(text.splitlines())
+    options = {"vocab_size": 600, "minloglevel": 2, "num_threads": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_writer=model, **options)
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def _exported(folder: Path, args: argparse.Namespace) -> Any:
+    """Write the files beside a model's configuration, as in an export, and open them."""
+    folder.mkdir()
+    code = {"AutoConfig": "configuration_more.MoREConfig"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "more", "auto_map": code}))
+    planned = plan_tokenizer(args, None)
+    assert planned.write is not None
+    planned.write(folder)
+    tokenizer = open_tokenizer(folder)
+    assert len(tokenizer) == planned.vocab_size
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (planned.eos, planned.pad)
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sentencepiece(name: str, text: str, tmp_path: Path) -> None:
+    processor = train(text, tmp_path / "model", **MODELS[name])
+    tokenizer = _exported(tmp_path / "out", _args("SentencePieceTokenizer", tmp_path / "model"))
+    for line in [*text.splitlines(), text]:
+        ids = tokenizer(line)["input_ids"]
+        assert ids == processor.encode(line)
+        if name in _KEEPS_EVERYTHING:
+            assert tokenizer.decode(ids) == line
+    # Both ends of a text are what Megatron puts between documents.
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == processor.eos_id()
+    assert tokenizer.decode([*processor.encode("a b"), processor.eos_id()], skip_special_tokens=True) == "a b"
+    assert tokenizer(["a", "a b a b a b"], padding=True)["input_ids"][0][0] == tokenizer.pad_token_id
+
+
+def test_what_has_no_exact_counterpart_is_refused(text: str, tmp_path: Path) -> None:
+    train(text, tmp_path / "model", model_type="bpe", user_defined_symbols=["<sep>"], byte_fallback=True)
+    with pytest.raises(MoREError, match=r"cannot be exported exactly, .* --no-tokenizer leaves the tokenizer out"):
+        _exported(tmp_path / "out", _args("Llama2Tokenizer", tmp_path / "model"))
+    train(text, tmp_path / "model", model_type="word")
+    with pytest.raises(MoREError, match="neither a BPE nor a unigram model"):
+        _exported(tmp_path / "words", _args("GPTSentencePieceTokenizer", tmp_path / "model"))
+    legacy = argparse.Namespace(
+        **vars(_args("Llama2Tokenizer", tmp_path / "model")), tokenizer_sentencepiece_legacy=True
+    )
+    with pytest.raises(MoREError, match="special tokens beside the model"):
+        plan_tokenizer(legacy, None)
+    with pytest.raises(MoREError, match="--tokenizer-type TikTokenizer has no files for AutoTokenizer"):
+        plan_tokenizer(_args("TikTokenizer", tmp_path / "model"), None)
+
+
+def test_huggingface(text: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|begin|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(text.splitlines(), trainer)
+    bpe.post_processor = processors.TemplateProcessing("<|begin|> $A", special_tokens=[("<|begin|>", 1)])
+    names = {"eos_token": special[0], "bos_token": special[1], "pad_token": special[0]}
+    original = PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+    original.save_pretrained(tmp_path / "model")
+    tokenizer = _exported(tmp_path / "out", _args("HuggingFaceTokenizer", tmp_path / "model"))
+    ids = tokenizer(text)["input_ids"]
+    assert ids == original(text)["input_ids"]
+    assert ids[0] == 1
+    assert tokenizer.decode(ids[1:]) == text
+    with pytest.raises(MoREError, match="absent, is not there: name its place with --tokenizer-model"):
+        plan_tokenizer(_args("HuggingFaceTokenizer", tmp_path / "absent"), None)

@@ -1,0 +1,122 @@
+"""The mapping table names every parameter of the Hugging Face model, and its layouts lose nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from more_megatron.errors import MoREError
+from more_megatron.hf.configuration_more import MoREConfig
+from more_megatron.hf.mapping import EXPERTS, Layout, entries, extra_states
+from more_megatron.hf.modeling_more import MoREForCausalLM
+from more_megatron.variants import VARIANTS
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 24,
+    "hidden_size": 12,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 5,
+    "intermediate_size": 7,
+    "moe_layers": [False, True, True],
+    "num_experts": 3,
+    "moe_intermediate_size": 11,
+    "shared_expert_intermediate_size": 6,
+    "recurrent_intermediate_size": 9,
+    "max_position_embeddings": 8,
+}
+# Features that bring parameters, two sets that together have each of them on and off.
+_FEATURES: dict[str, dict[str, Any]] = {
+    "plain": {"gated_mlp": False, "hidden_act": "gelu", "shared_expert_intermediate_size": None},
+    "everything": {
+        "norm_type": "layernorm",
+        "qk_norm": True,
+        "attention_bias": True,
+        "position_embedding": "learned",
+        "router_expert_bias": True,
+        "router_score_function": "sigmoid",
+        "shared_expert_gate": True,
+        "tie_word_embeddings": True,
+    },
+    "biases": {"linear_bias": True, "attention_bias": True, "shared_expert_intermediate_size": None},
+    "biases, no gate": {
+        "linear_bias": True,
+        "attention_bias": True,
+        "shared_expert_intermediate_size": None,
+        "gated_mlp": False,
+        "hidden_act": "gelu",
+    },
+}
+_WITH_BIASES = ("moe", "recurrent_moe")
+
+
+def _config(variant: str, **fields: Any) -> MoREConfig:
+    return MoREConfig(variant=variant, **{**_SIZES, **fields})
+
+
+def _cases() -> list[tuple[str, str]]:
+    return [
+        (variant, name)
+        for variant in EXPERTS
+        for name in _FEATURES
+        if variant in _WITH_BIASES or not name.startswith("biases")
+    ]
+
+
+def test_every_system_has_a_table() -> None:
+    assert set(EXPERTS) == set(VARIANTS)
+
+
+@pytest.mark.parametrize(("variant", "features"), _cases())
+def test_names_and_shapes_are_those_of_the_model(variant: str, features: str) -> None:
+    config = _config(variant, **_FEATURES[features])
+    with torch.device("meta"):
+        model = MoREForCausalLM(config)
+    # Tied weights are listed once.
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found = [pair for e in entries(config.to_dict()) for pair in zip(e.names, e.shapes, strict=True)]
+    assert len(found) == len(dict(found))
+    assert dict(found) == expected
+
+
+@pytest.mark.parametrize("variant", EXPERTS)
+def test_layouts_lose_nothing(variant: str) -> None:
+    layouts = set()
+    for entry in entries(_config(variant).to_dict()):
+        layouts.add(entry.layout)
+        ours = torch.randn(entry.shape)
+        theirs = entry.split(ours)
+        assert [tuple(tensor.shape) for tensor in theirs] == list(entry.shapes)
+        assert torch.equal(torch.cat([t.flatten() for t in theirs]).sort()[0], ours.flatten().sort()[0])
+        assert torch.equal(entry.merge(theirs), ours)
+    assert layouts == set(Layout)
+
+
+def test_rows_of_a_query_group_are_its_queries_its_key_and_its_value() -> None:
+    (entry,) = (
+        e for e in entries(_config("moe", num_hidden_layers=1, moe_layers=[True]).to_dict()) if len(e.names) == 3
+    )
+    # Two groups of two queries, heads of 5: the rows are numbered.
+    numbers = torch.arange(40.0).unsqueeze(1).expand(entry.shape)
+    query, key, value = (tensor[:, 0].tolist() for tensor in entry.split(numbers))
+    assert query == [*range(10), *range(20, 30)]
+    assert key == [*range(10, 15), *range(30, 35)]
+    assert value == [*range(15, 20), *range(35, 40)]
+
+
+def test_states_beside_parameters_belong_to_modules_of_the_table() -> None:
+    for variant in EXPERTS:
+        config = _config(variant).to_dict()
+        keys = {entry.key.rsplit(".", 1)[0] for entry in entries({**config, "qk_norm": True})}
+        for module, layer, _ in extra_states(config):
+            assert (layer is None) == (not module.startswith("decoder.layers."))
+            assert module in keys or module.endswith("core_attention")
+
+
+def test_unknown_system_is_refused() -> None:
+    config = {**_config("moe").to_dict(), "variant": "gru_experts"}
+    with pytest.raises(MoREError, match="system gru_experts cannot be converted: the table knows moe, recurrent_moe"):
+        entries(config)
