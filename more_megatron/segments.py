@@ -34,6 +34,11 @@ class Segments:
         return padded.transpose(1, 2).flatten(0, 1).index_select(0, places)
 
     @functools.cached_property
+    def without_empty(self) -> Segments:
+        """The same segments but for those that are empty, which some kernels do not take."""
+        return Segments(torch.unique_consecutive(self.offsets), self.longest)
+
+    @functools.cached_property
     def _places(self) -> tuple[int, int, torch.Tensor]:
         """Number of segments that are not empty, length of the longest, and each row's place in the padded layout."""
         lengths = self.offsets.diff().long()

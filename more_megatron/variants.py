@@ -19,12 +19,13 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from more_megatron.backends import final_norm, layer_submodules
+from more_megatron.backends import backend_of, final_norm, layer_submodules
 from more_megatron.config import MoREConfig
 from more_megatron.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.errors import MoREError
 from more_megatron.experts.ffn import ffn_experts_cost
 from more_megatron.experts.light import LightExperts, light_experts_cost
+from more_megatron.experts.precision import check_precision
 from more_megatron.experts.projections import ProjectionExperts, projection_experts_cost
 from more_megatron.experts.recurrent import RecurrentExperts, recurrent_experts_cost
 from more_megatron.moe.capacity import CapacityInTrainingMoELayer
@@ -125,8 +126,15 @@ def check_variant(config: MoREConfig) -> None:
     name = f"--more-variant {config.more_variant}"
     if variant.recurrent and config.context_parallel_size > 1:
         raise MoREError(f"{name} does not support --context-parallel-size {config.context_parallel_size}: use 1")
-    if config.add_bias_linear and variant.parts.get("experts") is not None:
-        raise MoREError(f"{name} has no biases: leave out --enable-bias-linear")
+    if variant.parts.get("experts") is not None:
+        if config.add_bias_linear:
+            raise MoREError(f"{name} has no biases: leave out --enable-bias-linear")
+        check_precision(config, name)
+    if variant.recurrent and config.fp8 is not None and _recomputes_moe(config):
+        raise MoREError(
+            f"{name} recomputes its MoE part outside of FP8: give --recompute-granularity full, or leave moe out of "
+            "--recompute-modules"
+        )
     if variant.mixes_tokens:
         _check_mixing(config, name)
     if config.projection_orthogonality_coeff or config.projection_dropout:
@@ -140,6 +148,10 @@ def check_variant(config: MoREConfig) -> None:
         raise MoREError(f"{name} asks its router once: leave out --router-logit-ema and --router-min-entropy")
     if config.recurrence_residual_scale != 1.0 and not variant.iterates_router:
         raise MoREError(f"{name} has no iterated residual: leave out --recurrence-residual-scale")
+
+
+def _recomputes_moe(config: MoREConfig) -> bool:
+    return config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ())
 
 
 def _check_mixing(config: MoREConfig, name: str) -> None:
@@ -216,9 +228,14 @@ def _moe_layer(config: MoREConfig) -> ModuleSpec:
     submodules = layer_submodules(config, moe=True)
     megatron_moe: Any = submodules.mlp
     moe_submodules = dataclasses.replace(megatron_moe.keywords["submodules"], **variant.parts)
-    moe: Any = variant.moe
+    moe: Any = functools.partial(_looped, variant.moe) if variant.iterates_router else variant.moe
     mlp = functools.partial(moe, submodules=moe_submodules)
     return ModuleSpec(module=variant.layer, submodules=dataclasses.replace(submodules, mlp=mlp))
+
+
+def _looped(moe: Callable[..., MoELayer], *, config: MoREConfig, **kwargs: Any) -> MoELayer:
+    """Build a layer whose parts, Megatron's own among them, run in every step of a recurrence."""
+    return moe(config=backend_of(config).looped(config), **kwargs)
 
 
 def _moe_pattern(config: MoREConfig) -> list[bool]:

@@ -17,6 +17,7 @@ from more_megatron.backends import (
     final_norm,
     grouped_linear,
     layer_submodules,
+    local,
     segment_attention,
 )
 from more_megatron.segments import Segments
@@ -63,6 +64,38 @@ def test_segment_attention_is_causal_attention_in_each_segment(lengths: list[int
         forbidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
         parts.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(forbidden, -torch.inf).softmax(-1), v))
     _compare(segment_attention(query, key, value, Segments(offsets, 16)), torch.cat(parts), leaves)
+
+
+@pytest.mark.parametrize("has_groups", [True, False])
+def test_the_kernel_for_segments_of_any_length_gets_what_it_takes(
+    monkeypatch: pytest.MonkeyPatch, has_groups: bool
+) -> None:
+    """PyTorch's kernel is a GPU's: here a loop takes its place. Older versions know no query groups."""
+
+    def attend(
+        query: Any, key: Any, value: Any, ends: Any, key_ends: Any, longest: int, *_: int, **options: Any
+    ) -> Any:
+        lengths = ends.diff().tolist()
+        assert ends is key_ends
+        assert options.pop("window_size") == (-1, 0)
+        assert options == ({"enable_gqa": True} if has_groups else {})
+        assert all(0 < length <= longest for length in lengths)
+        assert key.size(1) == (2 if has_groups else 4)
+        parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
+        attention = torch.nn.functional.scaled_dot_product_attention
+        outputs = [attention(*part, is_causal=True, enable_gqa=has_groups) for part in parts]
+        return torch.cat(outputs, dim=1).transpose(0, 1)
+
+    def with_groups(*arguments: Any, enable_gqa: bool = False, **options: Any) -> Any:
+        return attend(*arguments, **options, **({"enable_gqa": True} if enable_gqa else {}))
+
+    generator, lengths = _generator(), [3, 0, 4, 1]
+    leaves = [torch.randn(8, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
+    segments = Segments(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), 16)
+    expected = segment_attention(*leaves, segments)
+    monkeypatch.setattr(local, "_varlen_can", lambda query: True)
+    monkeypatch.setattr(local, "varlen_attn", with_groups if has_groups else attend)
+    _compare(segment_attention(*leaves, segments), expected, leaves)
 
 
 def _attention(kind: type[DotProductAttention], **fields: Any) -> DotProductAttention:

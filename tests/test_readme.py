@@ -2,11 +2,14 @@
 
 All its ```bash blocks are one script, run by bash in a folder of the test's (see `helpers/shell.py`). Preprocessing is
 real, on a small text with a small vocabulary. What `torchrun` would launch on two ranks is trained, `_SMALLER` appended
-to its flags; what needs more ranks is parsed in a world of that size. `make` targets must exist.
+to its flags, and converted; what needs more ranks is parsed in a world of that size. `make` targets must exist.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -17,7 +20,8 @@ from more_megatron.config import flag, own_field_names
 from more_megatron.data.sample_text import write_sample_text
 from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
 from more_megatron.variants import VARIANTS
-from tests.helpers.shell import PROJECT, Call, calls_of, parse, train_call
+from tests.helpers.ranks import run_ranks
+from tests.helpers.shell import PROJECT, Call, calls_of, convert, parse, train_call
 
 _README = (PROJECT / "README.md").read_text()
 _SMALLER = (
@@ -62,7 +66,7 @@ def test_runs_of_many_ranks_parse(calls: list[Call], folder: Path) -> None:
         parse(call, folder)
 
 
-def test_runs_of_two_ranks_train_resume_and_evaluate(calls: list[Call], folder: Path) -> None:
+def test_runs_of_two_ranks_train_resume_evaluate_and_convert(calls: list[Call], folder: Path) -> None:
     """Each run but the last trains two steps more than the one before: it continues from its checkpoint."""
     small = [call for call in calls if call.program == "torchrun" and call.world_size <= _MOST_RANKS]
     assert len(small) == 3
@@ -73,6 +77,26 @@ def test_runs_of_two_ranks_train_resume_and_evaluate(calls: list[Call], folder: 
         assert all(ended.code == 0 for ended in ranks), output[-4000:]
         assert f"validation loss at iteration {steps}" in output
         assert (f"at iteration {2 * index}" in output) == (index > 0), "did not continue where the run before ended"
+    conversions = [call for call in calls if call.program == "convert_checkpoint"]
+    assert [call.arguments[0] for call in conversions] == ["to-hf", "from-hf"]
+    for call in conversions:
+        convert(call, folder)
+    assert run_ranks(1, _run_python_block, str(folder))[0].startswith("The history of")
+
+
+def _run_python_block(folder: str) -> str:
+    """Run the ```python block and return what it prints."""
+    [block] = re.findall(r"^```python\n(.*?)^```", _README, flags=re.MULTILINE | re.DOTALL)
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        exec(block, {})
+    return output.getvalue()
+
+
+def test_jobs_are_scripts_that_exist(calls: list[Call]) -> None:
+    scripts = [call.arguments[-1] for call in calls if call.program == "sbatch"]
+    assert len(scripts) == 2
+    assert all((PROJECT / script).is_file() for script in scripts)
 
 
 def test_systems_table_says_what_works() -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from more_megatron.experts.recurrent_block import BlockRows
+from more_megatron.backends import RowGroups
+from more_megatron.experts.block_rows import BlockRows
 from more_megatron.experts.rows import RoutedRows
 from more_megatron.recurrence.depth import Depth
 
@@ -35,16 +36,15 @@ class ExpertInputs:
 
     def by_expert(self) -> BlockRows:
         """Return the rows for blocks that each expert has one of."""
-        return self._block_rows(self.rows.expert_ends, self.rows.experts)
-
-    def as_one_group(self) -> BlockRows:
-        """Return the rows for one block that all experts share; they still attend within their expert only."""
-        ends = self.rows.expert_ends[-1:]
-        return self._block_rows(ends, torch.zeros_like(self.rows.experts))
-
-    def _block_rows(self, ends: torch.Tensor, groups: torch.Tensor) -> BlockRows:
         rows = self.rows
-        return BlockRows(ends, groups, rows.segments, rows.positions, rows.sample_ids, self.rotary_pos_emb)
+        return BlockRows(
+            RowGroups(rows.expert_ends),
+            rows.experts,
+            rows.segments,
+            rows.positions,
+            rows.sample_ids,
+            self.rotary_pos_emb,
+        )
 
     def weigh(self, output: torch.Tensor) -> torch.Tensor:
         """Return the output times the routing probabilities, in the type of the output."""

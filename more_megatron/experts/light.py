@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 
-from more_megatron.backends import grouped_linear
+from more_megatron.backends import RowGroups
 from more_megatron.config import MoREConfig
 from more_megatron.costs import Cost, linear_cost
-from more_megatron.experts.parameters import draw_parameter, grouped_parameter, sharded_parameters
+from more_megatron.experts.base import Experts
+from more_megatron.experts.padding import RowPadding
+from more_megatron.experts.parameters import draw_parameter, grouped_linear_weights
 from more_megatron.experts.projections import shared_ffn_hidden_size
-from more_megatron.experts.recurrent import expert_placement
 from more_megatron.experts.recurrent_block import block_cost
 from more_megatron.recurrence.initialization import BlockInitializer
 
 __all__ = ["LightExperts", "light_experts_cost"]
 
 
-class LightExperts(MegatronModule):
-    """Expert i computes `W2_i . GELU(W1_i . x)` with dropout on the result; h -> 2h -> h.
+class LightExperts(Experts):
+    """Expert i computes `W2_i . GELU(W1_i . x)` with dropout on the result; h -> 2h -> h."""
 
-    Takes the arguments of Megatron's experts.
-
-    Args:
-        num_local_experts: Number of experts on this rank.
-        config: Model configuration.
-        pg_collection: Process groups.
-        name: Name of the module, unused.
-    """
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: MoREConfig,
-        *,
-        pg_collection: ProcessGroupCollection,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(config=config)
-        self.placement = expert_placement(config, num_local_experts, pg_collection)
-        hidden = config.hidden_size
-        self.fc1 = grouped_parameter(config, self.placement, (2 * hidden, hidden), split_dim=0)
-        self.fc2 = grouped_parameter(config, self.placement, (hidden, 2 * hidden), split_dim=1)
-        self.dropout = torch.nn.Dropout(config.hidden_dropout)
+    def build(self) -> None:
+        """Create the weights."""
+        hidden = self.config.hidden_size
+        self.fc1 = grouped_linear_weights(self.config, self.placement, (2 * hidden, hidden), split_dim=0)
+        self.fc2 = grouped_linear_weights(self.config, self.placement, (hidden, 2 * hidden), split_dim=1)
+        self.dropout = torch.nn.Dropout(self.config.hidden_dropout)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
@@ -76,14 +56,12 @@ class LightExperts(MegatronModule):
             Outputs times probabilities, [rows, h], and no bias.
         """
         counts = torch.as_tensor(tokens_per_expert).to(hidden_states.device)
-        ends = counts.cumsum(0).to(torch.int32)
-        inner = torch.nn.functional.gelu(grouped_linear(hidden_states, self.fc1, ends))
-        output = self.dropout(grouped_linear(inner, self.fc2, ends))
+        groups = RowGroups(counts.cumsum(0).to(torch.int32))
+        padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
+        inner = self.backend.linear(padding.pad(hidden_states), self.fc1, padding.groups)
+        outer = self.backend.linear(torch.nn.functional.gelu(inner), self.fc2, padding.groups)
+        output = self.dropout(padding.unpad(outer))
         return (output * probs.unsqueeze(-1)).to(output.dtype), None
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Return the weights of all experts as slices of one tensor each."""
-        return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
 
 
 def light_experts_cost(config: MoREConfig, seq_length: int) -> Cost:

@@ -1,4 +1,8 @@
-"""Weights of several experts in one tensor, and how such tensors are written to checkpoints."""
+"""Weights of several experts: how they are created, drawn, and written to checkpoints.
+
+In a checkpoint a weight of all experts is one tensor with an axis for them. On a rank it is one parameter or several,
+as the backend wants it.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import get_pg_rank, get_pg_size
 
+from more_megatron.backends import Piece, Weights, backend_of
+from more_megatron.backends.interface import parameter_device
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 
-__all__ = ["Placement", "draw_parameter", "grouped_parameter", "sharded_parameters"]
+__all__ = [
+    "Placement",
+    "draw_parameter",
+    "grouped_linear_weights",
+    "grouped_norm_weight",
+    "grouped_parameter",
+    "sharded_parameters",
+]
 
 
 @dataclass(frozen=True)
@@ -47,8 +60,35 @@ class Placement:
         return get_pg_rank(self.split_group)
 
 
-# Attribute of a parameter: the dimension of it that is split over ranks, or None.
-_SPLIT_DIM = "split_dim"
+# Attributes of a parameter: what it holds, and the dimension of it that is split over ranks, or None.
+_CONTENT, _SPLIT_DIM = "content_of_groups", "split_dim"
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What a parameter holds of a weight that each group has.
+
+    Attributes:
+        shape: Shape of what it holds of one group, as in checkpoints.
+        split_dim: Dimension of a group's weight that is split over ranks; None if it is not.
+        group: Number of the group among those of the rank; None if it holds all, stacked.
+        column: Which part of the last dimension it holds.
+        columns: Number of these parts.
+        tail: What follows the name of the weight in the parameter's name.
+    """
+
+    shape: tuple[int, ...]
+    split_dim: int | None
+    group: int | None
+    column: int
+    columns: int
+    tail: str
+
+    def of_whole(self, weight: torch.Tensor, placement: Placement) -> torch.Tensor:
+        """Return what is here of a group's whole weight."""
+        if self.split_dim is not None:
+            weight = weight.chunk(placement.split_size, dim=self.split_dim)[placement.split_rank]
+        return weight.chunk(self.columns, dim=-1)[self.column]
 
 
 def grouped_parameter(
@@ -69,39 +109,100 @@ def grouped_parameter(
     Raises:
         MoREError: If the split does not come out even.
     """
-    local = list(shape)
-    if split_dim is not None:
-        if shape[split_dim] % placement.split_size != 0:
-            raise MoREError(
-                f"a weight of shape {shape} cannot be split over {placement.split_size} ranks: "
-                "choose an --expert-tensor-parallel-size that divides heads, query groups and MLP width"
-            )
-        local[split_dim] //= placement.split_size
-    size = [len(placement.groups) * local[0]] if len(shape) == 1 else [len(placement.groups), *local]
-    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=device))
-    split = split_dim + 1 if split_dim is not None and placement.split_size > 1 else None
-    set_tensor_model_parallel_attributes(parameter, split is not None, -1 if split is None else split, 1)
-    setattr(parameter, _SPLIT_DIM, split)
+    local, split_dim = _local_shape(placement, shape, split_dim)
+    size = [len(placement.groups) * local[0]] if len(local) == 1 else [len(placement.groups), *local]
+    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
+    _mark(Piece(parameter), local, split_dim)
     return parameter
 
 
-@torch.no_grad()
-def draw_parameter(parameter: torch.nn.Parameter, placement: Placement, draw: Callable[[int], torch.Tensor]) -> None:
-    """Fill a parameter of `grouped_parameter` with initial weights.
+def grouped_linear_weights(
+    config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None, columns: int = 1
+) -> Weights:
+    """Return the weights of a linear map for each group on this rank, as the backend keeps them, not yet drawn.
 
     Args:
-        parameter: To be filled.
+        config: Model configuration.
+        placement: Which part of them is here.
+        shape: Shape of a group's whole weight; the last dimension is the input.
+        split_dim: Dimension of a group's weight that is split over ranks; None if every rank holds all of it.
+        columns: Number of equal parts of the input that are multiplied separately.
+
+    Raises:
+        MoREError: If the split does not come out even.
+    """
+    local, split_dim = _local_shape(placement, shape, split_dim)
+    backend = backend_of(config)
+    weights = backend.linear_weights(config, len(placement.groups), local, columns)
+    names = _names(weights)
+    for piece in backend.pieces(weights):
+        held = (*local[:-1], local[-1] // piece.columns)
+        _mark(piece, held, split_dim, tail=names[piece.parameter])
+    return weights
+
+
+def grouped_norm_weight(config: MoREConfig, placement: Placement) -> Weights:
+    """Return the weights of an RMSNorm for each group, not yet drawn: a norm of the backend's if it has one."""
+    norm = backend_of(config).row_norm(config) if len(placement.groups) == 1 else None
+    if norm is None:
+        return grouped_parameter(config, placement, (config.hidden_size,))
+    for parameter, tail in _names(norm).items():
+        _mark(Piece(parameter), (config.hidden_size,), None, tail)
+    return norm
+
+
+def _local_shape(
+    placement: Placement, shape: tuple[int, ...], split_dim: int | None
+) -> tuple[tuple[int, ...], int | None]:
+    """Return the shape of what is here of one group's weight, and the dimension that is really split."""
+    if split_dim is None or placement.split_size == 1:
+        return shape, None
+    if shape[split_dim] % placement.split_size != 0:
+        raise MoREError(
+            f"a weight of shape {shape} cannot be split over {placement.split_size} ranks: "
+            "choose an --expert-tensor-parallel-size that divides heads, query groups and MLP width"
+        )
+    local = list(shape)
+    local[split_dim] //= placement.split_size
+    return tuple(local), split_dim
+
+
+def _names(weights: Weights) -> dict[torch.nn.Parameter, str]:
+    """Return what follows the name of the weight in the names of its parameters."""
+    if isinstance(weights, torch.nn.Parameter):
+        return {weights: ""}
+    return {parameter: f".{name}" for name, parameter in weights.named_parameters()}
+
+
+def _mark(piece: Piece, shape: tuple[int, ...], split_dim: int | None, tail: str = "") -> None:
+    """Note on a parameter what it holds, and mark it as Megatron marks weights that are split over ranks."""
+    content = _Content(shape, split_dim, piece.group, piece.column, piece.columns, tail)
+    setattr(piece.parameter, _CONTENT, content)
+    for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
+        if hasattr(piece.parameter, name):
+            delattr(piece.parameter, name)
+    dim = None if split_dim is None else split_dim + (piece.group is None)
+    setattr(piece.parameter, _SPLIT_DIM, dim)
+    set_tensor_model_parallel_attributes(piece.parameter, dim is not None, -1 if dim is None else dim, 1)
+
+
+@torch.no_grad()
+def draw_parameter(weights: Weights, placement: Placement, draw: Callable[[int], torch.Tensor]) -> None:
+    """Fill weights with initial ones.
+
+    Args:
+        weights: To be filled, from one of the functions above.
         placement: Which part of the weights it holds.
         draw: Returns the whole weight of a group, given its global number.
     """
-    local = parameter.view(len(placement.groups), -1) if parameter.dim() == 1 else parameter
-    split = getattr(parameter, _SPLIT_DIM)
-    for target, group in zip(local, placement.groups, strict=True):
-        weight = draw(group)
-        if split is not None:
-            weight = weight.chunk(placement.split_size, dim=split - 1)[placement.split_rank]
-        target.copy_(weight)
+    for parameter in _names(weights):
+        content: _Content = getattr(parameter, _CONTENT)
+        if content.group is None:
+            targets = list(zip(parameter.view(len(placement.groups), -1), placement.groups, strict=True))
+        else:
+            targets = [(parameter, placement.groups[content.group])]
+        for target, group in targets:
+            target.copy_(content.of_whole(draw(group), placement).reshape(target.shape))
 
 
 def sharded_parameters(
@@ -110,31 +211,51 @@ def sharded_parameters(
     prefix: str,
     sharded_offsets: tuple[tuple[int, int, int], ...],
     metadata: dict[str, Any] | None,
-) -> dict[str, ShardedTensor]:
-    """Return a module's own grouped parameters as slices of global tensors, one key each.
+) -> dict[str, ShardedTensor | ShardedTensorFactory]:
+    """Return a module's weights as slices of global tensors, one key for each weight whatever the backend.
 
     Args:
-        module: Holds parameters made by `grouped_parameter`.
+        module: Holds nothing but weights from the functions above.
         placement: Which part of them is here.
         prefix: Prefix of the keys.
         sharded_offsets: Offsets of the layer, as Megatron passes them.
         metadata: As Megatron passes it.
     """
     ensure_metadata_has_dp_cp_group(metadata)
-    axes = len(sharded_offsets)
-    chunks = placement.num_groups // len(placement.groups)
     sharded = {}
-    for name, parameter in module.named_parameters(recurse=False):
-        offsets = [*sharded_offsets, (axes, placement.groups[0] // len(placement.groups), chunks)]
-        split = getattr(parameter, _SPLIT_DIM)
-        if split is not None:
-            offsets.append((axes + split, placement.split_rank, placement.split_size))
-        copies = 0 if split is not None else placement.split_rank
-        sharded[prefix + name] = ShardedTensor.from_rank_offsets(
-            prefix + name,
-            parameter,
-            *offsets,
-            replica_id=(0, copies, placement.replica_rank),
-            prepend_axis_num=axes,
-        )
+    for name, parameter in module.named_parameters():
+        content: _Content = getattr(parameter, _CONTENT)
+        key = prefix + name.removesuffix(content.tail)
+        sharded[prefix + name] = _slice(key, parameter, content, placement, sharded_offsets)
     return sharded
+
+
+def _slice(
+    key: str,
+    parameter: torch.nn.Parameter,
+    content: _Content,
+    placement: Placement,
+    layer_offsets: tuple[tuple[int, int, int], ...],
+) -> ShardedTensor | ShardedTensorFactory:
+    axes, groups = len(layer_offsets), placement.groups
+    copies = 0 if content.split_dim is not None else placement.split_rank
+    replica = (0, copies, placement.replica_rank)
+    if content.group is None:
+        offsets = [*layer_offsets, (axes, groups[0] // len(groups), placement.num_groups // len(groups))]
+        shape, prepended = parameter.shape, axes
+    else:
+        offsets = [*layer_offsets, (axes, groups[content.group], placement.num_groups)]
+        shape, prepended = torch.Size(content.shape), axes + 1
+    if content.split_dim is not None:
+        offsets.append((axes + 1 + content.split_dim, placement.split_rank, placement.split_size))
+    if content.columns > 1:
+        offsets.append((axes + len(content.shape), content.column, content.columns))
+
+    def build(key: str, tensor: torch.Tensor, replica_id: ReplicaId, *_: Any) -> ShardedTensor:
+        # Not a view where it can be the parameter itself, by which the optimizer finds its state's place.
+        tensor = tensor if tensor.shape == shape else tensor.view(shape)
+        return ShardedTensor.from_rank_offsets(key, tensor, *offsets, replica_id=replica_id, prepend_axis_num=prepended)
+
+    if parameter.shape == shape:
+        return build(key, parameter, replica)
+    return ShardedTensorFactory(key, parameter, build, lambda loaded: loaded.view(parameter.shape), replica)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 
-from more_megatron.backends import grouped_linear
 from more_megatron.config import MoREConfig
 from more_megatron.costs import Cost, linear_cost
+from more_megatron.experts.base import Experts
 from more_megatron.experts.inputs import ExpertInputs
-from more_megatron.experts.parameters import draw_parameter, grouped_parameter, sharded_parameters
-from more_megatron.experts.recurrent import expert_placement, routed_context
+from more_megatron.experts.parameters import draw_parameter, grouped_linear_weights
+from more_megatron.experts.recurrent import routed_context
 from more_megatron.experts.recurrent_block import RecurrentBlock, block_cost
 from more_megatron.experts.replication import enter_replicated, leave_replicated
 from more_megatron.recurrence.initialization import BlockInitializer
@@ -21,30 +17,15 @@ from more_megatron.recurrence.initialization import BlockInitializer
 __all__ = ["ProjectionExperts", "projection_experts_cost", "shared_ffn_hidden_size"]
 
 
-class ProjectionExperts(MegatronModule):
-    """Expert i computes `W_out_i . R(W_in_i . x)`. The projections start orthogonal.
+class ProjectionExperts(Experts):
+    """Expert i computes `W_out_i . R(W_in_i . x)`. The projections start orthogonal."""
 
-    Args:
-        num_local_experts: Number of experts on this rank.
-        config: Model configuration.
-        pg_collection: Process groups.
-        name: Name of the module, unused.
-    """
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: MoREConfig,
-        *,
-        pg_collection: ProcessGroupCollection,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(config=config)
-        self.placement = expert_placement(config, num_local_experts, pg_collection)
-        shape = (config.hidden_size, config.hidden_size)
-        self.proj_in = grouped_parameter(config, self.placement, shape)
-        self.proj_out = grouped_parameter(config, self.placement, shape)
-        self.dropout = torch.nn.Dropout(config.projection_dropout)
+    def build(self) -> None:
+        """Create the weights."""
+        shape = (self.config.hidden_size, self.config.hidden_size)
+        self.proj_in = grouped_linear_weights(self.config, self.placement, shape)
+        self.proj_out = grouped_linear_weights(self.config, self.placement, shape)
+        self.dropout = torch.nn.Dropout(self.config.projection_dropout)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
@@ -52,12 +33,12 @@ class ProjectionExperts(MegatronModule):
             return
         initializer = BlockInitializer(self.config, layer_number)
         shape = (self.config.hidden_size, self.config.hidden_size)
-        for name, parameter in self.named_parameters():
+        for name in ("proj_in", "proj_out"):
 
             def draw(group: int, name: str = name) -> torch.Tensor:
                 return initializer.orthogonal(shape, f"{name}/{group}")
 
-            draw_parameter(parameter, self.placement, draw)
+            draw_parameter(getattr(self, name), self.placement, draw)
 
     def forward(self, inputs: ExpertInputs, block: RecurrentBlock) -> torch.Tensor:
         """Compute all local experts on the rows that were sent to them.
@@ -70,23 +51,19 @@ class ProjectionExperts(MegatronModule):
             Projected last states times routing probabilities, [rows, h].
         """
         ranks = self.placement.split_size
-        ends = inputs.rows.expert_ends
-        x = enter_replicated(inputs.hidden_states, ranks)
-        projected = self.dropout(grouped_linear(x, self.proj_in, ends))
-        state = block(projected, inputs.as_one_group(), inputs.depth, inputs.noisy)
-        output = self.dropout(grouped_linear(state, self.proj_out, ends))
+        rows, padding = inputs.by_expert().padded(self.backend.row_multiple(self.config))
+        x = padding.pad(enter_replicated(inputs.hidden_states, ranks))
+        projected = self.dropout(self.backend.linear(x, self.proj_in, rows.groups))
+        state = block(projected, rows.as_one_group(), inputs.depth, inputs.noisy)
+        output = self.dropout(padding.unpad(self.backend.linear(state, self.proj_out, rows.groups)))
         return inputs.weigh(leave_replicated(output, ranks))
 
     def orthogonality_penalty(self) -> torch.Tensor:
         """Return the mean over local projections of `||W W^T - 1||^2 / h`, in float32."""
-        weights = torch.cat((self.proj_in, self.proj_out)).float()
+        weights = torch.cat([self.backend.stacked(part) for part in (self.proj_in, self.proj_out)]).float()
         identity = torch.eye(weights.size(1), device=weights.device)
         deviation = weights @ weights.transpose(1, 2) - identity
         return deviation.square().sum(dim=(1, 2)).mean() / weights.size(1)
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Return the projections of all experts as slices of one tensor each."""
-        return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
 
 
 def shared_ffn_hidden_size(config: MoREConfig) -> int:

@@ -9,7 +9,8 @@ in every step. All groups of a rank are computed together.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -18,39 +19,26 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.transformer.module import MegatronModule
 
-from more_megatron.backends import grouped_linear, segment_attention
+from more_megatron.backends import backend_of
 from more_megatron.config import MoREConfig
 from more_megatron.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
-from more_megatron.experts.parameters import Placement, draw_parameter, grouped_parameter, sharded_parameters
+from more_megatron.experts.block_rows import BlockRows
+from more_megatron.experts.parameters import (
+    Placement,
+    draw_parameter,
+    grouped_linear_weights,
+    grouped_norm_weight,
+    sharded_parameters,
+)
 from more_megatron.experts.row_ops import rms_norm, rotate
 from more_megatron.recurrence.depth import Depth
 from more_megatron.recurrence.initialization import BlockInitializer
 from more_megatron.recurrence.noise import state_noise
 from more_megatron.recurrence.truncation import iterate_state
-from more_megatron.segments import Segments
 
-__all__ = ["BlockRows", "RecurrentBlock", "block_cost"]
+__all__ = ["RecurrentBlock", "block_cost"]
 
-
-@dataclass(frozen=True)
-class BlockRows:
-    """The rows that a block works on, sorted by group.
-
-    Attributes:
-        ends: End of each group's rows, int32 [groups].
-        groups: Local number of each row's group, int64 [rows].
-        segments: Rows that attend to each other.
-        positions: Position of each row in its sequence, int64 [rows].
-        sample_ids: Position of each row's sequence in the stream of samples, int64 [rows].
-        rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
-    """
-
-    ends: torch.Tensor
-    groups: torch.Tensor
-    segments: Segments
-    positions: torch.Tensor
-    sample_ids: torch.Tensor
-    rotary_pos_emb: torch.Tensor | None
+_NORMS = ("norm_1", "norm_2", "norm_3", "norm_4")
 
 
 class RecurrentBlock(MegatronModule):
@@ -70,6 +58,7 @@ class RecurrentBlock(MegatronModule):
         super().__init__(config=config)
         self.placement = placement
         self.layer_number = 0
+        self._backend = backend_of(config)
         self._name = name
         self._head_dim = config.kv_channels
         self._queries_per_group = config.num_attention_heads // config.num_query_groups
@@ -82,10 +71,17 @@ class RecurrentBlock(MegatronModule):
             "proj": ((hidden, heads), 1),
             "fc1": ((2, ffn_hidden_size, hidden), 1),
             "fc2": ((hidden, ffn_hidden_size), 1),
-            **{f"norm_{number}": ((hidden,), None) for number in range(1, 5)},
         }
         for key, (shape, split_dim) in self._shapes.items():
-            self.register_parameter(key, grouped_parameter(config, placement, shape, split_dim))
+            columns = 2 if key == "adapter" else 1
+            setattr(self, key, grouped_linear_weights(config, placement, shape, split_dim, columns))
+        for key in _NORMS:
+            setattr(self, key, grouped_norm_weight(config, placement))
+        self._attend = self._backend.segment_attention(
+            config.num_attention_heads // placement.split_size,
+            config.num_query_groups // placement.split_size,
+            self._head_dim,
+        )
 
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
@@ -96,10 +92,10 @@ class RecurrentBlock(MegatronModule):
         for key, (shape, _) in self._shapes.items():
             draw = functools.partial(self._draw, initializer, key, shape)
             draw_parameter(getattr(self, key), self.placement, draw)
+        for key in _NORMS:
+            draw_parameter(getattr(self, key), self.placement, lambda group: torch.ones(self.config.hidden_size))
 
     def _draw(self, initializer: BlockInitializer, key: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
-        if key.startswith("norm"):
-            return torch.ones(shape)
         std = initializer.out_std if key in ("proj", "fc2") else initializer.in_std
         return initializer.truncated_normal(shape, f"{self._name}/{group}/{key}", std)
 
@@ -115,20 +111,23 @@ class RecurrentBlock(MegatronModule):
         Returns:
             The last state, [rows, h], the same on every rank of the split group.
         """
-        adapter_state, adapter_input = self.adapter.split(self.config.hidden_size, dim=2)
-        injected = grouped_linear(inputs, adapter_input, rows.ends)
-        norms = [self._norm_weight(number, rows) for number in range(1, 5)]
+        adapter_state, adapter_input = self._backend.columns(self.adapter, 2)
+        injected = self._linear(inputs, adapter_input, rows)
+        norm_1, norm_2, norm_3, norm_4 = self._norms(rows)
         rotation = self._rotation(rows)
 
         def step(state: torch.Tensor) -> torch.Tensor:
-            mixed = grouped_linear(state, adapter_state, rows.ends) + injected
-            attended = self._norm(mixed + self._attention(self._norm(mixed, norms[0]), rows, rotation), norms[1])
-            return self._norm(attended + self._mlp(self._norm(attended, norms[2]), rows), norms[3])
+            mixed = self._linear(state, adapter_state, rows) + injected
+            attended = norm_2(mixed + self._attention(norm_1(mixed), rows, rotation))
+            return norm_4(attended + self._mlp(norm_3(attended), rows))
 
         return iterate_state(step, self._initial_state(rows, noisy).to(inputs.dtype), depth)
 
+    def _linear(self, x: torch.Tensor, weights: Any, rows: BlockRows) -> torch.Tensor:
+        return self._backend.linear(x, weights, rows.groups)
+
     def _initial_state(self, rows: BlockRows, noisy: bool) -> torch.Tensor:
-        return state_noise(
+        noise = state_noise(
             rows.sample_ids if noisy else torch.zeros_like(rows.sample_ids),
             rows.positions,
             self.config.hidden_size,
@@ -136,31 +135,34 @@ class RecurrentBlock(MegatronModule):
             layer=self.layer_number,
             std=self.config.recurrence_state_std,
         )
+        return noise if rows.is_padding is None else noise.masked_fill(rows.is_padding, 0.0)
 
     def _attention(
         self, x: torch.Tensor, rows: BlockRows, rotation: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        qkv = grouped_linear(self._copy(x), self.qkv, rows.ends)
+        qkv = self._linear(self._copy(x), self.qkv, rows)
         # Not `view`: without rows it could not tell the number of query groups.
         qkv = qkv.unflatten(1, (-1, self._queries_per_group + 2, self._head_dim))
         query, key, value = qkv.split((self._queries_per_group, 1, 1), dim=2)
         query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
         if rotation is not None:
             query, key = self._rotate(query, rotation), self._rotate(key, rotation)
-        context = segment_attention(query, key, value, rows.segments)
-        return self._reduce(grouped_linear(context.flatten(1), self.proj, rows.ends))
+        return self._reduce(self._linear(self._attend(query, key, value, rows.segments), self.proj, rows))
 
     def _mlp(self, x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
-        gate, up = grouped_linear(self._copy(x), self.fc1.flatten(1, 2), rows.ends).chunk(2, dim=-1)
-        return self._reduce(grouped_linear(torch.nn.functional.silu(gate) * up, self.fc2, rows.ends))
+        gate, up = self._linear(self._copy(x), self.fc1, rows).chunk(2, dim=-1)
+        return self._reduce(self._linear(torch.nn.functional.silu(gate) * up, self.fc2, rows))
 
-    def _norm_weight(self, number: int, rows: BlockRows) -> torch.Tensor:
-        """Return the weight of a norm for each row, [rows, h]; [h] if there is one group."""
-        weight = getattr(self, f"norm_{number}").view(-1, self.config.hidden_size)
-        return weight[0] if len(weight) == 1 else weight.index_select(0, rows.groups)
-
-    def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, weight, self.config.layernorm_epsilon)
+    def _norms(self, rows: BlockRows) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Yield the four norms: the backend's, or ours with the weight of each row's group."""
+        for key in _NORMS:
+            norm = getattr(self, key)
+            if isinstance(norm, torch.nn.Module):
+                yield norm
+                continue
+            weight = norm.view(-1, self.config.hidden_size)
+            weight = weight[0] if len(weight) == 1 else weight.index_select(0, rows.group_ids)
+            yield functools.partial(rms_norm, weight=weight, eps=self.config.layernorm_epsilon)
 
     def _rotation(self, rows: BlockRows) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return cosine and sine of each row's angles, [rows, 1, planes]."""

@@ -17,7 +17,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 
-from more_megatron.backends import sandwich_parts
+from more_megatron.backends import backend_of, sandwich_parts
 from more_megatron.config import MoREConfig
 from more_megatron.recurrence.depth import Depth
 from more_megatron.recurrence.initialization import BlockInitializer
@@ -38,7 +38,7 @@ class SequenceBlock(MegatronModule):
     def __init__(self, config: MoREConfig, ffn_hidden_size: int, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
         initializer = BlockInitializer(config, layer_number=0)
-        config = copy.copy(config)
+        config = copy.copy(backend_of(config).looped(config))
         config.gated_linear_unit, config.activation_func = True, torch.nn.functional.silu
         config.ffn_hidden_size = ffn_hidden_size
         config.init_method = functools.partial(_truncated_normal, std=initializer.in_std)

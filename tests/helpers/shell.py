@@ -1,7 +1,8 @@
 """Runs shell scripts with stand-ins for their programs, and what they would have launched on ranks of the tests.
 
-A script is run by bash as it is. `torchrun` and `make` only write down how they were called; `python` is real, but
-trains tokenizers of 400 pieces. The calls of `torchrun` can then be given to `parse`, or to `train_call`.
+A script is run by bash as it is. `torchrun`, `make` and `sbatch` only write down how they were called; `python` is
+real, but trains tokenizers of 400 pieces, and writes down conversions, which need what `torchrun` would have saved. The
+calls of `torchrun` can then be given to `parse`, or to `train_call`, and conversions to `convert`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.ranks import run_ranks
 
-__all__ = ["PROJECT", "Call", "calls_of", "parse", "train_call"]
+__all__ = ["PROJECT", "Call", "calls_of", "convert", "parse", "train_call"]
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -29,7 +30,10 @@ with open(os.environ["MORE_TEST_CALLS"], "a") as calls:
     calls.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
 """
 _PYTHON = """#!/bin/sh
-case "$*" in *--train-tokenizer*) set -- "$@" --vocab-size 400;; esac
+case "$*" in
+    *--train-tokenizer*) set -- "$@" --vocab-size 400 ;;
+    tools/convert_checkpoint.py*) shift; exec convert_checkpoint "$@" ;;
+esac
 exec {python} "$@"
 """
 _ENTRY_POINT = "pretrain_more.py"
@@ -40,7 +44,7 @@ class Call:
     """How a script called a program.
 
     Attributes:
-        program: `torchrun` or `make`.
+        program: `torchrun`, `make`, `sbatch` or `convert_checkpoint`.
         arguments: Its arguments.
     """
 
@@ -70,7 +74,7 @@ class Call:
 def calls_of(
     script: str, folder: Path, variables: Mapping[str, str] | None = None, vocabulary: int = 400
 ) -> list[Call]:
-    """Run a script in a folder and return its calls of `torchrun` and `make`, in order.
+    """Run a script in a folder and return its calls of programs that only write them down, in order.
 
     Args:
         script: Text of the script.
@@ -84,7 +88,8 @@ def calls_of(
     _link_project(folder)
     programs.mkdir(exist_ok=True)
     record.write_text("")
-    for name, text in {"torchrun": _RECORDER, "make": _RECORDER, "python": _PYTHON}.items():
+    recorded = dict.fromkeys(("torchrun", "make", "sbatch", "convert_checkpoint"), _RECORDER)
+    for name, text in {**recorded, "python": _PYTHON}.items():
         (programs / name).write_text(text.format(python=sys.executable))
         (programs / name).chmod(0o755)
     environment = {
@@ -122,6 +127,26 @@ def train_call(call: Call, smaller: str, folder: Path) -> list[Ended]:
     """
     command_line = f"{shlex.join(call.flags)} {smaller}"
     return pretrain_more(call.ranks_of_node, command_line, prepare=functools.partial(os.chdir, folder))
+
+
+def convert(call: Call, folder: Path) -> None:
+    """Run a conversion.
+
+    Args:
+        call: A call of `convert_checkpoint`.
+        folder: Where relative paths begin.
+
+    Raises:
+        AssertionError: If it fails.
+    """
+    run_ranks(1, _convert, call.arguments, str(folder))
+
+
+def _convert(arguments: list[str], folder: str) -> None:
+    from tools.convert_checkpoint import main
+
+    os.chdir(folder)
+    assert main([*arguments, "--no-progress"]) == 0
 
 
 def _link_project(folder: Path) -> None:

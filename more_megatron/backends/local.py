@@ -1,44 +1,35 @@
-"""Building blocks by backend: `local` (plain PyTorch) and Transformer Engine.
-
-`layer_submodules` is the one place that asks which backend a run uses; systems take what it returns and replace the
-MoE part.
-"""
+"""The backend in plain PyTorch: fused kernels where the device has them, on a CPU too."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_submodules,
-    get_gpt_layer_with_transformer_engine_submodules,
-)
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch.nn.attention.varlen import varlen_attn
 
+from more_megatron.backends.interface import (
+    Backend,
+    Piece,
+    RowGroups,
+    SandwichParts,
+    SegmentAttention,
+    Weights,
+    parameter_device,
+)
 from more_megatron.config import MoREConfig
 from more_megatron.segments import Segments
 
-__all__ = [
-    "LocalAttention",
-    "LocalNorm",
-    "SandwichParts",
-    "final_norm",
-    "grouped_linear",
-    "layer_submodules",
-    "sandwich_parts",
-    "segment_attention",
-]
+__all__ = ["LocalAttention", "LocalBackend", "LocalNorm", "grouped_linear", "segment_attention"]
 
 
 class LocalNorm(torch.nn.Module):
@@ -155,6 +146,8 @@ def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     Returns:
         [rows, heads, head_dim].
     """
+    if _varlen_can(query):
+        return _varlen_attention(query, key, value, segments)
     query, key, value = (segments.pad(x) for x in (query, key, value))
     # Padding comes after the rows of a segment, so the causal mask hides it.
     context = torch.nn.functional.scaled_dot_product_attention(
@@ -163,75 +156,97 @@ def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return segments.unpad(context)
 
 
-def layer_submodules(config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
-    """Return the submodules of one transformer layer on the backend of `config`.
+def _varlen_can(query: torch.Tensor) -> bool:
+    """Return whether PyTorch's attention for segments of any length, a flash kernel, takes these heads."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.size(-1) % 8 == 0
+        and query.size(-1) <= 256
+        and query.size(0) > 0
+    )
 
-    Args:
-        config: Model configuration; `transformer_impl` names the backend.
-        moe: Whether the layer's feed-forward part is a mixture of experts.
-    """
-    num_experts = config.num_moe_experts if moe else None
-    if config.transformer_impl == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_submodules(
-            num_experts=num_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm and moe,
+
+def _varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+    offsets, longest = segments.without_empty.offsets, segments.longest
+    shared = query.size(1) // key.size(1)
+    options: dict[str, Any] = {}
+    if shared > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    context: Any = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0), **options)
+    return context
+
+
+class LocalBackend(Backend):
+    """Plain PyTorch. The weights of all groups are one parameter, [groups, ...]."""
+
+    def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
+        submodules = get_gpt_layer_local_submodules(
+            num_experts=config.num_moe_experts if moe else None,
             qk_layernorm=config.qk_layernorm,
+            normalization=config.normalization,
             qk_l2_norm=config.qk_l2_norm,
         )
-    submodules = get_gpt_layer_local_submodules(
-        num_experts=num_experts,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
-        qk_l2_norm=config.qk_l2_norm,
-    )
-    attention = submodules.self_attention.submodules
-    qk_norm = LocalNorm if config.qk_layernorm and not config.qk_l2_norm else attention.q_layernorm
-    attention = dataclasses.replace(attention, core_attention=LocalAttention, q_layernorm=qk_norm, k_layernorm=qk_norm)
-    return dataclasses.replace(
-        submodules,
-        input_layernorm=LocalNorm,
-        pre_mlp_layernorm=LocalNorm,
-        self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
-        sharded_state_dict_keys_map=_checkpoint_names(submodules, moe),
-    )
+        attention = submodules.self_attention.submodules
+        qk_norm = LocalNorm if config.qk_layernorm and not config.qk_l2_norm else attention.q_layernorm
+        attention = dataclasses.replace(
+            attention, core_attention=LocalAttention, q_layernorm=qk_norm, k_layernorm=qk_norm
+        )
+        return dataclasses.replace(
+            submodules,
+            input_layernorm=LocalNorm,
+            pre_mlp_layernorm=LocalNorm,
+            self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
+            sharded_state_dict_keys_map=_checkpoint_names(submodules, moe),
+        )
+
+    def sandwich_parts(self) -> SandwichParts:
+        linears = LocalSpecProvider()
+        return SandwichParts.of(
+            LocalNorm, LocalAttention, linears.column_parallel_linear(), linears.row_parallel_linear()
+        )
+
+    def norm(self) -> LayerNormBuilder:
+        return LocalNorm
+
+    def looped(self, config: MoREConfig) -> MoREConfig:
+        return config
+
+    def row_multiple(self, config: MoREConfig) -> None:
+        return None
+
+    def linear_weights(self, config: MoREConfig, groups: int, shape: tuple[int, ...], columns: int = 1) -> Weights:
+        size = (groups, *shape)
+        return torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
+
+    def pieces(self, weights: Weights) -> Iterator[Piece]:
+        assert isinstance(weights, torch.nn.Parameter)
+        yield Piece(weights)
+
+    def columns(self, weights: Weights, number: int) -> tuple[torch.Tensor, ...]:
+        assert isinstance(weights, torch.nn.Parameter)
+        return weights.chunk(number, dim=-1)
+
+    def linear(self, rows: torch.Tensor, weights: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        return grouped_linear(rows, weights.flatten(1, -2), groups.ends)
+
+    def stacked(self, weights: Weights) -> torch.Tensor:
+        assert isinstance(weights, torch.nn.Parameter)
+        return weights
+
+    def row_norm(self, config: MoREConfig) -> None:
+        return None
+
+    def segment_attention(self, heads: int, groups: int, head_dim: int) -> SegmentAttention:
+        return _flat_segment_attention
 
 
-@dataclass(frozen=True)
-class SandwichParts:
-    """Builders of the parts of a sandwich block over whole sequences.
-
-    Attributes:
-        norm: Builds a norm.
-        attention: Specification of causal self-attention, without a norm of its own.
-        mlp: Linear layers of a gated MLP, without a norm of its own.
-    """
-
-    norm: LayerNormBuilder
-    attention: ModuleSpec
-    mlp: MLPSubmodules
-
-
-def sandwich_parts(config: MoREConfig) -> SandwichParts:
-    """Return the parts of a sandwich block on the backend of `config`."""
-    if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-        provider: BackendSpecProvider = TESpecProvider()
-        core_attention = provider.core_attention()
-    else:
-        provider, core_attention = LocalSpecProvider(), LocalAttention
-    attention = SelfAttentionSubmodules(
-        linear_qkv=provider.column_parallel_linear(),
-        core_attention=core_attention,
-        linear_proj=provider.row_parallel_linear(),
-        q_layernorm=IdentityOp,
-        k_layernorm=IdentityOp,
-    )
-    return SandwichParts(
-        norm=final_norm(config),
-        attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
-        mlp=MLPSubmodules(linear_fc1=provider.column_parallel_linear(), linear_fc2=provider.row_parallel_linear()),
-    )
+def _flat_segment_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+) -> torch.Tensor:
+    return segment_attention(query, key, value, segments).flatten(1)
 
 
 def _checkpoint_names(submodules: TransformerLayerSubmodules, moe: bool) -> dict[str, str]:
@@ -243,12 +258,3 @@ def _checkpoint_names(submodules: TransformerLayerSubmodules, moe: bool) -> dict
     if moe:
         names.pop("pre_mlp_layernorm.", None)
     return names
-
-
-def final_norm(config: MoREConfig) -> LayerNormBuilder:
-    """Return the norm after the last layer on the backend of `config`."""
-    if config.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        return TENorm
-    return LocalNorm
