@@ -20,7 +20,7 @@ quickstart: $(STAMP)
 	@$(BIN)/python tools/quickstart.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

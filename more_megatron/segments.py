@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +23,23 @@ class Segments:
     offsets: torch.Tensor
     longest: int
 
-    def pad(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return [rows, heads, d] as [segments that are not empty, heads, their longest, d], zeros behind the rows."""
-        segments, length, places = self._places
-        padded = rows.new_zeros(segments * length, *rows.shape[1:]).index_copy(0, places, rows)
-        return padded.view(segments, length, *rows.shape[1:]).transpose(1, 2)
+    def pad(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return [rows, heads, d] as rectangles [segments, heads, longest, d], zeros behind the rows of a segment.
 
-    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        Short and long segments come in rectangles of their own, in which there is less to pad.
+        """
+        shapes, places = self._layout
+        sizes = [segments * length for segments, length in shapes]
+        padded = rows.new_zeros(sum(sizes), *rows.shape[1:]).index_copy_(0, places, rows)
+        return tuple(
+            part.view(*shape, *rows.shape[1:]).transpose(1, 2)
+            for part, shape in zip(padded.split(sizes), shapes, strict=True)
+        )
+
+    def unpad(self, rectangles: Iterable[torch.Tensor]) -> torch.Tensor:
         """Undo `pad`."""
-        places = self._places[2]
-        return padded.transpose(1, 2).flatten(0, 1).index_select(0, places)
+        padded = torch.cat([rectangle.transpose(1, 2).flatten(0, 1) for rectangle in rectangles])
+        return padded.index_select(0, self._layout[1])
 
     @functools.cached_property
     def without_empty(self) -> Segments:
@@ -39,11 +47,18 @@ class Segments:
         return Segments(torch.unique_consecutive(self.offsets), self.longest)
 
     @functools.cached_property
-    def _places(self) -> tuple[int, int, torch.Tensor]:
-        """Number of segments that are not empty, length of the longest, and each row's place in the padded layout."""
+    def _layout(self) -> tuple[list[tuple[int, int]], torch.Tensor]:
+        """Segments and length of each rectangle, and each row's place in them, laid end to end."""
         lengths = self.offsets.diff().long()
         lengths = lengths[lengths > 0]
-        length = int(lengths.max()) if len(lengths) > 0 else 0
+        short, long = lengths.argsort().tensor_split(2)
+        first, shapes = torch.empty_like(lengths), []
+        start = 0
+        for half in (short, long):
+            length = int(lengths[half].max()) if len(half) > 0 else 0
+            first[half] = start + length * torch.arange(len(half), device=lengths.device)
+            shapes.append((len(half), length))
+            start += len(half) * length
         segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         within = torch.arange(len(segment), device=lengths.device) - (lengths.cumsum(0) - lengths)[segment]
-        return len(lengths), length, segment * length + within
+        return [shape for shape in shapes if shape[0] > 0] or shapes[:1], first[segment] + within

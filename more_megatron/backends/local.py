@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -148,12 +149,11 @@ def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """
     if _varlen_can(query):
         return _varlen_attention(query, key, value, segments)
-    query, key, value = (segments.pad(x) for x in (query, key, value))
     # Padding comes after the rows of a segment, so the causal mask hides it.
-    context = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=query.size(1) != key.size(1)
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=query.size(1) != key.size(1)
     )
-    return segments.unpad(context)
+    return segments.unpad(map(attend, *(segments.pad(x) for x in (query, key, value))))
 
 
 def _varlen_can(query: torch.Tensor) -> bool:
