@@ -18,6 +18,7 @@ __all__ = [
     "clear_for_save",
     "content_fault",
     "fault",
+    "is_whole",
     "newest_complete_iteration",
     "repair_tracker",
 ]
@@ -121,8 +122,7 @@ def fault(checkpoint: Path) -> str | None:
 def content_fault(checkpoint: Path, rank: int, ranks: int) -> str | None:
     """Return what is wrong inside the data files of a checkpoint, None if each tensor is as it was written.
 
-    PyTorch writes a tensor as an archive with a checksum, and does not look at the checksum when it reads. Each rank
-    looks at its part of the files, about as much as it is going to load.
+    Each rank looks at its part of the files, about as much as it is going to load.
 
     Args:
         checkpoint: A checkpoint without `fault`.
@@ -136,13 +136,16 @@ def content_fault(checkpoint: Path, rank: int, ranks: int) -> str | None:
         with open(checkpoint / name, "rb") as file:
             for info in pieces[name]:
                 file.seek(info.offset)
-                content = file.read(info.length)
-                if not _is_whole(content):
+                if not is_whole(file.read(info.length)):
                     return f"bytes {info.offset} to {info.offset + info.length} of {name} are not what was written"
     return None
 
 
-def _is_whole(content: bytes) -> bool:
+def is_whole(content: bytes) -> bool:
+    """Return whether a tensor in a data file is as it was written.
+
+    PyTorch writes it as an archive with checksums, and does not look at these when it reads.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return archive.testzip() is None

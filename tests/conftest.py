@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from more_megatron.platform import initialize_platform
+from tests.helpers.ranks import alone
 
 # Before any test module imports Megatron.
 initialize_platform()
@@ -21,6 +23,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def several_ranks() -> Iterator[None]:
+    """For tests that start several ranks by other means than the helpers."""
+    with alone(2):
+        yield
 
 
 @pytest.fixture(scope="session")

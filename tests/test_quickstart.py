@@ -45,6 +45,7 @@ def test_failed_step_is_one_line_that_names_it_and_its_log(folder: Path) -> None
     )
 
 
+@pytest.mark.usefixtures("several_ranks")
 def test_goes_all_the_way_and_what_it_proposes_works(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     write_sample_text(text)

@@ -208,7 +208,7 @@ def test_split_weights_are_drawn_written_and_marked_alike(found: dict[str, Any])
         ({"fp8": "hybrid", "fp8_recipe": "custom"}, "--fp8-recipe delayed, tensorwise"),
         ({"fp8_param": True}, "--fp8-param-gather"),
         ({"fp4": "e2m1"}, "--fp4-format"),
-        ({"quant_recipe": object()}, "--te-precision-config-file"),
+        ({"quant_recipe": "recipe"}, "--te-precision-config-file"),
         ({"delay_wgrad_compute": True}, "--delay-wgrad-compute"),
         ({"overlap_moe_expert_parallel_comm": True}, "--overlap-moe-expert-parallel-comm"),
         ({"fp8": "hybrid", "hidden_size": 24}, "--hidden-size, 24, to be a multiple of 16"),

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.ranks import PRELOADED, free_port, rank_environment
+from tests.helpers.ranks import PRELOADED, alone, free_port, rank_environment
 
 __all__ = ["Ended", "Program", "losses_by_iteration", "pretrain_more"]
 
@@ -63,6 +63,8 @@ class Program:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([PRELOADED])
         self._folder = tempfile.TemporaryDirectory()
+        self._alone = contextlib.ExitStack()
+        self._alone.enter_context(alone(ranks))
         port = free_port()
         self._processes: list[BaseProcess] = []
         for rank in range(ranks):
@@ -86,6 +88,8 @@ class Program:
         deadline = time.monotonic() + timeout
         while not condition():
             if time.monotonic() > deadline or any(process.exitcode is not None for process in self._processes):
+                self._end()
+                self._alone.close()
                 raise AssertionError(f"did not come to the expected point\n{self.output()[-4000:]}")
             time.sleep(0.01)
 
@@ -103,6 +107,16 @@ class Program:
         Raises:
             AssertionError: If the ranks do not end in time.
         """
+        with self._alone:
+            self._join(timeout)
+        return [
+            Ended(
+                process.exitcode or 0, *(self._log(rank, kind).read_text(errors="replace") for kind in ("out", "err"))
+            )
+            for rank, process in enumerate(self._processes)
+        ]
+
+    def _join(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while running := [process for process in self._processes if process.exitcode is None]:
             if time.monotonic() > deadline:
@@ -111,12 +125,6 @@ class Program:
             wait([process.sentinel for process in running], timeout=1.0)
             if any(process.exitcode for process in self._processes):
                 self._end()
-        return [
-            Ended(
-                process.exitcode or 0, *(self._log(rank, kind).read_text(errors="replace") for kind in ("out", "err"))
-            )
-            for rank, process in enumerate(self._processes)
-        ]
 
     def _end(self) -> None:
         for process in self._processes:

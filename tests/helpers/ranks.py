@@ -6,6 +6,7 @@ Ranks are forked from a server process that has imported Megatron once, so that 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -14,12 +15,12 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PRELOADED", "free_port", "rank_environment", "run_ranks"]
+__all__ = ["PRELOADED", "alone", "free_port", "rank_environment", "run_ranks"]
 
 # What the server process imports.
 PRELOADED = "tests.helpers.preload"
@@ -40,7 +41,7 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOADED])
     port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
+    with alone(world_size), tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"rank{rank}.log") for rank in range(world_size)]
         pipes, processes = [], []
         for rank in range(world_size):
@@ -56,6 +57,21 @@ def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout
         finally:
             for process in processes:
                 _end(process)
+
+
+@contextlib.contextmanager
+def alone(world_size: int) -> Iterator[None]:
+    """Wait until no other test process has a world of several ranks: two of them would slow each other down many times.
+
+    Args:
+        world_size: Number of ranks; a single one need not wait.
+    """
+    if world_size == 1:
+        yield
+        return
+    with open(Path(tempfile.gettempdir(), f"more-tests-{os.getuid()}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -63,6 +63,7 @@ def _kill_ranks(process: subprocess.Popen) -> None:
     psutil.wait_procs(ranks, timeout=30)
 
 
+@pytest.mark.usefixtures("several_ranks")
 def test_killed_stopped_and_resumed_with_the_same_losses(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     save = tmp_path / "checkpoints"

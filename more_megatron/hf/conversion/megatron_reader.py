@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import io
 import re
-import zipfile
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
@@ -17,7 +15,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from more_megatron.checkpoint_files import checkpoint_to_load, fault, newest_complete_iteration
+from more_megatron.checkpoint_files import checkpoint_to_load, fault, is_whole, newest_complete_iteration
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion import pickles
 from more_megatron.hf.mapping import LAYERS, Entry
@@ -145,16 +143,9 @@ class MegatronCheckpoint:
             raise MoREError(f"checkpoint {self.path} is damaged: {key} cannot be read") from error
 
     def _check_content(self, piece: Any) -> None:
-        """Check a piece of a data file, an archive whose checksums PyTorch does not look at when it reads.
-
-        Raises:
-            ValueError: If it is not what was written.
-        """
         with open(self.path / piece.relative_path, "rb") as file:
             file.seek(piece.offset)
-            content = io.BytesIO(file.read(piece.length))
-        with zipfile.ZipFile(content) as archive:
-            if archive.testzip() is not None:
+            if not is_whole(file.read(piece.length)):
                 raise ValueError("a checksum differs")
 
 
@@ -186,10 +177,7 @@ def layer_key(key: str, layer: int) -> str:
 def _find(folder: Path, step: int | None) -> Path:
     if not folder.is_dir():
         raise MoREError(f"--load {folder} is not a folder: name the one that the run saved to")
-    try:
-        path = checkpoint_to_load(folder, step)
-    except ValueError:
-        path = None
+    path = checkpoint_to_load(folder, step)
     if path is None:
         newest = newest_complete_iteration(folder)
         remedy = "name another folder" if newest is None else f"--ckpt-step {newest} takes the newest complete one"
