@@ -38,6 +38,15 @@ TRAINING_ARGS=(
     --hidden-dropout 0
 )
 
+# Of the systems that have a recurrence.
+RECURRENCE_ARGS=(
+    --recurrence-sampling uniform
+    --recurrence-min-steps 2
+    --recurrence-max-steps 4
+    --recurrence-backprop-steps 2
+    --recurrence-eval-steps 4
+)
+
 MODEL_PARALLEL_ARGS=(
     --tensor-model-parallel-size 1
     --pipeline-model-parallel-size 1
@@ -60,4 +69,9 @@ pretrain() {
         "${MODEL_PARALLEL_ARGS[@]}" \
         "${LOGGING_ARGS[@]}" \
         "$@"
+}
+
+# Usage: pretrain_recurrent SYSTEM FLAGS...
+pretrain_recurrent() {
+    pretrain --more-variant "$1" "${RECURRENCE_ARGS[@]}" "${@:2}"
 }

@@ -6,12 +6,4 @@ set -euo pipefail
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-RECURRENCE_ARGS=(
-    --recurrence-sampling uniform
-    --recurrence-min-steps 2
-    --recurrence-max-steps 4
-    --recurrence-backprop-steps 2
-    --recurrence-eval-steps 4
-)
-
-pretrain --more-variant recurrent_experts "${RECURRENCE_ARGS[@]}" "$@"
+pretrain_recurrent recurrent_experts "$@"
