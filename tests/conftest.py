@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from more_megatron.platform import initialize_platform
 from tests.helpers.ranks import alone
+
+# One thread: the processes of the tests share the cores, and threads that wait for each other slow all of them down.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 # Before any test module imports Megatron.
 initialize_platform()
@@ -18,11 +24,8 @@ _WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked `gpu` where there is no GPU."""
-    if item.get_closest_marker("gpu") is not None:
-        import torch
-
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from megatron.training.utils import get_blend_and_blend_per_split
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.training.batch import stage_needs_data
-from more_megatron.training.index_cache import cache_folder, remove_unusable_indices
+from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
 
 __all__ = ["DatasetsProvider", "data_blends"]
 
@@ -45,16 +45,18 @@ class DatasetsProvider:
         """
         args = get_args()
         print_rank_0("> building train, validation, and test datasets for GPT ...")
-        # The builder lets rank 0 go first.
-        if args.rank == 0 and not args.dataloader_fast_cache_load:
-            remove_unusable_indices(_cache_folders(args))
         builder = BlendedMegatronDatasetBuilder(
             MockGPTDataset if args.mock_data else GPTDataset,
             num_samples,
             functools.partial(self._is_built_here, vp_stage),
             _dataset_config(),
         )
-        datasets = _build(builder)
+        # The builder lets rank 0 go first.
+        writes = args.rank == 0 and not args.dataloader_fast_cache_load
+        folders = _cache_folders(args) if writes else []
+        with only_writer(folders):
+            remove_unusable_indices(folders)
+            datasets = _build(builder)
         print_rank_0("> finished creating GPT datasets ...")
         return datasets
 

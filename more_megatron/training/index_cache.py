@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-__all__ = ["cache_folder", "remove_unusable_indices"]
+__all__ = ["cache_folder", "only_writer", "remove_unusable_indices"]
 
 _DESCRIPTION = "description.txt"
+_LOCK = ".index.lock"
 
 
 def cache_folder(prefix: str) -> Path:
     """Return where Megatron caches the indices of a dataset without `--data-cache-path`."""
     return Path(prefix, "cache", "GPTDataset_indices")
+
+
+@contextlib.contextmanager
+def only_writer(folders: Iterable[Path]) -> Iterator[None]:
+    """Keep other runs out of cache folders, and wait for one that is writing: its indices look like those of a kill.
+
+    The lock ends with the process that holds it. Where a file system has no locks, nothing is kept out.
+
+    Args:
+        folders: Cache folders; they are created.
+    """
+    with contextlib.ExitStack() as held:
+        # In one order for all runs, so that no two wait for each other.
+        for folder in sorted(set(folders)):
+            with contextlib.suppress(OSError):  # said by Megatron, which writes there next
+                folder.mkdir(parents=True, exist_ok=True)
+                _lock(held.enter_context(open(folder / _LOCK, "a")), folder)
+        yield
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"> waiting for another run that builds dataset indices in {folder}", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def remove_unusable_indices(folders: Iterable[Path]) -> None:

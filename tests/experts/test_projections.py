@@ -77,7 +77,7 @@ def test_the_penalty_has_the_value_and_gradient_of_its_formula() -> None:
 
 # Projections start orthogonal; a large step takes them away from it, a large coefficient makes the penalty felt.
 _RUN = (
-    f"{TINY} --split 1,0,0 --num-layers 2 --micro-batch-size 1 --global-batch-size 4 --lr 0.02 --train-iters 4 "
+    f"{TINY} --split 1,0,0 --num-layers 2 --micro-batch-size 1 --lr 0.02 --train-iters 4 "
     "--more-variant shared_block --recurrence-steps 2"
 )
 _PENALISED = f"{_RUN} --projection-orthogonality-coeff 0.5"

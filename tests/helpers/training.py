@@ -15,20 +15,22 @@ from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
 from more_megatron.training.model import model_config_from_args
+from tests.helpers.corpus import shared_corpus
 
 __all__ = ["TINY", "TINY_ON_FILES", "History", "train"]
 
-# A model that trains in milliseconds a step, large enough for every layout: 4 layers, 4 heads, 4 experts.
-TINY = (
+# A model that trains in milliseconds a step, large enough for every layout: 4 layers, 4 heads, 4 experts. The caller
+# names the data with --data-path.
+TINY_ON_FILES = (
     "--num-layers 4 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --ffn-hidden-size 64 "
-    "--moe-ffn-hidden-size 32 --num-experts 4 --micro-batch-size 2 --global-batch-size 8 "
-    "--mock-data --tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 8 "
+    "--moe-ffn-hidden-size 32 --num-experts 4 --micro-batch-size 2 --global-batch-size 4 "
+    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 8 "
     "--train-iters 6 --lr 1e-3 --lr-decay-style constant --attention-dropout 0 --hidden-dropout 0 --log-interval 1 "
     "--moe-aux-loss-coeff 0.01 --moe-z-loss-coeff 0.001 --eval-iters 0 --eval-interval 1000"
 )
 
-# The same without random tokens: the caller names the data with --data-path.
-TINY_ON_FILES = TINY.replace("--mock-data ", "")
+# The same on random tokens.
+TINY = f"{TINY_ON_FILES} --data-path {shared_corpus()} --split 90,10,0"
 
 
 @dataclass

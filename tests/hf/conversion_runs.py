@@ -46,10 +46,7 @@ RUNS: dict[str, str] = {
 }
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"
-_COMMON = (
-    f"{TINY_ON_FILES} --train-iters 2 --global-batch-size 4 --save-interval 2 --eval-iters 2 "
-    "--recurrence-steps 3 --init-method-std 0.2"
-)
+_COMMON = f"{TINY_ON_FILES} --train-iters 2 --save-interval 2 --eval-iters 2 --recurrence-steps 3 --init-method-std 0.2"
 
 
 @dataclass(frozen=True)

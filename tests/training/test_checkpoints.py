@@ -20,7 +20,7 @@ from tests.helpers.program import pretrain_more
 from tests.helpers.training import TINY
 from tests.training.test_refusals import refused
 
-_RUN = f"{TINY} --train-iters 4 --global-batch-size 4"
+_RUN = f"{TINY} --train-iters 4"
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import time
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from more_megatron.training.index_cache import cache_folder, remove_unusable_indices
+from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
 
 _ARRAYS = ("document_index", "sample_index", "shuffle_index")
 
@@ -72,3 +75,32 @@ def test_blend_is_as_old_as_its_newest_part(cache: Path, tmp_path: Path) -> None
     os.utime(tmp_path / "text.idx", (2**32, 2**32))
     remove_unusable_indices([cache])
     assert list(cache.iterdir()) == []
+
+
+def _write_slowly(folder: Path, started: Event) -> None:
+    with only_writer([folder]):
+        array = folder / "abc-GPTDataset-train-document_index.npy"
+        os.truncate(array, 60)
+        started.set()
+        time.sleep(1.0)
+        np.save(array, np.arange(100))
+
+
+def test_what_another_run_is_writing_stays(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    other = context.Process(target=_write_slowly, args=(cache, started))
+    other.start()
+    assert started.wait(60)
+    with only_writer([cache]):
+        remove_unusable_indices([cache])
+        assert _splits(cache) == {"train": 4, "valid": 4}
+    other.join()
+    assert other.exitcode == 0
+    assert "waiting for another run" in capsys.readouterr().out
+
+
+def test_folder_that_cannot_be_written_to_is_left_to_megatron(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with only_writer([tmp_path / "file" / "cache"]):
+        pass

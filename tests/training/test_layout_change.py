@@ -12,7 +12,7 @@ from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY_ON_FILES, History
 
 _ITERATIONS = 6
-_RUN = f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --split 1,0,0 --global-batch-size 4 --save-interval 2"
+_RUN = f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --split 1,0,0 --save-interval 2"
 _DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
 _SYSTEMS = ("moe", "recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
 _LAYOUTS = {

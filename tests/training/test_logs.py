@@ -11,7 +11,7 @@ from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.training import TINY
 
 _RUN = (
-    f"{TINY} --train-iters 3 --num-layers 2 --global-batch-size 4 --recurrence-steps 3 --eval-iters 1 "
+    f"{TINY} --train-iters 3 --num-layers 2 --recurrence-steps 3 --eval-iters 1 "
     "--eval-interval 2 --wandb-project more --wandb-exp-name tiny"
 )
 

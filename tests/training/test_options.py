@@ -12,7 +12,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY_ON_FILES, History
 
-_RUN = f"{TINY_ON_FILES} --num-layers 2 --train-iters 3 --global-batch-size 4 --split 90,10,0"
+_RUN = f"{TINY_ON_FILES} --num-layers 2 --train-iters 3 --split 90,10,0"
 _BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-aux-loss-coeff 0"
 
 OPTIONS = {

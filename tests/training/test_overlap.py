@@ -16,7 +16,7 @@ _DEPTH = (
     "--recurrence-sampling uniform --recurrence-min-steps 1 --recurrence-max-steps 4 --recurrence-backprop-steps 3 "
     "--recurrence-sampling-unit micro-batch"
 )
-_RUN = f"{TINY} --train-iters 4 --num-layers 2 --ddp-bucket-size 4000 {_DEPTH}"
+_RUN = f"{TINY} --train-iters 4 --num-layers 2 --global-batch-size 8 --ddp-bucket-size 4000 {_DEPTH}"
 _RECOMPUTATION = {
     "none": "",
     "selective": "--recompute-granularity selective --recompute-modules moe",

@@ -14,7 +14,7 @@ from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY, TINY_ON_FILES, History
 
 _TOLERANCE = 1e-5
-_RUN = f"{TINY_ON_FILES} --split 1,0,0 --global-batch-size 4"
+_RUN = f"{TINY_ON_FILES} --split 1,0,0"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _SELECTIVE = "--recompute-granularity selective --recompute-modules moe"
 

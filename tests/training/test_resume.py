@@ -16,7 +16,7 @@ from tests.helpers.training import TINY_ON_FILES
 
 _ITERATIONS = 7
 _RUN = (
-    f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --expert-model-parallel-size 2 --global-batch-size 4 "
+    f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --expert-model-parallel-size 2 "
     "--attention-dropout 0.1 --hidden-dropout 0.1 --split 90,10,0 --more-variant recurrent_moe "
     "--recurrence-sampling uniform --recurrence-min-steps 2 --recurrence-max-steps 4 --recurrence-backprop-steps 2 "
     "--save-interval 2"

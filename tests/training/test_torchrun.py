@@ -68,7 +68,7 @@ def test_killed_stopped_and_resumed_with_the_same_losses(tmp_path: Path) -> None
     corpus = write_corpus(tmp_path / "corpus")
     save = tmp_path / "checkpoints"
     flags = (
-        f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --expert-model-parallel-size 2 --global-batch-size 4 "
+        f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --expert-model-parallel-size 2 "
         f"--hidden-dropout 0.1 --data-path {corpus} --split 1,0,0 --save {save} --load {save} --save-interval 2 "
         "--exit-signal-handler"
     )
