@@ -5,10 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 __all__ = ["Segments"]
+
+
+# Rectangles of each padded layout. More have less to pad, and cost more calls.
+_RECTANGLES = 4
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Segments:
 
         Short and long segments come in rectangles of their own, in which there is less to pad.
         """
-        shapes, places = self._layout
+        shapes, places = self.rectangles
         sizes = [segments * length for segments, length in shapes]
         padded = rows.new_zeros(sum(sizes), *rows.shape[1:]).index_copy_(0, places, rows)
         return tuple(
@@ -39,7 +44,7 @@ class Segments:
     def unpad(self, rectangles: Iterable[torch.Tensor]) -> torch.Tensor:
         """Undo `pad`."""
         padded = torch.cat([rectangle.transpose(1, 2).flatten(0, 1) for rectangle in rectangles])
-        return padded.index_select(0, self._layout[1])
+        return padded.index_select(0, self.rectangles[1])
 
     @functools.cached_property
     def without_empty(self) -> Segments:
@@ -47,18 +52,22 @@ class Segments:
         return Segments(torch.unique_consecutive(self.offsets), self.longest)
 
     @functools.cached_property
-    def _layout(self) -> tuple[list[tuple[int, int]], torch.Tensor]:
+    def derived(self) -> dict[Any, Any]:
+        """What kernels have worked out of the segments, kept for their next call."""
+        return {}
+
+    @functools.cached_property
+    def rectangles(self) -> tuple[list[tuple[int, int]], torch.Tensor]:
         """Segments and length of each rectangle, and each row's place in them, laid end to end."""
         lengths = self.offsets.diff().long()
         lengths = lengths[lengths > 0]
-        short, long = lengths.argsort().tensor_split(2)
         first, shapes = torch.empty_like(lengths), []
         start = 0
-        for half in (short, long):
-            length = int(lengths[half].max()) if len(half) > 0 else 0
-            first[half] = start + length * torch.arange(len(half), device=lengths.device)
-            shapes.append((len(half), length))
-            start += len(half) * length
+        for part in lengths.argsort().tensor_split(_RECTANGLES):
+            length = int(lengths[part].max()) if len(part) > 0 else 0
+            first[part] = start + length * torch.arange(len(part), device=lengths.device)
+            shapes.append((len(part), length))
+            start += len(part) * length
         segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         within = torch.arange(len(segment), device=lengths.device) - (lengths.cumsum(0) - lengths)[segment]
         return [shape for shape in shapes if shape[0] > 0] or shapes[:1], first[segment] + within

@@ -20,6 +20,7 @@ from more_megatron.backends import (
     local,
     segment_attention,
 )
+from more_megatron.backends.short_segments import are_short
 from more_megatron.segments import Segments
 from tests.helpers.ranks import run_ranks
 from tests.moe.build import small_config, start_ranks
@@ -50,7 +51,7 @@ def test_grouped_linear_is_a_linear_map_for_each_group(lengths: list[int]) -> No
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
-@pytest.mark.parametrize("lengths", _LENGTHS, ids=str)
+@pytest.mark.parametrize("lengths", [*_LENGTHS, [7, 100, 80, 64, 1, 0, 9], [2, 200]], ids=str)
 def test_segment_attention_is_causal_attention_in_each_segment(lengths: list[int], groups: int) -> None:
     generator, heads, size, number = _generator(), 4, 8, sum(lengths)
     query, key, value = leaves = [
@@ -63,7 +64,15 @@ def test_segment_attention_is_causal_attention_in_each_segment(lengths: list[int
         scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(size)
         forbidden = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
         parts.append(torch.einsum("hij,jhd->ihd", scores.masked_fill(forbidden, -torch.inf).softmax(-1), v))
-    _compare(segment_attention(query, key, value, Segments(offsets, 16)), torch.cat(parts), leaves)
+    _compare(segment_attention(query, key, value, Segments(offsets, max([*lengths, 1]))), torch.cat(parts), leaves)
+
+
+def test_short_and_long_segments_go_to_different_kernels() -> None:
+    query = torch.zeros(202, 4, 8)
+    assert are_short(query[:8], Segments(torch.tensor([0, 3, 3, 7, 8], dtype=torch.int32), 16))
+    assert are_short(query[:102], Segments(torch.tensor([0, *range(32, 100, 2), 102], dtype=torch.int32), 102))
+    assert not are_short(query, Segments(torch.tensor([0, 2, 202], dtype=torch.int32), 200))
+    assert not are_short(query[:8].double(), Segments(torch.tensor([0, 8], dtype=torch.int32), 16))
 
 
 @pytest.mark.parametrize("has_groups", [True, False])
@@ -94,7 +103,7 @@ def test_the_kernel_for_segments_of_any_length_gets_what_it_takes(
     segments = Segments(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), 16)
     expected = segment_attention(*leaves, segments)
     monkeypatch.setattr(local, "_varlen_can", lambda query: True)
-    monkeypatch.setattr(local, "varlen_attn", with_groups if has_groups else attend)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", with_groups if has_groups else attend)
     _compare(segment_attention(*leaves, segments), expected, leaves)
 
 

@@ -29,9 +29,9 @@ def test_padding_lays_each_segment_in_a_row_of_its_own(lengths: list[int]) -> No
 
 
 def test_short_segments_are_not_padded_to_the_length_of_long_ones() -> None:
-    lengths = [50, 3, 2, 40, 1, 60]
+    lengths = [50, 3, 2, 40, 1, 60, 58, 9]
     rectangles = _segments(lengths).pad(torch.ones(sum(lengths), 1, 1))
-    assert [tuple(rectangle.shape[::2]) for rectangle in rectangles] == [(3, 3), (3, 60)]
+    assert [tuple(rectangle.shape[::2]) for rectangle in rectangles] == [(2, 2), (2, 9), (2, 50), (2, 60)]
 
 
 def test_gradients_go_both_ways() -> None:

@@ -16,7 +16,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from torch.nn.attention.varlen import varlen_attn
 
 from more_megatron.backends.interface import (
     Backend,
@@ -27,6 +26,7 @@ from more_megatron.backends.interface import (
     Weights,
     parameter_device,
 )
+from more_megatron.backends.short_segments import are_short, short_segment_attention
 from more_megatron.config import MoREConfig
 from more_megatron.segments import Segments
 
@@ -136,7 +136,7 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
 
 
 def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Attend causally within each segment, all segments in one kernel.
+    """Attend causally within each segment, all segments together.
 
     Args:
         query: [rows, heads, head_dim]; the rows of a segment are consecutive and in ascending position.
@@ -149,6 +149,8 @@ def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     """
     if _varlen_can(query):
         return _varlen_attention(query, key, value, segments)
+    if are_short(query, segments):
+        return short_segment_attention(query, key, value, segments)
     # Padding comes after the rows of a segment, so the causal mask hides it.
     attend = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=query.size(1) != key.size(1)
@@ -168,6 +170,9 @@ def _varlen_can(query: torch.Tensor) -> bool:
 
 
 def _varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+    # Imported here: it imports PyTorch's compiler, which takes a second.
+    from torch.nn.attention.varlen import varlen_attn
+
     offsets, longest = segments.without_empty.offsets, segments.longest
     shared = query.size(1) // key.size(1)
     options: dict[str, Any] = {}

@@ -66,11 +66,13 @@ def _install_cpu_platform() -> None:
         absent = "" if has_package("transformer_engine") else ", no Transformer Engine"
         print(f"> platform: cpu (gloo, float32{absent}); chosen by MORE_PLATFORM or the absence of a GPU", flush=True)
 
-    from more_megatron.platform.cuda_stand_ins import TORCH_CUDA
+    from more_megatron.platform.cuda_stand_ins import NO_COMPILER, TORCH_CUDA
     from more_megatron.platform.device_mode import enter_for_good
     from more_megatron.platform.stand_in import install
     from more_megatron.platform.uneven_collectives import UNEVEN_COLLECTIVES
 
+    if os.environ["TORCH_COMPILE_DISABLE"] == "1":
+        install(NO_COMPILER)
     install(TORCH_CUDA + UNEVEN_COLLECTIVES)
     enter_for_good()
 

@@ -7,6 +7,7 @@ they leave, which takes these processes.
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
 from multiprocessing.managers import SyncManager
 from typing import Any
@@ -14,13 +15,36 @@ from typing import Any
 from more_megatron.platform import Platform, select_platform
 from more_megatron.platform.packages import silence_absent_package_warnings
 
-__all__ = ["async_loop", "results_queue"]
+__all__ = ["PickledQueue", "async_loop", "results_queue"]
 
 _manager: SyncManager | None = None
-_queue: Any = None
+_queue: PickledQueue | None = None
 
 
-def results_queue(mp_mode: str = "spawn") -> Any:
+class PickledQueue:
+    """A queue whose keeper sees bytes: to read what is in it, it would import PyTorch and Megatron, in every rank.
+
+    Args:
+        queue: Queue of a manager.
+    """
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, item: Any) -> None:
+        """Add an item."""
+        self._queue.put(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        """Return the oldest item.
+
+        Raises:
+            queue.Empty: If there is none.
+        """
+        return pickle.loads(self._queue.get_nowait())
+
+
+def results_queue(mp_mode: str = "spawn") -> PickledQueue:
     """Return the queue over which writers report, kept by a process that does not end at a SIGTERM.
 
     Args:
@@ -30,7 +54,8 @@ def results_queue(mp_mode: str = "spawn") -> Any:
     if _manager is None:
         _manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
         _manager.start(initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_IGN))
-        _queue = _manager.Queue()
+        _queue = PickledQueue(_manager.Queue())
+    assert _queue is not None
     return _queue
 
 

@@ -19,7 +19,7 @@ import torch
 
 from more_megatron.platform.stand_in import StandIn
 
-__all__ = ["TORCH_CUDA"]
+__all__ = ["NO_COMPILER", "TORCH_CUDA"]
 
 # Ampere's: old enough that nothing takes a Blackwell path, new enough for Megatron's own minimum.
 _COMPUTE_CAPABILITY = (8, 0)
@@ -84,6 +84,10 @@ def _stream_context(stream: Any = None) -> Iterator[None]:
     yield
 
 
+def _uncompiled(model: Any = None, **options: Any) -> Any:
+    return model if model is not None else lambda function: function
+
+
 # Two functions, not one: torch.compile keeps a rule for each function object it finds in torch.cuda.
 def _set_device(device: Any) -> None:
     return None
@@ -139,6 +143,17 @@ def _type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> A
 def _torch_cuda(name: str, replacement: Any, reason: str, file: str, text: str | None = None) -> StandIn:
     return StandIn("torch.cuda", name, replacement, reason, file, text or f"torch.cuda.{name}(")
 
+
+NO_COMPILER = (
+    StandIn(
+        "torch",
+        "compile",
+        _uncompiled,
+        "disabled here, it would still import the compiler with each decorator: seconds at every start",
+        "core/jit.py",
+        "jit_fuser = torch.compile",
+    ),
+)
 
 TORCH_CUDA = (
     _torch_cuda(

@@ -149,7 +149,7 @@ WHEEL_REPAIRS = (
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
         "get_write_results_queue",
         results_queue,
-        "its process ends at the SIGTERM that a run outlives to save once more",
+        "its process ends at the SIGTERM that a run outlives to save once more, and imports PyTorch and Megatron",
         "core/dist_checkpointing/strategies/filesystem_async.py",
         "_results_queue = ctx.Manager().Queue()",
     ),
