@@ -115,7 +115,7 @@ class UnigramTable(WordTable):
         tokens, after = self.lattice.segment_at(self._texts[word_id], total)
         return self.add(tokens), after
 
-    def totals(self, ids: NDArray[np.int32], total: float) -> NDArray[np.float32]:
+    def totals(self, ids: NDArray[np.int64], total: float) -> NDArray[np.float32]:
         """Running total before each word and behind the last, as 32-bit additions make it, float32 [words + 1]."""
         counts = self._spans[1][ids]
         ends = np.cumsum(counts)
@@ -172,7 +172,7 @@ class UnigramEncoder(WordEncoder):
         self._words = UnigramTable(encode_words, dtype, self._lattice, self._normalize)
         return self._words
 
-    def _settle(self, ids: NDArray[np.int32], closes: NDArray[np.int64]) -> None:
+    def _settle(self, ids: NDArray[np.int64], closes: NDArray[np.int64]) -> None:
         first = np.concatenate([[0], closes + 1])
         last = np.concatenate([closes, [len(ids)]])
         self._refuse_unfinished(ids, first, last)
@@ -185,7 +185,7 @@ class UnigramEncoder(WordEncoder):
             if not self._settle_document(ids[span], starts[span]):
                 ids[span] = POISON
 
-    def _refuse_unfinished(self, ids: NDArray[np.int32], first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
+    def _refuse_unfinished(self, ids: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
         """Documents larger than a window are encoded whole: their totals are not kept from window to window."""
         if self._unfinished:
             ids[first[0] : last[0]] = POISON
@@ -193,7 +193,7 @@ class UnigramEncoder(WordEncoder):
         if self._unfinished:
             ids[first[-1] :] = POISON
 
-    def _settle_document(self, ids: NDArray[np.int32], starts: NDArray[np.float64]) -> bool:
+    def _settle_document(self, ids: NDArray[np.int64], starts: NDArray[np.float64]) -> bool:
         """Choose each word's segmentation in one document; False if it must be encoded whole.
 
         Args:
@@ -224,7 +224,7 @@ class UnigramEncoder(WordEncoder):
             ids[place] = variant
         return True
 
-    def _follow(self, ids: NDArray[np.int32]) -> bool:
+    def _follow(self, ids: NDArray[np.int64]) -> bool:
         """Follow the running total through a document, addition by addition."""
         words = self._words
         total = 0.0
@@ -247,7 +247,7 @@ class UnigramEncoder(WordEncoder):
         exponent = int(np.frexp(-total)[1])
         variant = self._words.variant(word_id, exponent)
         if variant is not None and total < 0:
-            after = float32(self._words.totals(np.array([variant], dtype=np.int32), total)[-1])
+            after = float32(self._words.totals(np.array([variant], dtype=np.int64), total)[-1])
             inside = -(total + self._words.depths[variant])
             if inside < min(2.0**exponent, RESET) - 1.0:
                 return variant, after

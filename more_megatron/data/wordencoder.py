@@ -129,11 +129,11 @@ class WordEncoder:
     def _make_table(self, encode_words: Callable[[list[bytes]], list[WordTokens]], dtype: np.dtype) -> WordTable:
         return WordTable(encode_words, dtype)
 
-    def _settle(self, ids: NDArray[np.int32], closes: NDArray[np.int64]) -> None:
+    def _settle(self, ids: NDArray[np.int64], closes: NDArray[np.int64]) -> None:
         """Change ids that depend on where in its document a word stands; for models of which that is true.
 
         Args:
-            ids: word ids of a window, int32 [words].
+            ids: word ids of a window, int64 [words].
             closes: places in `ids` where documents end; the last one may go on in the next window.
         """
 
@@ -162,7 +162,7 @@ class WordEncoder:
             self._end_id = self._table.add(self._closing_tokens)
         data = np.frombuffer(text, dtype=np.uint8)
         cuts = self._find_cuts(data)
-        marks = data[cuts]
+        marks = data.take(cuts)
         starts = cuts + 1
         if self._rule.newlines:
             starts -= marks == _NEWLINE
@@ -196,7 +196,7 @@ class WordEncoder:
     def _look_up_heads(
         self,
         text: bytes,
-        ids: NDArray[np.int32],
+        ids: NDArray[np.int64],
         heads: NDArray[np.int64],
         starts: NDArray[np.int64],
         ends: NDArray[np.int64],

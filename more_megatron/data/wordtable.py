@@ -2,8 +2,9 @@
 
 A word is what lies between two cuts of a text; whoever builds a table vouches that the tokens of a text are those of
 its words, one after the other (`sentencepiece_words.py` proves it for a model). The table knows each word by its bytes:
-words of up to 16 bytes are compared as two 64-bit integers in an open hash table, longer ones in a dictionary, so a
-look-up is exact and a whole window of text costs a few dozen numpy calls.
+words of up to 15 bytes are compared as two 64-bit integers in an open hash table, longer ones in a dictionary, so a
+look-up is exact and a whole window of text costs a few dozen numpy calls. Where numpy offers two ways, `take` and
+`compress` are used: they are several times faster than indexing with arrays of integers and booleans.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ WordTokens = Sequence[int] | None
 POISON = 0
 """Word id of every word that has no tokens of its own."""
 
-_SHORT_BYTES = 16
+_SHORT_BYTES = 15
 _ROW = 4
 _SLOT_BITS = 19
 _PACKED = {2: np.dtype(np.uint64), 4: np.dtype(np.complex128)}
@@ -27,6 +28,9 @@ _MOST_ROWS = 1 << 19
 _MIX_LOW = np.uint64(0x9E3779B97F4A7C15)
 _MIX_HIGH = np.uint64(0xC2B2AE3D27D4EB4F)
 _KEEP = np.array([(1 << (8 * count)) - 1 for count in range(9)], dtype=np.uint64)
+# UTF-8 has no such bytes, so no word has this as its key, and no word of up to 8 bytes has the upper byte.
+_NO_KEY = np.uint64(0xFFFFFFFFFFFFFFFF)
+_UPPER_BYTE = np.uint64(0xFF00000000000000)
 
 
 class WordTable:
@@ -47,7 +51,7 @@ class WordTable:
         self._rows = np.full((1024, _ROW), self._blank, dtype=dtype)
         self._slots_low = np.zeros(1 << _SLOT_BITS, dtype=np.uint64)
         self._slots_high = np.zeros(1 << _SLOT_BITS, dtype=np.uint64)
-        self._slots_id = np.zeros(1 << _SLOT_BITS, dtype=np.int32)
+        self._slots_id = np.zeros(1 << _SLOT_BITS, dtype=np.int64)
         self._counts = np.zeros(1024, dtype=np.int32)
         self._others: dict[bytes, int] = {}
         self._used = 0
@@ -55,7 +59,7 @@ class WordTable:
 
     def clear(self) -> None:
         """Forget all words."""
-        self._slots_id[:] = -1
+        self._slots_low[:] = _NO_KEY
         self._others.clear()
         self._used = 1
         self._rows[POISON] = self._blank
@@ -81,7 +85,7 @@ class WordTable:
         self._used += segments
         return first
 
-    def look_up(self, text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int32]:
+    def look_up(self, text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """Find words, encoding those that are new.
 
         Args:
@@ -90,50 +94,48 @@ class WordTable:
             ends: byte after each word, int64 [words].
 
         Returns:
-            Word ids, int32 [words]; `POISON` for words without tokens of their own.
+            Word ids, int64 [words]; `POISON` for words without tokens of their own.
         """
-        low, high, long = _keys(text, starts, ends)
-        slots = _hash(low, high)
-        ids = self._slots_id[slots]
-        missed = np.flatnonzero((self._slots_low[slots] != low) | (self._slots_high[slots] != high) | (ids < 0))
-        if len(long):
-            missed = np.setdiff1d(missed, long, assume_unique=True)
+        low, high, wide = _keys(text, starts, ends)
+        slots = _hash(low, high, wide)
+        ids = self._slots_id.take(slots)
+        differs = self._slots_low.take(slots) != low
+        differs[wide] |= self._slots_high.take(slots[wide]) != high[wide]
+        missed = np.flatnonzero(differs)
         if len(missed):
             missed = self._probe_again(ids, missed, low, high, slots)
-        others = np.concatenate([missed, long])
-        if len(others):
-            words = [text[start:end] for start, end in zip(starts[others].tolist(), ends[others].tolist(), strict=True)]
+        if len(missed):
+            words = [text[start:end] for start, end in zip(starts[missed].tolist(), ends[missed].tolist(), strict=True)]
             new = self._learn(words)
-            ids[others] = [self._others[word] for word in words]
+            ids[missed] = [self._others[word] for word in words]
             if new:
-                self._move_to_slots(
-                    dict(zip(words[: len(missed)], missed.tolist(), strict=True)), new, low, high, slots
-                )
+                self._move_to_slots(dict(zip(words, missed.tolist(), strict=True)), new, low, high, slots)
         return ids
 
-    def gather(self, ids: NDArray[np.int32]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
+    def gather(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
         """Tokens of words, one after the other.
 
         Args:
-            ids: word ids, int32 [words].
+            ids: word ids, int64 [words].
 
         Returns:
             Token ids [tokens], and the number of tokens of each word, int32 [words].
         """
-        counts = self._counts[ids]
-        rows: NDArray[np.integer] = ids
-        if len(counts) and counts.max() > _ROW:
-            segments = np.maximum(1, (counts + (_ROW - 1)) // _ROW)
-            ends = np.cumsum(segments)
-            rows = np.repeat(ids - (ends - segments), segments) + np.arange(ends[-1])
+        counts = self._counts.take(ids)
+        rows = ids
+        large = np.flatnonzero(counts > _ROW)
+        if len(large):
+            more = (counts[large] - 1) // _ROW
+            following = np.arange(1, more.sum() + 1) - np.repeat(np.cumsum(more) - more, more)
+            rows = np.insert(ids, np.repeat(large + 1, more), np.repeat(ids[large], more) + following)
         # One item of 8 or 16 bytes for each row: numpy gathers scalars much faster than short rows.
         packed = self._rows.view(_PACKED[self._rows.itemsize]).reshape(-1)
-        flat = packed[rows].view(self._rows.dtype)
-        return flat[flat != self._blank], counts
+        flat = packed.take(rows).view(self._rows.dtype)
+        return flat.compress(flat != self._blank), counts
 
     def _probe_again(
         self,
-        ids: NDArray[np.int32],
+        ids: NDArray[np.int64],
         missed: NDArray[np.int64],
         low: NDArray[np.uint64],
         high: NDArray[np.uint64],
@@ -141,9 +143,8 @@ class WordTable:
     ) -> NDArray[np.int64]:
         """Look into the second slot of the words missed in their first; fills `ids`, returns what is still missed."""
         second = slots[missed] ^ 1
-        hit = self._slots_id[second]
-        found = (hit >= 0) & (self._slots_low[second] == low[missed]) & (self._slots_high[second] == high[missed])
-        ids[missed[found]] = hit[found]
+        found = (self._slots_low[second] == low[missed]) & (self._slots_high[second] == high[missed])
+        ids[missed[found]] = self._slots_id[second[found]]
         still: NDArray[np.int64] = missed[~found]
         return still
 
@@ -168,13 +169,13 @@ class WordTable:
         slots: NDArray[np.int64],
     ) -> None:
         """Move new short words from the dictionary to the hash table, as far as their slots are free."""
-        short = [word for word in new if word in places]
+        short = [word for word in new if len(word) <= _SHORT_BYTES]
         where = np.array([places[word] for word in short], dtype=np.int64)
-        ids = np.array([self._others[word] for word in short], dtype=np.int32)
+        ids = np.array([self._others[word] for word in short], dtype=np.int64)
         for flip in (0, 1):
             slot = slots[where] ^ flip
             # Of two words for one slot the later takes it; the other one tries again or stays in the dictionary.
-            free = self._slots_id[slot] < 0
+            free = self._slots_low[slot] == _NO_KEY
             self._slots_low[slot[free]] = low[where[free]]
             self._slots_high[slot[free]] = high[where[free]]
             self._slots_id[slot[free]] = ids[free]
@@ -196,29 +197,44 @@ class WordTable:
 def _keys(
     text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]
 ) -> tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.int64]]:
-    """First and second eight bytes of each word, zero-filled, and the indices of the words that are longer.
+    """Two integers for each word that no other word of up to 15 bytes has, and which words have more than 8 bytes.
 
-    Two aligned loads make an unaligned one; numpy would copy the whole window for an unaligned view.
+    The first holds the first eight bytes, zero-filled, and alone tells words of up to eight bytes from all others: in
+    longer words its upper byte is one that UTF-8 does not have, and the eighth byte stands behind the other seven in
+    the second. Words of more than 15 bytes have a second integer that no word in the table has.
     """
     aligned = np.frombuffer(text + bytes(24 + -len(text) % 8), dtype="<u8")
     lengths = ends - starts
     low = _load(aligned, starts)
-    low &= _KEEP[np.minimum(lengths, 8)]
+    low &= _KEEP.take(lengths, mode="clip")
     high = np.zeros(len(starts), dtype=np.uint64)
-    beyond = np.flatnonzero(lengths > 8)
-    rest = lengths[beyond] - 8
-    high[beyond] = _load(aligned, starts[beyond] + 8) & _KEEP[np.minimum(rest, 8)]
-    return low, high, beyond[rest > 8]
+    wide = np.flatnonzero(lengths > 8)
+    rest = lengths[wide] - 8
+    upper = low[wide] & _UPPER_BYTE
+    low[wide] |= _UPPER_BYTE
+    behind = _load(aligned, starts[wide] + 8) & _KEEP.take(rest, mode="clip")
+    high[wide] = np.where(rest > _SHORT_BYTES - 8, _NO_KEY, behind | upper)
+    return low, high, wide
 
 
 def _load(aligned: NDArray[np.uint64], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """Eight bytes from each offset. Two aligned loads make one: numpy would copy the window for an unaligned view."""
     index = offsets >> 3
-    shift = ((offsets & 7) << 3).astype(np.uint64)
-    value: NDArray[np.uint64] = aligned[index] >> shift
+    shift = (offsets & 7).view(np.uint64)
+    shift <<= np.uint64(3)
+    value: NDArray[np.uint64] = aligned.take(index)
+    value >>= shift
+    index += 1
+    upper = aligned.take(index)
     # Shifting by 64 is undefined, so the upper part moves in two steps.
-    value |= (aligned[index + 1] << (np.uint64(63) - shift)) << np.uint64(1)
+    upper <<= np.uint64(63) - shift
+    upper <<= np.uint64(1)
+    value |= upper
     return value
 
 
-def _hash(low: NDArray[np.uint64], high: NDArray[np.uint64]) -> NDArray[np.int64]:
-    return (((high * _MIX_HIGH) ^ low) * _MIX_LOW >> np.uint64(64 - _SLOT_BITS)).astype(np.int64)
+def _hash(low: NDArray[np.uint64], high: NDArray[np.uint64], wide: NDArray[np.int64]) -> NDArray[np.int64]:
+    mixed = low * _MIX_LOW
+    mixed[wide] ^= high[wide] * _MIX_HIGH
+    mixed >>= np.uint64(64 - _SLOT_BITS)
+    return mixed.view(np.int64)
