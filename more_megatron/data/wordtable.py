@@ -49,9 +49,10 @@ class WordTable:
         self._capacity = capacity
         self._blank = np.array(-1).astype(dtype)[()]
         self._rows = np.full((1024, _ROW), self._blank, dtype=dtype)
-        self._slots_low = np.zeros(1 << _SLOT_BITS, dtype=np.uint64)
+        # First key and id side by side, so that most words are found by one access to memory.
+        self._slots = np.zeros((1 << _SLOT_BITS, 2), dtype=np.uint64)
+        self._slots_low, self._slots_id = self._slots.T
         self._slots_high = np.zeros(1 << _SLOT_BITS, dtype=np.uint64)
-        self._slots_id = np.zeros(1 << _SLOT_BITS, dtype=np.int64)
         self._counts = np.zeros(1024, dtype=np.int32)
         self._others: dict[bytes, int] = {}
         self._used = 0
@@ -98,8 +99,9 @@ class WordTable:
         """
         low, high, wide = _keys(text, starts, ends)
         slots = _hash(low, high, wide)
-        ids = self._slots_id.take(slots)
-        differs = self._slots_low.take(slots) != low
+        found = self._slots.take(slots, axis=0)
+        ids = found[:, 1].astype(np.int64)
+        differs = found[:, 0] != low
         differs[wide] |= self._slots_high.take(slots[wide]) != high[wide]
         missed = np.flatnonzero(differs)
         if len(missed):
