@@ -1,5 +1,6 @@
 """Words of a unigram model, each in the segmentation that its place in the document calls for."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,7 +13,9 @@ from more_megatron.data.wordtable import POISON, WordTable, WordTokens
 __all__ = ["UnigramEncoder", "UnigramTable", "search_is_known"]
 
 _KNOWN_VERSIONS = ("0.2.3",)
-_STEP = 1 << 11
+_MOST_FOLLOWED = 1 << 14
+# More than what rounding inside a word can add up to.
+_SPARE = 1.0
 
 
 def search_is_known(version: str) -> bool:
@@ -28,6 +31,13 @@ class UnigramTable(WordTable):
         dtype: see `WordTable`.
         lattice: the model's segmentations.
         normalize: gives a word's normalised text with its U+2581.
+
+    Attributes:
+        weights: sum of the scores of each word with its sign changed, float64 [ids].
+        limits: size of the running total up to which each word's tokens hold, float64 [ids].
+        limited: whether that is less than `RESET`, bool [ids].
+        depths: how far the running total falls inside each word, at most 0, float64 [ids].
+        deepest: the least of them.
     """
 
     def __init__(
@@ -39,47 +49,36 @@ class UnigramTable(WordTable):
     ) -> None:
         self.lattice = lattice
         self._normalize = normalize
-        self._facts: NDArray[np.float64] = np.zeros((3, 1024))
-        self._scores = np.zeros(1024, dtype=np.float32)
+        self.weights = np.zeros(1024)
+        self.limits = np.full(1024, np.inf)
+        self.limited = np.zeros(1024, dtype=bool)
+        self.depths = np.zeros(1024)
         self._spans = np.zeros((2, 1024), dtype=np.int64)
-        self._scores_used = 0
+        self._scores = np.zeros(1024, dtype=np.float32)
         self._texts: dict[int, str] = {}
-        self._variants: dict[tuple[int, int], int] = {}
+        self._variants: dict[tuple[int, int], int | None] = {}
+        self._searched: dict[tuple[int, tuple[int, ...]], int] = {}
         super().__init__(encode, dtype)
 
     def clear(self) -> None:
         """Forget all words."""
         super().clear()
+        self.deepest = 0.0
         self._scores_used = 0
         self._texts.clear()
         self._variants.clear()
-        self._facts[:, POISON] = (0.0, np.inf, 0.0)
-        self._spans[:, POISON] = 0
-
-    @property
-    def weights(self) -> NDArray[np.float64]:
-        """Sum of the scores of each word with its sign changed, float64 [ids]."""
-        return self._facts[0]
-
-    @property
-    def limits(self) -> NDArray[np.float64]:
-        """Size of the running total up to which each word's tokens hold, float64 [ids]."""
-        return self._facts[1]
-
-    @property
-    def depths(self) -> NDArray[np.float64]:
-        """How far the running total falls inside each word, at most 0, float64 [ids]."""
-        return self._facts[2]
+        self._searched.clear()
 
     def add(self, tokens: Sequence[int]) -> int:
         """Store tokens that no word of a text spells; they weigh nothing."""
         word_id = super().add(tokens)
-        if word_id >= self._facts.shape[1]:
-            grown = max(2 * self._facts.shape[1], word_id + 1) - self._facts.shape[1]
-            self._facts = np.concatenate([self._facts, np.zeros((3, grown))], axis=1)
-            self._spans = np.concatenate([self._spans, np.zeros((2, grown), dtype=np.int64)], axis=1)
-        self._facts[:, word_id] = (0.0, np.inf, 0.0)
-        self._spans[:, word_id] = 0
+        if word_id >= len(self.weights):
+            size = max(2 * len(self.weights), word_id + 1)
+            self.weights, self.limits, self.depths, self.limited = (
+                np.resize(facts, size) for facts in (self.weights, self.limits, self.depths, self.limited)
+            )
+            self._spans = np.resize(self._spans.T, (size, 2)).T
+        self._keep(word_id, [], np.inf, 0.0)
         return word_id
 
     def _added(self, word: bytes, word_id: int) -> None:
@@ -96,43 +95,61 @@ class UnigramTable(WordTable):
             self._scores = np.concatenate([self._scores, np.zeros(max(last, len(self._scores)), dtype=np.float32)])
         self._scores[first:last] = scores
         self._scores_used = last
-        self._facts[:, word_id] = (-sum(scores), limit, deepest)
         self._spans[:, word_id] = (first, last - first)
+        self.weights[word_id] = -sum(scores)
+        self.limits[word_id] = limit
+        self.limited[word_id] = limit < RESET
+        self.depths[word_id] = deepest
+        self.deepest = min(self.deepest, deepest)
 
-    def variant(self, word_id: int, exponent: int) -> int | None:
+    def between(self, word_id: int, least: float, most: float) -> int | None:
+        """Id of a word in its segmentation at all running totals of two sizes and between; None if they differ.
+
+        Two powers of two must enclose the sizes, and that at each place of the word, which must not reach `RESET`.
+        """
+        exponent = math.frexp(least)[1]
+        variant = self._variant(word_id, exponent)
+        if variant is None or most - self.depths[variant] >= min(2.0**exponent, RESET) - _SPARE:
+            return None
+        return variant
+
+    def _variant(self, word_id: int, exponent: int) -> int | None:
         """Id of a word in its segmentation for totals between two powers of two; None if they do not decide it."""
         key = (word_id, exponent)
         if key not in self._variants:
             found = self.lattice.segment_in_range(self._texts[word_id], exponent)
-            if found is None:
-                return None
-            self._variants[key] = self.add(found.tokens)
-            self._keep(self._variants[key], found.scores, np.inf, found.deepest)
+            self._variants[key] = None if found is None else self.add(found.tokens)
+            if found is not None:
+                self._keep(self._variants[key], found.scores, np.inf, found.deepest)
         return self._variants[key]
 
     def at(self, word_id: int, total: float) -> tuple[int, float]:
         """Id of a word in its segmentation at a running total, and the total behind it."""
+        variant = self.between(word_id, -total, -total) if total < 0 else None
+        if variant is not None:
+            return variant, float(self.totals(np.array([variant]), total)[-1])
         tokens, after = self.lattice.segment_at(self._texts[word_id], total)
-        return self.add(tokens), after
+        key = (word_id, tuple(tokens))
+        if key not in self._searched:
+            self._searched[key] = self.add(tokens)
+        return self._searched[key], after
 
     def totals(self, ids: NDArray[np.int64], total: float) -> NDArray[np.float32]:
         """Running total before each word and behind the last, as 32-bit additions make it, float32 [words + 1]."""
-        counts = self._spans[1][ids]
-        ends = np.cumsum(counts)
-        places = np.repeat(self._spans[0][ids] - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
-        running: NDArray[np.float32] = np.add.accumulate(
-            np.concatenate([np.array([total], np.float32), self._scores[places]])
-        )
-        before: NDArray[np.float32] = running[np.concatenate([[0], ends])]
-        return before
+        counts = self._spans[1].take(ids)
+        ends = np.concatenate([[0], np.cumsum(counts)])
+        places = np.arange(ends[-1]) + np.repeat(self._spans[0].take(ids) - ends[:-1], counts)
+        scores = self._scores.take(places)
+        running: NDArray[np.float32] = np.add.accumulate(np.concatenate([np.array([total], np.float32), scores]))
+        return running.take(ends)
 
 
 class UnigramEncoder(WordEncoder):
     """Encodes documents by words with a unigram model, exactly as SentencePiece encodes them whole.
 
-    Most words of most documents have one segmentation whatever stands before them. The others are few; they are looked
-    up for the range in which the running total lies. Documents that are long enough to make SentencePiece start again
-    from zero are followed addition by addition.
+    Most words of most documents have one segmentation whatever stands before them. Documents with others, and those
+    long enough to make SentencePiece start again from zero, are followed: sums of words in exact arithmetic bound the
+    running total well enough for most words, and it is added up as SentencePiece does only where it must be known.
 
     Args:
         rule: see `WordEncoder`.
@@ -160,12 +177,13 @@ class UnigramEncoder(WordEncoder):
     ) -> None:
         self._lattice = lattice
         self._normalize = normalize
+        self._rounding = rounding
         # Twice the rounding: once for the additions, once for words whose segmentation is not the best one.
-        self._over = 1.0 + 2.0 * rounding
-        self._under = 1.0 - 2.0 * rounding
+        self._over = (1.0 + rounding) ** 2
+        self._under = (1.0 - rounding) ** 2
         self._known_search = known_search
-        # Whether the last document of the window before goes on in this one.
-        self._unfinished = False
+        # Running total of a document that goes on in the next window.
+        self._carried: float | None = None
         super().__init__(rule, encode_words, encode_words, encode_whole, dtype, eod)
 
     def _make_table(self, encode_words: Callable[[list[bytes]], list[WordTokens]], dtype: np.dtype) -> WordTable:
@@ -173,82 +191,94 @@ class UnigramEncoder(WordEncoder):
         return self._words
 
     def _settle(self, ids: NDArray[np.int64], closes: NDArray[np.int64]) -> None:
+        words = self._words
         first = np.concatenate([[0], closes + 1])
         last = np.concatenate([closes, [len(ids)]])
-        self._refuse_unfinished(ids, first, last)
-        running = np.concatenate([[0.0], np.cumsum(self._words.weights[ids])])
-        starts = running[:-1] - np.repeat(running[first], np.minimum(last + 1, len(ids)) - first)
-        doubtful = np.searchsorted(closes, np.flatnonzero(starts * self._over > self._words.limits[ids]))
-        long = np.flatnonzero((running[last] - running[first]) * self._over > RESET / 2)
-        for document in np.unique(np.concatenate([doubtful, long])).tolist():
-            span = slice(first[document], last[document])
-            if not self._settle_document(ids[span], starts[span]):
-                ids[span] = POISON
+        limited = np.flatnonzero(words.limited.take(ids))
+        # Sums between the places that matter; the last is behind all words.
+        marks = np.unique(np.concatenate([first, limited, [len(ids)]]))
+        sums = np.add.reduceat(np.append(words.weights.take(ids), 0.0), marks)
+        before = np.cumsum(sums) - sums
+        origins = before[np.searchsorted(marks, first)]
+        ends = np.append(origins[1:], before[-1]) - origins
+        owners = np.searchsorted(first, limited, side="right") - 1
+        starts = before[np.searchsorted(marks, limited)] - origins[owners]
+        follow = ends * self._over - words.deepest >= RESET - _SPARE
+        # At the very beginning the total is 0 and a word's own tokens are those of the text.
+        follow[owners[(starts * self._over > words.limits.take(ids[limited])) & (starts > 0.0)]] = True
+        follow[0] |= self._carried is not None
+        follow[-1] |= first[-1] < len(ids)
+        for document in np.flatnonzero(follow).tolist():
+            goes_on = document == len(closes)
+            total = self._carried or 0.0 if document == 0 else 0.0
+            after = self._settle_document(ids[first[document] : last[document]], total, goes_on)
+            self._carried = after if goes_on else None
 
-    def _refuse_unfinished(self, ids: NDArray[np.int64], first: NDArray[np.int64], last: NDArray[np.int64]) -> None:
-        """Documents larger than a window are encoded whole: their totals are not kept from window to window."""
-        if self._unfinished:
-            ids[first[0] : last[0]] = POISON
-        self._unfinished = bool(first[-1] < len(ids))
-        if self._unfinished:
-            ids[first[-1] :] = POISON
-
-    def _settle_document(self, ids: NDArray[np.int64], starts: NDArray[np.float64]) -> bool:
-        """Choose each word's segmentation in one document; False if it must be encoded whole.
+    def _settle_document(self, ids: NDArray[np.int64], total: float, goes_on: bool) -> float:
+        """Choose the words of a document that depend on what stands before them, or mark them to be encoded whole.
 
         Args:
-            ids: the document's words, changed in place.
-            starts: size of the running total before each word in exact arithmetic.
-        """
-        words = self._words
-        if not self._known_search:
-            return False
-        end = (starts[-1] + words.weights[ids[-1]]) * self._over
-        if end - words.depths[ids].min() >= RESET - 1.0:
-            return self._follow(ids)
-        # At the very beginning the total is 0 and a word's own tokens are those of the text.
-        doubtful = np.flatnonzero((starts * self._over > words.limits[ids]) & (starts > 0.0))
-        exponents = np.frexp(starts[doubtful] * self._under)[1]
-        strayed = 0.0
-        for place, start, exponent in zip(
-            doubtful.tolist(), starts[doubtful].tolist(), exponents.tolist(), strict=True
-        ):
-            variant = words.variant(int(ids[place]), exponent)
-            if variant is None:
-                return False
-            # Another segmentation scores a little less, which the bounds on later totals allow for.
-            strayed += abs(words.weights[variant] - words.weights[ids[place]])
-            highest = start * self._over - words.depths[variant]
-            if highest >= 2.0**exponent - 1.0 or strayed > start * (self._over - 1.0) / 2:
-                return self._follow(ids)
-            ids[place] = variant
-        return True
+            ids: the words of the document in this window, changed in place.
+            total: running total before them.
+            goes_on: whether the total behind them is wanted.
 
-    def _follow(self, ids: NDArray[np.int64]) -> bool:
-        """Follow the running total through a document, addition by addition."""
+        Returns:
+            The running total behind them, if it is wanted.
+        """
+        if not self._known_search:
+            ids[:] = POISON
+        if POISON in ids:
+            return 0.0
         words = self._words
-        total = 0.0
         done = 0
         while done < len(ids):
-            part = ids[done : done + _STEP]
-            totals = words.totals(part, total)
-            starts = -totals[:-1].astype(np.float64)
-            special = (np.abs(starts) > words.limits[part]) | (starts - words.depths[part] >= RESET - 1.0)
-            stop = int(np.argmax(special)) if special.any() else len(part)
+            rest = ids[done : done + _MOST_FOLLOWED]
+            part, stop, sure = self._bounded(rest, total)
+            if stop == sure == len(ids) - done and not goes_on:
+                ids[done:] = part
+                break
+            totals = words.totals(part[:stop], total)
+            restarts = np.flatnonzero(-totals[sure:-1] - words.depths.take(part[sure:stop]) >= RESET - _SPARE)
+            stop = sure + int(restarts[0]) if len(restarts) else stop
+            ids[done : done + stop] = part[:stop]
             total = float(totals[stop])
             done += stop
-            if stop < len(part):
-                ids[done], total = self._at(int(ids[done]), total)
+            if stop < len(rest):
+                ids[done], total = words.at(int(ids[done]), total)
                 done += 1
-        return True
+        return total
 
-    def _at(self, word_id: int, total: float) -> tuple[int, float]:
-        """One word at a running total: from its variants if they cover it, otherwise searched anew."""
-        exponent = int(np.frexp(-total)[1])
-        variant = self._words.variant(word_id, exponent)
-        if variant is not None and total < 0:
-            after = float32(self._words.totals(np.array([variant], dtype=np.int64), total)[-1])
-            inside = -(total + self._words.depths[variant])
-            if inside < min(2.0**exponent, RESET) - 1.0:
-                return variant, after
-        return self._words.at(word_id, total)
+    def _bounded(self, ids: NDArray[np.int64], total: float) -> tuple[NDArray[np.int64], int, int]:
+        """Choose words by bounds on the running total, as far as the bounds decide.
+
+        The total before a word is the known one and the sum of the words since, in exact arithmetic and their first
+        segmentations. It is off by the rounding of its additions, which `rounding` bounds, and by what the words
+        changed here score less, which is watched to stay below the same bound.
+
+        Args:
+            ids: words of a document.
+            total: running total before them, a 32-bit float.
+
+        Returns:
+            The words with their segmentations, how many of them are settled if SentencePiece does not start again from
+            zero before, and how many stand where it certainly does not.
+        """
+        words = self._words
+        weights = words.weights.take(ids)
+        starts = np.cumsum(weights)
+        starts -= weights
+        starts -= total
+        sure, stop = np.searchsorted(starts, [(RESET - _SPARE + words.deepest) / self._over, RESET / self._under])
+        part = ids[:stop].copy()
+        doubtful = np.flatnonzero(words.limited.take(part))
+        doubtful = doubtful[(starts[doubtful] * self._over > words.limits.take(part[doubtful])) & (starts[doubtful] > 0)]
+        strayed = 0.0
+        for place, start in zip(doubtful.tolist(), starts[doubtful].tolist(), strict=True):
+            variant = words.between(int(part[place]), start * self._under, start * self._over)
+            if variant is None:
+                return part, place, min(int(sure), place)
+            strayed += abs(words.weights[variant] - words.weights[part[place]])
+            if strayed > start * self._rounding:
+                return part, place, min(int(sure), place)
+            part[place] = variant
+        return part, int(stop), min(int(sure), int(stop))
