@@ -19,7 +19,10 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["RESET", "WORST_ROUNDING", "Segmentation", "UnigramLattice", "float32"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["RESET", "WORST_ROUNDING", "Segmentation", "UnigramLattice", "float32", "limit_of_total"]
 
 RESET = 100_000.0
 """Size of the running total beyond which the search starts again from zero."""
@@ -75,6 +78,16 @@ class UnigramLattice:
         self._unknown_score = float32(min(score for _, score in pieces.values()) - _UNKNOWN_PENALTY)
         self._byte_ids = byte_ids
 
+    @property
+    def prefixes(self) -> dict[str, float | None]:
+        """Score of each piece, and None for each beginning of a piece that is none itself."""
+        return {text: score if piece >= 0 else None for text, (piece, score) in self._pieces.items()}
+
+    @property
+    def unknown_score(self) -> float:
+        """Score of a character that is no piece."""
+        return self._unknown_score
+
     def segment(self, word: str) -> Segmentation:
         """Segment a word in exact arithmetic, and tell how far that holds.
 
@@ -83,7 +96,8 @@ class UnigramLattice:
         """
         search = self._search(word, 0.0, operator.add)
         tokens, scores, gap = self._path(word, search)
-        return Segmentation(tokens, scores, _limit(gap, len(word), min(search.totals)), min(search.totals))
+        deepest = min(search.totals)
+        return Segmentation(tokens, scores, float(limit_of_total(gap, len(word), deepest)), deepest)
 
     def segment_in_range(self, word: str, exponent: int) -> Segmentation | None:
         """Segment a word that begins and ends at totals between -2**exponent and -2**(exponent - 1).
@@ -191,19 +205,18 @@ class _Search:
     gaps: list[float]
 
 
-def _limit(gap: float, size: int, deepest: float) -> float:
+def limit_of_total(
+    gap: float | NDArray[np.float64], size: int | NDArray[np.int64], deepest: float | NDArray[np.float64]
+) -> NDArray[np.float64]:
     """Largest total before a word of `size` characters with which rounding cannot close a gap.
 
     Each of the two sums compared is off by at most half a unit for each character, so the gap must exceed `size` units.
     Totals below 2**exponent have units of at most 2**(exponent - 24), and the totals inside the word must be below too.
     """
-    unit = gap / max(1, size) - 1e-9
-    if unit <= 0:
-        return -1.0
-    if math.isinf(unit):
-        return math.inf
-    exponent = math.frexp(unit)[1] - 1 + _MANTISSA_BITS
-    return math.ldexp(1.0, min(exponent, 1000)) + deepest - 1.0
+    unit = gap / np.maximum(size, 1) - 1e-9
+    exponent = np.where(np.isinf(unit), 1000, np.frexp(unit)[1] - 1 + _MANTISSA_BITS)
+    limit: NDArray[np.float64] = np.where(unit > 0, np.ldexp(1.0, exponent) + deepest - 1.0, -1.0)
+    return limit
 
 
 def _shift(totals: list[float], start: int, add: Callable[[float, float], float]) -> None:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from more_megatron.data.unigram import RESET, UnigramLattice, float32
+from more_megatron.data.unigram import RESET, UnigramLattice
+from more_megatron.data.unigram_batch import Segmentations, WordBatches
 from more_megatron.data.wordencoder import CutRule, WordEncoder
 from more_megatron.data.wordtable import POISON, WordTable, WordTokens
 
@@ -14,6 +16,8 @@ __all__ = ["UnigramEncoder", "UnigramTable", "search_is_known"]
 
 _KNOWN_VERSIONS = ("0.2.3",)
 _MOST_FOLLOWED = 1 << 14
+# As many words as take the same time together as one by one.
+_BATCH = 24
 # More than what rounding inside a word can add up to.
 _SPARE = 1.0
 
@@ -49,11 +53,12 @@ class UnigramTable(WordTable):
     ) -> None:
         self.lattice = lattice
         self._normalize = normalize
+        self._batches: WordBatches | None = None
         self.weights = np.zeros(1024)
         self.limits = np.full(1024, np.inf)
         self.limited = np.zeros(1024, dtype=bool)
         self.depths = np.zeros(1024)
-        self._spans = np.zeros((2, 1024), dtype=np.int64)
+        self._spans = np.zeros((1024, 2), dtype=np.int64)
         self._scores = np.zeros(1024, dtype=np.float32)
         self._texts: dict[int, str] = {}
         self._variants: dict[tuple[int, int], int | None] = {}
@@ -69,38 +74,44 @@ class UnigramTable(WordTable):
         self._variants.clear()
         self._searched.clear()
 
-    def add(self, tokens: Sequence[int]) -> int:
-        """Store tokens that no word of a text spells; they weigh nothing."""
-        word_id = super().add(tokens)
-        if word_id >= len(self.weights):
-            size = max(2 * len(self.weights), word_id + 1)
+    def _reserve(self, rows: int) -> None:
+        super()._reserve(rows)
+        size = len(self._counts)
+        if size > len(self.weights):
             self.weights, self.limits, self.depths, self.limited = (
                 np.resize(facts, size) for facts in (self.weights, self.limits, self.depths, self.limited)
             )
-            self._spans = np.resize(self._spans.T, (size, 2)).T
-        self._keep(word_id, [], np.inf, 0.0)
-        return word_id
+            self._spans = np.resize(self._spans, (size, 2))
 
-    def _added(self, word: bytes, word_id: int) -> None:
-        if word_id == POISON:
-            return
-        text = self._normalize(word)
-        found = self.lattice.segment(text)
-        self._keep(word_id, found.scores, found.limit, found.deepest)
-        self._texts[word_id] = text
+    def _add_all(self, words: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        ids = super()._add_all(words)
+        self._keep(ids, Segmentations.empty(len(ids)))
+        return ids
 
-    def _keep(self, word_id: int, scores: Sequence[float], limit: float, deepest: float) -> None:
-        first, last = self._scores_used, self._scores_used + len(scores)
+    def _added(self, words: list[bytes], ids: NDArray[np.int64]) -> None:
+        texts = [self._normalize(word) for word in words]
+        self._texts.update(zip(ids.tolist(), texts, strict=True))
+        if len(texts) >= _BATCH:
+            if self._batches is None:
+                self._batches = WordBatches(self.lattice.prefixes, self.lattice.unknown_score)
+            self._keep(ids, self._batches.segment(texts))
+        else:
+            self._keep(ids, Segmentations.of([self.lattice.segment(text) for text in texts]))
+
+    def _keep(self, ids: NDArray[np.int64], found: Segmentations) -> None:
+        ends = np.cumsum(found.counts) + self._scores_used
+        last = int(ends[-1])
         if last > len(self._scores):
-            self._scores = np.concatenate([self._scores, np.zeros(max(last, len(self._scores)), dtype=np.float32)])
-        self._scores[first:last] = scores
+            self._scores = np.resize(self._scores, 2 * last)
+        self._scores[self._scores_used : last] = found.scores
         self._scores_used = last
-        self._spans[:, word_id] = (first, last - first)
-        self.weights[word_id] = -sum(scores)
-        self.limits[word_id] = limit
-        self.limited[word_id] = limit < RESET
-        self.depths[word_id] = deepest
-        self.deepest = min(self.deepest, deepest)
+        self._spans[ids, 0] = ends - found.counts
+        self._spans[ids, 1] = found.counts
+        self.weights[ids] = found.weights
+        self.limits[ids] = found.limits
+        self.limited[ids] = found.limits < RESET
+        self.depths[ids] = found.depths
+        self.deepest = min(self.deepest, float(found.depths.min()))
 
     def between(self, word_id: int, least: float, most: float) -> int | None:
         """Id of a word in its segmentation at all running totals of two sizes and between; None if they differ.
@@ -118,9 +129,10 @@ class UnigramTable(WordTable):
         key = (word_id, exponent)
         if key not in self._variants:
             found = self.lattice.segment_in_range(self._texts[word_id], exponent)
-            self._variants[key] = None if found is None else self.add(found.tokens)
+            self._variants[key] = None
             if found is not None:
-                self._keep(self._variants[key], found.scores, np.inf, found.deepest)
+                self._variants[key] = variant = self.add(found.tokens)
+                self._keep(np.array([variant]), Segmentations.of([replace(found, limit=math.inf)]))
         return self._variants[key]
 
     def at(self, word_id: int, total: float) -> tuple[int, float]:
@@ -136,9 +148,9 @@ class UnigramTable(WordTable):
 
     def totals(self, ids: NDArray[np.int64], total: float) -> NDArray[np.float32]:
         """Running total before each word and behind the last, as 32-bit additions make it, float32 [words + 1]."""
-        counts = self._spans[1].take(ids)
+        firsts, counts = self._spans.take(ids, axis=0).T
         ends = np.concatenate([[0], np.cumsum(counts)])
-        places = np.arange(ends[-1]) + np.repeat(self._spans[0].take(ids) - ends[:-1], counts)
+        places = np.arange(ends[-1]) + np.repeat(firsts - ends[:-1], counts)
         scores = self._scores.take(places)
         running: NDArray[np.float32] = np.add.accumulate(np.concatenate([np.array([total], np.float32), scores]))
         return running.take(ends)
@@ -271,7 +283,8 @@ class UnigramEncoder(WordEncoder):
         sure, stop = np.searchsorted(starts, [(RESET - _SPARE + words.deepest) / self._over, RESET / self._under])
         part = ids[:stop].copy()
         doubtful = np.flatnonzero(words.limited.take(part))
-        doubtful = doubtful[(starts[doubtful] * self._over > words.limits.take(part[doubtful])) & (starts[doubtful] > 0)]
+        before = starts[doubtful]
+        doubtful = doubtful[(before * self._over > words.limits.take(part[doubtful])) & (before > 0.0)]
         strayed = 0.0
         for place, start in zip(doubtful.tolist(), starts[doubtful].tolist(), strict=True):
             variant = words.between(int(part[place]), start * self._under, start * self._over)

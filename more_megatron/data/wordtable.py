@@ -8,6 +8,7 @@ look-up is exact and a whole window of text costs a few dozen numpy calls. Where
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,15 +77,20 @@ class WordTable:
         Returns:
             Its id.
         """
-        segments = max(1, -(-len(tokens) // _ROW))
-        first = self._used
-        self._reserve(first + segments)
-        rows = self._rows[first : first + segments].reshape(-1)
-        rows[:] = self._blank
-        rows[: len(tokens)] = tokens
-        self._counts[first] = len(tokens)
-        self._used += segments
-        return first
+        return int(self._add_all([tokens])[0])
+
+    def _add_all(self, words: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+        counts = np.array([len(tokens) for tokens in words])
+        segments = np.maximum(1, -(-counts // _ROW))
+        ends = np.cumsum(segments) + self._used
+        ids: NDArray[np.int64] = ends - segments
+        self._reserve(int(ends[-1]))
+        self._rows[self._used : ends[-1]] = self._blank
+        places = np.arange(counts.sum()) + np.repeat(ids * _ROW - (np.cumsum(counts) - counts), counts)
+        self._rows.reshape(-1)[places] = np.fromiter(chain.from_iterable(words), self._rows.dtype, len(places))
+        self._counts[ids] = counts
+        self._used = int(ends[-1])
+        return ids
 
     def look_up(self, text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
         """Find words, encoding those that are new.
@@ -153,14 +159,17 @@ class WordTable:
     def _learn(self, words: list[bytes]) -> list[bytes]:
         """Encode the words that are new into the dictionary; returns them."""
         new = list(dict.fromkeys(word for word in words if word not in self._others))
-        if new:
-            for word, tokens in zip(new, self._encode(new), strict=True):
-                self._others[word] = POISON if tokens is None else self.add(tokens)
-                self._added(word, self._others[word])
+        found = list(zip(new, self._encode(new) if new else [], strict=True))
+        self._others.update((word, POISON) for word, tokens in found if tokens is None)
+        known = [word for word, tokens in found if tokens is not None]
+        if known:
+            ids = self._add_all([tokens for _, tokens in found if tokens is not None])
+            self._others.update(zip(known, ids.tolist(), strict=True))
+            self._added(known, ids)
         return new
 
-    def _added(self, word: bytes, word_id: int) -> None:
-        """Called for each word that is learnt; a table that knows more of its words keeps it here."""
+    def _added(self, words: list[bytes], ids: NDArray[np.int64]) -> None:
+        """Called for words that are learnt; a table that knows more of its words keeps it here."""
 
     def _move_to_slots(
         self,

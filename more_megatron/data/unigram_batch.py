@@ -1,0 +1,176 @@
+"""The segmentations of many words of a unigram model at once, in exact arithmetic.
+
+The search is that of `UnigramLattice.segment`, one step for the n-th characters of all words together, so that the
+words of a first window cost some hundred numpy calls and not a loop over the pieces of each.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from more_megatron.data.unigram import Segmentation, limit_of_total
+
+__all__ = ["Segmentations", "WordBatches"]
+
+_CHARACTER_BITS = 21
+
+
+@dataclass(frozen=True)
+class Segmentations:
+    """Words in pieces; see `Segmentation`.
+
+    Args:
+        scores: score of each piece, word after word, float32 [pieces].
+        counts: pieces of each word, int64 [words].
+        weights: sum of each word's scores with its sign changed, float64 [words].
+        limits: size of the running total up to which each segmentation holds, float64 [words].
+        depths: lowest total inside each word, float64 [words].
+    """
+
+    scores: NDArray[np.float32]
+    counts: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    limits: NDArray[np.float64]
+    depths: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, words: Sequence[Segmentation]) -> "Segmentations":
+        """Put words together that were segmented one by one."""
+        return cls(
+            scores=np.array([score for word in words for score in word.scores], dtype=np.float32),
+            counts=np.array([len(word.scores) for word in words]),
+            weights=np.array([-sum(word.scores) for word in words]),
+            limits=np.array([word.limit for word in words]),
+            depths=np.array([word.deepest for word in words]),
+        )
+
+    @classmethod
+    def empty(cls, count: int) -> "Segmentations":
+        """Words without pieces."""
+        return cls.of([Segmentation([], [], np.inf, 0.0)] * count)
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """Pieces that stand in the words, in the order of where in their word they begin.
+
+    Args:
+        starts: place before each piece.
+        ends: place behind it.
+        scores: its score.
+        bounds: number of edges that begin before the n-th character of their word.
+    """
+
+    starts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    bounds: list[int]
+
+
+class WordBatches:
+    """Segments words with the pieces of a unigram model.
+
+    Args:
+        prefixes: score of each piece, and None for each beginning of a piece that is none itself.
+        unknown_score: score of a character that is no piece.
+    """
+
+    def __init__(self, prefixes: Mapping[str, float | None], unknown_score: float) -> None:
+        nodes = {prefix: node for node, prefix in enumerate(prefixes, start=1)}
+        nodes[""] = 0
+        keys = np.array([(nodes[prefix[:-1]] << _CHARACTER_BITS) + ord(prefix[-1]) for prefix in prefixes])
+        order = np.argsort(keys)
+        self._keys = keys[order]
+        self._nodes = order + 1
+        self._scores = np.array([np.nan, *(np.nan if score is None else score for score in prefixes.values())])
+        self._unknown_score = unknown_score
+
+    def segment(self, words: Sequence[str]) -> Segmentations:
+        """Segment words.
+
+        Args:
+            words: normalised texts with their U+2581.
+        """
+        sizes = np.array([len(word) for word in words])
+        # A word of n characters has n + 1 places.
+        last = np.cumsum(sizes + 1) - 1
+        first = last - sizes
+        edges = self._edges(words, sizes)
+        count = len(words) + int(sizes.sum())
+        totals = np.full(count, -np.inf)
+        totals[first] = 0.0
+        gaps = np.full(count, np.inf)
+        origins = np.zeros(count, dtype=np.int64)
+        taken = np.zeros(count, dtype=np.float32)
+        for begin, end in zip(edges.bounds, edges.bounds[1:], strict=False):
+            # No two of these pieces end at the same place.
+            starts, ends, scores = edges.starts[begin:end], edges.ends[begin:end], edges.scores[begin:end]
+            offered = totals[starts] + scores
+            best = totals[ends]
+            better = offered > best
+            gaps[ends] = np.where(better, offered - best, np.minimum(gaps[ends], best - offered))
+            totals[ends] = np.maximum(offered, best)
+            origins[ends[better]] = starts[better]
+            taken[ends[better]] = scores[better]
+        on_path, least = _paths(first, last, origins, gaps)
+        depths = np.minimum.reduceat(totals, first)
+        return Segmentations(
+            scores=taken[on_path],
+            counts=np.add.reduceat(on_path, first, dtype=np.int64),
+            weights=-totals[last],
+            limits=limit_of_total(least, sizes, depths),
+            depths=depths,
+        )
+
+    def _edges(self, words: Sequence[str], sizes: NDArray[np.int64]) -> _Edges:
+        codes = np.frombuffer("".join(words).encode("utf-32-le"), dtype="<u4").astype(np.int64)
+        owners = np.repeat(np.arange(len(sizes)), sizes)
+        offsets = np.arange(len(codes)) - (np.cumsum(sizes) - sizes)[owners]
+        left = sizes[owners] - offsets
+        unknown = np.ones(len(codes), dtype=bool)
+        starts, lengths, scores = [], [], []
+        chars = np.arange(len(codes))
+        nodes = np.zeros(len(codes), dtype=np.int64)
+        length = 0
+        while len(chars):
+            keys = (nodes << _CHARACTER_BITS) + codes[chars + length]
+            places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+            known = self._keys[places] == keys
+            chars, nodes = chars[known], self._nodes[places[known]]
+            length += 1
+            pieces = ~np.isnan(self._scores[nodes])
+            if length == 1:
+                unknown[chars[pieces]] = False
+            starts.append(chars[pieces])
+            lengths.append(np.full(len(starts[-1]), length))
+            scores.append(self._scores[nodes[pieces]])
+            more = left[chars] > length
+            chars, nodes = chars[more], nodes[more]
+        starts.append(np.flatnonzero(unknown))
+        lengths.append(np.ones(len(starts[-1]), dtype=np.int64))
+        scores.append(np.full(len(starts[-1]), self._unknown_score))
+        first = np.concatenate(starts)
+        order = np.argsort(offsets[first], kind="stable")
+        first = first[order]
+        bounds = np.searchsorted(offsets[first], np.arange(sizes.max(initial=0) + 1))
+        before = first + owners[first]
+        return _Edges(before, before + np.concatenate(lengths)[order], np.concatenate(scores)[order], bounds.tolist())
+
+
+def _paths(
+    first: NDArray[np.int64], last: NDArray[np.int64], origins: NDArray[np.int64], gaps: NDArray[np.float64]
+) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """Places behind the pieces of each word's best way, and the least gap to a second one on it."""
+    on_path = np.zeros(len(gaps), dtype=bool)
+    least = np.full(len(first), np.inf)
+    words = np.flatnonzero(first < last)
+    here = last[words]
+    while len(words):
+        on_path[here] = True
+        least[words] = np.minimum(least[words], gaps[here])
+        here = origins[here]
+        inside = here > first[words]
+        words, here = words[inside], here[inside]
+    return on_path, least
