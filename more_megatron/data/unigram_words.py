@@ -216,17 +216,56 @@ class UnigramEncoder(WordEncoder):
         owners = np.searchsorted(first, limited, side="right") - 1
         starts = before[np.searchsorted(marks, limited)] - origins[owners]
         follow = ends * self._over - words.deepest >= RESET - _SPARE
-        # At the very beginning the total is 0 and a word's own tokens are those of the text.
-        follow[owners[(starts * self._over > words.limits.take(ids[limited])) & (starts > 0.0)]] = True
         follow[0] |= self._carried is not None
         follow[-1] |= first[-1] < len(ids)
+        chosen = self._doubtful(ids, limited, starts) & ~follow[owners]
+        for document in np.unique(owners[chosen]).tolist():
+            here = chosen & (owners == document)
+            variants = self._variants(ids, limited[here], starts[here])
+            follow[document] = len(variants) < np.count_nonzero(here)
+            if not follow[document]:
+                ids[limited[here]] = variants
         for document in np.flatnonzero(follow).tolist():
             goes_on = document == len(closes)
-            total = self._carried or 0.0 if document == 0 else 0.0
-            after = self._settle_document(ids[first[document] : last[document]], total, goes_on)
+            total = self._carried if document == 0 else None
+            after = self._follow(ids[first[document] : last[document]], total or 0.0, goes_on)
             self._carried = after if goes_on else None
 
-    def _settle_document(self, ids: NDArray[np.int64], total: float, goes_on: bool) -> float:
+    def _doubtful(
+        self, ids: NDArray[np.int64], places: NDArray[np.int64], starts: NDArray[np.float64]
+    ) -> NDArray[np.bool_]:
+        """Which of some words may need other tokens than their own at totals of some sizes in exact arithmetic."""
+        # At the very beginning the total is 0 and a word's own tokens are those of the text.
+        return (starts * self._over > self._words.limits.take(ids[places])) & (starts > 0.0)
+
+    def _variants(self, ids: NDArray[np.int64], places: NDArray[np.int64], starts: NDArray[np.float64]) -> list[int]:
+        """Other segmentations of doubtful words of a document, as many of them as bounds on the running total decide.
+
+        The total before a word lies near the sum of the words before in exact arithmetic and their own segmentations.
+        It is off by the rounding of its additions, which `rounding` bounds, and by what words chosen here score less,
+        which is watched to stay below the same bound.
+
+        Args:
+            ids: words.
+            places: the doubtful ones.
+            starts: size of the running total before each of them in exact arithmetic.
+        """
+        words = self._words
+        variants: list[int] = []
+        if not self._known_search:
+            return variants
+        strayed = 0.0
+        for word_id, start in zip(ids[places].tolist(), starts.tolist(), strict=True):
+            variant = words.between(word_id, start * self._under, start * self._over)
+            if variant is None:
+                break
+            strayed += abs(words.weights[variant] - words.weights[word_id])
+            if strayed > start * self._rounding:
+                break
+            variants.append(variant)
+        return variants
+
+    def _follow(self, ids: NDArray[np.int64], total: float, goes_on: bool) -> float:
         """Choose the words of a document that depend on what stands before them, or mark them to be encoded whole.
 
         Args:
@@ -263,10 +302,6 @@ class UnigramEncoder(WordEncoder):
     def _bounded(self, ids: NDArray[np.int64], total: float) -> tuple[NDArray[np.int64], int, int]:
         """Choose words by bounds on the running total, as far as the bounds decide.
 
-        The total before a word is the known one and the sum of the words since, in exact arithmetic and their first
-        segmentations. It is off by the rounding of its additions, which `rounding` bounds, and by what the words
-        changed here score less, which is watched to stay below the same bound.
-
         Args:
             ids: words of a document.
             total: running total before them, a 32-bit float.
@@ -282,16 +317,10 @@ class UnigramEncoder(WordEncoder):
         starts -= total
         sure, stop = np.searchsorted(starts, [(RESET - _SPARE + words.deepest) / self._over, RESET / self._under])
         part = ids[:stop].copy()
-        doubtful = np.flatnonzero(words.limited.take(part))
-        before = starts[doubtful]
-        doubtful = doubtful[(before * self._over > words.limits.take(part[doubtful])) & (before > 0.0)]
-        strayed = 0.0
-        for place, start in zip(doubtful.tolist(), starts[doubtful].tolist(), strict=True):
-            variant = words.between(int(part[place]), start * self._under, start * self._over)
-            if variant is None:
-                return part, place, min(int(sure), place)
-            strayed += abs(words.weights[variant] - words.weights[part[place]])
-            if strayed > start * self._rounding:
-                return part, place, min(int(sure), place)
-            part[place] = variant
-        return part, int(stop), min(int(sure), int(stop))
+        places = np.flatnonzero(words.limited.take(part))
+        places = places[self._doubtful(part, places, starts[places])]
+        variants = self._variants(part, places, starts[places])
+        part[places[: len(variants)]] = variants
+        if len(variants) < len(places):
+            stop = places[len(variants)]
+        return part, int(stop), int(min(sure, stop))
