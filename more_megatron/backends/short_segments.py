@@ -101,7 +101,9 @@ class _ShortSegmentAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tiles: _Tiles = ctx.tiles
-        padded, all_weights = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        # Read once: recomputation does not give them twice.
+        saved = ctx.saved_tensors
+        padded, all_weights = saved[:3], saved[3:]
         grads = [torch.empty_like(x) for x in padded]
         # What padding attends to gets no gradient from it.
         grad_context = torch.zeros_like(padded[0]).index_copy_(0, tiles.places, _heads(grad))

@@ -1,5 +1,7 @@
 """From input files to an indexed dataset: plan, workers, joining, manifest."""
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -24,6 +26,10 @@ from more_megatron.data.tasks import Task, plan_tasks, read_batches, task_bytes
 from more_megatron.data.tokenizers import Tokenizer, build_encoder
 
 __all__ = ["Job", "preprocess"]
+
+# Names of malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -220,7 +226,16 @@ def _start_worker(
     # A worker alone would wait for ever: its queue stays open as long as any other worker lives.
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _keep_freed_memory()
     _worker = (workspace, build_encoder(tokenizer, append_eod), mode, counters)
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc not to give the arrays of a window back: those of the next would be faulted in again page by page."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_TRIM_THRESHOLD, 1 << 26)
+        mallopt(_M_MMAP_THRESHOLD, 1 << 25)
 
 
 def _die_with_parent() -> None:

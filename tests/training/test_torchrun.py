@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.corpus import write_corpus
-from tests.helpers.program import losses_by_iteration
+from tests.helpers.program import losses_by_iteration, pretrain_more
+from tests.helpers.ranks import alone
 from tests.helpers.training import TINY, TINY_ON_FILES
 
 _ROOT = Path(__file__).parents[2]
@@ -63,30 +64,30 @@ def _kill_ranks(process: subprocess.Popen) -> None:
     psutil.wait_procs(ranks, timeout=30)
 
 
-@pytest.mark.usefixtures("several_ranks")
 def test_killed_stopped_and_resumed_with_the_same_losses(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "corpus")
     save = tmp_path / "checkpoints"
     flags = (
         f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --expert-model-parallel-size 2 "
-        f"--hidden-dropout 0.1 --data-path {corpus} --split 1,0,0 --save {save} --load {save} --save-interval 2 "
-        "--exit-signal-handler"
+        f"--hidden-dropout 0.1 --data-path {corpus} --split 1,0,0 --save-interval 2 --exit-signal-handler"
     )
-    logs = [tmp_path / f"{name}.log" for name in ("killed", "stopped", "finished", "uninterrupted")]
-    with _torchrun(flags, logs[0]) as process:
-        _wait_for(lambda: " iteration        5/" in logs[0].read_text(), process, logs[0])
-        _kill_ranks(process)
-    with _torchrun(flags, logs[1]) as process:
-        _wait_for(lambda: " iteration        7/" in logs[1].read_text(), process, logs[1])
-        process.terminate()
-        process.wait(timeout=120)
-    stopped_at = int((save / "latest_checkpointed_iteration.txt").read_text())
-    assert stopped_at >= 7
-    with _torchrun(flags, logs[2]) as process:
-        assert process.wait(timeout=240) == 0, logs[2].read_text()[-3000:]
-    with _torchrun(flags.replace(str(save), str(tmp_path / "other")), logs[3]) as process:
-        assert process.wait(timeout=240) == 0, logs[3].read_text()[-3000:]
-    killed, stopped, finished, uninterrupted = (losses_by_iteration(log.read_text()) for log in logs)
+    resuming = f"{flags} --save {save} --load {save}"
+    logs = [tmp_path / f"{name}.log" for name in ("killed", "stopped", "finished")]
+    with alone(2):
+        with _torchrun(resuming, logs[0]) as process:
+            _wait_for(lambda: " iteration        5/" in logs[0].read_text(), process, logs[0])
+            _kill_ranks(process)
+        with _torchrun(resuming, logs[1]) as process:
+            _wait_for(lambda: " iteration        7/" in logs[1].read_text(), process, logs[1])
+            process.terminate()
+            process.wait(timeout=120)
+        stopped_at = int((save / "latest_checkpointed_iteration.txt").read_text())
+        assert stopped_at >= 7
+        with _torchrun(resuming, logs[2]) as process:
+            assert process.wait(timeout=240) == 0, logs[2].read_text()[-3000:]
+    killed, stopped, finished = (losses_by_iteration(log.read_text()) for log in logs)
+    ranks = pretrain_more(2, flags)
+    uninterrupted = losses_by_iteration("\n".join(rank.stdout for rank in ranks))
     assert list(uninterrupted) == list(range(1, _ITERATIONS + 1))
     assert min(stopped) in (5, 6)
     assert list(finished) == list(range(stopped_at + 1, _ITERATIONS + 1))
