@@ -1,5 +1,6 @@
 """What the server process imports before it forks ranks."""
 
+import gc
 import os
 
 import torch
@@ -16,3 +17,7 @@ initialize_platform()
 import megatron.core.tokenizers.text.text_tokenizer  # noqa: E402, F401
 
 import tests.helpers.reuse  # noqa: E402, F401
+
+# What is here now stays: no rank need look at it again, nor copy the pages that a look would write to.
+gc.collect()
+gc.freeze()

@@ -96,7 +96,9 @@ def _uniform(lowest: int) -> str:
 SYSTEMS = {
     "moe": System("--more-variant moe", tuple(LAYOUTS), varies=False),
     "recurrent_moe fixed": System(
-        "--more-variant recurrent_moe --recurrence-steps 3 --recurrence-backprop-steps 2", tuple(LAYOUTS), varies=False
+        "--more-variant recurrent_moe --recurrence-steps 3 --recurrence-backprop-steps 2",
+        (*_SPREAD, "pp2"),
+        varies=False,
     ),
     "recurrent_moe uniform": System(
         f"--more-variant recurrent_moe {_uniform(2)} --recurrence-backprop-steps 2", tuple(LAYOUTS)
