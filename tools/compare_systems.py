@@ -121,7 +121,7 @@ def _run(command: list[str], log: Path) -> list[str]:
 
 
 def _report(args: argparse.Namespace, results: list[Result]) -> str:
-    heads = ["system", "M parameters", "M active", "MFLOP a token", "tokens/s", "validation loss", "of it fell"]
+    heads = ["system", "M parameters", "M active", "MFLOP a token", "tokens/s", "validation loss", "fell by"]
     heads += [f"at r = {depth}" for depth in args.depths]
     rows = [heads, ["---"] * len(heads)]
     for result in results:
