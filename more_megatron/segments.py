@@ -11,7 +11,6 @@ import torch
 
 __all__ = ["Segments"]
 
-
 # Rectangles of each padded layout. More have less to pad, and cost more calls.
 _RECTANGLES = 4
 

@@ -12,8 +12,9 @@ import torch
 from more_megatron.platform import initialize_platform
 from tests.helpers.ranks import alone
 
-# One thread: the processes of the tests share the cores, and threads that wait for each other slow all of them down.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# One thread, here and in all that the tests start: these processes share the cores, and threads that wait for each
+# other slow all of them down.
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 # Before any test module imports Megatron.

@@ -40,7 +40,6 @@ _TINY_RUN = {
     "WARMUP_ITERS": "1",
     "LOG_INTERVAL": "1",
     "EVAL_ITERS": "0",
-    "OMP_NUM_THREADS": "1",
 }
 _TINY_DATA = "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 8 --split 1,0,0"
 

@@ -15,6 +15,7 @@ from more_megatron.data.wordtable import POISON, WordTable, WordTokens
 __all__ = ["UnigramEncoder", "UnigramTable", "search_is_known"]
 
 _KNOWN_VERSIONS = ("0.2.3",)
+# Words of a document that are bounded at a time: what lies behind a new start is bounded again.
 _MOST_FOLLOWED = 1 << 14
 # As many words as take the same time together as one by one.
 _BATCH = 24

@@ -17,7 +17,6 @@ from more_megatron.platform.packages import silence_absent_package_warnings
 
 __all__ = ["PickledQueue", "async_loop", "results_queue"]
 
-_manager: SyncManager | None = None
 _queue: PickledQueue | None = None
 
 
@@ -50,12 +49,12 @@ def results_queue(mp_mode: str = "spawn") -> PickledQueue:
     Args:
         mp_mode: How that process is started.
     """
-    global _manager, _queue
-    if _manager is None:
-        _manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-        _manager.start(initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_IGN))
-        _queue = PickledQueue(_manager.Queue())
-    assert _queue is not None
+    global _queue
+    if _queue is None:
+        manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
+        manager.start(initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_IGN))
+        # What a manager hands out holds on to it, and with it to its process.
+        _queue = PickledQueue(manager.Queue())
     return _queue
 
 

@@ -230,7 +230,6 @@ def splits() -> dict[str, Any]:
 
 def main(file: str) -> None:
     """Find everything out."""
-    torch.set_num_threads(1)
     os.environ.update(rank_environment(0, 1, free_port()))
     wanted: dict[str, Callable[[], Any]] = {
         "interchange": lambda: {name: interchange(name) for name in VARIANTS},

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 __all__ = ["shared_corpus", "write_corpus"]
+
+_SHARED = "MORE_TEST_CORPUS"
 
 
 def write_corpus(prefix: Path, documents: int = 200, vocab_size: int = 126, seed: int = 0) -> Path:
@@ -32,12 +35,14 @@ def write_corpus(prefix: Path, documents: int = 200, vocab_size: int = 126, seed
     return prefix
 
 
-@functools.cache
 def shared_corpus() -> Path:
-    """Write a corpus once for this test process, for runs that only need something to train on; return its prefix.
+    """Return the prefix of a corpus for runs that only need something to train on.
 
-    Megatron's `--mock-data` would take seconds more a run: it draws hundred millions of tokens and shuffles them.
+    It is written once for this process and all that it starts, and removed at its end. Megatron's `--mock-data` would
+    take seconds more a run: it draws hundred millions of tokens and shuffles them.
     """
-    folder = Path(tempfile.gettempdir(), f"more-tests-{os.getuid()}-{os.environ.get('PYTEST_XDIST_WORKER', 'only')}")
-    folder.mkdir(exist_ok=True)
-    return write_corpus(folder / "corpus")
+    if _SHARED not in os.environ:
+        folder = tempfile.mkdtemp(prefix="more-tests-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ[_SHARED] = str(write_corpus(Path(folder, "corpus")))
+    return Path(os.environ[_SHARED])

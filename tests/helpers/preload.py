@@ -1,15 +1,8 @@
 """What the server process imports before it forks ranks."""
 
 import gc
-import os
 
-import torch
-
-# Two cores serve all ranks; more threads only get in each other's way.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-from more_megatron.platform import initialize_platform  # noqa: E402
+from more_megatron.platform import initialize_platform
 
 initialize_platform()
 

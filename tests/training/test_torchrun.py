@@ -33,7 +33,6 @@ def _torchrun(flags: str, log: Path) -> Iterator[subprocess.Popen]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     try:
         yield process
