@@ -22,8 +22,8 @@ from more_megatron.backends import (
 )
 from more_megatron.backends.short_segments import are_short
 from more_megatron.segments import Segments
+from tests.helpers.models import small_config, start_ranks
 from tests.helpers.ranks import run_ranks
-from tests.moe.build import small_config, start_ranks
 
 _LENGTHS = [[3, 0, 4, 1], [0, 0, 5], [2], [0, 0], [7, 7]]
 

@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
-from tests.helpers.shell import PROJECT
+from tests.helpers.shell import PROJECT, linter
 
 _DOCKERFILE = PROJECT / "Dockerfile"
 _PROJECT_TABLE = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
@@ -67,9 +65,7 @@ class _Image:
 
 
 def test_hadolint_accepts() -> None:
-    if shutil.which("hadolint") is None:
-        pytest.skip("hadolint is not installed")
-    found = subprocess.run(["hadolint", _DOCKERFILE], capture_output=True, text=True)
+    found = subprocess.run([linter("hadolint"), _DOCKERFILE], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 

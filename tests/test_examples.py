@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from more_megatron.data.sample_text import write_sample_text
 from more_megatron.variants import VARIANTS
-from tests.helpers.shell import PROJECT, calls_of, parse, train_call
+from tests.helpers.shell import PROJECT, calls_of, linter, parse, train_call
 
 _SCRIPTS = sorted([*PROJECT.glob("examples/**/*.sh"), PROJECT / ".ci" / "run"])
 _ON_TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
@@ -20,9 +19,8 @@ _TEXT_BYTES = 120_000
 @pytest.mark.parametrize("script", _SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_bash_and_shellcheck_accept(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck") is not None:
-        found = subprocess.run(["shellcheck", "-x", script], cwd=PROJECT, capture_output=True, text=True)
-        assert found.returncode == 0, found.stdout
+    found = subprocess.run([linter("shellcheck"), "-x", script], cwd=PROJECT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import runpy
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from more_megatron.data.sample_text import write_sample_text
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import losses_by_iteration
 from tests.helpers.ranks import run_ranks
-from tests.helpers.shell import PROJECT, Call, calls_of
+from tests.helpers.shell import PROJECT, Call, calls_of, linter
 from tests.helpers.slurm import JOB_ID, job_variables, submit, write_slurm
 
 _SCRIPTS = sorted((PROJECT / "examples" / "slurm").glob("*.sbatch"))
@@ -47,9 +46,7 @@ _TINY_DATA = "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-
 @pytest.mark.parametrize("script", _SCRIPTS, ids=lambda path: path.name)
 def test_bash_and_shellcheck_accept(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    found = subprocess.run(["shellcheck", "-x", script], cwd=PROJECT, capture_output=True, text=True)
+    found = subprocess.run([linter("shellcheck"), "-x", script], cwd=PROJECT, capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.recurrence.depth import Depth
-from tests.moe.build import gpt_model, logits, small_config
+from tests.helpers.models import gpt_model, logits, small_config
 
 __all__ = [
     "BATCH",

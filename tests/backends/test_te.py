@@ -15,7 +15,7 @@ import torch
 from more_megatron.errors import MoREError
 from more_megatron.variants import VARIANTS, check_variant
 from tests.backends.stand_in import FP8_ROWS, Call
-from tests.moe.build import EXPERTS, HIDDEN, RECOMPUTATION, small_config
+from tests.helpers.models import EXPERTS, HIDDEN, RECOMPUTATION, small_config
 
 _ROOT = Path(__file__).parents[2]
 _LAYERS, _STEPS = 2, 3

@@ -23,10 +23,10 @@ from more_megatron.segments import Segments
 from more_megatron.variants import VARIANTS
 from tests.backends import stand_in
 from tests.backends.compare import BATCH, DEPTH, LENGTH, carry_over, contents, difference, gradient, lay, model_of, step
+from tests.helpers.models import HIDDEN, RECOMPUTATION, small_config, start_ranks
 from tests.helpers.ranks import free_port, rank_environment
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY
-from tests.moe.build import HIDDEN, RECOMPUTATION, small_config, start_ranks
 
 _FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
 OWN_EXPERTS = [name for name, variant in VARIANTS.items() if "experts" in variant.parts]

@@ -12,8 +12,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from more_megatron.errors import MoREError
 from more_megatron.experts.parameters import Placement, draw_parameter, grouped_parameter, sharded_parameters
 from more_megatron.experts.replication import enter_replicated, leave_replicated
+from tests.helpers.models import small_config, start_ranks
 from tests.helpers.ranks import run_ranks
-from tests.moe.build import small_config, start_ranks
 
 _EXPERTS = 4
 # Shape of one expert's weight and the dimension that is split over ranks.

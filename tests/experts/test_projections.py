@@ -13,10 +13,10 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from more_megatron.moe.layer import LayerInputs
 from more_megatron.recurrence.depth import Depth
 from more_megatron.recurrence.micro_batch import MicroBatch
+from tests.helpers.models import EXPERTS, HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY
-from tests.moe.build import EXPERTS, HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 
 _COEFFICIENT = 0.3
 _LENGTH, _BATCH = 8, 2

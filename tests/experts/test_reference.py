@@ -17,8 +17,8 @@ from more_megatron.recurrence.depth import Depth
 from more_megatron.recurrence.micro_batch import MicroBatch
 from more_megatron.recurrence.noise import state_noise
 from tests.experts.reference import LightExpert, ReferenceBlock, Shape
+from tests.helpers.models import HIDDEN, gpt_model, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
-from tests.moe.build import HIDDEN, gpt_model, small_config, start_ranks
 
 _LENGTH, _BATCH, _EXPERTS, _WIDTH = 12, 3, 6, 24
 _IDLE, _LONELY = 4, 2  # an expert without rows, and one with a single row

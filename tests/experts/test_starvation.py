@@ -9,8 +9,8 @@ from more_megatron.moe.coordinates import DISPATCHERS
 from more_megatron.moe.layer import LayerInputs
 from more_megatron.recurrence.depth import Depth
 from more_megatron.recurrence.micro_batch import MicroBatch
+from tests.helpers.models import EXPERTS, HIDDEN, gpt_model, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
-from tests.moe.build import EXPERTS, HIDDEN, gpt_model, small_config, start_ranks
 
 _LENGTH, _BATCH = 8, 2
 

@@ -9,7 +9,7 @@ import torch
 from megatron.core import dist_checkpointing
 
 from tests.backends.compare import model_of, sharded, step
-from tests.moe.build import EXPERTS, start_ranks
+from tests.helpers.models import EXPERTS, start_ranks
 
 # Large enough for the kernels of a GPU. Every token goes to every expert: a rounding sends none elsewhere.
 _FIELDS: dict[str, Any] = {

@@ -11,16 +11,19 @@ import functools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.ranks import run_ranks
 
-__all__ = ["PROJECT", "Call", "calls_of", "convert", "parse", "train_call"]
+__all__ = ["PROJECT", "Call", "calls_of", "convert", "linter", "parse", "train_call"]
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -69,6 +72,14 @@ class Call:
     def _launcher_value(self, flag: str, default: str) -> str:
         launcher = self.arguments[: self.arguments.index(_ENTRY_POINT)]
         return launcher[launcher.index(flag) + 1] if flag in launcher else default
+
+
+def linter(name: str) -> str:
+    """Path of a linter, which `make` installs beside Python. Skips the test where it is neither there nor in PATH."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
 
 
 def calls_of(

@@ -18,7 +18,7 @@ from more_megatron.hf.modeling_more import MoREForCausalLM
 from more_megatron.recurrence.depth import Depth
 from more_megatron.recurrence.micro_batch import MicroBatch
 from more_megatron.variants import block_spec
-from tests.moe.build import small_config, start_ranks
+from tests.helpers.models import small_config, start_ranks
 
 __all__ = ["CASES", "LENGTH", "STEPS", "VOCABULARY", "Case", "Result", "compute", "load", "random_model", "tokens"]
 

@@ -12,8 +12,8 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 
 from more_megatron.moe.iterated_router import IteratedRouter, RouterStep
 from more_megatron.recurrence.depth import Depth
+from tests.helpers.models import EXPERTS, HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
-from tests.moe.build import EXPERTS, HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 
 _LENGTH, _BATCH = 12, 2
 _TOKENS = _LENGTH * _BATCH

@@ -10,8 +10,8 @@ from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
 from more_megatron.moe.statistics import IterationTracker
 from more_megatron.recurrence.depth import Depth
+from tests.helpers.models import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
-from tests.moe.build import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.moe.test_iterated_router import Calls
 
 _LENGTH, _BATCH = 12, 2

@@ -13,8 +13,8 @@ from more_megatron.moe.layer import LayerInputs
 from more_megatron.recurrence.depth import Depth
 from more_megatron.recurrence.micro_batch import MicroBatch
 from more_megatron.recurrence.truncation import iterate_residual, iterate_state
+from tests.helpers.models import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
-from tests.moe.build import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 
 _DEPTHS = [Depth(0, 1), Depth(0, 3), Depth(1, 1), Depth(3, 2), Depth(4, 0), Depth(0, 0)]
 _RECURRENT = ("recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")

@@ -14,8 +14,8 @@ from more_megatron.experts.parameters import Placement, draw_parameter, grouped_
 from more_megatron.experts.projections import ProjectionExperts
 from more_megatron.experts.recurrent_block import RecurrentBlock
 from more_megatron.recurrence.initialization import BlockInitializer
+from tests.helpers.models import EXPERTS, gpt_model, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
-from tests.moe.build import EXPERTS, gpt_model, small_config, start_ranks
 
 _HIDDEN, _LAYERS, _STEPS = 64, 3, 5
 # A normal distribution that is cut off at three standard deviations has this one.
