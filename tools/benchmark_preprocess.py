@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Speed of preprocessing for each kind of tokenizer, against a pool that encodes documents one by one.
 
-Both sides run as fresh processes in turn and must write the same files. Steady MB/s leaves out what happens before the
-first documents are done.
+Both sides run as fresh processes in turn and must write the same files. Steady MB/s is taken over the second half of
+the input.
 """
 
 import argparse

@@ -50,7 +50,7 @@ class Timing:
 
     Args:
         seconds: the whole process, start of Python included.
-        steady: MB/s from the first documents to the last.
+        steady: MB/s over the second half of the input, when all processes run and have seen most words.
         tokens: tokens written.
     """
 
@@ -193,8 +193,9 @@ class _Watch(Progress):
 
 
 def _rate(marks: Sequence[tuple[float, int]]) -> float:
-    """MB/s between the first mark and the last."""
-    (first, before), (last, after) = marks[0], marks[-1]
+    """MB/s over the second half of what the marks tell of."""
+    last, after = marks[-1]
+    first, before = next(mark for mark in marks if mark[1] >= after / 2)
     return (after - before) / 1e6 / (last - first) if last > first else 0.0
 
 

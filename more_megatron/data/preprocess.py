@@ -27,6 +27,8 @@ from more_megatron.data.tokenizers import Tokenizer, build_encoder
 
 __all__ = ["Job", "preprocess"]
 
+# Workers inherit them: numerical libraries would start a thread for each core in each worker.
+_THREAD_COUNTS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 # Names of malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -162,6 +164,8 @@ class _Pool:
     def __init__(self, workspace: Workspace, job: Job, workers: int, progress: Progress) -> None:
         # Fresh interpreters: forking a process that may run threads can lock up.
         context = get_context("spawn")
+        for name in _THREAD_COUNTS:
+            os.environ.setdefault(name, "1")
         self._counters = context.Array("Q", 2)
         self._seen = (0, 0)
         self._workspace = workspace

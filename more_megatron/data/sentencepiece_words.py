@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from more_megatron.data.charsmap import RuleTable, read_rules
-from more_megatron.data.unigram import WORST_ROUNDING, UnigramLattice
+from more_megatron.data.unigram import WEIGHT_UNIT, WORST_ROUNDING, UnigramLattice
 from more_megatron.data.wordencoder import CutRule
 from more_megatron.data.wordtable import WordTokens
 
@@ -173,12 +173,13 @@ def _unigram_reason(model: SentencePieceModel) -> str | None:
 def rounding_of_totals(model: SentencePieceModel) -> float:
     """Bound on the relative error of a sum of a unigram model's scores, while it is smaller than the reset's size.
 
-    Each addition is off by at most `WORST_ROUNDING`, and adds at least the smallest score.
+    Each addition is off by at most `WORST_ROUNDING`, and adds at least the smallest score. So does each word to
+    a sum in whole numbers of `WEIGHT_UNIT`, which is off by at most half of it.
     """
     least = min(
         (-score for (_, kind), score in zip(model.pieces, model.scores, strict=True) if kind == _NORMAL), default=0
     )
-    return WORST_ROUNDING / least if least > 0 else math.inf
+    return (WORST_ROUNDING + WEIGHT_UNIT) / least if least > 0 else math.inf
 
 
 def unigram_lattice(model: SentencePieceModel) -> UnigramLattice:
@@ -223,10 +224,11 @@ class SentencePieceWords:
         prefix = "" if self._dummy_prefix else " "
         return self._encode_safe(words, [prefix + word.decode() for word in words])
 
-    def normal(self, word: bytes) -> str:
-        """A word's normalised text with its U+2581."""
-        text: str = self._processor.normalize(word.decode())
-        return text if word else "" if self._collapse else _MARK
+    def normal(self, words: list[bytes]) -> list[str]:
+        """Words' normalised texts with their U+2581."""
+        texts: list[str] = self._processor.normalize([word.decode() for word in words])
+        empty = "" if self._collapse else _MARK
+        return [text if word else empty for word, text in zip(words, texts, strict=True)]
 
     def whole(self, text: str) -> Sequence[int]:
         """Tokens of a whole document."""

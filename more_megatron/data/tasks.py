@@ -4,6 +4,7 @@ The cuts depend on the inputs and on one number of bytes, not on how many worker
 go on with any number of workers and the output never depends on them.
 """
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -62,7 +63,7 @@ class Batch:
 def task_bytes(sources: Sequence[Source], workers: int) -> int:
     """Size of a unit of work: several for each worker, yet no more units than a folder holds comfortably."""
     total = sum(source.size for source in sources)
-    size = min(max(total // (8 * workers), _SMALLEST_TASK), _LARGEST_TASK)
+    size = min(max(total // (16 * workers), _SMALLEST_TASK), _LARGEST_TASK)
     size = max(size, total // _MOST_TASKS)
     return -(-size // PLAIN_GRID_BYTES) * PLAIN_GRID_BYTES
 
@@ -161,10 +162,10 @@ def _decode(source: Source, origin: int, data: bytes) -> str:
 def _json_texts(source: Source, origin: int, block: bytes) -> list[str]:
     texts = []
     offset = origin
-    for line in block.split(b"\n"):
-        if line and not line.isspace():
+    for line in io.BytesIO(block):
+        if not line.isspace():
             texts.append(_json_text(source, offset, line))
-        offset += len(line) + 1
+        offset += len(line)
     return texts
 
 

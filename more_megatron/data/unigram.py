@@ -22,13 +22,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["RESET", "WORST_ROUNDING", "Segmentation", "UnigramLattice", "float32", "limit_of_total"]
+__all__ = ["RESET", "WEIGHT_UNIT", "WORST_ROUNDING", "Segmentation", "UnigramLattice", "float32", "limit_of_total"]
 
 RESET = 100_000.0
 """Size of the running total beyond which the search starts again from zero."""
 
 WORST_ROUNDING = 2.0**-8
 """Most that an addition to a running total short of `RESET` is off: half a unit in the last place."""
+
+WEIGHT_UNIT = 2.0**-30
+"""Unit in which the scores of words are added up beside the running total: whole numbers are summed much faster."""
 
 _UNKNOWN_PENALTY = 10.0
 _MANTISSA_BITS = 24

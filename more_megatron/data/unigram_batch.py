@@ -135,28 +135,31 @@ class WordBatches:
         nodes = np.zeros(len(codes), dtype=np.int64)
         length = 0
         while len(chars):
-            keys = (nodes << _CHARACTER_BITS) + codes[chars + length]
-            places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-            known = self._keys[places] == keys
-            chars, nodes = chars[known], self._nodes[places[known]]
+            keys = (nodes << _CHARACTER_BITS) + codes.take(chars + length)
+            places = np.searchsorted(self._keys, keys)
+            known = self._keys.take(places, mode="clip") == keys
+            chars, nodes = chars.compress(known), self._nodes.take(places.compress(known))
             length += 1
-            pieces = ~np.isnan(self._scores[nodes])
+            found = self._scores.take(nodes)
+            pieces = ~np.isnan(found)
+            starts.append(chars.compress(pieces))
             if length == 1:
-                unknown[chars[pieces]] = False
-            starts.append(chars[pieces])
+                unknown[starts[-1]] = False
             lengths.append(np.full(len(starts[-1]), length))
-            scores.append(self._scores[nodes[pieces]])
-            more = left[chars] > length
-            chars, nodes = chars[more], nodes[more]
+            scores.append(found.compress(pieces))
+            more = left.take(chars) > length
+            chars, nodes = chars.compress(more), nodes.compress(more)
         starts.append(np.flatnonzero(unknown))
         lengths.append(np.ones(len(starts[-1]), dtype=np.int64))
         scores.append(np.full(len(starts[-1]), self._unknown_score))
         first = np.concatenate(starts)
-        order = np.argsort(offsets[first], kind="stable")
-        first = first[order]
-        bounds = np.searchsorted(offsets[first], np.arange(sizes.max(initial=0) + 1))
-        before = first + owners[first]
-        return _Edges(before, before + np.concatenate(lengths)[order], np.concatenate(scores)[order], bounds.tolist())
+        # Two bytes, more than a word has characters: numpy sorts them by counting.
+        order = np.argsort(offsets.astype(np.uint16).take(first), kind="stable")
+        first = first.take(order)
+        bounds = np.searchsorted(offsets.take(first), np.arange(sizes.max(initial=0) + 1))
+        before = first + owners.take(first)
+        ends = before + np.concatenate(lengths).take(order)
+        return _Edges(before, ends, np.concatenate(scores).take(order), bounds.tolist())
 
 
 def _paths(

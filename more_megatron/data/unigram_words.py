@@ -2,21 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from more_megatron.data.unigram import RESET, UnigramLattice
+from more_megatron.data.unigram import RESET, WEIGHT_UNIT, UnigramLattice
 from more_megatron.data.unigram_batch import Segmentations, WordBatches
 from more_megatron.data.wordencoder import CutRule, WordEncoder
-from more_megatron.data.wordtable import POISON, WordTable, WordTokens
+from more_megatron.data.wordtable import POISON, ROW, WordTable, WordTokens, spread, with_following
 
 __all__ = ["UnigramEncoder", "UnigramTable", "search_is_known"]
 
 _KNOWN_VERSIONS = ("0.2.3",)
-# Words of a document that are bounded at a time: what lies behind a new start is bounded again.
-_MOST_FOLLOWED = 1 << 14
+# No score is larger than 0.
+_NO_SCORE = np.float32(1.0)
 # As many words as take the same time together as one by one.
 _BATCH = 24
 # More than what rounding inside a word can add up to.
@@ -35,10 +35,10 @@ class UnigramTable(WordTable):
         encode: see `WordTable`.
         dtype: see `WordTable`.
         lattice: the model's segmentations.
-        normalize: gives a word's normalised text with its U+2581.
+        normalize: gives words' normalised texts with their U+2581.
 
     Attributes:
-        weights: sum of the scores of each word with its sign changed, float64 [ids].
+        weights: sum of the scores of each word with its sign changed, in units of `WEIGHT_UNIT`, int64 [ids].
         limits: size of the running total up to which each word's tokens hold, float64 [ids].
         limited: whether that is less than `RESET`, bool [ids].
         depths: how far the running total falls inside each word, at most 0, float64 [ids].
@@ -50,17 +50,18 @@ class UnigramTable(WordTable):
         encode: Callable[[list[bytes]], list[WordTokens]],
         dtype: np.dtype,
         lattice: UnigramLattice,
-        normalize: Callable[[bytes], str],
+        normalize: Callable[[list[bytes]], list[str]],
     ) -> None:
         self.lattice = lattice
         self._normalize = normalize
         self._batches: WordBatches | None = None
-        self.weights = np.zeros(1024)
+        self.weights = np.zeros(1024, dtype=np.int64)
         self.limits = np.full(1024, np.inf)
         self.limited = np.zeros(1024, dtype=bool)
         self.depths = np.zeros(1024)
-        self._spans = np.zeros((1024, 2), dtype=np.int64)
-        self._scores = np.zeros(1024, dtype=np.float32)
+        self._score_rows = np.zeros((1024, ROW), dtype=np.float32)
+        self._first_rows = np.zeros(1024, dtype=np.int64)
+        self._pieces = np.zeros(1024, dtype=np.int64)
         self._texts: dict[int, str] = {}
         self._variants: dict[tuple[int, int], int | None] = {}
         self._searched: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -70,7 +71,7 @@ class UnigramTable(WordTable):
         """Forget all words."""
         super().clear()
         self.deepest = 0.0
-        self._scores_used = 0
+        self._score_rows_used = 0
         self._texts.clear()
         self._variants.clear()
         self._searched.clear()
@@ -79,18 +80,20 @@ class UnigramTable(WordTable):
         super()._reserve(rows)
         size = len(self._counts)
         if size > len(self.weights):
-            self.weights, self.limits, self.depths, self.limited = (
-                np.resize(facts, size) for facts in (self.weights, self.limits, self.depths, self.limited)
+            self.weights, self._first_rows, self._pieces = (
+                np.resize(facts, size) for facts in (self.weights, self._first_rows, self._pieces)
             )
-            self._spans = np.resize(self._spans, (size, 2))
+            self.limits, self.depths = np.resize(self.limits, size), np.resize(self.depths, size)
+            self.limited = np.resize(self.limited, size)
 
-    def _add_all(self, words: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        ids = super()._add_all(words)
-        self._keep(ids, Segmentations.empty(len(ids)))
-        return ids
+    def add(self, tokens: Sequence[int]) -> int:
+        """Store a word that no text can spell; it adds nothing to the running total."""
+        word_id = super().add(tokens)
+        self._keep(np.array([word_id]), Segmentations.empty(1))
+        return word_id
 
     def _added(self, words: list[bytes], ids: NDArray[np.int64]) -> None:
-        texts = [self._normalize(word) for word in words]
+        texts = self._normalize(words)
         self._texts.update(zip(ids.tolist(), texts, strict=True))
         if len(texts) >= _BATCH:
             if self._batches is None:
@@ -100,15 +103,17 @@ class UnigramTable(WordTable):
             self._keep(ids, Segmentations.of([self.lattice.segment(text) for text in texts]))
 
     def _keep(self, ids: NDArray[np.int64], found: Segmentations) -> None:
-        ends = np.cumsum(found.counts) + self._scores_used
+        rows = np.maximum(1, -(-found.counts // ROW))
+        ends = np.cumsum(rows) + self._score_rows_used
         last = int(ends[-1])
-        if last > len(self._scores):
-            self._scores = np.resize(self._scores, 2 * last)
-        self._scores[self._scores_used : last] = found.scores
-        self._scores_used = last
-        self._spans[ids, 0] = ends - found.counts
-        self._spans[ids, 1] = found.counts
-        self.weights[ids] = found.weights
+        if last > len(self._score_rows):
+            self._score_rows = np.resize(self._score_rows, (2 * last, ROW))
+        self._score_rows[self._score_rows_used : last] = _NO_SCORE
+        self._score_rows.reshape(-1)[spread((ends - rows) * ROW, found.counts)] = found.scores
+        self._score_rows_used = last
+        self._first_rows[ids] = ends - rows
+        self._pieces[ids] = found.counts
+        self.weights[ids] = np.rint(found.weights / WEIGHT_UNIT)
         self.limits[ids] = found.limits
         self.limited[ids] = found.limits < RESET
         self.depths[ids] = found.depths
@@ -132,7 +137,7 @@ class UnigramTable(WordTable):
             found = self.lattice.segment_in_range(self._texts[word_id], exponent)
             self._variants[key] = None
             if found is not None:
-                self._variants[key] = variant = self.add(found.tokens)
+                self._variants[key] = variant = super().add(found.tokens)
                 self._keep(np.array([variant]), Segmentations.of([replace(found, limit=math.inf)]))
         return self._variants[key]
 
@@ -147,14 +152,39 @@ class UnigramTable(WordTable):
             self._searched[key] = self.add(tokens)
         return self._searched[key], after
 
-    def totals(self, ids: NDArray[np.int64], total: float) -> NDArray[np.float32]:
-        """Running total before each word and behind the last, as 32-bit additions make it, float32 [words + 1]."""
-        firsts, counts = self._spans.take(ids, axis=0).T
-        ends = np.concatenate([[0], np.cumsum(counts)])
-        places = np.arange(ends[-1]) + np.repeat(firsts - ends[:-1], counts)
-        scores = self._scores.take(places)
-        running: NDArray[np.float32] = np.add.accumulate(np.concatenate([np.array([total], np.float32), scores]))
-        return running.take(ends)
+    def totals(self, ids: NDArray[np.int64], total: float, start: int = 0) -> NDArray[np.float32]:
+        """Running totals as 32-bit additions make them.
+
+        Args:
+            ids: words.
+            total: running total before them.
+            start: the first word of which the total is asked for.
+
+        Returns:
+            The totals before each word from that one on and behind the last, float32 [words - start + 1].
+        """
+        counts = self._pieces.take(ids)
+        rows = with_following(self._first_rows.take(ids), counts)
+        scores = self._score_rows.view(np.complex128).reshape(-1).take(rows).view(np.float32)
+        running = np.concatenate([np.array([total], np.float32), scores.compress(scores != _NO_SCORE)])
+        np.add.accumulate(running, out=running)
+        behind = np.cumsum(counts[start:])
+        return running[len(running) - 1 - int(behind[-1] if len(behind) else 0) :].take(np.append(0, behind))
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Words of one document that stand in one window.
+
+    Args:
+        ids: the words, int64 [words].
+        before: sum of the weights of the window's words before each of them and behind the last, int64 [words + 1].
+        limited: places of words whose tokens do not hold at all running totals, int64 [places].
+    """
+
+    ids: NDArray[np.int64]
+    before: NDArray[np.int64]
+    limited: NDArray[np.int64]
 
 
 class UnigramEncoder(WordEncoder):
@@ -171,7 +201,7 @@ class UnigramEncoder(WordEncoder):
         dtype: see `WordEncoder`.
         eod: see `WordEncoder`.
         lattice: the model's segmentations.
-        normalize: gives a word's normalised text with its U+2581.
+        normalize: gives words' normalised texts with their U+2581.
         rounding: bound on the relative error of a running total.
         known_search: whether long documents can be followed; otherwise they are encoded whole.
     """
@@ -184,7 +214,7 @@ class UnigramEncoder(WordEncoder):
         dtype: np.dtype,
         eod: int | None,
         lattice: UnigramLattice,
-        normalize: Callable[[bytes], str],
+        normalize: Callable[[list[bytes]], list[str]],
         rounding: float,
         known_search: bool,
     ) -> None:
@@ -207,16 +237,13 @@ class UnigramEncoder(WordEncoder):
         words = self._words
         first = np.concatenate([[0], closes + 1])
         last = np.concatenate([closes, [len(ids)]])
+        before = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(words.weights.take(ids), out=before[1:])
         limited = np.flatnonzero(words.limited.take(ids))
-        # Sums between the places that matter; the last is behind all words.
-        marks = np.unique(np.concatenate([first, limited, [len(ids)]]))
-        sums = np.add.reduceat(np.append(words.weights.take(ids), 0.0), marks)
-        before = np.cumsum(sums) - sums
-        origins = before[np.searchsorted(marks, first)]
-        ends = np.append(origins[1:], before[-1]) - origins
+        origins = before[first]
         owners = np.searchsorted(first, limited, side="right") - 1
-        starts = before[np.searchsorted(marks, limited)] - origins[owners]
-        follow = ends * self._over - words.deepest >= RESET - _SPARE
+        starts = (before[limited] - origins[owners]) * WEIGHT_UNIT
+        follow = (before[last] - origins) * WEIGHT_UNIT * self._over - words.deepest >= RESET - _SPARE
         follow[0] |= self._carried is not None
         follow[-1] |= first[-1] < len(ids)
         chosen = self._doubtful(ids, limited, starts) & ~follow[owners]
@@ -227,9 +254,12 @@ class UnigramEncoder(WordEncoder):
             if not follow[document]:
                 ids[limited[here]] = variants
         for document in np.flatnonzero(follow).tolist():
-            goes_on = document == len(closes)
+            begin, end = int(first[document]), int(last[document])
+            bounds = np.searchsorted(limited, [begin, end])
+            span = _Span(ids[begin:end], before[begin : end + 1], limited[slice(*bounds)] - begin)
             total = self._carried if document == 0 else None
-            after = self._follow(ids[first[document] : last[document]], total or 0.0, goes_on)
+            goes_on = document == len(closes)
+            after = self._follow(span, total or 0.0, goes_on)
             self._carried = after if goes_on else None
 
     def _doubtful(
@@ -260,23 +290,24 @@ class UnigramEncoder(WordEncoder):
             variant = words.between(word_id, start * self._under, start * self._over)
             if variant is None:
                 break
-            strayed += abs(words.weights[variant] - words.weights[word_id])
+            strayed += abs(int(words.weights[variant] - words.weights[word_id])) * WEIGHT_UNIT
             if strayed > start * self._rounding:
                 break
             variants.append(variant)
         return variants
 
-    def _follow(self, ids: NDArray[np.int64], total: float, goes_on: bool) -> float:
+    def _follow(self, span: _Span, total: float, goes_on: bool) -> float:
         """Choose the words of a document that depend on what stands before them, or mark them to be encoded whole.
 
         Args:
-            ids: the words of the document in this window, changed in place.
+            span: the words of the document in this window; their ids are changed in place.
             total: running total before them.
             goes_on: whether the total behind them is wanted.
 
         Returns:
             The running total behind them, if it is wanted.
         """
+        ids = span.ids
         if not self._known_search:
             ids[:] = POISON
         if POISON in ids:
@@ -284,44 +315,46 @@ class UnigramEncoder(WordEncoder):
         words = self._words
         done = 0
         while done < len(ids):
-            rest = ids[done : done + _MOST_FOLLOWED]
-            part, stop, sure = self._bounded(rest, total)
+            part, sure = self._bounded(span, done, total)
+            stop = len(part)
             if stop == sure == len(ids) - done and not goes_on:
                 ids[done:] = part
                 break
-            totals = words.totals(part[:stop], total)
-            restarts = np.flatnonzero(-totals[sure:-1] - words.depths.take(part[sure:stop]) >= RESET - _SPARE)
+            totals = words.totals(part, total, sure)
+            restarts = np.flatnonzero(-totals[:-1] - words.depths.take(part[sure:]) >= RESET - _SPARE)
             stop = sure + int(restarts[0]) if len(restarts) else stop
             ids[done : done + stop] = part[:stop]
-            total = float(totals[stop])
+            total = float(totals[stop - sure])
             done += stop
-            if stop < len(rest):
+            if done < len(ids):
                 ids[done], total = words.at(int(ids[done]), total)
                 done += 1
         return total
 
-    def _bounded(self, ids: NDArray[np.int64], total: float) -> tuple[NDArray[np.int64], int, int]:
+    def _bounded(self, span: _Span, done: int, total: float) -> tuple[NDArray[np.int64], int]:
         """Choose words by bounds on the running total, as far as the bounds decide.
 
         Args:
-            ids: words of a document.
-            total: running total before them, a 32-bit float.
+            span: the words of a document.
+            done: how many of them have been chosen.
+            total: running total behind those, a 32-bit float.
 
         Returns:
-            The words with their segmentations, how many of them are settled if SentencePiece does not start again from
-            zero before, and how many stand where it certainly does not.
+            The words that follow with their segmentations, which are settled if SentencePiece does not start again from
+            zero before, and how many of them stand where it certainly does not.
         """
         words = self._words
-        weights = words.weights.take(ids)
-        starts = np.cumsum(weights)
-        starts -= weights
-        starts -= total
-        sure, stop = np.searchsorted(starts, [(RESET - _SPARE + words.deepest) / self._over, RESET / self._under])
-        part = ids[:stop].copy()
-        places = np.flatnonzero(words.limited.take(part))
-        places = places[self._doubtful(part, places, starts[places])]
-        variants = self._variants(part, places, starts[places])
-        part[places[: len(variants)]] = variants
+        origin = span.before[done] + np.int64(round(total / WEIGHT_UNIT))
+        sizes = np.array([(RESET - _SPARE + words.deepest) / self._over, RESET / self._under])
+        bounds = origin + np.rint(sizes / WEIGHT_UNIT).astype(np.int64)
+        sure, stop = done + np.searchsorted(span.before[done:-1], bounds)
+        places = span.limited[slice(*np.searchsorted(span.limited, [done, stop]))]
+        starts = (span.before[places] - origin) * WEIGHT_UNIT
+        doubtful = self._doubtful(span.ids, places, starts)
+        places, starts = places[doubtful], starts[doubtful]
+        variants = self._variants(span.ids, places, starts)
         if len(variants) < len(places):
             stop = places[len(variants)]
-        return part, int(stop), int(min(sure, stop))
+        part = span.ids[done:stop].copy()
+        part[places[: len(variants)] - done] = variants
+        return part, int(min(sure, stop)) - done

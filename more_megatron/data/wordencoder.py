@@ -14,6 +14,9 @@ __all__ = ["CutRule", "WordEncoder"]
 WINDOW_BYTES = 1 << 19
 """Text looked up at a time: much for each call of numpy, little enough for the processor's cache."""
 
+_FIRST_WINDOW_BYTES = 1 << 14
+"""Text looked up at first: most of its words are new, and those that it repeats would be new each time."""
+
 # Neither byte occurs in UTF-8.
 _HEAD = 0xFE
 _END = 0xFF
@@ -81,6 +84,7 @@ class WordEncoder:
         self._table = self._make_table(encode_words, dtype)
         self._heads: dict[bytes, int] = {}
         self._end_id = self._table.add(self._closing_tokens)
+        self._window_bytes = min(_FIRST_WINDOW_BYTES, WINDOW_BYTES)
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """Encode documents.
@@ -121,6 +125,7 @@ class WordEncoder:
             done += len(tokens)
             documents += len(document_ends)
             start = stop
+            self._window_bytes = min(2 * self._window_bytes, WINDOW_BYTES)
         if not parts:
             return np.empty(0, self._dtype), np.empty(0, np.int64)
         all_ends: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), *ends])
@@ -139,11 +144,11 @@ class WordEncoder:
 
     def _window_end(self, text: bytes, start: int) -> int:
         """A document's end or a cut after the wanted size, so that no word lies in two windows."""
-        wanted = start + WINDOW_BYTES
+        wanted = start + self._window_bytes
         if wanted >= len(text):
             return len(text)
         end = text.find(b"\xff", wanted) + 1
-        if end <= wanted + WINDOW_BYTES:
+        if end <= wanted + self._window_bytes:
             return end
         space = text.find(b" ", wanted, end)
         while space >= 0 and not self._cuts(text, space):

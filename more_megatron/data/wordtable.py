@@ -22,7 +22,9 @@ POISON = 0
 """Word id of every word that has no tokens of its own."""
 
 _SHORT_BYTES = 15
-_ROW = 4
+ROW = 4
+"""Tokens that are stored, and found, together."""
+
 _SLOT_BITS = 19
 _PACKED = {2: np.dtype(np.uint64), 4: np.dtype(np.complex128)}
 _MOST_ROWS = 1 << 19
@@ -49,7 +51,7 @@ class WordTable:
         self._encode = encode
         self._capacity = capacity
         self._blank = np.array(-1).astype(dtype)[()]
-        self._rows = np.full((1024, _ROW), self._blank, dtype=dtype)
+        self._rows = np.full((1024, ROW), self._blank, dtype=dtype)
         # First key and id side by side, so that most words are found by one access to memory.
         self._slots = np.zeros((1 << _SLOT_BITS, 2), dtype=np.uint64)
         self._slots_low, self._slots_id = self._slots.T
@@ -81,12 +83,12 @@ class WordTable:
 
     def _add_all(self, words: Sequence[Sequence[int]]) -> NDArray[np.int64]:
         counts = np.array([len(tokens) for tokens in words])
-        segments = np.maximum(1, -(-counts // _ROW))
+        segments = np.maximum(1, -(-counts // ROW))
         ends = np.cumsum(segments) + self._used
         ids: NDArray[np.int64] = ends - segments
         self._reserve(int(ends[-1]))
         self._rows[self._used : ends[-1]] = self._blank
-        places = np.arange(counts.sum()) + np.repeat(ids * _ROW - (np.cumsum(counts) - counts), counts)
+        places = spread(ids * ROW, counts)
         self._rows.reshape(-1)[places] = np.fromiter(chain.from_iterable(words), self._rows.dtype, len(places))
         self._counts[ids] = counts
         self._used = int(ends[-1])
@@ -130,12 +132,7 @@ class WordTable:
             Token ids [tokens], and the number of tokens of each word, int32 [words].
         """
         counts = self._counts.take(ids)
-        rows = ids
-        large = np.flatnonzero(counts > _ROW)
-        if len(large):
-            more = (counts[large] - 1) // _ROW
-            following = np.arange(1, more.sum() + 1) - np.repeat(np.cumsum(more) - more, more)
-            rows = np.insert(ids, np.repeat(large + 1, more), np.repeat(ids[large], more) + following)
+        rows = with_following(ids, counts)
         # One item of 8 or 16 bytes for each row: numpy gathers scalars much faster than short rows.
         packed = self._rows.view(_PACKED[self._rows.itemsize]).reshape(-1)
         flat = packed.take(rows).view(self._rows.dtype)
@@ -201,8 +198,30 @@ class WordTable:
         if rows <= have:
             return
         grown = max(rows, 2 * have)
-        self._rows = np.concatenate([self._rows, np.full((grown - have, _ROW), self._blank, dtype=self._rows.dtype)])
+        self._rows = np.concatenate([self._rows, np.full((grown - have, ROW), self._blank, dtype=self._rows.dtype)])
         self._counts = np.concatenate([self._counts, np.zeros(grown - have, dtype=np.int32)])
+
+
+def spread(firsts: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Places of things of which some stand side by side from each of some places on."""
+    places: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+    return places
+
+
+def with_following(rows: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Rows of words, all rows of each word, given the first ones and how many tokens or pieces each word has."""
+    large = np.flatnonzero(counts > ROW)
+    if not len(large):
+        return rows
+    more = (counts.take(large) - 1) // ROW
+    ends = np.cumsum(more)
+    following = spread(large + 1 + ends - more, more)
+    every = np.empty(len(rows) + int(ends[-1]), dtype=np.int64)
+    is_first = np.ones(len(every), dtype=bool)
+    is_first[following] = False
+    every[is_first] = rows
+    every[following] = spread(rows.take(large) + 1, more)
+    return every
 
 
 def _keys(
