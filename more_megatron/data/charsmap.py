@@ -17,6 +17,7 @@ __all__ = ["RuleTable", "read_rules"]
 
 _LEAF = np.uint32(1 << 31)
 _LABEL = np.uint32((1 << 31) | 0xFF)
+_PRINTABLE = bytes(range(0x21, 0x7F))
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class RuleTable:
         inner_bytes: bytes that occur in some rule's left side after its first byte.
         keeps_space: whether no rule changes a space or begins with one.
         blanks: ASCII bytes whose only rule is to become one space.
+        plain: printable ASCII bytes that stay as they are in a text of such bytes.
         replacements: all replacement strings, end to end.
     """
 
     inner_bytes: frozenset[int]
     keeps_space: bool
     blanks: bytes
+    plain: bytes
     replacements: bytes
 
 
@@ -49,7 +52,7 @@ def read_rules(table: bytes) -> RuleTable:
         DataError: the table is damaged.
     """
     if not table:
-        return RuleTable(frozenset(), True, b"", b"")
+        return RuleTable(frozenset(), True, b"", _PRINTABLE, b"")
     (size,) = struct.unpack_from("<I", table)
     if size % 4 or size + 4 > len(table) or size == 0:
         raise DataError("the tokenizer model's normalisation table is damaged; export or train the model again")
@@ -61,7 +64,7 @@ def read_rules(table: bytes) -> RuleTable:
     inner = _labels_below(units, parents, children, children[first])
     blanks = _blanks(units, strings, parents, children, first)
     keeps_space = 0x20 in blanks or 0x20 not in (units[first] & np.uint32(0xFF))
-    return RuleTable(frozenset(inner), keeps_space, blanks, strings)
+    return RuleTable(frozenset(inner), keeps_space, blanks, _plain(units, parents, children, first), strings)
 
 
 def _offset(units: NDArray[np.uint32]) -> NDArray[np.int64]:
@@ -94,6 +97,23 @@ def _labels_below(
         nodes = np.unique(children[edges])
         nodes = nodes[(nodes >= len(seen)) | ~seen[np.minimum(nodes, len(seen) - 1)]]
     return labels
+
+
+def _plain(
+    units: NDArray[np.uint32], parents: NDArray[np.int64], children: NDArray[np.int64], first: NDArray[np.int64]
+) -> bytes:
+    """Printable bytes with which no rule of ASCII bytes begins."""
+    labels = units & np.uint32(0xFF)
+    has_value = ((units >> 8) & 1).astype(bool)
+    ascii_edges = np.flatnonzero((parents >= 0) & (labels < 0x80))
+    changed = set()
+    for unit in first[labels[first] < 0x80].tolist():
+        edges = np.array([unit])
+        while len(edges) and not has_value[edges].any():
+            edges = ascii_edges[np.isin(parents[ascii_edges], children[edges])]
+        if len(edges):
+            changed.add(int(labels[unit]))
+    return bytes(byte for byte in _PRINTABLE if byte not in changed)
 
 
 def _blanks(

@@ -213,6 +213,7 @@ class SentencePieceWords:
         self._normalises = bool(model.rules.replacements)
         self._dummy_prefix = model.dummy_prefix
         self._rule = rule
+        self._plain = model.rules.plain
         self._spaces = " " + rule.blanks.decode()
 
     def heads(self, words: list[bytes]) -> list[WordTokens]:
@@ -224,16 +225,24 @@ class SentencePieceWords:
         prefix = "" if self._dummy_prefix else " "
         return self._encode_safe(words, [prefix + word.decode() for word in words])
 
+    def is_plain(self, word: bytes) -> bool:
+        """Whether a word is short, has characters, and no rule of normalisation is about them."""
+        return 0 < len(word) <= _LONGEST_WORD and not word.translate(None, self._plain)
+
     def normal(self, words: list[bytes]) -> list[str]:
         """Words' normalised texts with their U+2581."""
-        texts: list[str] = self._processor.normalize([word.decode() for word in words])
-        empty = "" if self._collapse else _MARK
-        return [text if word else empty for word, text in zip(words, texts, strict=True)]
+        return [_MARK + word.decode() if self.is_plain(word) else self._normal(word) for word in words]
 
     def whole(self, text: str) -> Sequence[int]:
         """Tokens of a whole document."""
         ids: Sequence[int] = self._processor.encode(text, out_type=int)
         return ids
+
+    def _normal(self, word: bytes) -> str:
+        if not word:
+            return "" if self._collapse else _MARK
+        text: str = self._processor.normalize(word.decode())
+        return text
 
     def _encode_safe(self, words: list[bytes], texts: list[str]) -> list[WordTokens]:
         tokens: list[WordTokens] = list(self._processor.encode(texts, out_type=int, num_threads=1))

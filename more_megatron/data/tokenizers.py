@@ -316,12 +316,10 @@ def _unigram_encoder(
 
     return UnigramEncoder(
         rule,
-        words.words,
-        words.whole,
+        words,
         tokenizer.dtype,
         eod,
         lattice=unigram_lattice(model),
-        normalize=words.normal,
         rounding=rounding_of_totals(model),
         known_search=search_is_known(sentencepiece.__version__),
     )

@@ -16,7 +16,7 @@ arithmetic.
 import math
 import operator
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +44,7 @@ class Segmentation:
 
     Args:
         tokens: token ids.
+        pieces: id of each piece that the search took; -1 for an unknown character.
         scores: score of each piece that the search took; unknown characters count one by one.
         limit: size of the running total before the word up to which this is its segmentation; negative if rounding
             decides even at the beginning of a text.
@@ -51,6 +52,7 @@ class Segmentation:
     """
 
     tokens: list[int]
+    pieces: list[int]
     scores: list[float]
     limit: float
     deepest: float
@@ -82,9 +84,9 @@ class UnigramLattice:
         self._byte_ids = byte_ids
 
     @property
-    def prefixes(self) -> dict[str, float | None]:
-        """Score of each piece, and None for each beginning of a piece that is none itself."""
-        return {text: score if piece >= 0 else None for text, (piece, score) in self._pieces.items()}
+    def prefixes(self) -> Mapping[str, tuple[int, float]]:
+        """Id and score of each piece and of each beginning of one; the id is -1 if that is no piece itself."""
+        return self._pieces
 
     @property
     def unknown_score(self) -> float:
@@ -98,9 +100,10 @@ class UnigramLattice:
             word: normalised text with its U+2581.
         """
         search = self._search(word, 0.0, operator.add)
-        tokens, scores, gap = self._path(word, search)
+        tokens, ends = self._path(word, search)
         deepest = min(search.totals)
-        return Segmentation(tokens, scores, float(limit_of_total(gap, len(word), deepest)), deepest)
+        gap = min((search.gaps[end] for end in ends), default=math.inf)
+        return search.segmentation(tokens, ends, float(limit_of_total(gap, len(word), deepest)), deepest)
 
     def segment_in_range(self, word: str, exponent: int) -> Segmentation | None:
         """Segment a word that begins and ends at totals between -2**exponent and -2**(exponent - 1).
@@ -124,8 +127,7 @@ class UnigramLattice:
         search = self._search(word, 0.0, add)
         if halves:
             return None
-        tokens, scores, _ = self._path(word, search)
-        return Segmentation(tokens, scores, 0.0, min(search.totals) * unit)
+        return search.segmentation(*self._path(word, search), 0.0, min(search.totals) * unit)
 
     def segment_at(self, word: str, total: float) -> tuple[list[int], float]:
         """Segment a word as SentencePiece does at a running total, starting again from zero where it does.
@@ -176,7 +178,8 @@ class UnigramLattice:
                 found = known(word[start:end]) if follows is not None and end <= size else None
         return _Search(totals, starts, pieces, scores, gaps)
 
-    def _path(self, word: str, search: "_Search") -> tuple[list[int], list[float], float]:
+    def _path(self, word: str, search: "_Search") -> tuple[list[int], list[int]]:
+        """Tokens of the best way, and the places behind its pieces."""
         ends = []
         end = len(word)
         while end > 0:
@@ -194,7 +197,7 @@ class UnigramLattice:
             elif not was_unknown:
                 tokens.append(self._unknown)
             was_unknown = piece < 0
-        return tokens, [search.scores[end] for end in ends], min((search.gaps[end] for end in ends), default=math.inf)
+        return tokens, ends
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,11 @@ class _Search:
     pieces: list[int]
     scores: list[float]
     gaps: list[float]
+
+    def segmentation(self, tokens: list[int], ends: list[int], limit: float, deepest: float) -> Segmentation:
+        """The best way with what is known of it."""
+        pieces, scores = [self.pieces[end] for end in ends], [self.scores[end] for end in ends]
+        return Segmentation(tokens, pieces, scores, limit, deepest)
 
 
 def limit_of_total(

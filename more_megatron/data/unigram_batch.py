@@ -22,13 +22,15 @@ class Segmentations:
     """Words in pieces; see `Segmentation`.
 
     Args:
-        scores: score of each piece, word after word, float32 [pieces].
+        pieces: id of each piece, word after word, -1 for an unknown character, int64 [pieces].
+        scores: score of each piece, float32 [pieces].
         counts: pieces of each word, int64 [words].
         weights: sum of each word's scores with its sign changed, float64 [words].
         limits: size of the running total up to which each segmentation holds, float64 [words].
         depths: lowest total inside each word, float64 [words].
     """
 
+    pieces: NDArray[np.int64]
     scores: NDArray[np.float32]
     counts: NDArray[np.int64]
     weights: NDArray[np.float64]
@@ -39,8 +41,9 @@ class Segmentations:
     def of(cls, words: Sequence[Segmentation]) -> "Segmentations":
         """Put words together that were segmented one by one."""
         return cls(
+            pieces=np.array([piece for word in words for piece in word.pieces], dtype=np.int64),
             scores=np.array([score for word in words for score in word.scores], dtype=np.float32),
-            counts=np.array([len(word.scores) for word in words]),
+            counts=np.array([len(word.scores) for word in words], dtype=np.int64),
             weights=np.array([-sum(word.scores) for word in words]),
             limits=np.array([word.limit for word in words]),
             depths=np.array([word.deepest for word in words]),
@@ -49,7 +52,14 @@ class Segmentations:
     @classmethod
     def empty(cls, count: int) -> "Segmentations":
         """Words without pieces."""
-        return cls.of([Segmentation([], [], np.inf, 0.0)] * count)
+        return cls.of([Segmentation([], [], [], np.inf, 0.0)] * count)
+
+    @property
+    def sure(self) -> NDArray[np.bool_]:
+        """Words whose pieces are their tokens at the beginning of a text, bool [words]."""
+        sure = self.limits >= 0.0
+        sure[np.repeat(np.arange(len(sure)), self.counts)[self.pieces < 0]] = False
+        return sure
 
 
 @dataclass(frozen=True)
@@ -59,13 +69,13 @@ class _Edges:
     Args:
         starts: place before each piece.
         ends: place behind it.
-        scores: its score.
+        nodes: the piece.
         bounds: number of edges that begin before the n-th character of their word.
     """
 
     starts: NDArray[np.int64]
     ends: NDArray[np.int64]
-    scores: NDArray[np.float64]
+    nodes: NDArray[np.int64]
     bounds: list[int]
 
 
@@ -73,19 +83,20 @@ class WordBatches:
     """Segments words with the pieces of a unigram model.
 
     Args:
-        prefixes: score of each piece, and None for each beginning of a piece that is none itself.
+        prefixes: id and score of each piece and of each beginning of one; the id is -1 if that is no piece itself.
         unknown_score: score of a character that is no piece.
     """
 
-    def __init__(self, prefixes: Mapping[str, float | None], unknown_score: float) -> None:
+    def __init__(self, prefixes: Mapping[str, tuple[int, float]], unknown_score: float) -> None:
         nodes = {prefix: node for node, prefix in enumerate(prefixes, start=1)}
         nodes[""] = 0
         keys = np.array([(nodes[prefix[:-1]] << _CHARACTER_BITS) + ord(prefix[-1]) for prefix in prefixes])
         order = np.argsort(keys)
         self._keys = keys[order]
         self._nodes = order + 1
-        self._scores = np.array([np.nan, *(np.nan if score is None else score for score in prefixes.values())])
-        self._unknown_score = unknown_score
+        # The first node stands for nothing read, and for a character that is no piece.
+        self._pieces = np.array([-1, *(piece for piece, _ in prefixes.values())])
+        self._scores = np.array([unknown_score, *(score for _, score in prefixes.values())])
 
     def segment(self, words: Sequence[str]) -> Segmentations:
         """Segment words.
@@ -102,22 +113,23 @@ class WordBatches:
         totals = np.full(count, -np.inf)
         totals[first] = 0.0
         gaps = np.full(count, np.inf)
-        origins = np.zeros(count, dtype=np.int64)
-        taken = np.zeros(count, dtype=np.float32)
+        scores = self._scores.take(edges.nodes)
+        taken = np.zeros(count, dtype=np.int64)
         for begin, end in zip(edges.bounds, edges.bounds[1:], strict=False):
             # No two of these pieces end at the same place.
-            starts, ends, scores = edges.starts[begin:end], edges.ends[begin:end], edges.scores[begin:end]
-            offered = totals[starts] + scores
-            best = totals[ends]
+            starts, ends = edges.starts[begin:end], edges.ends[begin:end]
+            offered = totals.take(starts) + scores[begin:end]
+            best = totals.take(ends)
             better = offered > best
-            gaps[ends] = np.where(better, offered - best, np.minimum(gaps[ends], best - offered))
+            gaps[ends] = np.where(better, offered - best, np.minimum(gaps.take(ends), best - offered))
             totals[ends] = np.maximum(offered, best)
-            origins[ends[better]] = starts[better]
-            taken[ends[better]] = scores[better]
-        on_path, least = _paths(first, last, origins, gaps)
+            taken[ends.compress(better)] = np.flatnonzero(better) + begin
+        on_path, least = _paths(first, last, edges.starts.take(taken, mode="clip"), gaps)
+        nodes = edges.nodes.take(taken.compress(on_path))
         depths = np.minimum.reduceat(totals, first)
         return Segmentations(
-            scores=taken[on_path],
+            pieces=self._pieces.take(nodes),
+            scores=self._scores.take(nodes).astype(np.float32),
             counts=np.add.reduceat(on_path, first, dtype=np.int64),
             weights=-totals[last],
             limits=limit_of_total(least, sizes, depths),
@@ -130,7 +142,7 @@ class WordBatches:
         offsets = np.arange(len(codes)) - (np.cumsum(sizes) - sizes)[owners]
         left = sizes[owners] - offsets
         unknown = np.ones(len(codes), dtype=bool)
-        starts, lengths, scores = [], [], []
+        starts, lengths, ended = [], [], []
         chars = np.arange(len(codes))
         nodes = np.zeros(len(codes), dtype=np.int64)
         length = 0
@@ -140,18 +152,17 @@ class WordBatches:
             known = self._keys.take(places, mode="clip") == keys
             chars, nodes = chars.compress(known), self._nodes.take(places.compress(known))
             length += 1
-            found = self._scores.take(nodes)
-            pieces = ~np.isnan(found)
+            pieces = self._pieces.take(nodes) >= 0
             starts.append(chars.compress(pieces))
             if length == 1:
                 unknown[starts[-1]] = False
             lengths.append(np.full(len(starts[-1]), length))
-            scores.append(found.compress(pieces))
+            ended.append(nodes.compress(pieces))
             more = left.take(chars) > length
             chars, nodes = chars.compress(more), nodes.compress(more)
         starts.append(np.flatnonzero(unknown))
         lengths.append(np.ones(len(starts[-1]), dtype=np.int64))
-        scores.append(np.full(len(starts[-1]), self._unknown_score))
+        ended.append(np.zeros(len(starts[-1]), dtype=np.int64))
         first = np.concatenate(starts)
         # Two bytes, more than a word has characters: numpy sorts them by counting.
         order = np.argsort(offsets.astype(np.uint16).take(first), kind="stable")
@@ -159,7 +170,7 @@ class WordBatches:
         bounds = np.searchsorted(offsets.take(first), np.arange(sizes.max(initial=0) + 1))
         before = first + owners.take(first)
         ends = before + np.concatenate(lengths).take(order)
-        return _Edges(before, ends, np.concatenate(scores).take(order), bounds.tolist())
+        return _Edges(before, ends, np.concatenate(ended).take(order), bounds.tolist())
 
 
 def _paths(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from more_megatron.data.sentencepiece_words import SentencePieceWords
 from more_megatron.data.unigram import RESET, WEIGHT_UNIT, UnigramLattice
 from more_megatron.data.unigram_batch import Segmentations, WordBatches
 from more_megatron.data.wordencoder import CutRule, WordEncoder
@@ -32,10 +33,9 @@ class UnigramTable(WordTable):
     """Words with what `UnigramLattice` says of them.
 
     Args:
-        encode: see `WordTable`.
+        source: encodes and normalises words.
         dtype: see `WordTable`.
         lattice: the model's segmentations.
-        normalize: gives words' normalised texts with their U+2581.
 
     Attributes:
         weights: sum of the scores of each word with its sign changed, in units of `WEIGHT_UNIT`, int64 [ids].
@@ -47,13 +47,12 @@ class UnigramTable(WordTable):
 
     def __init__(
         self,
-        encode: Callable[[list[bytes]], list[WordTokens]],
+        source: SentencePieceWords,
         dtype: np.dtype,
         lattice: UnigramLattice,
-        normalize: Callable[[list[bytes]], list[str]],
     ) -> None:
         self.lattice = lattice
-        self._normalize = normalize
+        self._source = source
         self._batches: WordBatches | None = None
         self.weights = np.zeros(1024, dtype=np.int64)
         self.limits = np.full(1024, np.inf)
@@ -65,7 +64,7 @@ class UnigramTable(WordTable):
         self._texts: dict[int, str] = {}
         self._variants: dict[tuple[int, int], int | None] = {}
         self._searched: dict[tuple[int, tuple[int, ...]], int] = {}
-        super().__init__(encode, dtype)
+        super().__init__(source.words, dtype)
 
     def clear(self) -> None:
         """Forget all words."""
@@ -92,17 +91,36 @@ class UnigramTable(WordTable):
         self._keep(np.array([word_id]), Segmentations.empty(1))
         return word_id
 
-    def _added(self, words: list[bytes], ids: NDArray[np.int64]) -> None:
-        texts = self._normalize(words)
-        self._texts.update(zip(ids.tolist(), texts, strict=True))
-        if len(texts) >= _BATCH:
-            if self._batches is None:
-                self._batches = WordBatches(self.lattice.prefixes, self.lattice.unknown_score)
-            self._keep(ids, self._batches.segment(texts))
-        else:
-            self._keep(ids, Segmentations.of([self.lattice.segment(text) for text in texts]))
+    def _learn_new(self, words: list[bytes]) -> NDArray[np.int64]:
+        ids = np.full(len(words), POISON, dtype=np.int64)
+        plain = np.array([self._source.is_plain(word) for word in words])
+        self._ask(words, ids, np.flatnonzero(~plain))
+        kept = np.flatnonzero(plain | (ids != POISON))
+        texts = self._source.normal([words[index] for index in kept.tolist()])
+        found = self._segment(texts)
+        # SentencePiece need not be asked for tokens that the segmentation leaves no doubt of.
+        clear = found.sure & plain[kept]
+        ids[kept[clear]] = self._store(found.pieces[np.repeat(clear, found.counts)], found.counts[clear])
+        self._ask(words, ids, kept[plain[kept] & ~clear])
+        self._texts.update(zip(ids[kept].tolist(), texts, strict=True))
+        self._keep(ids[kept], found)
+        return ids
+
+    def _ask(self, words: list[bytes], ids: NDArray[np.int64], places: NDArray[np.int64]) -> None:
+        """Have SentencePiece encode some of the words, and fill in their ids."""
+        if len(places):
+            ids[places] = super()._learn_new([words[index] for index in places.tolist()])
+
+    def _segment(self, texts: list[str]) -> Segmentations:
+        if len(texts) < _BATCH:
+            return Segmentations.of([self.lattice.segment(text) for text in texts])
+        if self._batches is None:
+            self._batches = WordBatches(self.lattice.prefixes, self.lattice.unknown_score)
+        return self._batches.segment(texts)
 
     def _keep(self, ids: NDArray[np.int64], found: Segmentations) -> None:
+        if not len(ids):
+            return
         rows = np.maximum(1, -(-found.counts // ROW))
         ends = np.cumsum(rows) + self._score_rows_used
         last = int(ends[-1])
@@ -196,12 +214,10 @@ class UnigramEncoder(WordEncoder):
 
     Args:
         rule: see `WordEncoder`.
-        encode_words: see `WordEncoder`.
-        encode_whole: see `WordEncoder`.
+        source: encodes and normalises words.
         dtype: see `WordEncoder`.
         eod: see `WordEncoder`.
         lattice: the model's segmentations.
-        normalize: gives words' normalised texts with their U+2581.
         rounding: bound on the relative error of a running total.
         known_search: whether long documents can be followed; otherwise they are encoded whole.
     """
@@ -209,17 +225,15 @@ class UnigramEncoder(WordEncoder):
     def __init__(
         self,
         rule: CutRule,
-        encode_words: Callable[[list[bytes]], list[WordTokens]],
-        encode_whole: Callable[[str], Sequence[int] | NDArray[np.integer]],
+        source: SentencePieceWords,
         dtype: np.dtype,
         eod: int | None,
         lattice: UnigramLattice,
-        normalize: Callable[[list[bytes]], list[str]],
         rounding: float,
         known_search: bool,
     ) -> None:
         self._lattice = lattice
-        self._normalize = normalize
+        self._source = source
         self._rounding = rounding
         # Twice the rounding: once for the additions, once for words whose segmentation is not the best one.
         self._over = (1.0 + rounding) ** 2
@@ -227,10 +241,10 @@ class UnigramEncoder(WordEncoder):
         self._known_search = known_search
         # Running total of a document that goes on in the next window.
         self._carried: float | None = None
-        super().__init__(rule, encode_words, encode_words, encode_whole, dtype, eod)
+        super().__init__(rule, source.words, source.words, source.whole, dtype, eod)
 
     def _make_table(self, encode_words: Callable[[list[bytes]], list[WordTokens]], dtype: np.dtype) -> WordTable:
-        self._words = UnigramTable(encode_words, dtype, self._lattice, self._normalize)
+        self._words = UnigramTable(self._source, dtype, self._lattice)
         return self._words
 
     def _settle(self, ids: NDArray[np.int64], closes: NDArray[np.int64]) -> None:

@@ -82,16 +82,20 @@ class WordTable:
         return int(self._add_all([tokens])[0])
 
     def _add_all(self, words: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-        counts = np.array([len(tokens) for tokens in words])
+        counts = np.array([len(tokens) for tokens in words], dtype=np.int64)
+        return self._store(np.fromiter(chain.from_iterable(words), self._rows.dtype, counts.sum()), counts)
+
+    def _store(self, tokens: NDArray[np.integer], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Store words of which the tokens stand end to end; returns their ids."""
         segments = np.maximum(1, -(-counts // ROW))
         ends = np.cumsum(segments) + self._used
         ids: NDArray[np.int64] = ends - segments
-        self._reserve(int(ends[-1]))
-        self._rows[self._used : ends[-1]] = self._blank
-        places = spread(ids * ROW, counts)
-        self._rows.reshape(-1)[places] = np.fromiter(chain.from_iterable(words), self._rows.dtype, len(places))
+        used = int(ends[-1]) if len(ends) else self._used
+        self._reserve(used)
+        self._rows[self._used : used] = self._blank
+        self._rows.reshape(-1)[spread(ids * ROW, counts)] = tokens
         self._counts[ids] = counts
-        self._used = int(ends[-1])
+        self._used = used
         return ids
 
     def look_up(self, text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -156,17 +160,17 @@ class WordTable:
     def _learn(self, words: list[bytes]) -> list[bytes]:
         """Encode the words that are new into the dictionary; returns them."""
         new = list(dict.fromkeys(word for word in words if word not in self._others))
-        found = list(zip(new, self._encode(new) if new else [], strict=True))
-        self._others.update((word, POISON) for word, tokens in found if tokens is None)
-        known = [word for word, tokens in found if tokens is not None]
-        if known:
-            ids = self._add_all([tokens for _, tokens in found if tokens is not None])
-            self._others.update(zip(known, ids.tolist(), strict=True))
-            self._added(known, ids)
+        if new:
+            self._others.update(zip(new, self._learn_new(new).tolist(), strict=True))
         return new
 
-    def _added(self, words: list[bytes], ids: NDArray[np.int64]) -> None:
-        """Called for words that are learnt; a table that knows more of its words keeps it here."""
+    def _learn_new(self, words: list[bytes]) -> NDArray[np.int64]:
+        """Encode and store words; returns their ids."""
+        found = self._encode(words)
+        ids = np.full(len(words), POISON, dtype=np.int64)
+        alone = [tokens for tokens in found if tokens is not None]
+        ids[[tokens is not None for tokens in found]] = self._add_all(alone)
+        return ids
 
     def _move_to_slots(
         self,

@@ -34,6 +34,7 @@ def test_rules_of_the_usual_normalisation(model_path: Callable[[str], str]) -> N
     assert not {0x20, 0x09, 0x0A} & rules.inner_bytes
     # Combining marks stand behind letters in left sides.
     assert 0xCC in rules.inner_bytes
+    assert rules.plain == read_rules(b"").plain == bytes(range(0x21, 0x7F))
     assert read_rules(b"").keeps_space
 
 
@@ -50,6 +51,8 @@ def test_rules_with_spaces(rule: str, keeps_space: bool, inner: bool, tmp_path: 
     rules = read_rules(rules_of(str(tmp_path / "m.model")))
     assert rules.keeps_space == keeps_space
     assert (0x20 in rules.inner_bytes) == inner
+    assert (b"a" in rules.plain) == (not rule.startswith("61"))
+    assert b"A" not in rules.plain
 
 
 def test_damaged_rules() -> None:

@@ -137,7 +137,7 @@ def test_words_together_and_one_by_one(name: str, model_path: Callable[[str], st
     texts = ["", *(processor.normalize(word) for word in words), ""]
     found = WordBatches(lattice.prefixes, lattice.unknown_score).segment(texts)
     expected = Segmentations.of([lattice.segment(text) for text in texts])
-    for fact in ("scores", "counts", "weights", "limits", "depths"):
+    for fact in ("pieces", "scores", "counts", "weights", "limits", "depths"):
         np.testing.assert_array_equal(getattr(found, fact), getattr(expected, fact))
 
 
