@@ -139,23 +139,21 @@ class ByteLevelWords:
         longest_first = sorted(plan.added, key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
-    def words(self, words: list[bytes]) -> list[WordTokens]:
+    def words(self, words: list[bytes]) -> WordTokens:
         """Tokens of words after a space."""
-        return self._encode([" " + word.decode() for word in words])
+        return WordTokens.of(self._encode([" " + word.decode() for word in words]))
 
-    def heads(self, words: list[bytes]) -> list[WordTokens]:
+    def heads(self, words: list[bytes]) -> WordTokens:
         """Tokens of words at the start of a text, after the special tokens that begin it."""
-        return [
-            None if tokens is None else [*self._prefix, *tokens]
-            for tokens in self._encode([word.decode() for word in words])
-        ]
+        found = self._encode([word.decode() for word in words])
+        return WordTokens.of([None if tokens is None else [*self._prefix, *tokens] for tokens in found])
 
     def whole(self, text: str) -> Sequence[int]:
         """Tokens of a whole document."""
         ids: Sequence[int] = self._tokenizer.encode(text).ids
         return ids
 
-    def _encode(self, texts: list[str]) -> list[WordTokens]:
+    def _encode(self, texts: list[str]) -> list[list[int] | None]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [
             None if self._has_added(text) or len(text) > _LONGEST_WORD else encoding.ids

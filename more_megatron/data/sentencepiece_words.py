@@ -17,7 +17,10 @@ Whatever is not covered makes `plan_words` answer with the reason, and the model
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, compress
 from typing import Any
+
+import numpy as np
 
 from more_megatron.data.charsmap import RuleTable, read_rules
 from more_megatron.data.unigram import WEIGHT_UNIT, WORST_ROUNDING, UnigramLattice
@@ -38,6 +41,8 @@ _MARK_BYTES = _MARK.encode()
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _LONGEST_WORD = 256
+# Plain words that are encoded as one text.
+_JOINED = 16
 _WORST_RELATIVE_ROUNDING = 1 / 64
 # The longest word must not reach from half the reset to the reset.
 _LOWEST_SCORE = -80.0
@@ -214,16 +219,57 @@ class SentencePieceWords:
         self._dummy_prefix = model.dummy_prefix
         self._rule = rule
         self._plain = model.rules.plain
+        # BPE alone: sums of a unigram model's scores depend on the words before.
+        self._joins = not model.is_unigram
+        self._begins = np.array([text.startswith(_MARK) for text, _ in model.pieces])
         self._spaces = " " + rule.blanks.decode()
 
-    def heads(self, words: list[bytes]) -> list[WordTokens]:
+    def heads(self, words: list[bytes]) -> WordTokens:
         """Tokens of words at the start of a text."""
-        return self._encode_safe(words, [word.decode() for word in words])
+        return WordTokens.of(self._encode_safe(words, [word.decode() for word in words]))
 
-    def words(self, words: list[bytes]) -> list[WordTokens]:
+    def words(self, words: list[bytes]) -> WordTokens:
         """Tokens of words after a space, or of words that begin with a line break."""
         prefix = "" if self._dummy_prefix else " "
-        return self._encode_safe(words, [prefix + word.decode() for word in words])
+        plain = [index for index, word in enumerate(words) if self.is_plain(word)] if self._joins else []
+        joined, others = self._encode_joined(words, plain, prefix)
+        others += sorted(set(range(len(words))).difference(plain))
+        apart = WordTokens.of(
+            self._encode_safe([words[index] for index in others], [prefix + words[index].decode() for index in others])
+        )
+        return WordTokens(
+            places=np.concatenate([joined.places, np.array(others, dtype=np.int64)[apart.places]]),
+            counts=np.concatenate([joined.counts, apart.counts]),
+            tokens=np.concatenate([joined.tokens, apart.tokens]),
+        )
+
+    def _encode_joined(self, words: list[bytes], places: list[int], prefix: str) -> tuple[WordTokens, list[int]]:
+        """Encode plain words several at a time, which takes less than half the time.
+
+        Args:
+            words: words.
+            places: the plain ones.
+            prefix: what stands before the first word of a text.
+
+        Returns:
+            Their tokens, and the places of words whose tokens do not show where they begin.
+        """
+        # Each word has at most one piece with U+2581, its first one; with fewer of them the words are encoded apart.
+        groups = [places[start : start + _JOINED] for start in range(0, len(places), _JOINED)]
+        texts = [prefix + b" ".join([words[index] for index in group]).decode() for group in groups]
+        found: list[list[int]] = self._processor.encode(texts, out_type=int, num_threads=1)
+        tokens = np.array(list(chain.from_iterable(found)), dtype=np.int64)
+        owners = np.repeat(np.arange(len(groups)), [len(ids) for ids in found])
+        begun = np.bincount(owners[self._begins[tokens]], minlength=len(groups))
+        clear = begun == np.array([len(group) for group in groups], dtype=np.int64)
+        tokens = tokens[clear[owners]]
+        starts = np.flatnonzero(self._begins[tokens])
+        joined = WordTokens(
+            places=np.array(list(chain.from_iterable(compress(groups, clear))), dtype=np.int64),
+            counts=np.diff(starts, append=len(tokens)),
+            tokens=tokens,
+        )
+        return joined, list(chain.from_iterable(compress(groups, ~clear)))
 
     def is_plain(self, word: bytes) -> bool:
         """Whether a word is short, has characters, and no rule of normalisation is about them."""
@@ -235,7 +281,9 @@ class SentencePieceWords:
 
     def whole(self, text: str) -> Sequence[int]:
         """Tokens of a whole document."""
-        ids: Sequence[int] = self._processor.encode(text, out_type=int)
+        # Arrays are an order cheaper than lists of Python integers; older versions have only lists.
+        encode = getattr(self._processor, "encode_as_numpy", self._processor.encode_as_ids)
+        ids: Sequence[int] = encode(text)
         return ids
 
     def _normal(self, word: bytes) -> str:
@@ -244,8 +292,8 @@ class SentencePieceWords:
         text: str = self._processor.normalize(word.decode())
         return text
 
-    def _encode_safe(self, words: list[bytes], texts: list[str]) -> list[WordTokens]:
-        tokens: list[WordTokens] = list(self._processor.encode(texts, out_type=int, num_threads=1))
+    def _encode_safe(self, words: list[bytes], texts: list[str]) -> list[Sequence[int] | None]:
+        tokens: list[Sequence[int] | None] = list(self._processor.encode(texts, out_type=int, num_threads=1))
         for index, (word, text) in enumerate(zip(words, texts, strict=True)):
             if len(word) > _LONGEST_WORD or _MARK_BYTES in word or not self._stands_alone(text):
                 tokens[index] = None
@@ -262,14 +310,14 @@ class SentencePieceWords:
         normal: str = self._processor.normalize(text)
         return not normal.endswith(_MARK)
 
-    def _without_mark(self, tokens: WordTokens) -> WordTokens:
+    def _without_mark(self, tokens: Sequence[int] | None) -> Sequence[int] | None:
         """Tokens of a word behind a line break, without those of the space that the model put before the text."""
         mark = self._lone_mark()
         if tokens is None or mark is None or list(tokens[: len(mark)]) != list(mark):
             return None
         return tokens[len(mark) :]
 
-    def _lone_mark(self) -> WordTokens:
+    def _lone_mark(self) -> Sequence[int] | None:
         """Tokens of a space at the end of a text: what encoding a letter and a space adds to the letter."""
         if self._collapse:
             return []

@@ -1,7 +1,7 @@
 """Words of a unigram model, each in the segmentation that its place in the document calls for."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ from more_megatron.data.sentencepiece_words import SentencePieceWords
 from more_megatron.data.unigram import RESET, WEIGHT_UNIT, UnigramLattice
 from more_megatron.data.unigram_batch import Segmentations, WordBatches
 from more_megatron.data.wordencoder import CutRule, WordEncoder
-from more_megatron.data.wordtable import POISON, ROW, WordTable, WordTokens, spread, with_following
+from more_megatron.data.wordtable import POISON, ROW, EncodeWords, WordTable, spread, with_following
 
 __all__ = ["UnigramEncoder", "UnigramTable", "search_is_known"]
 
@@ -20,6 +20,8 @@ _KNOWN_VERSIONS = ("0.2.3",)
 _NO_SCORE = np.float32(1.0)
 # As many words as take the same time together as one by one.
 _BATCH = 24
+# SentencePiece is quick with unigram models.
+_LEARN_SHARE = 0.03
 # More than what rounding inside a word can add up to.
 _SPARE = 1.0
 
@@ -241,9 +243,9 @@ class UnigramEncoder(WordEncoder):
         self._known_search = known_search
         # Running total of a document that goes on in the next window.
         self._carried: float | None = None
-        super().__init__(rule, source.words, source.words, source.whole, dtype, eod)
+        super().__init__(rule, source.words, source.words, source.whole, dtype, eod, learn_share=_LEARN_SHARE)
 
-    def _make_table(self, encode_words: Callable[[list[bytes]], list[WordTokens]], dtype: np.dtype) -> WordTable:
+    def _make_table(self, encode_words: EncodeWords, dtype: np.dtype) -> WordTable:
         self._words = UnigramTable(self._source, dtype, self._lattice)
         return self._words
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.data.encoding import Encoded
-from more_megatron.data.wordtable import POISON, WordTable, WordTokens
+from more_megatron.data.wordtable import POISON, EncodeWords, WordTable
 
 __all__ = ["CutRule", "WordEncoder"]
 
@@ -16,6 +16,12 @@ WINDOW_BYTES = 1 << 19
 
 _FIRST_WINDOW_BYTES = 1 << 14
 """Text looked up at first: most of its words are new, and those that it repeats would be new each time."""
+
+_EAGERNESS = 1 << 16
+"""New words that are learnt although encoding their documents whole would be quicker: a table that begins is empty."""
+
+_INVESTMENT = 1 / 256
+"""As many such words for each word of text later, so that texts of another kind are learnt too."""
 
 # Neither byte occurs in UTF-8.
 _HEAD = 0xFE
@@ -48,25 +54,27 @@ class WordEncoder:
 
     Args:
         rule: where texts may be cut.
-        encode_words: tokens of words after a space; None for a word whose document must be encoded whole.
+        encode_words: tokens of words after a space.
         encode_heads: tokens of words at the start of a text; used if the rule says that they differ.
         encode_whole: tokens of a whole document.
         dtype: dtype of the token ids.
         eod: token that ends each document, or None.
         suffix: tokens that the tokenizer puts behind every text; those before it belong to the first word.
         keeps_empty: whether a text without characters has tokens too.
+        learn_share: share of new words in a document above which encoding it whole is quicker than learning them.
     """
 
     def __init__(
         self,
         rule: CutRule,
-        encode_words: Callable[[list[bytes]], list[WordTokens]],
-        encode_heads: Callable[[list[bytes]], list[WordTokens]],
+        encode_words: EncodeWords,
+        encode_heads: EncodeWords,
         encode_whole: Callable[[str], Sequence[int] | NDArray[np.integer]],
         dtype: np.dtype,
         eod: int | None,
         suffix: Sequence[int] = (),
         keeps_empty: bool = False,
+        learn_share: float = 0.25,
     ) -> None:
         self._rule = rule
         self._encode_heads = encode_heads
@@ -85,6 +93,8 @@ class WordEncoder:
         self._heads: dict[bytes, int] = {}
         self._end_id = self._table.add(self._closing_tokens)
         self._window_bytes = min(_FIRST_WINDOW_BYTES, WINDOW_BYTES)
+        self._learn_share = learn_share
+        self._eagerness = float(_EAGERNESS)
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """Encode documents.
@@ -131,7 +141,7 @@ class WordEncoder:
         all_ends: NDArray[np.int64] = np.concatenate([np.zeros(1, np.int64), *ends])
         return np.concatenate(parts), all_ends[1:] - all_ends[:-1]
 
-    def _make_table(self, encode_words: Callable[[list[bytes]], list[WordTokens]], dtype: np.dtype) -> WordTable:
+    def _make_table(self, encode_words: EncodeWords, dtype: np.dtype) -> WordTable:
         return WordTable(encode_words, dtype)
 
     def _settle(self, ids: NDArray[np.int64], closes: NDArray[np.int64]) -> None:
@@ -165,6 +175,7 @@ class WordEncoder:
             self._table.clear()
             self._heads.clear()
             self._end_id = self._table.add(self._closing_tokens)
+            self._eagerness = float(_EAGERNESS)
         data = np.frombuffer(text, dtype=np.uint8)
         cuts = self._find_cuts(data)
         marks = data.take(cuts)
@@ -172,8 +183,8 @@ class WordEncoder:
         if self._rule.newlines:
             starts -= marks == _NEWLINE
         ends = np.append(cuts[1:], len(data))
-        ids = self._table.look_up(text, starts, ends)
         closes = np.flatnonzero(marks == _END)
+        ids = self._table.look_up(text, starts, ends, lambda new: self._choose(new, closes, len(cuts)))
         ids[closes] = self._end_id
         if self._rule.head:
             self._look_up_heads(text, ids, np.flatnonzero(marks == _HEAD), starts, ends)
@@ -181,6 +192,21 @@ class WordEncoder:
         tokens, counts = self._table.gather(ids)
         poisoned = np.searchsorted(closes, np.flatnonzero(ids == POISON))
         return tokens, np.cumsum(counts, dtype=np.int64)[closes], np.unique(poisoned)
+
+    def _choose(self, new: NDArray[np.int64], closes: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
+        """Which new words to learn: all or none of a document's, which is encoded whole without them.
+
+        Args:
+            new: places of the new words in a window, int64 [new].
+            closes: places where documents end.
+            count: words of the window.
+        """
+        owners = np.searchsorted(closes, new)
+        sizes = np.diff(closes, prepend=-1, append=count)
+        too_many = np.maximum(np.bincount(owners, minlength=len(sizes)) - self._learn_share * sizes, 0.0)
+        learnt = (too_many == 0.0) | (np.cumsum(too_many) <= self._eagerness)
+        self._eagerness = min(self._eagerness - too_many[learnt].sum() + _INVESTMENT * count, _EAGERNESS)
+        return learnt[owners]
 
     def _find_cuts(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
         cut = data == _SPACE
@@ -208,8 +234,8 @@ class WordEncoder:
     ) -> None:
         words = [text[starts[index] : ends[index]] for index in heads.tolist()]
         new = list(dict.fromkeys(word for word in words if word not in self._heads))
-        for word, tokens in zip(new, self._encode_heads(new) if new else [], strict=True):
-            self._heads[word] = POISON if tokens is None else self._table.add(tokens)
+        if new:
+            self._heads.update(zip(new, self._table.store(self._encode_heads(new), len(new)).tolist(), strict=True))
         ids[heads] = [self._heads[word] for word in words]
 
     def _finish(

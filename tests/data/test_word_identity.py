@@ -124,12 +124,41 @@ def test_words_longer_than_a_window(encoders: Callable) -> None:
 def test_full_table_starts_again(
     model_path: Callable[[str], str], corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("more_megatron.data.wordtable._SLOT_BITS", 6)
+    monkeypatch.setattr("more_megatron.data.wordtable._SLOT_BITS", 12)
     path = model_path("bpe")
     encoder = build_encoder(load(TokenizerOptions("SentencePieceTokenizer", path)), True)
     encoder._table._capacity = 300  # type: ignore[attr-defined]
     for start in range(0, 40, 4):
         check(encoder, sentencepiece.SentencePieceProcessor(model_file=path), corpus[start : start + 4])
+
+
+@pytest.mark.parametrize("window", [1 << 10, 1 << 19])
+@pytest.mark.parametrize("name", ["bpe", "bpe_no_prefix", "unigram"])
+def test_documents_with_much_new_are_encoded_whole(
+    name: str, window: int, model_path: Callable[[str], str], corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("more_megatron.data.wordencoder.WINDOW_BYTES", window)
+    monkeypatch.setattr("more_megatron.data.wordencoder._EAGERNESS", 0.0)
+    monkeypatch.setattr("more_megatron.data.wordencoder._INVESTMENT", 0.0)
+    path = model_path(name)
+    processor = sentencepiece.SentencePieceProcessor(model_file=path)
+    encoder = build_encoder(load(TokenizerOptions("SentencePieceTokenizer", path)), True)
+    assert isinstance(encoder, WordEncoder)
+    whole: list[str] = []
+    encode_whole = encoder._encode_whole
+    monkeypatch.setattr(encoder, "_encode_whole", lambda text: whole.append(text) or encode_whole(text))
+    check(encoder, processor, corpus[:30])
+    assert whole == corpus[:30]
+    monkeypatch.setattr("more_megatron.data.wordencoder._EAGERNESS", 1e6)
+    encoder._eagerness = 1e6
+    check(encoder, processor, corpus[:30])
+    assert len(whole) == 30
+    encoder._eagerness = 0.0
+    monkeypatch.setattr("more_megatron.data.wordencoder._EAGERNESS", 0.0)
+    # Known words and a few others, and nothing but others.
+    mixed = [corpus[0] + " qvx zkw", " ".join(f"zq{number}" for number in range(200)), corpus[1]]
+    check(encoder, processor, mixed)
+    assert whole[30:] == mixed[1:2]
 
 
 def test_lengths_have_megatrons_dtype(encoders: Callable) -> None:
