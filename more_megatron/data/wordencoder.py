@@ -23,6 +23,12 @@ _EAGERNESS = 1 << 16
 _INVESTMENT = 1 / 256
 """As many such words for each word of text later, so that texts of another kind are learnt too."""
 
+_REST = 7
+"""Calls that encode all documents whole after one in which that was better for most of the text."""
+
+_MOSTLY_WHOLE = 0.8
+_LEAST_JUDGED_BYTES = 1 << 16
+
 # Neither byte occurs in UTF-8.
 _HEAD = 0xFE
 _END = 0xFF
@@ -95,6 +101,7 @@ class WordEncoder:
         self._window_bytes = min(_FIRST_WINDOW_BYTES, WINDOW_BYTES)
         self._learn_share = learn_share
         self._eagerness = float(_EAGERNESS)
+        self._rest = 0
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """Encode documents.
@@ -105,16 +112,22 @@ class WordEncoder:
         Returns:
             Their tokens, in order.
         """
+        rests = self._rest > 0
         whole = {
             index
             for index, document in enumerate(documents)
-            if b"\0" in document or (self._keeps_empty and not document)
+            if rests or b"\0" in document or (self._keeps_empty and not document)
         }
         text = b"".join(
             [part for index, document in enumerate(documents) for part in self._framed(document, index in whole)]
         )
         tokens, lengths = self._encode_text(text, whole)
+        self._rest = self._rest - 1 if rests else _REST if self._is_mostly_whole(documents, whole) else 0
         return self._finish(documents, tokens, lengths, whole)
+
+    def _is_mostly_whole(self, documents: Sequence[bytes], whole: set[int]) -> bool:
+        size = sum(map(len, documents))
+        return size >= _LEAST_JUDGED_BYTES and sum(len(documents[index]) for index in whole) > _MOSTLY_WHOLE * size
 
     def _framed(self, document: bytes, whole: bool) -> tuple[bytes, ...]:
         # A document without text has no word at all, not one empty word.

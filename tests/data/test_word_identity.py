@@ -149,6 +149,12 @@ def test_documents_with_much_new_are_encoded_whole(
     monkeypatch.setattr(encoder, "_encode_whole", lambda text: whole.append(text) or encode_whole(text))
     check(encoder, processor, corpus[:30])
     assert whole == corpus[:30]
+    # Text of which that is true rests from being looked up.
+    assert sum(map(len, whole)) > 1 << 16
+    assert encoder._rest == 7
+    check(encoder, processor, corpus[:1])
+    assert whole.pop() == corpus[0]
+    encoder._rest = 0
     monkeypatch.setattr("more_megatron.data.wordencoder._EAGERNESS", 1e6)
     encoder._eagerness = 1e6
     check(encoder, processor, corpus[:30])
