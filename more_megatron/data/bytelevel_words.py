@@ -42,7 +42,6 @@ _EXPRESSIONS = frozenset(
 # Last bytes of U+0085, U+00A0, U+1680, U+180E, U+2000 to U+200A, U+2028, U+2029, U+202F, U+205F and U+3000.
 _WHITE_ENDS = frozenset({0x85, 0xA0, 0x8E, *range(0x80, 0x8B), 0xA8, 0xA9, 0xAF, 0x9F})
 _CLOSING = bytes(byte for byte in range(0x21, 0xFE) if byte != 0x7F and byte not in _WHITE_ENDS)
-_LONGEST_WORD = 256
 
 
 @dataclass(frozen=True)
@@ -156,8 +155,7 @@ class ByteLevelWords:
     def _encode(self, texts: list[str]) -> list[list[int] | None]:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [
-            None if self._has_added(text) or len(text) > _LONGEST_WORD else encoding.ids
-            for text, encoding in zip(texts, encodings, strict=True)
+            None if self._has_added(text) else encoding.ids for text, encoding in zip(texts, encodings, strict=True)
         ]
 
     def _has_added(self, text: str) -> bool:

@@ -40,7 +40,6 @@ _MARK = "\u2581"
 _MARK_BYTES = _MARK.encode()
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_LONGEST_WORD = 256
 # Plain words that are encoded as one text.
 _JOINED = 16
 _WORST_RELATIVE_ROUNDING = 1 / 64
@@ -272,8 +271,8 @@ class SentencePieceWords:
         return joined, list(chain.from_iterable(compress(groups, ~clear)))
 
     def is_plain(self, word: bytes) -> bool:
-        """Whether a word is short, has characters, and no rule of normalisation is about them."""
-        return 0 < len(word) <= _LONGEST_WORD and not word.translate(None, self._plain)
+        """Whether a word has characters, and no rule of normalisation is about them."""
+        return len(word) > 0 and not word.translate(None, self._plain)
 
     def normal(self, words: list[bytes]) -> list[str]:
         """Words' normalised texts with their U+2581."""
@@ -295,7 +294,7 @@ class SentencePieceWords:
     def _encode_safe(self, words: list[bytes], texts: list[str]) -> list[Sequence[int] | None]:
         tokens: list[Sequence[int] | None] = list(self._processor.encode(texts, out_type=int, num_threads=1))
         for index, (word, text) in enumerate(zip(words, texts, strict=True)):
-            if len(word) > _LONGEST_WORD or _MARK_BYTES in word or not self._stands_alone(text):
+            if _MARK_BYTES in word or not self._stands_alone(text):
                 tokens[index] = None
             elif not word:
                 tokens[index] = self._lone_mark()

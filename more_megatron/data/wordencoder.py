@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.data.encoding import Encoded
-from more_megatron.data.wordtable import POISON, EncodeWords, WordTable
+from more_megatron.data.wordtable import LONGEST_WORD, POISON, EncodeWords, WordTable
 
 __all__ = ["CutRule", "WordEncoder"]
 
@@ -245,6 +245,8 @@ class WordEncoder:
         starts: NDArray[np.int64],
         ends: NDArray[np.int64],
     ) -> None:
+        ids[heads] = POISON
+        heads = heads[ends[heads] - starts[heads] <= LONGEST_WORD]
         words = [text[starts[index] : ends[index]] for index in heads.tolist()]
         new = list(dict.fromkeys(word for word in words if word not in self._heads))
         if new:

@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 
 from more_megatron.data.wordhash import WordHash, WordKeys
 
-__all__ = ["POISON", "ROW", "EncodeWords", "WordTable", "WordTokens", "spread", "with_following"]
+__all__ = ["LONGEST_WORD", "POISON", "ROW", "EncodeWords", "WordTable", "WordTokens", "spread", "with_following"]
 
 POISON = 0
 """Word id of every word that has no tokens of its own."""
 
 ROW = 4
 """Tokens that are stored, and found, together."""
+
+LONGEST_WORD = 256
+"""Bytes; longer words have no tokens of their own, since they seldom come again and would fill the memory."""
 
 _NEW = -1
 _PACKED = {2: np.dtype(np.uint64), 4: np.dtype(np.complex128)}
@@ -136,9 +139,10 @@ class WordTable:
         keys = WordKeys.of(text, starts, ends)
         ids, missed = self._short.find(keys)
         are_long = keys.are_long(missed)
-        new = np.concatenate(
-            [missed[~are_long], self._find_long(_cut_out(text, starts, ends, missed[are_long]), missed[are_long], ids)]
-        )
+        long = missed[are_long]
+        ids[long] = POISON
+        long = long[ends[long] - starts[long] <= LONGEST_WORD]
+        new = np.concatenate([missed[~are_long], self._find_long(_cut_out(text, starts, ends, long), long, ids)])
         if len(new):
             ids[new] = POISON
             new = new[choose(new)]

@@ -121,6 +121,13 @@ def test_words_longer_than_a_window(encoders: Callable) -> None:
     check(*encoders("bpe"), ["a" * 700_000, "b c", "d" * 300_000 + " e " + "f" * 300_000])
 
 
+def test_long_words_are_not_kept(encoders: Callable) -> None:
+    encoder, processor = encoders("bpe_no_prefix")
+    before = len(encoder._table._long), len(encoder._heads)
+    check(encoder, processor, ["x" * 257, "a " + "y" * 257, " ".join("z" * size for size in range(257, 300))])
+    assert (len(encoder._table._long), len(encoder._heads)) == (before[0], before[1] + 1)
+
+
 def test_full_table_starts_again(
     model_path: Callable[[str], str], corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
