@@ -63,7 +63,7 @@ class Batch:
 def task_bytes(sources: Sequence[Source], workers: int) -> int:
     """Size of a unit of work: several for each worker, yet no more units than a folder holds comfortably."""
     total = sum(source.size for source in sources)
-    size = min(max(total // (16 * workers), _SMALLEST_TASK), _LARGEST_TASK)
+    size = min(max(total // (32 * workers), _SMALLEST_TASK), _LARGEST_TASK)
     size = max(size, total // _MOST_TASKS)
     return -(-size // PLAIN_GRID_BYTES) * PLAIN_GRID_BYTES
 
