@@ -58,13 +58,14 @@ class WordTokens:
 
 
 EncodeWords = Callable[[list[bytes]], WordTokens]
+"""Encodes distinct words, given as UTF-8."""
 
 
 class WordTable:
     """Words seen so far and their tokens. Its memory is bounded: a full table is emptied and fills again.
 
     Args:
-        encode: gives the tokens of words it has not seen.
+        encode: encodes words it has not seen.
         dtype: dtype of token ids; its largest value (uint16) or -1 (int32) must not be an id.
         capacity: rows of tokens to hold; a word takes one for every four of its tokens.
     """
