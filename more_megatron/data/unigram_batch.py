@@ -124,7 +124,7 @@ class WordBatches:
             gaps[ends] = np.where(better, offered - best, np.minimum(gaps.take(ends), best - offered))
             totals[ends] = np.maximum(offered, best)
             taken[ends.compress(better)] = np.flatnonzero(better) + begin
-        on_path, least = _paths(first, last, edges.starts.take(taken, mode="clip"), gaps)
+        on_path, least = _paths(first, last, edges.starts, taken, gaps)
         nodes = edges.nodes.take(taken.compress(on_path))
         depths = np.minimum.reduceat(totals, first)
         return Segmentations(
@@ -174,7 +174,11 @@ class WordBatches:
 
 
 def _paths(
-    first: NDArray[np.int64], last: NDArray[np.int64], origins: NDArray[np.int64], gaps: NDArray[np.float64]
+    first: NDArray[np.int64],
+    last: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    taken: NDArray[np.int64],
+    gaps: NDArray[np.float64],
 ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """Places behind the pieces of each word's best way, and the least gap to a second one on it."""
     on_path = np.zeros(len(gaps), dtype=bool)
@@ -184,7 +188,7 @@ def _paths(
     while len(words):
         on_path[here] = True
         least[words] = np.minimum(least[words], gaps[here])
-        here = origins[here]
+        here = starts.take(taken.take(here))
         inside = here > first[words]
         words, here = words[inside], here[inside]
     return on_path, least

@@ -141,6 +141,15 @@ def test_words_together_and_one_by_one(name: str, model_path: Callable[[str], st
         np.testing.assert_array_equal(getattr(found, fact), getattr(expected, fact))
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_words_of_which_normalisation_leaves_nothing(name: str, model_path: Callable[[str], str]) -> None:
+    path = model_path(name)
+    removed = " ".join("\x01" * size for size in range(1, 60))
+    encoder = build(path)
+    check(encoder, path, [removed])
+    check(encoder, path, [f"a {removed} b", removed])
+
+
 def test_search_in_three_arithmetics(model_path: Callable[[str], str], corpus: list[str]) -> None:
     path = model_path("unigram")
     processor = sentencepiece.SentencePieceProcessor(model_file=path)
