@@ -21,6 +21,7 @@ from itertools import chain, compress
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from more_megatron.data.charsmap import RuleTable, read_rules
 from more_megatron.data.unigram import WEIGHT_UNIT, WORST_ROUNDING, UnigramLattice
@@ -30,6 +31,7 @@ from more_megatron.data.wordtable import WordTokens
 __all__ = [
     "SentencePieceModel",
     "SentencePieceWords",
+    "encode_whole",
     "parse_model",
     "plan_words",
     "rounding_of_totals",
@@ -202,6 +204,14 @@ def unigram_lattice(model: SentencePieceModel) -> UnigramLattice:
     return UnigramLattice(pieces, unknown, in_order if model.byte_fallback else None)
 
 
+def encode_whole(processor: Any, text: str) -> Sequence[int] | NDArray[np.integer]:
+    """Tokens of a text."""
+    # Arrays are an order cheaper than lists of Python integers; older versions have only lists.
+    encode = getattr(processor, "encode_as_numpy", processor.encode_as_ids)
+    ids: Sequence[int] | NDArray[np.integer] = encode(text)
+    return ids
+
+
 class SentencePieceWords:
     """Encodes single words with a processor.
 
@@ -230,9 +240,9 @@ class SentencePieceWords:
     def words(self, words: list[bytes]) -> WordTokens:
         """Tokens of words after a space, or of words that begin with a line break."""
         prefix = "" if self._dummy_prefix else " "
-        plain = [index for index, word in enumerate(words) if self.is_plain(word)] if self._joins else []
-        joined, others = self._encode_joined(words, plain, prefix)
-        others += sorted(set(range(len(words))).difference(plain))
+        plain = self.are_plain(words) & self._joins
+        joined, others = self._encode_joined(words, np.flatnonzero(plain).tolist(), prefix)
+        others += np.flatnonzero(~plain).tolist()
         apart = WordTokens.of(
             self._encode_safe([words[index] for index in others], [prefix + words[index].decode() for index in others])
         )
@@ -270,20 +280,20 @@ class SentencePieceWords:
         )
         return joined, list(chain.from_iterable(compress(groups, ~clear)))
 
-    def is_plain(self, word: bytes) -> bool:
-        """Whether a word has characters, and no rule of normalisation is about them."""
-        return len(word) > 0 and not word.translate(None, self._plain)
+    def are_plain(self, words: list[bytes]) -> NDArray[np.bool_]:
+        """Which words have characters of which no rule of normalisation is about any."""
+        return np.array([len(word) > 0 and not word.translate(None, self._plain) for word in words], dtype=bool)
 
-    def normal(self, words: list[bytes]) -> list[str]:
-        """Words' normalised texts with their U+2581."""
-        return [_MARK + word.decode() if self.is_plain(word) else self._normal(word) for word in words]
+    def normal(self, words: list[bytes], plain: Sequence[bool]) -> list[str]:
+        """Words' normalised texts with their U+2581, given which words are plain."""
+        return [
+            _MARK + word.decode() if is_plain else self._normal(word)
+            for word, is_plain in zip(words, plain, strict=True)
+        ]
 
-    def whole(self, text: str) -> Sequence[int]:
+    def whole(self, text: str) -> Sequence[int] | NDArray[np.integer]:
         """Tokens of a whole document."""
-        # Arrays are an order cheaper than lists of Python integers; older versions have only lists.
-        encode = getattr(self._processor, "encode_as_numpy", self._processor.encode_as_ids)
-        ids: Sequence[int] = encode(text)
-        return ids
+        return encode_whole(self._processor, text)
 
     def _normal(self, word: bytes) -> str:
         if not word:

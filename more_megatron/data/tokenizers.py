@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from more_megatron.data.indexed import token_dtype
 from more_megatron.data.sentencepiece_words import (
     SentencePieceModel,
     SentencePieceWords,
+    encode_whole,
     parse_model,
     plan_words,
     rounding_of_totals,
@@ -300,9 +302,7 @@ def _sentencepiece_encoder(tokenizer: Tokenizer, eod: int | None) -> Encoder:
     model = parse_model(Path(tokenizer.options.tokenizer_model).read_bytes())
     rule = plan_words(model)
     if isinstance(rule, str):
-        # Arrays are an order cheaper than lists of Python integers; older versions have only lists.
-        encode = getattr(processor, "encode_as_numpy", processor.encode_as_ids)
-        return PlainEncoder(lambda texts: map(encode, texts), tokenizer.dtype, eod)
+        return PlainEncoder(lambda texts: map(partial(encode_whole, processor), texts), tokenizer.dtype, eod)
     words = SentencePieceWords(processor, model, rule)
     if model.is_unigram:
         return _unigram_encoder(words, model, rule, tokenizer, eod)

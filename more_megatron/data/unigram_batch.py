@@ -49,11 +49,6 @@ class Segmentations:
             depths=np.array([word.deepest for word in words]),
         )
 
-    @classmethod
-    def empty(cls, count: int) -> "Segmentations":
-        """Words without pieces."""
-        return cls.of([Segmentation([], [], [], np.inf, 0.0)] * count)
-
     @property
     def sure(self) -> NDArray[np.bool_]:
         """Words whose pieces are their tokens at the beginning of a text, bool [words]."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.data.sentencepiece_words import SentencePieceWords
-from more_megatron.data.unigram import RESET, WEIGHT_UNIT, UnigramLattice
+from more_megatron.data.unigram import RESET, WEIGHT_UNIT, Segmentation, UnigramLattice
 from more_megatron.data.unigram_batch import Segmentations, WordBatches
 from more_megatron.data.wordencoder import CutRule, WordEncoder
 from more_megatron.data.wordtable import POISON, ROW, EncodeWords, WordTable, spread, with_following
@@ -90,15 +90,15 @@ class UnigramTable(WordTable):
     def add(self, tokens: Sequence[int]) -> int:
         """Store a word that no text can spell; it adds nothing to the running total."""
         word_id = super().add(tokens)
-        self._keep(np.array([word_id]), Segmentations.empty(1))
+        self._keep(np.array([word_id]), Segmentations.of([Segmentation([], [], [], math.inf, 0.0)]))
         return word_id
 
     def _learn_new(self, words: list[bytes]) -> NDArray[np.int64]:
         ids = np.full(len(words), POISON, dtype=np.int64)
-        plain = np.array([self._source.is_plain(word) for word in words])
+        plain = self._source.are_plain(words)
         self._ask(words, ids, np.flatnonzero(~plain))
         kept = np.flatnonzero(plain | (ids != POISON))
-        texts = self._source.normal([words[index] for index in kept.tolist()])
+        texts = self._source.normal([words[index] for index in kept.tolist()], plain[kept].tolist())
         found = self._segment(texts)
         # SentencePiece need not be asked for tokens that the segmentation leaves no doubt of.
         clear = found.sure & plain[kept]

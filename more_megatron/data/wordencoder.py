@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.data.encoding import Encoded
-from more_megatron.data.wordtable import LONGEST_WORD, POISON, EncodeWords, WordTable
+from more_megatron.data.wordtable import LONGEST_WORD, POISON, EncodeWords, WordTable, cut_out
 
 __all__ = ["CutRule", "WordEncoder"]
 
@@ -97,10 +97,9 @@ class WordEncoder:
             self._closing[list(rule.closing)] = True
         self._table = self._make_table(encode_words, dtype)
         self._heads: dict[bytes, int] = {}
-        self._end_id = self._table.add(self._closing_tokens)
+        self._begin_table()
         self._window_bytes = min(_FIRST_WINDOW_BYTES, WINDOW_BYTES)
         self._learn_share = learn_share
-        self._eagerness = float(_EAGERNESS)
         self._rest = 0
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
@@ -122,7 +121,10 @@ class WordEncoder:
             [part for index, document in enumerate(documents) for part in self._framed(document, index in whole)]
         )
         tokens, lengths = self._encode_text(text, whole)
-        self._rest = self._rest - 1 if rests else _REST if self._is_mostly_whole(documents, whole) else 0
+        if rests:
+            self._rest -= 1
+        elif self._is_mostly_whole(documents, whole):
+            self._rest = _REST
         return self._finish(documents, tokens, lengths, whole)
 
     def _is_mostly_whole(self, documents: Sequence[bytes], whole: set[int]) -> bool:
@@ -157,6 +159,12 @@ class WordEncoder:
     def _make_table(self, encode_words: EncodeWords, dtype: np.dtype) -> WordTable:
         return WordTable(encode_words, dtype)
 
+    def _begin_table(self) -> None:
+        self._table.clear()
+        self._heads.clear()
+        self._end_id = self._table.add(self._closing_tokens)
+        self._eagerness = float(_EAGERNESS)
+
     def _settle(self, ids: NDArray[np.int64], closes: NDArray[np.int64]) -> None:
         """Change ids that depend on where in its document a word stands; for models of which that is true.
 
@@ -185,10 +193,7 @@ class WordEncoder:
     def _encode_window(self, text: bytes) -> tuple[NDArray[np.generic], NDArray[np.int64], NDArray[np.int64]]:
         """Tokens of a window, the token count up to each document's end, and the documents to encode whole."""
         if self._table.full:
-            self._table.clear()
-            self._heads.clear()
-            self._end_id = self._table.add(self._closing_tokens)
-            self._eagerness = float(_EAGERNESS)
+            self._begin_table()
         data = np.frombuffer(text, dtype=np.uint8)
         cuts = self._find_cuts(data)
         marks = data.take(cuts)
@@ -247,7 +252,7 @@ class WordEncoder:
     ) -> None:
         ids[heads] = POISON
         heads = heads[ends[heads] - starts[heads] <= LONGEST_WORD]
-        words = [text[starts[index] : ends[index]] for index in heads.tolist()]
+        words = cut_out(text, starts, ends, heads)
         new = list(dict.fromkeys(word for word in words if word not in self._heads))
         if new:
             self._heads.update(zip(new, self._table.store(self._encode_heads(new), len(new)).tolist(), strict=True))

@@ -71,15 +71,16 @@ class WordHash:
     def __init__(self, slot_bits: int) -> None:
         self._slot_bits = slot_bits
         # First key and id side by side, so that most words are found by one access to memory.
-        self._slots = np.zeros((1 << slot_bits, 2), dtype=np.uint64)
+        self._slots = np.full((1 << slot_bits, 2), _NO_KEY)
         self._low, self._ids = self._slots.T
         self._high = np.zeros(1 << slot_bits, dtype=np.uint64)
-        self.clear()
+        self._count = 0
 
     def clear(self) -> None:
         """Forget all words."""
-        self._low[:] = _NO_KEY
-        self._count = 0
+        if self._count:
+            self._low[:] = _NO_KEY
+            self._count = 0
 
     def __len__(self) -> int:
         return self._count
@@ -90,7 +91,7 @@ class WordHash:
         Returns:
             Their ids, int64 [words], and the places of those that are not in the table, of which the ids mean nothing.
         """
-        slots = self._first_slots(keys)
+        slots = self._first_slots(keys.low, keys.high, keys.wide)
         found = self._slots.take(slots, axis=0)
         ids = found[:, 1].astype(np.int64)
         differs = found[:, 0] != keys.low
@@ -117,19 +118,22 @@ class WordHash:
             ids: their ids.
         """
         self._count += len(places)
-        slots = self._first_slots(keys).take(places)
-        while len(places):
+        low, high = keys.low[places], keys.high[places]
+        slots = self._first_slots(low, high, slice(None))
+        while len(slots):
             free = np.flatnonzero(self._low[slots] == _NO_KEY)
-            self._low[slots[free]] = keys.low[places[free]]
-            self._high[slots[free]] = keys.high[places[free]]
+            self._low[slots[free]] = low[free]
+            self._high[slots[free]] = high[free]
             self._ids[slots[free]] = ids[free]
             # Of two words for one slot the later has taken it.
-            moves = (self._low[slots] != keys.low[places]) | (self._high[slots] != keys.high[places])
-            places, ids, slots = places[moves], ids[moves], (slots[moves] + 1) & (len(self._high) - 1)
+            moves = (self._low[slots] != low) | (self._high[slots] != high)
+            low, high, ids, slots = low[moves], high[moves], ids[moves], (slots[moves] + 1) & (len(self._high) - 1)
 
-    def _first_slots(self, keys: WordKeys) -> NDArray[np.int64]:
-        mixed = keys.low * _MIX_LOW
-        mixed[keys.wide] ^= keys.high[keys.wide] * _MIX_HIGH
+    def _first_slots(
+        self, low: NDArray[np.uint64], high: NDArray[np.uint64], wide: NDArray[np.int64] | slice
+    ) -> NDArray[np.int64]:
+        mixed = low * _MIX_LOW
+        mixed[wide] ^= high[wide] * _MIX_HIGH
         mixed >>= np.uint64(64 - self._slot_bits)
         return mixed.view(np.int64)
 

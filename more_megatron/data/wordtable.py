@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from more_megatron.data.wordhash import WordHash, WordKeys
 
-__all__ = ["LONGEST_WORD", "POISON", "ROW", "EncodeWords", "WordTable", "WordTokens", "spread", "with_following"]
+__all__ = [
+    "LONGEST_WORD",
+    "POISON",
+    "ROW",
+    "EncodeWords",
+    "WordTable",
+    "WordTokens",
+    "cut_out",
+    "spread",
+    "with_following",
+]
 
 POISON = 0
 """Word id of every word that has no tokens of its own."""
@@ -143,11 +153,11 @@ class WordTable:
         long = missed[are_long]
         ids[long] = POISON
         long = long[ends[long] - starts[long] <= LONGEST_WORD]
-        new = np.concatenate([missed[~are_long], self._find_long(_cut_out(text, starts, ends, long), long, ids)])
+        new = np.concatenate([missed[~are_long], self._find_long(cut_out(text, starts, ends, long), long, ids)])
         if len(new):
             ids[new] = POISON
             new = new[choose(new)]
-            self._learn(_cut_out(text, starts, ends, new), new, ids, keys)
+            self._learn(cut_out(text, starts, ends, new), new, ids, keys)
         return ids
 
     def gather(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
@@ -199,7 +209,8 @@ class WordTable:
         self._counts = np.concatenate([self._counts, np.zeros(grown - have, dtype=np.int32)])
 
 
-def _cut_out(text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64], places: NDArray[np.int64]) -> list[bytes]:
+def cut_out(text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64], places: NDArray[np.int64]) -> list[bytes]:
+    """Some of the words of a text, given the first byte of each and the byte after it."""
     return [text[start:end] for start, end in zip(starts[places].tolist(), ends[places].tolist(), strict=True)]
 
 
