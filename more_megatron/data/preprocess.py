@@ -179,6 +179,8 @@ class _Pool:
 
     def __exit__(self, *error: object) -> None:
         self._executor.shutdown(wait=True, cancel_futures=True)
+        # An error line ends the process without more ado, and Python would warn of a lock that still exists then.
+        del self._executor, self._counters
 
     def run(self, tasks: Iterator[Task]) -> Iterator[PartStats]:
         """Work on tasks, a bounded number ahead, and give their counts in order."""

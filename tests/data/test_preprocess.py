@@ -165,14 +165,17 @@ def test_bad_arguments_end_in_one_line(tmp_path: Path, model: str, corpus: list[
     assert not list(tmp_path.glob("out*"))
 
 
-def test_full_disk_ends_in_one_line_and_resumes(tmp_path: Path, model: str, corpus: list[str]) -> None:
+@pytest.mark.parametrize(("limit", "first"), [(1200, "joined.bin"), (200, "part-")])
+def test_full_disk_ends_in_one_line_and_resumes(
+    limit: int, first: str, tmp_path: Path, model: str, corpus: list[str]
+) -> None:
     data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=12)
     arguments = ["--input", data, "--tokenizer-model", model, "--no-progress", "--workers", "2"]
     command = [sys.executable, TOOL, *arguments, "--output-prefix", tmp_path / "full"]
-    # A limit on the size of a file stands in for a full disk; the joined file is the first to reach it.
-    limited = f"trap '' XFSZ; ulimit -f 1200; exec {' '.join(map(str, command))}"
+    # A limit on the size of a file stands in for a full disk; the joined file or a worker's part reaches it first.
+    limited = f"trap '' XFSZ; ulimit -f {limit}; exec {' '.join(map(str, command))}"
     result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=120)
-    assert_one_line(result, "cannot write", "--resume")
+    assert_one_line(result, "cannot write", first, "--resume")
     assert [path.name for path in tmp_path.glob("full*")] == ["full_text_document.partial"]
     assert run_tool(*arguments, "--output-prefix", tmp_path / "full", "--resume").returncode == 0
     assert run_tool(*arguments, "--output-prefix", tmp_path / "free").returncode == 0
