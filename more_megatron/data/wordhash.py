@@ -42,16 +42,18 @@ class WordKeys:
     @classmethod
     def of(cls, text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64]) -> "WordKeys":
         """Read words from a text without NUL bytes, given the first byte of each and the byte after it."""
-        aligned = np.frombuffer(text + bytes(24 + -len(text) % 8), dtype="<u8")
+        padded = text + bytes(24)
+        # All overlapping groups of eight bytes; as opaque items, of which numpy asks no alignment.
+        windows = np.ndarray(len(text) + 17, dtype="V8", buffer=padded, strides=(1,))
         lengths = ends - starts
-        low = _load(aligned, starts)
+        low = windows[starts].view(np.uint64)
         low &= _KEEP.take(lengths, mode="clip")
         high = np.zeros(len(starts), dtype=np.uint64)
         wide = np.flatnonzero(lengths > 8)
         rest = lengths[wide] - 8
         upper = low[wide] & _UPPER_BYTE
         low[wide] |= _UPPER_BYTE
-        behind = _load(aligned, starts[wide] + 8) & _KEEP.take(rest, mode="clip")
+        behind = windows[starts[wide] + 8].view(np.uint64) & _KEEP.take(rest, mode="clip")
         high[wide] = np.where(rest > _SHORT_BYTES - 8, _NO_KEY, behind | upper)
         return cls(low, high, wide)
 
@@ -136,19 +138,3 @@ class WordHash:
         mixed[wide] ^= high[wide] * _MIX_HIGH
         mixed >>= np.uint64(64 - self._slot_bits)
         return mixed.view(np.int64)
-
-
-def _load(aligned: NDArray[np.uint64], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """Eight bytes from each offset. Two aligned loads make one: numpy would copy the window for an unaligned view."""
-    index = offsets >> 3
-    shift = (offsets & 7).view(np.uint64)
-    shift <<= np.uint64(3)
-    value: NDArray[np.uint64] = aligned.take(index)
-    value >>= shift
-    index += 1
-    upper = aligned.take(index)
-    # Shifting by 64 is undefined, so the upper part moves in two steps.
-    upper <<= np.uint64(63) - shift
-    upper <<= np.uint64(1)
-    value |= upper
-    return value
