@@ -2,12 +2,11 @@
 
 import json
 import os
-from importlib import metadata
 from typing import Any
 
 from more_megatron.data.errors import DatasetError
 
-__all__ = ["MANIFEST_VERSION", "manifest_path", "project_version", "read_manifest"]
+__all__ = ["MANIFEST_VERSION", "manifest_path", "read_manifest"]
 
 MANIFEST_VERSION = 1
 
@@ -15,14 +14,6 @@ MANIFEST_VERSION = 1
 def manifest_path(prefix: str | os.PathLike[str]) -> str:
     """Path of the manifest of a dataset prefix."""
     return f"{os.fspath(prefix)}.json"
-
-
-def project_version() -> str:
-    """Installed version of this project."""
-    try:
-        return metadata.version("more-megatron")
-    except metadata.PackageNotFoundError:
-        return "0+unknown"
 
 
 def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -14,11 +14,12 @@ from itertools import islice
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+from more_megatron import __version__
 from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import PLAIN_GRID_BYTES
 from more_megatron.data.encoding import Encoder
 from more_megatron.data.errors import DataError, ResumableError
-from more_megatron.data.manifest import MANIFEST_VERSION, project_version
+from more_megatron.data.manifest import MANIFEST_VERSION
 from more_megatron.data.parts import PartStats, PartWriter, Workspace
 from more_megatron.data.progress import Progress
 from more_megatron.data.sources import Source, sha256_of
@@ -285,7 +286,7 @@ def _manifest(job: Job, total: PartStats, hashes: Sequence[str]) -> dict[str, ob
     tokenizer = job.tokenizer
     return {
         "version": MANIFEST_VERSION,
-        "written_by": f"more-megatron {project_version()}",
+        "written_by": f"more-megatron {__version__}",
         "inputs": [
             {
                 "path": os.path.abspath(source.path),
