@@ -180,12 +180,12 @@ def rounding_of_totals(model: SentencePieceModel) -> float:
     """Bound on the relative error of a sum of a unigram model's scores, while it is smaller than the reset's size.
 
     Each addition is off by at most `WORST_ROUNDING`, and adds at least the smallest score. So does each word to
-    a sum in whole numbers of `WEIGHT_UNIT`, which is off by at most half of it.
+    a sum in whole numbers of `WEIGHT_UNIT`, which is off by at most two of them.
     """
     least = min(
         (-score for (_, kind), score in zip(model.pieces, model.scores, strict=True) if kind == _NORMAL), default=0
     )
-    return (WORST_ROUNDING + WEIGHT_UNIT) / least if least > 0 else math.inf
+    return (WORST_ROUNDING + 2 * WEIGHT_UNIT) / least if least > 0 else math.inf
 
 
 def unigram_lattice(model: SentencePieceModel) -> UnigramLattice:

@@ -35,6 +35,8 @@ WEIGHT_UNIT = 2.0**-30
 
 _UNKNOWN_PENALTY = 10.0
 _MANTISSA_BITS = 24
+# Bytes of UTF-8 that do not begin a character.
+_INNER_BYTES = range(0x80, 0xC0)
 _FLOAT = struct.Struct("f")
 
 
@@ -87,6 +89,26 @@ class UnigramLattice:
     def prefixes(self) -> Mapping[str, tuple[int, float]]:
         """Id and score of each piece and of each beginning of one; the id is -1 if that is no piece itself."""
         return self._pieces
+
+    @property
+    def token_scores(self) -> NDArray[np.float32]:
+        """What each token id adds to the running total, unless it stands for several unknown characters.
+
+        The first byte of an unknown character counts for all of them.
+        """
+        own = dict(self._pieces.values())
+        own[self._unknown] = self._unknown_score
+        for byte, token in enumerate(self._byte_ids or []):
+            own[token] = 0.0 if byte in _INNER_BYTES else self._unknown_score
+        own.pop(-1, None)
+        scores = np.full(max(own) + 1, np.nan, dtype=np.float32)
+        scores[list(own)] = list(own.values())
+        return scores
+
+    @property
+    def merges_unknown(self) -> bool:
+        """Whether unknown characters side by side become one token."""
+        return self._byte_ids is None
 
     @property
     def unknown_score(self) -> float:

@@ -53,8 +53,20 @@ class Segmentations:
     def sure(self) -> NDArray[np.bool_]:
         """Words whose pieces are their tokens at the beginning of a text, bool [words]."""
         sure = self.limits >= 0.0
-        sure[np.repeat(np.arange(len(sure)), self.counts)[self.pieces < 0]] = False
+        sure[self._owners[self.pieces < 0]] = False
         return sure
+
+    @property
+    def merging(self) -> NDArray[np.bool_]:
+        """Words with unknown characters side by side, bool [words]."""
+        merging = np.zeros(len(self.counts), dtype=bool)
+        unknown, owners = self.pieces < 0, self._owners
+        merging[owners[1:][unknown[1:] & unknown[:-1] & (owners[1:] == owners[:-1])]] = True
+        return merging
+
+    @property
+    def _owners(self) -> NDArray[np.int64]:
+        return np.repeat(np.arange(len(self.counts)), self.counts)
 
 
 @dataclass(frozen=True)

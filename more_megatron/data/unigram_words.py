@@ -1,8 +1,8 @@
 """Words of a unigram model, each in the segmentation that its place in the document calls for."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,14 +10,12 @@ from numpy.typing import NDArray
 from more_megatron.data.sentencepiece_words import SentencePieceWords
 from more_megatron.data.unigram import RESET, WEIGHT_UNIT, Segmentation, UnigramLattice
 from more_megatron.data.unigram_batch import Segmentations, WordBatches
-from more_megatron.data.wordencoder import CutRule, WordEncoder
-from more_megatron.data.wordtable import POISON, ROW, EncodeWords, WordTable, spread, with_following
+from more_megatron.data.wordencoder import CutRule, Window, WordEncoder
+from more_megatron.data.wordtable import POISON, EncodeWords, WordTable, splice
 
 __all__ = ["UnigramEncoder", "UnigramTable", "search_is_known"]
 
 _KNOWN_VERSIONS = ("0.2.3",)
-# No score is larger than 0.
-_NO_SCORE = np.float32(1.0)
 # As many words as take the same time together as one by one.
 _BATCH = 24
 # SentencePiece is quick with unigram models.
@@ -31,6 +29,21 @@ def search_is_known(version: str) -> bool:
     return version in _KNOWN_VERSIONS
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What becomes of a word at totals between two powers of two.
+
+    Args:
+        tokens: its tokens, or None if they are its own.
+        scores: score of each piece, float32 [pieces].
+        stray: how much the sum of the scores differs from that of the word itself.
+    """
+
+    tokens: NDArray[np.integer] | None
+    scores: NDArray[np.float32]
+    stray: float
+
+
 class UnigramTable(WordTable):
     """Words with what `UnigramLattice` says of them.
 
@@ -40,11 +53,13 @@ class UnigramTable(WordTable):
         lattice: the model's segmentations.
 
     Attributes:
-        weights: sum of the scores of each word with its sign changed, in units of `WEIGHT_UNIT`, int64 [ids].
+        weights: sum of the scores of each word with its sign changed, in units of `WEIGHT_UNIT`, int64 [ids]; odd for
+            special words, of which the tokens do not hold at all running totals up to `RESET` or are not one for each
+            piece.
         limits: size of the running total up to which each word's tokens hold, float64 [ids].
-        limited: whether that is less than `RESET`, bool [ids].
-        depths: how far the running total falls inside each word, at most 0, float64 [ids].
+        depths: bound on how far the running total falls inside each word, at most 0, float64 [ids].
         deepest: the least of them.
+        scores: score of each piece of words that have more pieces than tokens, by id.
     """
 
     def __init__(
@@ -58,39 +73,38 @@ class UnigramTable(WordTable):
         self._batches: WordBatches | None = None
         self.weights = np.zeros(1024, dtype=np.int64)
         self.limits = np.full(1024, np.inf)
-        self.limited = np.zeros(1024, dtype=bool)
         self.depths = np.zeros(1024)
-        self._score_rows = np.zeros((1024, ROW), dtype=np.float32)
-        self._first_rows = np.zeros(1024, dtype=np.int64)
-        self._pieces = np.zeros(1024, dtype=np.int64)
+        self.scores: dict[int, NDArray[np.float32]] = {}
+        self._token_scores = lattice.token_scores
         self._texts: dict[int, str] = {}
-        self._variants: dict[tuple[int, int], int | None] = {}
-        self._searched: dict[tuple[int, tuple[int, ...]], int] = {}
+        self._variants: dict[tuple[int, int], Variant | None] = {}
         super().__init__(source.words, dtype)
 
     def clear(self) -> None:
         """Forget all words."""
         super().clear()
         self.deepest = 0.0
-        self._score_rows_used = 0
+        self.scores.clear()
         self._texts.clear()
         self._variants.clear()
-        self._searched.clear()
+
+    @property
+    def full(self) -> bool:
+        """Whether the table should be emptied before the next look-up."""
+        return super().full or len(self._variants) >= self._capacity
 
     def _reserve(self, rows: int) -> None:
         super()._reserve(rows)
         size = len(self._counts)
         if size > len(self.weights):
-            self.weights, self._first_rows, self._pieces = (
-                np.resize(facts, size) for facts in (self.weights, self._first_rows, self._pieces)
+            self.weights, self.limits, self.depths = (
+                np.resize(facts, size) for facts in (self.weights, self.limits, self.depths)
             )
-            self.limits, self.depths = np.resize(self.limits, size), np.resize(self.depths, size)
-            self.limited = np.resize(self.limited, size)
 
     def add(self, tokens: Sequence[int]) -> int:
         """Store a word that no text can spell; it adds nothing to the running total."""
         word_id = super().add(tokens)
-        self._keep(np.array([word_id]), Segmentations.of([Segmentation([], [], [], math.inf, 0.0)]))
+        self.weights[word_id], self.limits[word_id], self.depths[word_id] = 0, np.inf, 0.0
         return word_id
 
     def _learn_new(self, words: list[bytes]) -> NDArray[np.int64]:
@@ -104,8 +118,7 @@ class UnigramTable(WordTable):
         clear = found.sure & plain[kept]
         ids[kept[clear]] = self._store(found.pieces[np.repeat(clear, found.counts)], found.counts[clear])
         self._ask(words, ids, kept[plain[kept] & ~clear])
-        self._texts.update(zip(ids[kept].tolist(), texts, strict=True))
-        self._keep(ids[kept], found)
+        self._keep(ids[kept], texts, found)
         return ids
 
     def _ask(self, words: list[bytes], ids: NDArray[np.int64], places: NDArray[np.int64]) -> None:
@@ -120,76 +133,90 @@ class UnigramTable(WordTable):
             self._batches = WordBatches(self.lattice.prefixes, self.lattice.unknown_score)
         return self._batches.segment(texts)
 
-    def _keep(self, ids: NDArray[np.int64], found: Segmentations) -> None:
+    def _keep(self, ids: NDArray[np.int64], texts: list[str], found: Segmentations) -> None:
         if not len(ids):
             return
-        rows = np.maximum(1, -(-found.counts // ROW))
-        ends = np.cumsum(rows) + self._score_rows_used
-        last = int(ends[-1])
-        if last > len(self._score_rows):
-            self._score_rows = np.resize(self._score_rows, (2 * last, ROW))
-        self._score_rows[self._score_rows_used : last] = _NO_SCORE
-        self._score_rows.reshape(-1)[spread((ends - rows) * ROW, found.counts)] = found.scores
-        self._score_rows_used = last
-        self._first_rows[ids] = ends - rows
-        self._pieces[ids] = found.counts
-        self.weights[ids] = np.rint(found.weights / WEIGHT_UNIT)
+        self._texts.update(zip(ids.tolist(), texts, strict=True))
         self.limits[ids] = found.limits
-        self.limited[ids] = found.limits < RESET
         self.depths[ids] = found.depths
         self.deepest = min(self.deepest, float(found.depths.min()))
+        merged = found.merging & self.lattice.merges_unknown
+        self.weights[ids] = 2 * np.rint(found.weights / (2 * WEIGHT_UNIT)) + ((found.limits < RESET) | merged)
+        ends = np.cumsum(found.counts)
+        for index in np.flatnonzero(merged).tolist():
+            self.scores[int(ids[index])] = found.scores[ends[index] - found.counts[index] : ends[index]]
 
-    def between(self, word_id: int, least: float, most: float) -> int | None:
-        """Id of a word in its segmentation at all running totals of two sizes and between; None if they differ.
+    def between(self, word_id: int, least: float, most: float) -> Variant | None:
+        """What becomes of a word at all running totals of two sizes and between; None if they do not decide it.
 
         Two powers of two must enclose the sizes, and that at each place of the word, which must not reach `RESET`.
         """
         exponent = math.frexp(least)[1]
         variant = self._variant(word_id, exponent)
-        if variant is None or most - self.depths[variant] >= min(2.0**exponent, RESET) - _SPARE:
+        if variant is None or most - self.depths[word_id] >= min(2.0**exponent, RESET) - _SPARE:
             return None
         return variant
 
-    def _variant(self, word_id: int, exponent: int) -> int | None:
-        """Id of a word in its segmentation for totals between two powers of two; None if they do not decide it."""
+    def _variant(self, word_id: int, exponent: int) -> Variant | None:
         key = (word_id, exponent)
         if key not in self._variants:
             found = self.lattice.segment_in_range(self._texts[word_id], exponent)
-            self._variants[key] = None
-            if found is not None:
-                self._variants[key] = variant = super().add(found.tokens)
-                self._keep(np.array([variant]), Segmentations.of([replace(found, limit=math.inf)]))
+            self._variants[key] = None if found is None else self._compared(word_id, found)
         return self._variants[key]
 
-    def at(self, word_id: int, total: float) -> tuple[int, float]:
-        """Id of a word in its segmentation at a running total, and the total behind it."""
+    def _compared(self, word_id: int, found: Segmentation) -> Variant:
+        self.depths[word_id] = min(self.depths[word_id], found.deepest)
+        self.deepest = min(self.deepest, found.deepest)
+        return Variant(
+            tokens=self._unless_own(word_id, found.tokens),
+            scores=np.array(found.scores, dtype=np.float32),
+            stray=abs(sum(found.scores) + int(self.weights[word_id]) * WEIGHT_UNIT),
+        )
+
+    def _unless_own(self, word_id: int, tokens: list[int]) -> NDArray[np.integer] | None:
+        own = self.tokens_of(word_id)
+        # The same tokens can come of other pieces where one of them stands for several characters.
+        same = tokens == own.tolist() and word_id not in self.scores
+        return None if same else np.array(tokens, dtype=own.dtype)
+
+    def at(self, word_id: int, total: float) -> tuple[NDArray[np.integer] | None, float]:
+        """Tokens of a word at a running total, None if they are its own, and the total behind it."""
         variant = self.between(word_id, -total, -total) if total < 0 else None
         if variant is not None:
-            return variant, float(self.totals(np.array([variant]), total)[-1])
+            return variant.tokens, float(_accumulated(total, variant.scores)[-1])
         tokens, after = self.lattice.segment_at(self._texts[word_id], total)
-        key = (word_id, tuple(tokens))
-        if key not in self._searched:
-            self._searched[key] = self.add(tokens)
-        return self._searched[key], after
+        return self._unless_own(word_id, tokens), after
 
-    def totals(self, ids: NDArray[np.int64], total: float, start: int = 0) -> NDArray[np.float32]:
+    def totals(
+        self,
+        tokens: NDArray[np.integer],
+        bounds: NDArray[np.int64],
+        total: float,
+        others: Mapping[int, NDArray[np.float32]],
+    ) -> NDArray[np.float32]:
         """Running totals as 32-bit additions make them.
 
         Args:
-            ids: words.
+            tokens: tokens of some words.
+            bounds: tokens before each word and behind the last, int64 [words + 1].
             total: running total before them.
-            start: the first word of which the total is asked for.
+            others: scores of words of which their own tokens do not tell them, by place.
 
         Returns:
-            The totals before each word from that one on and behind the last, float32 [words - start + 1].
+            The totals before each word and behind the last, float32 [words + 1].
         """
-        counts = self._pieces.take(ids)
-        rows = with_following(self._first_rows.take(ids), counts)
-        scores = self._score_rows.view(np.complex128).reshape(-1).take(rows).view(np.float32)
-        running = np.concatenate([np.array([total], np.float32), scores.compress(scores != _NO_SCORE)])
-        np.add.accumulate(running, out=running)
-        behind = np.cumsum(counts[start:])
-        return running[len(running) - 1 - int(behind[-1] if len(behind) else 0) :].take(np.append(0, behind))
+        scores = self._token_scores.take(tokens)
+        if others:
+            scores, bounds = splice(scores, bounds, others)
+        return _accumulated(total, scores).take(bounds)
+
+
+def _accumulated(total: float, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A running total before and behind each of some scores, as 32-bit additions make it."""
+    totals = np.empty(len(scores) + 1, dtype=np.float32)
+    totals[0] = total
+    totals[1:] = scores
+    return np.add.accumulate(totals, out=totals)
 
 
 @dataclass(frozen=True)
@@ -198,13 +225,45 @@ class _Span:
 
     Args:
         ids: the words, int64 [words].
+        tokens: the own tokens of the window's words.
+        bounds: how many of those stand before each of them and behind the last, int64 [words + 1].
         before: sum of the weights of the window's words before each of them and behind the last, int64 [words + 1].
-        limited: places of words whose tokens do not hold at all running totals, int64 [places].
+        special: places of words that need a closer look, int64 [places].
     """
 
     ids: NDArray[np.int64]
+    tokens: NDArray[np.integer]
+    bounds: NDArray[np.int64]
     before: NDArray[np.int64]
-    limited: NDArray[np.int64]
+    special: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, window: Window, before: NDArray[np.int64], special: NDArray[np.int64], begin: int, end: int) -> "_Span":
+        """Cut from a window, and what is known of all its words, the words from one place to another."""
+        return cls(
+            ids=window.ids[begin:end],
+            tokens=window.tokens,
+            bounds=window.bounds[begin : end + 1],
+            before=before[begin : end + 1],
+            special=special[slice(*special.searchsorted([begin, end]))] - begin,
+        )
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """How far bounds on the running total decide.
+
+    Args:
+        stop: the word after the last one that they decide, if SentencePiece does not start again from zero before.
+        sure: the first word where it may do so, at most `stop`.
+        special: the places of special words before `stop`, int64 [places].
+        variants: what becomes of those of them that need more than a look at their limit, by their place.
+    """
+
+    stop: int
+    sure: int
+    special: NDArray[np.int64]
+    variants: dict[int, Variant]
 
 
 class UnigramEncoder(WordEncoder):
@@ -249,34 +308,42 @@ class UnigramEncoder(WordEncoder):
         self._words = UnigramTable(self._source, dtype, self._lattice)
         return self._words
 
-    def _settle(self, ids: NDArray[np.int64], closes: NDArray[np.int64]) -> None:
+    def _settle(self, window: Window) -> None:
         words = self._words
-        first = np.concatenate([[0], closes + 1])
-        last = np.concatenate([closes, [len(ids)]])
+        ids = window.ids
+        first = np.concatenate([[0], window.closes + 1])
+        last = np.concatenate([window.closes, [len(ids)]])
+        weights = words.weights.take(ids)
+        special = np.flatnonzero(_are_odd(weights))
         before = np.zeros(len(ids) + 1, dtype=np.int64)
-        np.cumsum(words.weights.take(ids), out=before[1:])
-        limited = np.flatnonzero(words.limited.take(ids))
+        np.cumsum(weights, out=before[1:])
         origins = before[first]
-        owners = np.searchsorted(first, limited, side="right") - 1
-        starts = (before[limited] - origins[owners]) * WEIGHT_UNIT
+        owners = np.searchsorted(first, special, side="right") - 1
+        starts = (before[special] - origins[owners]) * WEIGHT_UNIT
         follow = (before[last] - origins) * WEIGHT_UNIT * self._over - words.deepest >= RESET - _SPARE
         follow[0] |= self._carried is not None
         follow[-1] |= first[-1] < len(ids)
-        chosen = self._doubtful(ids, limited, starts) & ~follow[owners]
-        for document in np.unique(owners[chosen]).tolist():
-            here = chosen & (owners == document)
-            variants = self._variants(ids, limited[here], starts[here])
-            follow[document] = len(variants) < np.count_nonzero(here)
-            if not follow[document]:
-                ids[limited[here]] = variants
+        changes: dict[int, NDArray[np.integer]] = {}
+        doubtful = np.flatnonzero(self._doubtful(ids, special, starts) & ~follow[owners])
+        for here in np.split(doubtful, np.flatnonzero(np.diff(owners[doubtful])) + 1):
+            variants = self._variants(ids, special[here], starts[here])
+            if len(variants) < len(here):
+                follow[owners[here[0]]] = True
+            else:
+                changes |= _changes(variants)
         for document in np.flatnonzero(follow).tolist():
+            total = (document == 0 and self._carried) or 0.0
+            goes_on = document == len(window.closes)
             begin, end = int(first[document]), int(last[document])
-            bounds = np.searchsorted(limited, [begin, end])
-            span = _Span(ids[begin:end], before[begin : end + 1], limited[slice(*bounds)] - begin)
-            total = self._carried if document == 0 else None
-            goes_on = document == len(closes)
-            after = self._follow(span, total or 0.0, goes_on)
-            self._carried = after if goes_on else None
+            if not self._known_search:
+                window.whole.add(document)
+            if document not in window.whole:
+                span = _Span.of(window, before, special, begin, end)
+                found, total = self._follow(span, total, goes_on)
+                changes.update((begin + place, tokens) for place, tokens in found.items())
+            self._carried = total if goes_on else None
+        if changes:
+            window.tokens, window.bounds = splice(window.tokens, window.bounds, changes)
 
     def _doubtful(
         self, ids: NDArray[np.int64], places: NDArray[np.int64], starts: NDArray[np.float64]
@@ -285,8 +352,10 @@ class UnigramEncoder(WordEncoder):
         # At the very beginning the total is 0 and a word's own tokens are those of the text.
         return (starts * self._over > self._words.limits.take(ids[places])) & (starts > 0.0)
 
-    def _variants(self, ids: NDArray[np.int64], places: NDArray[np.int64], starts: NDArray[np.float64]) -> list[int]:
-        """Other segmentations of doubtful words of a document, as many of them as bounds on the running total decide.
+    def _variants(
+        self, ids: NDArray[np.int64], places: NDArray[np.int64], starts: NDArray[np.float64]
+    ) -> dict[int, Variant]:
+        """What becomes of doubtful words of a document, as many of them as bounds on the running total decide.
 
         The total before a word lies near the sum of the words before in exact arithmetic and their own segmentations.
         It is off by the rounding of its additions, which `rounding` bounds, and by what words chosen here score less,
@@ -297,80 +366,96 @@ class UnigramEncoder(WordEncoder):
             places: the doubtful ones.
             starts: size of the running total before each of them in exact arithmetic.
         """
-        words = self._words
-        variants: list[int] = []
+        variants: dict[int, Variant] = {}
         if not self._known_search:
             return variants
         strayed = 0.0
-        for word_id, start in zip(ids[places].tolist(), starts.tolist(), strict=True):
-            variant = words.between(word_id, start * self._under, start * self._over)
+        for place, start in zip(places.tolist(), starts.tolist(), strict=True):
+            variant = self._words.between(int(ids[place]), start * self._under, start * self._over)
             if variant is None:
                 break
-            strayed += abs(int(words.weights[variant] - words.weights[word_id])) * WEIGHT_UNIT
+            strayed += variant.stray
             if strayed > start * self._rounding:
                 break
-            variants.append(variant)
+            variants[place] = variant
         return variants
 
-    def _follow(self, span: _Span, total: float, goes_on: bool) -> float:
-        """Choose the words of a document that depend on what stands before them, or mark them to be encoded whole.
+    def _follow(self, span: _Span, total: float, goes_on: bool) -> tuple[dict[int, NDArray[np.integer]], float]:
+        """Choose the tokens of words that depend on what stands before them.
 
         Args:
-            span: the words of the document in this window; their ids are changed in place.
+            span: the words of a document in this window.
             total: running total before them.
             goes_on: whether the total behind them is wanted.
 
         Returns:
-            The running total behind them, if it is wanted.
+            Tokens of the words for which they are not their own, by place, and the total behind them if it is wanted.
         """
-        ids = span.ids
-        if not self._known_search:
-            ids[:] = POISON
-        if POISON in ids:
-            return 0.0
         words = self._words
+        changes: dict[int, NDArray[np.integer]] = {}
         done = 0
-        while done < len(ids):
-            part, sure = self._bounded(span, done, total)
-            stop = len(part)
-            if stop == sure == len(ids) - done and not goes_on:
-                ids[done:] = part
-                break
-            totals = words.totals(part, total, sure)
-            restarts = np.flatnonzero(-totals[:-1] - words.depths.take(part[sure:]) >= RESET - _SPARE)
-            stop = sure + int(restarts[0]) if len(restarts) else stop
-            ids[done : done + stop] = part[:stop]
-            total = float(totals[stop - sure])
-            done += stop
-            if done < len(ids):
-                ids[done], total = words.at(int(ids[done]), total)
-                done += 1
-        return total
+        while done < len(span.ids):
+            reach = self._reach(span, done, total)
+            stop = reach.stop
+            if stop < len(span.ids) or reach.sure < stop or goes_on:
+                totals = self._totals(span, done, reach, total)
+                falls = words.depths.take(span.ids[reach.sure : stop])
+                restarts = np.flatnonzero(-totals[:-1] - falls >= RESET - _SPARE)
+                if len(restarts):
+                    stop = reach.sure + int(restarts[0])
+                total = float(totals[stop - reach.sure])
+            changes |= _changes({place: variant for place, variant in reach.variants.items() if place < stop})
+            if stop < len(span.ids):
+                tokens, total = words.at(int(span.ids[stop]), total)
+                if tokens is not None:
+                    changes[stop] = tokens
+                stop += 1
+            done = stop
+        return changes, total
 
-    def _bounded(self, span: _Span, done: int, total: float) -> tuple[NDArray[np.int64], int]:
-        """Choose words by bounds on the running total, as far as the bounds decide.
+    def _reach(self, span: _Span, done: int, total: float) -> _Reach:
+        """See how far bounds on the running total decide.
 
         Args:
             span: the words of a document.
-            done: how many of them have been chosen.
+            done: how many of them are settled.
             total: running total behind those, a 32-bit float.
-
-        Returns:
-            The words that follow with their segmentations, which are settled if SentencePiece does not start again from
-            zero before, and how many of them stand where it certainly does not.
         """
         words = self._words
         origin = span.before[done] + np.int64(round(total / WEIGHT_UNIT))
-        sizes = np.array([(RESET - _SPARE + words.deepest) / self._over, RESET / self._under])
-        bounds = origin + np.rint(sizes / WEIGHT_UNIT).astype(np.int64)
-        sure, stop = done + np.searchsorted(span.before[done:-1], bounds)
-        places = span.limited[slice(*np.searchsorted(span.limited, [done, stop]))]
-        starts = (span.before[places] - origin) * WEIGHT_UNIT
-        doubtful = self._doubtful(span.ids, places, starts)
-        places, starts = places[doubtful], starts[doubtful]
-        variants = self._variants(span.ids, places, starts)
+        sizes = ((RESET - _SPARE + words.deepest) / self._over, RESET / self._under)
+        bounds = [int(origin) + round(size / WEIGHT_UNIT) for size in sizes]
+        sure, stop = (done + span.before[done:-1].searchsorted(bounds)).tolist()
+        special = span.special[slice(*span.special.searchsorted([done, stop]))]
+        starts = (span.before[special] - origin) * WEIGHT_UNIT
+        doubtful = self._doubtful(span.ids, special, starts)
+        places = special[doubtful]
+        variants = self._variants(span.ids, places, starts[doubtful])
         if len(variants) < len(places):
-            stop = places[len(variants)]
-        part = span.ids[done:stop].copy()
-        part[places[: len(variants)] - done] = variants
-        return part, int(min(sure, stop)) - done
+            stop = int(places[len(variants)])
+            special = special[special < stop]
+        return _Reach(stop, min(sure, stop), special, variants)
+
+    def _totals(self, span: _Span, done: int, reach: _Reach, total: float) -> NDArray[np.float32]:
+        """Running totals before each word that may be the last before a start from zero, and behind the last."""
+        scores = self._words.scores
+        others = {place: scores.get(int(span.ids[place])) for place in reach.special.tolist()} if scores else {}
+        others |= {place: variant.scores for place, variant in reach.variants.items() if variant.tokens is not None}
+        bounds = span.bounds[done : reach.stop + 1]
+        totals = self._words.totals(
+            tokens=span.tokens[bounds[0] : bounds[-1]],
+            bounds=bounds - bounds[0],
+            total=total,
+            others={place - done: own for place, own in others.items() if own is not None},
+        )
+        return totals[reach.sure - done :]
+
+
+def _are_odd(numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    lowest_bytes = numbers.astype("<i8", copy=False).view(np.uint8)[:: numbers.itemsize]
+    return (lowest_bytes & 1).view(bool)
+
+
+def _changes(variants: Mapping[int, Variant]) -> dict[int, NDArray[np.integer]]:
+    """Tokens of the words for which they are not their own, by their place."""
+    return {place: variant.tokens for place, variant in variants.items() if variant.tokens is not None}

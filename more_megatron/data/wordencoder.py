@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.data.encoding import Encoded
-from more_megatron.data.wordtable import LONGEST_WORD, POISON, EncodeWords, WordTable, cut_out
+from more_megatron.data.wordtable import LONGEST_WORD, POISON, EncodeWords, WordTable, cut_out, splice
 
-__all__ = ["CutRule", "WordEncoder"]
+__all__ = ["CutRule", "Window", "WordEncoder"]
 
 WINDOW_BYTES = 1 << 19
 """Text looked up at a time: much for each call of numpy, little enough for the processor's cache."""
@@ -53,6 +53,25 @@ class CutRule:
     blanks: bytes = b""
     newlines: bool = False
     head: bool = False
+
+
+@dataclass
+class Window:
+    """The words of a piece of text that may hold several documents, and their tokens.
+
+    Args:
+        ids: word ids, int64 [words].
+        closes: places in `ids` where documents end; the last one may go on in the next window.
+        tokens: tokens of all words, one after the other.
+        bounds: tokens before each word and behind the last, int64 [words + 1].
+        whole: documents that must be encoded whole, by their place in the window.
+    """
+
+    ids: NDArray[np.int64]
+    closes: NDArray[np.int64]
+    tokens: NDArray[np.integer]
+    bounds: NDArray[np.int64]
+    whole: set[int]
 
 
 class WordEncoder:
@@ -137,18 +156,18 @@ class WordEncoder:
             return (b"\xff",)
         return (self._opening, document, b"\xff")
 
-    def _encode_text(self, text: bytes, whole: set[int]) -> tuple[NDArray[np.generic], NDArray[np.int64]]:
-        parts: list[NDArray[np.generic]] = []
+    def _encode_text(self, text: bytes, whole: set[int]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
+        parts: list[NDArray[np.integer]] = []
         ends: list[NDArray[np.int64]] = []
         done = documents = start = 0
         while start < len(text):
             stop = self._window_end(text, start)
-            tokens, document_ends, poisoned = self._encode_window(text[start:stop])
-            whole.update((poisoned + documents).tolist())
-            parts.append(tokens)
-            ends.append(document_ends + done)
-            done += len(tokens)
-            documents += len(document_ends)
+            window = self._encode_window(text[start:stop])
+            whole.update(documents + index for index in window.whole)
+            parts.append(window.tokens)
+            ends.append(window.bounds[window.closes + 1] + done)
+            done += len(window.tokens)
+            documents += len(window.closes)
             start = stop
             self._window_bytes = min(2 * self._window_bytes, WINDOW_BYTES)
         if not parts:
@@ -165,13 +184,8 @@ class WordEncoder:
         self._end_id = self._table.add(self._closing_tokens)
         self._eagerness = float(_EAGERNESS)
 
-    def _settle(self, ids: NDArray[np.int64], closes: NDArray[np.int64]) -> None:
-        """Change ids that depend on where in its document a word stands; for models of which that is true.
-
-        Args:
-            ids: word ids of a window, int64 [words].
-            closes: places in `ids` where documents end; the last one may go on in the next window.
-        """
+    def _settle(self, window: Window) -> None:
+        """Change tokens that depend on where in its document a word stands; for models of which that is true."""
 
     def _window_end(self, text: bytes, start: int) -> int:
         """A document's end or a cut after the wanted size, so that no word lies in two windows."""
@@ -190,26 +204,25 @@ class WordEncoder:
         before = text[space - 1]
         return before not in self._inner if self._closing is None else bool(self._closing[before])
 
-    def _encode_window(self, text: bytes) -> tuple[NDArray[np.generic], NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens of a window, the token count up to each document's end, and the documents to encode whole."""
+    def _encode_window(self, text: bytes) -> Window:
         if self._table.full:
             self._begin_table()
         data = np.frombuffer(text, dtype=np.uint8)
-        cuts = self._find_cuts(data)
+        bounds = self._find_cuts(data)
+        cuts, ends = bounds[:-1], bounds[1:]
         marks = data.take(cuts)
         starts = cuts + 1
         if self._rule.newlines:
             starts -= marks == _NEWLINE
-        ends = np.append(cuts[1:], len(data))
         closes = np.flatnonzero(marks == _END)
         ids = self._table.look_up(text, starts, ends, lambda new: self._choose(new, closes, len(cuts)))
         ids[closes] = self._end_id
         if self._rule.head:
             self._look_up_heads(text, ids, np.flatnonzero(marks == _HEAD), starts, ends)
-        self._settle(ids, closes)
-        tokens, counts = self._table.gather(ids)
         poisoned = np.searchsorted(closes, np.flatnonzero(ids == POISON))
-        return tokens, np.cumsum(counts, dtype=np.int64)[closes], np.unique(poisoned)
+        window = Window(ids, closes, *self._table.gather(ids), whole=set(poisoned.tolist()))
+        self._settle(window)
+        return window
 
     def _choose(self, new: NDArray[np.int64], closes: NDArray[np.int64], count: int) -> NDArray[np.bool_]:
         """Which new words to learn: all or none of a document's, which is encoded whole without them.
@@ -227,7 +240,10 @@ class WordEncoder:
         return learnt[owners]
 
     def _find_cuts(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
-        cut = data == _SPACE
+        """Where words begin or documents end, and the end of the text."""
+        every = np.ones(len(data) + 1, dtype=bool)
+        cut = every[:-1]
+        np.equal(data, _SPACE, out=cut)
         for blank in self._rule.blanks:
             cut |= data == blank
         if self._closing is not None:
@@ -240,7 +256,7 @@ class WordEncoder:
         cut |= data >= _HEAD
         if self._rule.newlines:
             cut |= data == _NEWLINE
-        return np.flatnonzero(cut)
+        return np.flatnonzero(every)
 
     def _look_up_heads(
         self,
@@ -259,7 +275,7 @@ class WordEncoder:
         ids[heads] = [self._heads[word] for word in words]
 
     def _finish(
-        self, documents: Sequence[bytes], tokens: NDArray[np.generic], lengths: NDArray[np.int64], whole: set[int]
+        self, documents: Sequence[bytes], tokens: NDArray[np.integer], lengths: NDArray[np.int64], whole: set[int]
     ) -> Encoded:
         """Put in the documents that were encoded whole, and take the end token from empty ones."""
         spliced = dict.fromkeys(np.flatnonzero(lengths == len(self._closing_tokens)).tolist(), np.empty(0, self._dtype))
@@ -267,12 +283,6 @@ class WordEncoder:
             ids = np.asarray(self._encode_whole(documents[index].decode()), dtype=self._dtype)
             spliced[index] = np.append(ids, np.array(self._eod, self._dtype)) if len(ids) else ids
         if spliced:
-            bounds = np.concatenate([[0], np.cumsum(lengths)])
-            parts = []
-            position = 0
-            for index in sorted(spliced):
-                parts += [tokens[position : bounds[index]], spliced[index]]
-                position = bounds[index + 1]
-                lengths[index] = len(spliced[index])
-            tokens = np.concatenate([*parts, tokens[position:]])
+            tokens, bounds = splice(tokens, np.concatenate([[0], np.cumsum(lengths)]), spliced)
+            lengths = np.diff(bounds)
         return Encoded(tokens, lengths.astype(np.int32))

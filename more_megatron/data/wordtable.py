@@ -5,9 +5,10 @@ its words, one after the other (`sentencepiece_words.py` proves it for a model).
 words of up to 15 bytes are found together (`wordhash.py`), longer ones in a dictionary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, compress
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,7 @@ __all__ = [
     "WordTable",
     "WordTokens",
     "cut_out",
-    "spread",
-    "with_following",
+    "splice",
 ]
 
 POISON = 0
@@ -124,7 +124,7 @@ class WordTable:
         used = int(ends[-1]) if len(ends) else self._used
         self._reserve(used)
         self._rows[self._used : used] = self._blank
-        self._rows.reshape(-1)[spread(ids * ROW, counts)] = tokens
+        self._rows.reshape(-1)[_spread(ids * ROW, counts)] = tokens
         self._counts[ids] = counts
         self._used = used
         return ids
@@ -160,21 +160,26 @@ class WordTable:
             self._learn(cut_out(text, starts, ends, new), new, ids, keys)
         return ids
 
-    def gather(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.generic], NDArray[np.int32]]:
+    def gather(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.integer], NDArray[np.int64]]:
         """Tokens of words, one after the other.
 
         Args:
             ids: word ids, int64 [words].
 
         Returns:
-            Token ids [tokens], and the number of tokens of each word, int32 [words].
+            Token ids [tokens], and how many stand before each word and behind the last, int64 [words + 1].
         """
         counts = self._counts.take(ids)
-        rows = with_following(ids, counts)
         # One item of 8 or 16 bytes for each row: numpy gathers scalars much faster than short rows.
         packed = self._rows.view(_PACKED[self._rows.itemsize]).reshape(-1)
-        flat = packed.take(rows).view(self._rows.dtype)
-        return flat.compress(flat != self._blank), counts
+        flat = packed.take(_with_following(ids, counts)).view(self._rows.dtype)
+        bounds = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(counts, out=bounds[1:])
+        return flat.compress(flat != self._blank), bounds
+
+    def tokens_of(self, word_id: int) -> NDArray[np.integer]:
+        """Tokens of one word."""
+        return self._rows.reshape(-1)[ROW * word_id :][: self._counts[word_id]]
 
     def _find_long(self, words: list[bytes], places: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Fill in the ids of the places where long words stand; returns the places of those that are new."""
@@ -214,23 +219,51 @@ def cut_out(text: bytes, starts: NDArray[np.int64], ends: NDArray[np.int64], pla
     return [text[start:end] for start, end in zip(starts[places].tolist(), ends[places].tolist(), strict=True)]
 
 
-def spread(firsts: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+def splice(
+    items: NDArray[Any], bounds: NDArray[np.int64], others: Mapping[int, NDArray[Any]]
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Exchange the items of some groups for others.
+
+    Args:
+        items: items of all groups, one after the other.
+        bounds: items before each group and behind the last, int64 [groups + 1].
+        others: the new items of each of some groups, any number.
+
+    Returns:
+        The items and bounds that result.
+    """
+    groups = np.array(sorted(others), dtype=np.int64)
+    starts, ends = bounds[groups], bounds[groups + 1]
+    parts = []
+    position = 0
+    for group, start, end in zip(groups.tolist(), starts.tolist(), ends.tolist(), strict=True):
+        parts += [items[position:start], others[group]]
+        position = end
+    growth = np.array([len(others[group]) for group in groups.tolist()], dtype=np.int64) - (ends - starts)
+    if growth.any():
+        grown = np.zeros(len(bounds), dtype=np.int64)
+        grown[groups + 1] = growth
+        bounds = bounds + np.cumsum(grown)
+    return np.concatenate([*parts, items[position:]]), bounds
+
+
+def _spread(firsts: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
     """Places of things of which some stand side by side from each of some places on."""
     places: NDArray[np.int64] = np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
     return places
 
 
-def with_following(rows: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+def _with_following(rows: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
     """Rows of words, all rows of each word, given the first ones and how many tokens or pieces each word has."""
     large = np.flatnonzero(counts > ROW)
     if not len(large):
         return rows
     more = (counts.take(large) - 1) // ROW
     ends = np.cumsum(more)
-    following = spread(large + 1 + ends - more, more)
+    following = _spread(large + 1 + ends - more, more)
     every = np.empty(len(rows) + int(ends[-1]), dtype=np.int64)
     is_first = np.ones(len(every), dtype=bool)
     is_first[following] = False
     every[is_first] = rows
-    every[following] = spread(rows.take(large) + 1, more)
+    every[following] = _spread(rows.take(large) + 1, more)
     return every

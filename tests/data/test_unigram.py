@@ -2,10 +2,12 @@
 
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from more_megatron.data.sentencepiece_words import parse_model, unigram_lattice
 from more_megatron.data.tokenizers import TokenizerOptions, build_encoder, load
@@ -19,8 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 # Segmentations of these have nearly or exactly equal scores.
 CLOSE = ["------", "....", "aaaa", "abababab", "1111", "======", "zzzzzz", "\u4e2d\u6587", "ééééé", "mmmm"]
-
-
+MARK = "\u2581"
 MODELS = ["unigram", "unigram_bytes", "unigram_kept_spaces"]
 
 
@@ -36,6 +37,18 @@ def check(encoder: UnigramEncoder, path: str, texts: Sequence[str]) -> None:
     tokens, lengths = expected_tokens(texts, processor.encode_as_ids, processor.eos_id())
     assert encoded.lengths.tolist() == lengths
     assert encoded.tokens.tolist() == tokens
+
+
+def write_unigram(path: Path, scores: dict[str, float]) -> None:
+    """Write a model of some pieces that normalises nothing but spaces."""
+    proto = sentencepiece_model_pb2.ModelProto()
+    for name, kind in (("<unk>", 2), ("<s>", 3), ("</s>", 3)):
+        proto.pieces.add(piece=name, type=kind)
+    for piece, score in scores.items():
+        proto.pieces.add(piece=piece, score=score, type=1)
+    proto.trainer_spec.model_type = 1
+    proto.normalizer_spec.name = "identity"
+    path.write_bytes(proto.SerializeToString())
 
 
 def read_lattice(path: str) -> UnigramLattice:
@@ -98,6 +111,15 @@ def test_documents_that_end_at_a_restart(model_path: Callable[[str], str], corpu
 def test_nothing_but_close_words(name: str, model_path: Callable[[str], str], corpus: list[str]) -> None:
     path = model_path(name)
     check(build(path), path, [" ".join(mixed(corpus, words, 1.0, words)) for words in (50, 500, 5_000, 20_000)])
+
+
+def test_changed_words_move_the_next_restart(tmp_path: Path) -> None:
+    path = tmp_path / "drift.model"
+    # Rounding to 1/128 makes "a" and "b" score more than "ab", by so much that the totals of a text drift apart.
+    write_unigram(path, {MARK: -9.0, f"{MARK}a": -5.0035, "b": -5.0035, f"{MARK}ab": -10.0045, f"{MARK}c": -3.3})
+    words = ["ab", "c", "ab"] * 10_000
+    assert len(restarts(str(path), words)) == 2
+    check(build(str(path)), str(path), [" ".join(words), " ".join(words[1:])])
 
 
 def test_every_strayed_word_is_followed(model_path: Callable[[str], str], corpus: list[str]) -> None:
