@@ -152,10 +152,12 @@ class UnigramTable(WordTable):
         Two powers of two must enclose the sizes, and that at each place of the word, which must not reach `RESET`.
         """
         exponent = math.frexp(least)[1]
-        variant = self._variant(word_id, exponent)
-        if variant is None or most - self.depths[word_id] >= min(2.0**exponent, RESET) - _SPARE:
+        enclosed = min(2.0**exponent, RESET) - _SPARE
+        if most - self.depths[word_id] >= enclosed:
             return None
-        return variant
+        variant = self._variant(word_id, exponent)
+        # A segmentation that is new to the table may fall deeper.
+        return variant if most - self.depths[word_id] < enclosed else None
 
     def _variant(self, word_id: int, exponent: int) -> Variant | None:
         key = (word_id, exponent)
@@ -406,12 +408,33 @@ class UnigramEncoder(WordEncoder):
                 total = float(totals[stop - reach.sure])
             changes |= _changes({place: variant for place, variant in reach.variants.items() if place < stop})
             if stop < len(span.ids):
-                tokens, total = words.at(int(span.ids[stop]), total)
-                if tokens is not None:
-                    changes[stop] = tokens
-                stop += 1
+                stop, total = self._pass(span, stop, total, changes)
             done = stop
         return changes, total
+
+    def _pass(
+        self, span: _Span, place: int, total: float, changes: dict[int, NDArray[np.integer]]
+    ) -> tuple[int, float]:
+        """Go through words one by one, at least one, and on while SentencePiece may start again from zero.
+
+        Args:
+            span: the words of a document.
+            place: the first of them.
+            total: running total before it.
+            changes: takes the tokens of the words for which they are not their own, by place.
+
+        Returns:
+            The word after the last one, and the running total before it.
+        """
+        words = self._words
+        ids = span.ids
+        while True:
+            tokens, total = words.at(int(ids[place]), total)
+            if tokens is not None:
+                changes[place] = tokens
+            place += 1
+            if place == len(ids) or -total - words.depths[ids[place]] < RESET - _SPARE:
+                return place, total
 
     def _reach(self, span: _Span, done: int, total: float) -> _Reach:
         """See how far bounds on the running total decide.
