@@ -34,6 +34,7 @@ _HEAD = 0xFE
 _END = 0xFF
 _SPACE = 0x20
 _NEWLINE = 0x0A
+_NOWHERE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -208,17 +209,18 @@ class WordEncoder:
         if self._table.full:
             self._begin_table()
         data = np.frombuffer(text, dtype=np.uint8)
-        bounds = self._find_cuts(data)
+        closing = np.flatnonzero(data == _END)
+        heads = np.flatnonzero(data == _HEAD) if self._rule.head else _NOWHERE
+        bounds = self._find_cuts(data, np.concatenate([closing, heads]))
         cuts, ends = bounds[:-1], bounds[1:]
-        marks = data.take(cuts)
         starts = cuts + 1
         if self._rule.newlines:
-            starts -= marks == _NEWLINE
-        closes = np.flatnonzero(marks == _END)
+            starts -= data.take(cuts) == _NEWLINE
+        closes = np.searchsorted(cuts, closing)
         ids = self._table.look_up(text, starts, ends, lambda new: self._choose(new, closes, len(cuts)))
         ids[closes] = self._end_id
         if self._rule.head:
-            self._look_up_heads(text, ids, np.flatnonzero(marks == _HEAD), starts, ends)
+            self._look_up_heads(text, ids, np.searchsorted(cuts, heads), starts, ends)
         poisoned = np.searchsorted(closes, np.flatnonzero(ids == POISON))
         window = Window(ids, closes, *self._table.gather(ids), whole=set(poisoned.tolist()))
         self._settle(window)
@@ -239,8 +241,8 @@ class WordEncoder:
         self._eagerness = min(self._eagerness - too_many[learnt].sum() + _INVESTMENT * count, _EAGERNESS)
         return learnt[owners]
 
-    def _find_cuts(self, data: NDArray[np.uint8]) -> NDArray[np.int64]:
-        """Where words begin or documents end, and the end of the text."""
+    def _find_cuts(self, data: NDArray[np.uint8], marks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where words begin or documents end, and the end of the text, given where documents begin and end."""
         every = np.ones(len(data) + 1, dtype=bool)
         cut = every[:-1]
         np.equal(data, _SPACE, out=cut)
@@ -253,7 +255,7 @@ class WordEncoder:
         else:
             opens = ~cut[:-1]
         cut[1:] &= opens
-        cut |= data >= _HEAD
+        cut[marks] = True
         if self._rule.newlines:
             cut |= data == _NEWLINE
         return np.flatnonzero(every)
