@@ -17,10 +17,10 @@ from more_megatron.data.sources import Source, aligned_blocks, open_text, parque
 
 __all__ = ["BLOCK_BYTES", "Batch", "Task", "plan_tasks", "read_batches", "task_bytes"]
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 21
 """Text that a worker holds at a time; a constant, so that memory does not follow the size of the inputs."""
 
-_SMALLEST_TASK = 1 << 20
+_SMALLEST_TASK = 1 << 21
 _LARGEST_TASK = 1 << 24
 _MOST_TASKS = 4096
 _STREAM_BYTES = 1 << 22
@@ -94,7 +94,7 @@ def plan_tasks(sources: Sequence[Source], size: int) -> Iterator[Task]:
 
 
 def read_batches(task: Task, mode: Detokenize) -> Iterator[Batch]:
-    """Read the documents of a task, about a megabyte at a time.
+    """Read the documents of a task, a few megabytes at a time.
 
     Args:
         task: the unit of work.

@@ -11,7 +11,7 @@ from more_megatron.data.wordtable import LONGEST_WORD, POISON, EncodeWords, Word
 
 __all__ = ["CutRule", "Window", "WordEncoder"]
 
-WINDOW_BYTES = 1 << 19
+WINDOW_BYTES = 1 << 20
 """Text looked up at a time: much for each call of numpy, little enough for the processor's cache."""
 
 _FIRST_WINDOW_BYTES = 1 << 14
