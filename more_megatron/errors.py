@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 __all__ = ["MoREError", "one_line_errors"]
 
-_PATIENCE_SECONDS = 3.0
+_PATIENCE_SECONDS = 10.0
 
 
 class MoREError(ValueError):
