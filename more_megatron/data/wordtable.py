@@ -15,26 +15,16 @@ from numpy.typing import NDArray
 
 from more_megatron.data.wordhash import WordHash, WordKeys
 
-__all__ = [
-    "LONGEST_WORD",
-    "POISON",
-    "ROW",
-    "EncodeWords",
-    "WordTable",
-    "WordTokens",
-    "cut_out",
-    "splice",
-]
+__all__ = ["LONGEST_WORD", "POISON", "EncodeWords", "WordTable", "WordTokens", "cut_out", "splice"]
 
 POISON = 0
 """Word id of every word that has no tokens of its own."""
 
-ROW = 4
-"""Tokens that are stored, and found, together."""
-
 LONGEST_WORD = 256
 """Bytes; longer words have no tokens of their own, since they seldom come again and would fill the memory."""
 
+# Tokens that are stored, and found, together.
+_ROW = 4
 _NEW = -1
 _PACKED = {2: np.dtype(np.uint64), 4: np.dtype(np.complex128)}
 _MOST_ROWS = 1 << 19
@@ -84,7 +74,7 @@ class WordTable:
         self._encode = encode
         self._capacity = capacity
         self._blank = np.array(-1).astype(dtype)[()]
-        self._rows = np.full((1024, ROW), self._blank, dtype=dtype)
+        self._rows = np.full((1024, _ROW), self._blank, dtype=dtype)
         self._counts = np.zeros(1024, dtype=np.int32)
         self._short = WordHash(_SLOT_BITS)
         self._long: dict[bytes, int] = {}
@@ -118,13 +108,13 @@ class WordTable:
         return ids
 
     def _store(self, tokens: NDArray[np.integer], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-        segments = np.maximum(1, -(-counts // ROW))
+        segments = np.maximum(1, -(-counts // _ROW))
         ends = np.cumsum(segments) + self._used
         ids: NDArray[np.int64] = ends - segments
         used = int(ends[-1]) if len(ends) else self._used
         self._reserve(used)
         self._rows[self._used : used] = self._blank
-        self._rows.reshape(-1)[_spread(ids * ROW, counts)] = tokens
+        self._rows.reshape(-1)[_spread(ids * _ROW, counts)] = tokens
         self._counts[ids] = counts
         self._used = used
         return ids
@@ -179,7 +169,7 @@ class WordTable:
 
     def tokens_of(self, word_id: int) -> NDArray[np.integer]:
         """Tokens of one word."""
-        return self._rows.reshape(-1)[ROW * word_id :][: self._counts[word_id]]
+        return self._rows.reshape(-1)[_ROW * word_id :][: self._counts[word_id]]
 
     def _find_long(self, words: list[bytes], places: NDArray[np.int64], ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Fill in the ids of the places where long words stand; returns the places of those that are new."""
@@ -210,7 +200,7 @@ class WordTable:
         if rows <= have:
             return
         grown = max(rows, 2 * have)
-        self._rows = np.concatenate([self._rows, np.full((grown - have, ROW), self._blank, dtype=self._rows.dtype)])
+        self._rows = np.concatenate([self._rows, np.full((grown - have, _ROW), self._blank, dtype=self._rows.dtype)])
         self._counts = np.concatenate([self._counts, np.zeros(grown - have, dtype=np.int32)])
 
 
@@ -253,17 +243,17 @@ def _spread(firsts: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[n
     return places
 
 
-def _with_following(rows: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Rows of words, all rows of each word, given the first ones and how many tokens or pieces each word has."""
-    large = np.flatnonzero(counts > ROW)
+def _with_following(ids: NDArray[np.int64], counts: NDArray[np.integer]) -> NDArray[np.int64]:
+    """All rows of some words, given their ids, which are their first rows, and how many tokens each has."""
+    large = np.flatnonzero(counts > _ROW)
     if not len(large):
-        return rows
-    more = (counts.take(large) - 1) // ROW
+        return ids
+    more = (counts.take(large) - 1) // _ROW
     ends = np.cumsum(more)
     following = _spread(large + 1 + ends - more, more)
-    every = np.empty(len(rows) + int(ends[-1]), dtype=np.int64)
+    every = np.empty(len(ids) + int(ends[-1]), dtype=np.int64)
     is_first = np.ones(len(every), dtype=bool)
     is_first[following] = False
-    every[is_first] = rows
-    every[following] = _spread(rows.take(large) + 1, more)
+    every[is_first] = ids
+    every[following] = _spread(ids.take(large) + 1, more)
     return every
