@@ -10,8 +10,8 @@ from typing import Literal
 
 from megatron.core.transformer import TransformerConfig
 
-from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
+from more_megatron.model.curriculum import Curriculum
 
 __all__ = ["MoREConfig", "flag", "own_field_names"]
 

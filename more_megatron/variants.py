@@ -19,21 +19,21 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from more_megatron.backends import backend_of, final_norm, layer_submodules
+from more_megatron.blocks.backends import backend_of, final_norm, layer_submodules
+from more_megatron.blocks.block_experts import RecurrentExperts, recurrent_experts_cost
+from more_megatron.blocks.block_moe import CombinedBlockMoELayer, SharedBlockMoELayer
+from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.dispatch import DISPATCHERS
+from more_megatron.blocks.ffn_cost import ffn_experts_cost
+from more_megatron.blocks.iterated_moe import IteratedMoELayer, RecurrentMoETransformerLayer
+from more_megatron.blocks.layer import MicroBatchTransformerLayer, RowMoELayer
+from more_megatron.blocks.light_experts import LightExperts, light_experts_cost
+from more_megatron.blocks.precision import check_precision
+from more_megatron.blocks.projection_experts import ProjectionExperts, projection_experts_cost
+from more_megatron.blocks.router import IteratedRouter
 from more_megatron.config import MoREConfig
-from more_megatron.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.errors import MoREError
-from more_megatron.experts.ffn import ffn_experts_cost
-from more_megatron.experts.light import LightExperts, light_experts_cost
-from more_megatron.experts.precision import check_precision
-from more_megatron.experts.projections import ProjectionExperts, projection_experts_cost
-from more_megatron.experts.recurrent import RecurrentExperts, recurrent_experts_cost
-from more_megatron.moe.capacity import CapacityInTrainingMoELayer
-from more_megatron.moe.coordinates import DISPATCHERS
-from more_megatron.moe.iterated_router import IteratedRouter
-from more_megatron.moe.layer import MicroBatchTransformerLayer, RowMoELayer
-from more_megatron.moe.recurrent_moe import IteratedMoELayer, RecurrentMoETransformerLayer
-from more_megatron.moe.shared_block import CombinedBlockMoELayer, SharedBlockMoELayer
+from more_megatron.model.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 
 __all__ = ["VARIANTS", "Variant", "block_spec", "check_variant", "get_variant", "layer_cost", "model_cost"]
 

@@ -10,7 +10,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.errors import MoREError
-from more_megatron.recurrence.depth import Depth
+from more_megatron.model.depth import Depth
 from more_megatron.variants import VARIANTS, block_spec, check_variant, get_variant
 from tests.helpers.models import HIDDEN, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks

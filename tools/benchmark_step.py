@@ -98,7 +98,7 @@ def build(flags: argparse.Namespace) -> dict:
 
 def comparison_depth(flags: argparse.Namespace):
     """Return the depth at which systems are compared."""
-    from more_megatron.recurrence.depth import Depth
+    from more_megatron.model.depth import Depth
 
     grad_steps = min(flags.backprop_steps or flags.recurrence_steps, flags.recurrence_steps)
     return Depth(flags.recurrence_steps - grad_steps, grad_steps)

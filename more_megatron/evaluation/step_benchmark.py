@@ -18,10 +18,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.config import MoREConfig
-from more_megatron.costs import Cost
 from more_megatron.errors import MoREError
-from more_megatron.recurrence.depth import Depth
-from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.model.costs import Cost
+from more_megatron.model.depth import Depth
+from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.variants import get_variant, model_cost
 
 __all__ = ["StepBenchmark", "SystemTiming", "match_flops", "step_time_by_depth", "time_systems"]

@@ -9,7 +9,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import training
 
 from more_megatron.config import MoREConfig
-from more_megatron.recurrence.depth import DepthSampler
+from more_megatron.model.depth import DepthSampler
 from more_megatron.variants import get_variant, model_cost
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]

@@ -12,8 +12,8 @@ from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
 from more_megatron.config import MoREConfig
-from more_megatron.recurrence.depth import DepthSampler
-from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.model.depth import DepthSampler
+from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.training.batch import next_batch
 from more_megatron.training.loss import language_model_loss
 from more_megatron.variants import get_variant

@@ -6,8 +6,8 @@ import argparse
 
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
+from more_megatron.blocks.statistics import IterationTracker
 from more_megatron.config import MoREConfig
-from more_megatron.moe.statistics import IterationTracker
 from more_megatron.training.flops import count_recurrence, print_cost
 from more_megatron.variants import get_variant
 

@@ -9,8 +9,8 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.config import MoREConfig
-from more_megatron.recurrence.depth import Depth
-from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.model.depth import Depth
+from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.variants import block_spec
 
 __all__ = ["EXPERTS", "HIDDEN", "RECOMPUTATION", "gpt_model", "logits", "small_config", "start_ranks"]

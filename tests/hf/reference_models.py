@@ -15,8 +15,8 @@ from megatron.core.models.gpt import GPTModel
 from more_megatron.hf.configuration_more import VARIANTS, MoREConfig
 from more_megatron.hf.mapping import entries
 from more_megatron.hf.modeling_more import MoREForCausalLM
-from more_megatron.recurrence.depth import Depth
-from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.model.depth import Depth
+from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.variants import block_spec
 from tests.helpers.models import small_config, start_ranks
 

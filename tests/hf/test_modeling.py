@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from more_megatron.recurrence import noise
 
 from more_megatron.hf import modeling_more
 from more_megatron.hf.configuration_more import VARIANTS, MoREConfig
 from more_megatron.hf.modeling_more import MoREForCausalLM, MoREModel, grouped_linear
-from more_megatron.recurrence import noise
 from tests.helpers.ranks import run_ranks
 from tests.hf.reference_models import (
     CASES,

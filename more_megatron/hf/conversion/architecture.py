@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
 from more_megatron.hf.mapping import EXPERTS
+from more_megatron.model.curriculum import Curriculum
 
 __all__ = ["args_from_config", "config_from_args", "evaluation_steps"]
 
