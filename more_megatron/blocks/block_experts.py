@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from more_megatron.blocks.expert_inputs import ExpertInputs
@@ -11,15 +13,25 @@ from more_megatron.blocks.replication import enter_replicated, leave_replicated
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
 
-__all__ = ["RecurrentExperts", "recurrent_experts_cost", "routed_context"]
+__all__ = ["BlockExperts", "block_experts_cost", "routed_context"]
 
 
-class RecurrentExperts(Experts):
-    """N independent recurrent blocks; the output of an expert is its last state."""
+class BlockExperts(Experts):
+    """N independent recurrent blocks; the output of an expert is its last state.
+
+    Args:
+        args: As for `Experts`.
+        ffn_hidden_size: Width of the MLP in a block.
+        kwargs: As for `Experts`.
+    """
+
+    def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
+        self._ffn_hidden_size = ffn_hidden_size
+        super().__init__(*args, **kwargs)
 
     def build(self) -> None:
         """Create the weights."""
-        self.block = RecurrentBlock(self.config, self.placement, _ffn_hidden_size(self.config), name="expert")
+        self.block = RecurrentBlock(self.config, self.placement, self._ffn_hidden_size, name="expert")
 
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer and draw the initial weights."""
@@ -46,11 +58,7 @@ def routed_context(config: MoREConfig, seq_length: int) -> float:
     return seq_length * config.moe_router_topk / config.num_moe_experts
 
 
-def recurrent_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+def block_experts_cost(config: MoREConfig, ffn_hidden_size: int, seq_length: int) -> Cost:
     """Return the cost of the routed experts."""
-    expert = block_cost(config, _ffn_hidden_size(config), routed_context(config, seq_length))
+    expert = block_cost(config, ffn_hidden_size, routed_context(config, seq_length))
     return expert.routed(config.num_moe_experts, config.moe_router_topk)
-
-
-def _ffn_hidden_size(config: MoREConfig) -> int:
-    return config.recurrence_ffn_hidden_size or 2 * config.hidden_size

@@ -9,15 +9,13 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
-from more_megatron.blocks.dispatch import local_coordinates
 from more_megatron.blocks.expert_inputs import ExpertInputs
 from more_megatron.blocks.layer import LayerInputs, RowMoELayer
 from more_megatron.blocks.parameters import Placement
-from more_megatron.blocks.projection_experts import shared_ffn_hidden_size
 from more_megatron.blocks.recurrent_block import RecurrentBlock
 from more_megatron.blocks.sequence_block import SequenceBlock
 from more_megatron.blocks.statistics import record_loss
-from more_megatron.model.noise import state_noise
+from more_megatron.model.loops import TokenGrid
 
 __all__ = ["CombinedBlockMoELayer", "SharedBlockMoELayer"]
 
@@ -27,11 +25,18 @@ class SharedBlockMoELayer(RowMoELayer):
 
     Every expert rank holds the block and computes it on the rows of its experts. Where experts are split over the
     tensor-parallel ranks, so is the block.
+
+    Args:
+        args: As for Megatron's MoE layer.
+        ffn_hidden_size: Width of the MLP in the block.
+        orthogonality_coeff: Coefficient of the penalty on projections that are not orthogonal.
+        kwargs: As for Megatron's MoE layer.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, ffn_hidden_size: int, orthogonality_coeff: float = 0.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config, groups = self.config, kwargs["pg_collection"]
+        self._orthogonality_coeff = orthogonality_coeff
         split_experts = get_pg_size(groups.expt_tp) > 1
         self.recurrent_block = RecurrentBlock(
             config,
@@ -41,7 +46,7 @@ class SharedBlockMoELayer(RowMoELayer):
                 split_group=groups.expt_tp if split_experts else None,
                 replica_rank=get_pg_rank(groups.dp_cp if split_experts else groups.tp_dp_cp),
             ),
-            shared_ffn_hidden_size(config),
+            ffn_hidden_size,
             name="shared",
         )
         # Replicas of experts see other rows on each tensor-parallel rank: their gradients are summed, as under
@@ -62,7 +67,7 @@ class SharedBlockMoELayer(RowMoELayer):
 
     def _attach_penalty(self, output: torch.Tensor) -> torch.Tensor:
         """Attach the orthogonality penalty of the local experts to the backward pass."""
-        coefficient = self.config.projection_orthogonality_coeff
+        coefficient = self._orthogonality_coeff
         if coefficient == 0.0 or not (self.training and torch.is_grad_enabled()):
             return output
         penalty = self.experts.orthogonality_penalty()
@@ -73,12 +78,17 @@ class SharedBlockMoELayer(RowMoELayer):
 
 
 class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
-    """Light experts, combined, and then one recurrent block over the whole sequence."""
+    """Light experts, combined, and then one recurrent block over the whole sequence.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        args: As for Megatron's MoE layer.
+        ffn_hidden_size: Width of the MLP in the block.
+        kwargs: As for Megatron's MoE layer.
+    """
+
+    def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        width = shared_ffn_hidden_size(self.config)
-        self.recurrent_block = SequenceBlock(self.config, width, kwargs["pg_collection"])
+        self.recurrent_block = SequenceBlock(self.config, ffn_hidden_size, kwargs["pg_collection"])
 
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; experts and block draw their weights."""
@@ -97,7 +107,8 @@ class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
             The block's last state, [s, b, h], and no bias.
         """
         combined, _ = super().forward(hidden_states, padding_mask=inputs.padding_mask)
-        state = self._initial_state(combined, inputs.micro_batch.sample_ids)
+        grid = TokenGrid.of(combined, inputs.micro_batch, self.config, self.attn_tp_group)
+        state = grid.noise(self.layer_number, self.config.recurrence_state_std)
         output = self.recurrent_block(
             combined,
             state,
@@ -106,21 +117,3 @@ class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
             rotary_pos_emb=inputs.rotary_pos_emb,
         )
         return output, None
-
-    def _initial_state(self, hidden_states: torch.Tensor, sample_ids: tuple[int, ...]) -> torch.Tensor:
-        coordinates = local_coordinates(
-            hidden_states.shape,
-            sample_ids,
-            first_sequence=0,
-            sequence_shard=self.attn_tp_group.rank() if self.config.sequence_parallel else 0,
-            device=hidden_states.device,
-        )
-        noise = state_noise(
-            coordinates[:, 2],
-            coordinates[:, 1],
-            self.config.hidden_size,
-            seed=self.config.seed,
-            layer=self.layer_number,
-            std=self.config.recurrence_state_std,
-        )
-        return noise.view(hidden_states.shape)

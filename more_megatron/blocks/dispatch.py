@@ -14,35 +14,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEAlltoAllTokenDispatcher,
 )
 
-__all__ = ["DISPATCHERS", "CoordinateAllGatherDispatcher", "CoordinateAlltoAllDispatcher", "local_coordinates"]
-
-
-def local_coordinates(
-    hidden_shape: torch.Size,
-    sample_ids: tuple[int, ...],
-    *,
-    first_sequence: int,
-    sequence_shard: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """Return the coordinates of the tokens on this rank, in the order in which Megatron flattens hidden states.
-
-    Args:
-        hidden_shape: Shape of the hidden states, [s, b, h]; s is this rank's part of the sequence.
-        sample_ids: Position of each of the b sequences in the stream of samples; empty for zeros.
-        first_sequence: Number of this rank's first sequence among those that its expert ranks share.
-        sequence_shard: Index of this rank's part of the sequence.
-        device: Where the result is wanted.
-
-    Returns:
-        Sequence, position and sample id of each token, int64 [s * b, 3].
-    """
-    length, batch = hidden_shape[0], hidden_shape[1]
-    position = torch.arange(length, device=device) + sequence_shard * length
-    sequence = torch.arange(batch, device=device) + first_sequence
-    sample = torch.tensor(sample_ids or (0,) * batch, dtype=torch.int64).to(device, non_blocking=True)
-    grid = (sequence.expand(length, batch), position.unsqueeze(1).expand(length, batch), sample.expand(length, batch))
-    return torch.stack(grid, dim=-1).flatten(0, 1)
+__all__ = ["DISPATCHERS", "CoordinateAllGatherDispatcher", "CoordinateAlltoAllDispatcher"]
 
 
 class CoordinateAllGatherDispatcher(MoEAllGatherTokenDispatcher):

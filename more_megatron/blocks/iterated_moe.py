@@ -1,17 +1,26 @@
-"""The MoE sub-layer as the recurrent unit (Synthesis II, option C)."""
+"""MoE sub-layers that are asked several times: iterated by themselves, or in a layer that is repeated."""
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from more_megatron.blocks.backends import backend_of
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.layer import LayerInputs, MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter, RouterStep
+from more_megatron.config import MoREConfig
 from more_megatron.model.truncation import iterate_residual
 
-__all__ = ["IteratedMoELayer", "RecurrentMoETransformerLayer"]
+__all__ = [
+    "IteratedMoELayer",
+    "RecurrentMoETransformerLayer",
+    "RepeatedMoETransformerLayer",
+    "RepeatedTransformerLayer",
+]
 
 
 class IteratedMoELayer(CapacityInTrainingMoELayer):
@@ -78,3 +87,37 @@ class RecurrentMoETransformerLayer(MicroBatchTransformerLayer):
             output = output * scale
             bias = None if bias is None else bias * scale
         return super()._forward_post_mlp((output, bias), residual)
+
+
+class RepeatedTransformerLayer(TransformerLayer):
+    """A layer without experts in a group that is repeated."""
+
+    def __init__(self, config: MoREConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(backend_of(config).looped(config), *args, **kwargs)
+
+
+class RepeatedMoETransformerLayer(MicroBatchTransformerLayer):
+    """A layer with experts in a group that is repeated. Its router is asked once a pass.
+
+    The losses of the router are averaged over the passes with gradient, and every pass is counted once.
+    """
+
+    def __init__(self, config: MoREConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(backend_of(config).looped(config), *args, **kwargs)
+
+    def _apply_moe(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        current = inputs.current_pass
+        assert current is not None, "a repeated layer was called outside of a loop"
+
+        def sub_layer(
+            hidden_states: torch.Tensor, former_logits: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            weight = 1.0 / max(current.micro_batch.depth.grad_steps, 1)
+            step = RouterStep(current.index, weight, current.is_counted(), former_logits)
+            return self._moe_sub_layer(hidden_states, inputs, step), self.mlp.router.take_logits()
+
+        former_logits = current.former_logits.get(self.layer_number)
+        hidden_states, logits = self._recomputed(sub_layer, hidden_states, former_logits)
+        if logits is not None:
+            current.logits[self.layer_number] = logits if current.has_grad else logits.detach()
+        return hidden_states

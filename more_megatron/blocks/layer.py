@@ -12,10 +12,11 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
-from more_megatron.blocks.dispatch import DISPATCHERS, local_coordinates
+from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.blocks.expert_inputs import ExpertInputs
 from more_megatron.blocks.rows import RoutedRows
-from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.model.micro_batch import MicroBatch, Pass
+from more_megatron.model.noise import local_coordinates
 
 __all__ = ["LayerInputs", "MicroBatchTransformerLayer", "RowMoELayer"]
 
@@ -29,12 +30,14 @@ class LayerInputs:
         padding_mask: True for padding tokens, [b, s].
         rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
         attention_mask: True where attention is forbidden, [b, 1, s, s]; None for plain causal attention.
+        current_pass: The pass, in a layer of a group that is repeated; None in others.
     """
 
     micro_batch: MicroBatch
     padding_mask: torch.Tensor | None = None
     rotary_pos_emb: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
+    current_pass: Pass | None = None
 
     @property
     def token_padding_mask(self) -> torch.Tensor | None:
@@ -68,6 +71,7 @@ class MicroBatchTransformerLayer(TransformerLayer):
             padding_mask=kwargs.get("padding_mask"),
             rotary_pos_emb=rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb,
             attention_mask=kwargs.get("attention_mask"),
+            current_pass=Pass.of_layer(kwargs),
         )
         return self._apply_moe(hidden_states, inputs), context
 

@@ -8,7 +8,6 @@ from more_megatron.blocks.backends import RowGroups
 from more_megatron.blocks.experts import Experts
 from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import draw_parameter, grouped_linear_weights
-from more_megatron.blocks.projection_experts import shared_ffn_hidden_size
 from more_megatron.blocks.recurrent_block import block_cost
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
@@ -64,9 +63,9 @@ class LightExperts(Experts):
         return (output * probs.unsqueeze(-1)).to(output.dtype), None
 
 
-def light_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+def light_experts_cost(config: MoREConfig, ffn_hidden_size: int, seq_length: int) -> Cost:
     """Return the cost of the routed experts and the block that follows them."""
     hidden = config.hidden_size
     expert = linear_cost(hidden, 2 * hidden) + linear_cost(2 * hidden, hidden)
     routed = expert.routed(config.num_moe_experts, config.moe_router_topk)
-    return routed + block_cost(config, shared_ffn_hidden_size(config), seq_length)
+    return routed + block_cost(config, ffn_hidden_size, seq_length)

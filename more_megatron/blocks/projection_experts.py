@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from more_megatron.blocks.block_experts import routed_context
@@ -14,18 +16,28 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.initialization import BlockInitializer
 
-__all__ = ["ProjectionExperts", "projection_experts_cost", "shared_ffn_hidden_size"]
+__all__ = ["ProjectionExperts", "projection_experts_cost"]
 
 
 class ProjectionExperts(Experts):
-    """Expert i computes `W_out_i . R(W_in_i . x)`. The projections start orthogonal."""
+    """Expert i computes `W_out_i . R(W_in_i . x)`. The projections start orthogonal.
+
+    Args:
+        args: As for `Experts`.
+        dropout: Probability of dropout on the output of the projections.
+        kwargs: As for `Experts`.
+    """
+
+    def __init__(self, *args: Any, dropout: float = 0.0, **kwargs: Any) -> None:
+        self._dropout_probability = dropout
+        super().__init__(*args, **kwargs)
 
     def build(self) -> None:
         """Create the weights."""
         shape = (self.config.hidden_size, self.config.hidden_size)
         self.proj_in = grouped_linear_weights(self.config, self.placement, shape)
         self.proj_out = grouped_linear_weights(self.config, self.placement, shape)
-        self.dropout = torch.nn.Dropout(self.config.projection_dropout)
+        self.dropout = torch.nn.Dropout(self._dropout_probability)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
@@ -66,15 +78,10 @@ class ProjectionExperts(Experts):
         return deviation.square().sum(dim=(1, 2)).mean() / weights.size(1)
 
 
-def shared_ffn_hidden_size(config: MoREConfig) -> int:
-    """Return the width of the MLP in a block that experts share."""
-    return config.recurrence_ffn_hidden_size or 4 * config.hidden_size
-
-
-def projection_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+def projection_experts_cost(config: MoREConfig, ffn_hidden_size: int, seq_length: int) -> Cost:
     """Return the cost of the routed experts and the block between their projections."""
     experts, topk = config.num_moe_experts, config.moe_router_topk
-    block = block_cost(config, shared_ffn_hidden_size(config), routed_context(config, seq_length))
+    block = block_cost(config, ffn_hidden_size, routed_context(config, seq_length))
     rows = block.routed(1, topk)
     # A token meets the one block however many experts it is sent to.
     shared = Cost(block.parameters, block.parameters, rows.once, rows.per_step)

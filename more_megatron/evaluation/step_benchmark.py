@@ -19,12 +19,12 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
-from more_megatron.model.costs import Cost
+from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
-from more_megatron.variants import get_variant, model_cost
+from more_megatron.systems import get_system
 
-__all__ = ["StepBenchmark", "SystemTiming", "match_flops", "step_time_by_depth", "time_systems"]
+__all__ = ["StepBenchmark", "SystemTiming", "match_flops", "step_time_by_depth", "system_cost", "time_systems"]
 
 _WIDTH_MULTIPLE = 16
 
@@ -70,7 +70,7 @@ class StepBenchmark:
         shape = (batch_size, seq_length)
         self._tokens = torch.randint(model_config.vocab_size, shape, device=device)
         self._positions = torch.arange(seq_length, device=device).expand(shape)
-        self.cost = model_cost(self.config, self._model.vocab_size, seq_length)
+        self.cost = system_cost(self.config, self._model.vocab_size, seq_length)
 
     def step(self, depth: Depth) -> float:
         """Take one forward and backward pass and return its seconds."""
@@ -104,11 +104,11 @@ def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int
     Raises:
         MoREError: If the system costs more than that at any width.
     """
-    name = "moe_ffn_hidden_size" if _has_ffn_experts(config) else "recurrence_ffn_hidden_size"
+    name = get_system(config.more_variant).width_flag(config)
 
     def flops(width: int) -> float:
         setattr(matched, name, width)
-        return model_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
+        return system_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
 
     matched = copy.copy(config)
     base, slope = flops(_WIDTH_MULTIPLE), (flops(2 * _WIDTH_MULTIPLE) - flops(_WIDTH_MULTIPLE)) / _WIDTH_MULTIPLE
@@ -123,8 +123,9 @@ def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int
     return matched
 
 
-def _has_ffn_experts(config: MoREConfig) -> bool:
-    return "experts" not in get_variant(config.more_variant).parts
+def system_cost(config: MoREConfig, vocab_size: int, seq_length: int) -> Cost:
+    """Return the cost of a whole model with separate embeddings."""
+    return model_cost(config, get_system(config.more_variant).cost(config, seq_length), vocab_size)
 
 
 def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int, warmup: int) -> list[SystemTiming]:

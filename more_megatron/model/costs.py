@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["Cost", "attention_cost", "gated_mlp_cost", "linear_cost"]
+__all__ = ["Cost", "attention_cost", "gated_mlp_cost", "linear_cost", "mlp_cost", "model_cost"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,28 @@ def linear_cost(inputs: int, outputs: int) -> Cost:
 def gated_mlp_cost(hidden_size: int, ffn_hidden_size: int) -> Cost:
     """Return the cost of a gated MLP without bias."""
     return linear_cost(hidden_size, 2 * ffn_hidden_size) + linear_cost(ffn_hidden_size, hidden_size)
+
+
+def mlp_cost(config: MoREConfig, ffn_hidden_size: int) -> Cost:
+    """Return the cost of an MLP without bias, gated as the configuration says."""
+    hidden = config.hidden_size
+    if config.gated_linear_unit:
+        return gated_mlp_cost(hidden, ffn_hidden_size)
+    return linear_cost(hidden, ffn_hidden_size) + linear_cost(ffn_hidden_size, hidden)
+
+
+def model_cost(config: MoREConfig, layers: Cost, vocab_size: int, tied: bool = False) -> Cost:
+    """Return the cost of a whole model.
+
+    Args:
+        config: Model configuration.
+        layers: Cost of its layers.
+        vocab_size: Size of the vocabulary, with padding.
+        tied: Whether input and output embeddings are one.
+    """
+    embedding = linear_cost(config.hidden_size, vocab_size)
+    head = Cost(once=embedding.once) if tied else embedding
+    return Cost(embedding.parameters, config.hidden_size) + head + Cost(config.hidden_size, config.hidden_size) + layers
 
 
 def attention_cost(config: MoREConfig, context: float) -> Cost:

@@ -8,8 +8,8 @@ from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
 from more_megatron.blocks.statistics import IterationTracker
 from more_megatron.config import MoREConfig
+from more_megatron.systems import get_system
 from more_megatron.training.flops import count_recurrence, print_cost
-from more_megatron.variants import get_variant
 
 __all__ = ["prepare_reports"]
 
@@ -23,10 +23,6 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
     """
     print_cost(config, args)
     count_recurrence(config)
-    losses = []
-    if config.router_min_entropy > 0.0:
-        losses.append("entropy_loss")
-    if config.projection_orthogonality_coeff > 0.0:
-        losses.append("orthogonality_loss")
-    iterates = get_variant(config.more_variant).iterates_router
-    set_moe_metrics_tracker(IterationTracker(config.max_steps if iterates else 0, tuple(losses)))
+    system = get_system(config.more_variant)
+    steps = config.max_steps if system.repeats_router else 0
+    set_moe_metrics_tracker(IterationTracker(steps, system.losses(config)))

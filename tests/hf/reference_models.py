@@ -17,8 +17,7 @@ from more_megatron.hf.mapping import entries
 from more_megatron.hf.modeling_more import MoREForCausalLM
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
-from more_megatron.variants import block_spec
-from tests.helpers.models import small_config, start_ranks
+from tests.helpers.models import build_model, small_config, start_ranks
 
 __all__ = ["CASES", "LENGTH", "STEPS", "VOCABULARY", "Case", "Result", "compute", "load", "random_model", "tokens"]
 
@@ -180,14 +179,7 @@ def compute(names: list[tuple[str, str]]) -> list[Result]:
 
 def _compute(case: Case) -> Result:
     config = small_config(case.variant, **{"hidden_size": HIDDEN, "num_layers": LAYERS, **case.megatron})
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(config),
-        vocab_size=VOCABULARY,
-        max_sequence_length=LENGTH,
-        parallel_output=False,
-        **{"position_embedding_type": "rope", "share_embeddings_and_output_weights": False, **case.gpt},
-    ).eval()
+    model = build_model(config, LENGTH, VOCABULARY, **case.gpt).eval()
     _redraw(model, 0.2)
     ids = tokens()
     positions = torch.arange(LENGTH).expand_as(ids)

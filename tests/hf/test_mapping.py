@@ -11,7 +11,7 @@ from more_megatron.errors import MoREError
 from more_megatron.hf.configuration_more import MoREConfig
 from more_megatron.hf.mapping import EXPERTS, Layout, entries, extra_states
 from more_megatron.hf.modeling_more import MoREForCausalLM
-from more_megatron.variants import VARIANTS
+from more_megatron.systems import systems
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 24,
@@ -67,7 +67,7 @@ def _cases() -> list[tuple[str, str]]:
 
 
 def test_every_system_has_a_table() -> None:
-    assert set(EXPERTS) == set(VARIANTS)
+    assert set(EXPERTS) == set(systems())
 
 
 @pytest.mark.parametrize(("variant", "features"), _cases())

@@ -10,6 +10,7 @@ import pytest
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.depth import Depth, DepthSampler
+from tests.helpers.models import small_config
 
 _DRAWS = 4000
 
@@ -169,4 +170,4 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(fields: dict[str, Any]
 )
 def test_other_fields_have_their_ranges_too(field: str, value: float, flag: str) -> None:
     with pytest.raises(MoREError, match=flag):
-        MoREConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **{field: value})
+        small_config("shared_block", **{field: value})

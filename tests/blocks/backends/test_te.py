@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from more_megatron.errors import MoREError
-from more_megatron.variants import VARIANTS, check_variant
+from more_megatron.systems import systems
+from more_megatron.training.model import check_system
 from tests.blocks.backends.stand_in import FP8_ROWS, Call
 from tests.helpers.models import EXPERTS, HIDDEN, RECOMPUTATION, small_config
 
 _ROOT = Path(__file__).parents[2]
 _LAYERS, _STEPS = 2, 3
-_OWN_EXPERTS = [name for name, variant in VARIANTS.items() if "experts" in variant.parts]
-_MIXING = [name for name, variant in VARIANTS.items() if variant.mixes_tokens]
+_OWN_EXPERTS = [name for name, variant in systems().items() if "experts" in variant.parts]
+_MIXING = [name for name, variant in systems().items() if variant.mixes_tokens]
 _SCRIPT = """
 import sys
 from tests.blocks.backends import stand_in
@@ -57,7 +58,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", systems())
 def test_a_checkpoint_of_one_backend_gives_the_other_its_outputs_and_gradients(
     found: dict[str, Any], variant: str
 ) -> None:
@@ -66,7 +67,7 @@ def test_a_checkpoint_of_one_backend_gives_the_other_its_outputs_and_gradients(
     assert interchange["and back"] < 1e-6
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", systems())
 def test_both_backends_write_the_same_keys_and_shapes(found: dict[str, Any], variant: str) -> None:
     (tensors, objects), (te_tensors, te_objects) = (
         found["interchange"][variant]["contents"][name] for name in ("local", "te")
@@ -128,7 +129,7 @@ def test_half_precision_attends_in_segments_of_any_length(found: dict[str, Any],
     assert formats == {"sbhd": 1, "thd": _STEPS}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", systems())
 def test_padding_for_fp8_changes_nothing(found: dict[str, Any], variant: str) -> None:
     assert found["fp8"][variant]["difference"] < 1e-5
 
@@ -224,22 +225,22 @@ def test_precision_that_experts_cannot_honour_is_refused(variant: str, fields: d
     for name, value in ({"fp8_recipe": "tensorwise"} | fields).items():
         setattr(config, name, value)
     with pytest.raises(MoREError) as refusal:
-        check_variant(config)
+        check_system(config)
     assert flag in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("variant", [name for name, variant in VARIANTS.items() if variant.recurrent])
+@pytest.mark.parametrize("variant", [name for name, variant in systems().items() if variant.recurrent])
 def test_recomputation_that_would_leave_fp8_is_refused(variant: str) -> None:
     config = small_config(variant, **RECOMPUTATION["selective"])
     config.transformer_impl, config.fp8, config.fp8_recipe = "transformer_engine", "hybrid", "tensorwise"
     with pytest.raises(MoREError, match="--recompute-granularity full"):
-        check_variant(config)
+        check_system(config)
 
 
 def test_fp8_that_experts_can_honour_is_accepted() -> None:
-    for variant in VARIANTS:
+    for variant in systems():
         for recipe in ("delayed", "tensorwise", "blockwise", "mxfp8"):
             config = small_config(variant, hidden_size=128, num_attention_heads=4)
             config.transformer_impl, config.fp8, config.fp8_recipe = "transformer_engine", "hybrid", recipe
-            check_variant(config)
+            check_system(config)

@@ -20,7 +20,7 @@ from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_l
 from more_megatron.blocks.rows import RoutedRows
 from more_megatron.blocks.segments import Segments
 from more_megatron.model.depth import Depth
-from more_megatron.variants import VARIANTS
+from more_megatron.systems import systems
 from tests.blocks.backends import stand_in
 from tests.blocks.backends.compare import (
     BATCH,
@@ -40,7 +40,7 @@ from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY
 
 _FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
-OWN_EXPERTS = [name for name, variant in VARIANTS.items() if "experts" in variant.parts]
+OWN_EXPERTS = [name for name, variant in systems().items() if "experts" in variant.parts]
 
 
 def interchange(variant: str) -> dict[str, Any]:
@@ -243,8 +243,8 @@ def main(file: str) -> None:
     """Find everything out."""
     os.environ.update(rank_environment(0, 1, free_port()))
     wanted: dict[str, Callable[[], Any]] = {
-        "interchange": lambda: {name: interchange(name) for name in VARIANTS},
-        "fp8": lambda: {name: in_fp8(name) for name in VARIANTS},
+        "interchange": lambda: {name: interchange(name) for name in systems()},
+        "fp8": lambda: {name: in_fp8(name) for name in systems()},
         "partly fp8": lambda: {name: partly_in_fp8(name) for name in ("recurrent_experts",)},
         "recomputed": lambda: {name: recomputed_in_fp8(name) for name in ("recurrent_experts",)},
         "bf16": lambda: {name: in_bf16(name) for name in ("recurrent_experts", "shared_block")},

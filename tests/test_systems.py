@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.errors import MoREError
+from more_megatron.flags import MoREFlags, flag
 from more_megatron.model.depth import Depth
-from more_megatron.variants import VARIANTS, block_spec, check_variant, get_variant
+from more_megatron.systems import get_system, systems
+from more_megatron.training.model import check_system
 from tests.helpers.models import HIDDEN, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -30,13 +33,11 @@ _EMA = {"router_logit_ema": 0.5}
 _FLOOR = {"router_min_entropy": 0.5}
 _SCALE = {"recurrence_residual_scale": 0.5}
 _PADDED = {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}
-_RECURRENT = [name for name, variant in VARIANTS.items() if variant.recurrent]
-_WITHOUT_PROJECTIONS = [name for name, variant in VARIANTS.items() if not variant.has_projections]
-_WITH_ONE_ROUTING = [name for name, variant in VARIANTS.items() if not variant.iterates_router]
+_RECURRENT = [name for name, variant in systems().items() if variant.recurrent]
 _MODES = list(itertools.product((True, False), (1, 2)))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", systems())
 def test_a_token_reaches_neither_the_past_nor_other_sequences(variant: str) -> None:
     (modes,) = run_ranks(1, _influences, variant)
     for (training, topk), (gradients, perturbations) in modes.items():
@@ -55,7 +56,7 @@ def _effects_of_capacity(variant: str) -> dict[str, tuple[float, float, float]]:
     expected = logits(dropless, embeddings, _DEPTH)
     effects = {}
     for name, capacity in (("dropped", {}), ("padded", {"moe_pad_expert_input_to_capacity": True})):
-        if capacity and VARIANTS[variant].mixes_tokens:
+        if capacity and get_system(variant).mixes_tokens:
             continue
         config = small_config(variant, **fields, **capacity, moe_expert_capacity_factor=0.5)
         model = gpt_model(config, _LENGTH, weight_std=0.2)
@@ -64,7 +65,7 @@ def _effects_of_capacity(variant: str) -> dict[str, tuple[float, float, float]]:
     return effects
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", systems())
 def test_tokens_above_capacity_are_dropped_in_training_only(variant: str) -> None:
     (effects,) = run_ranks(1, _effects_of_capacity, variant)
     for name, (before, evaluation, after) in effects.items():
@@ -79,34 +80,51 @@ def test_tokens_above_capacity_are_dropped_in_training_only(variant: str) -> Non
         ("recurrent_experts", _TP2, ["--expert-model-parallel-size", "--expert-tensor-parallel-size", _TP_FLAG]),
         ("shared_block", _TP2, ["--expert-model-parallel-size", "--expert-tensor-parallel-size", _TP_FLAG]),
         *((name, _CP2, [f"--more-variant {name}", "--context-parallel-size"]) for name in _RECURRENT),
-        *((name, _ORTHOGONAL, [name, "--projection-orthogonality-coeff"]) for name in _WITHOUT_PROJECTIONS),
-        *((name, _DROPOUT, [name, "--projection-dropout"]) for name in _WITHOUT_PROJECTIONS),
-        *((name, _EMA, [name, "--router-logit-ema"]) for name in _WITH_ONE_ROUTING),
-        *((name, _FLOOR, [name, "--router-min-entropy"]) for name in _WITH_ONE_ROUTING),
-        *((name, _SCALE, [name, "--recurrence-residual-scale"]) for name in _WITH_ONE_ROUTING),
         ("shared_block", _TP4_ETP2, ["--expert-tensor-parallel-size 1 or 4"]),
         ("recurrent_experts", {"moe_token_dispatcher_type": "flex"}, ["--moe-token-dispatcher-type allgather or"]),
         ("shared_block", _PADDED, ["--moe-pad-expert-input-to-capacity"]),
         ("shared_block_ffn", {"add_bias_linear": True}, ["--enable-bias-linear"]),
         ("shared_block", _ORTHOGONAL | {"calculate_per_token_loss": True}, ["--calculate-per-token-loss"]),
-        ("no_such_system", {}, ["--more-variant no_such_system", *VARIANTS]),
+        ("no_such_system", {}, ["--more-variant no_such_system", *systems()]),
     ],
 )
 def test_a_setting_that_cannot_be_served_is_refused_by_name(
     variant: str, fields: dict[str, Any], flags: list[str]
 ) -> None:
     with pytest.raises(MoREError) as refusal:
-        check_variant(small_config(variant, **fields))
+        check_system(small_config(variant, **fields))
     message = str(refusal.value)
     assert "\n" not in message
-    for flag in flags:
-        assert flag in message
+    for name in flags:
+        assert name in message
+
+
+@pytest.mark.parametrize("variant", systems())
+def test_a_flag_that_a_system_never_reads_is_refused_if_it_is_given(variant: str) -> None:
+    system, flags = get_system(variant), MoREFlags(recurrence_sampling="uniform", router_min_entropy=0.5)
+    shared = {field.name for field in dataclasses.fields(MoREFlags)} - {"more_variant"}
+    own = {name for other in systems().values() for name in other.own_flags()}
+    faults = list(system.without_effect(flags, shared | own))
+    assert len(faults) == len((shared | own) - system.reads - set(system.own_flags()))
+    for name in (shared | own) - system.reads - set(system.own_flags()):
+        assert f"--more-variant {variant} never reads {flag(name)}: leave it out" in faults
+    assert not list(system.without_effect(flags, set()))
+
+
+def test_a_flag_without_effect_under_these_settings_is_refused() -> None:
+    given = {"recurrence_min_steps", "recurrence_sampling_unit", "router_min_entropy_coeff"}
+    faults = list(get_system("recurrent_moe").without_effect(MoREFlags(), given))
+    assert [fault.partition(" ")[0] for fault in faults] == [
+        "--recurrence-min-steps",
+        "--recurrence-sampling-unit",
+        "--router-min-entropy-coeff",
+    ]
 
 
 @pytest.mark.parametrize(
     ("variant", "fields"),
     [
-        *((name, {}) for name in VARIANTS),
+        *((name, {}) for name in systems()),
         ("moe", _CP2),
         ("recurrent_experts", _TP2 | {"expert_model_parallel_size": 2}),
         ("recurrent_experts", _TP2 | {"expert_tensor_parallel_size": 2}),
@@ -118,14 +136,14 @@ def test_a_setting_that_cannot_be_served_is_refused_by_name(
     ],
 )
 def test_a_setting_that_can_be_served_is_accepted(variant: str, fields: dict[str, Any]) -> None:
-    check_variant(small_config(variant, **fields))
+    check_system(small_config(variant, **fields))
 
 
 def _states_follow_samples() -> None:
     start_ranks()
     generator = torch.Generator().manual_seed(0)
     sequence, other = torch.randn(2, _LENGTH, 1, HIDDEN, generator=generator)
-    for name in VARIANTS:
+    for name in systems():
         config = small_config(name, num_layers=2, moe_router_topk=2, recurrence_state_std=1.0, recurrence_eval_steps=3)
         model = gpt_model(config, _LENGTH, weight_std=0.2)
         twice, mixed = torch.cat((sequence, sequence), dim=1), torch.cat((other, sequence), dim=1)
@@ -149,13 +167,9 @@ def test_initial_states_belong_to_the_sample_in_training_and_to_none_in_evaluati
     run_ranks(1, _states_follow_samples)
 
 
-def test_the_table_is_what_get_variant_knows() -> None:
-    assert {name: get_variant(name) for name in VARIANTS} == VARIANTS
-
-
 def test_a_layer_pattern_must_have_the_length_of_the_model() -> None:
     with pytest.raises(MoREError, match="--moe-layer-freq names 2 layers, --num-layers is 3"):
-        block_spec(small_config("moe", num_layers=3, moe_layer_freq=[1, 0]))
+        get_system("moe").stack(small_config("moe", num_layers=3, moe_layer_freq=[1, 0]))
 
 
 def _check(influence: torch.Tensor, largest_leak: float, where: str) -> None:
