@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from more_megatron.errors import MoREError
-from more_megatron.hf.configuration_more import MoREConfig
+from more_megatron.hf.exported.configuration_more import MoREConfig
+from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 from more_megatron.hf.mapping import EXPERTS, Layout, entries, extra_states
-from more_megatron.hf.modeling_more import MoREForCausalLM
 from more_megatron.variants import VARIANTS
 
 _SIZES: dict[str, Any] = {
