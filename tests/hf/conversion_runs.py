@@ -117,7 +117,7 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
 @torch.no_grad()
 def _loss(model_folder: Path, prefix: Path) -> float:
     """Return the mean loss of a model over the sequences of a file of one document."""
-    from more_megatron.hf.modeling_more import MoREForCausalLM
+    from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 
     model = MoREForCausalLM.from_pretrained(model_folder).eval()
     dataset = IndexedDataset(str(prefix))
