@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags
-from more_megatron.hf import mapping
 from more_megatron.hf.conversion import pickles
 from more_megatron.hf.conversion.architecture import args_from_config, config_from_args
 from more_megatron.hf.conversion.export import ToHF, to_hf
@@ -27,6 +26,7 @@ from more_megatron.hf.conversion.importer import FromHF, from_hf
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.safetensors_files import Group, plan_files, tensor_bytes
 from more_megatron.hf.mapping import entries
+from more_megatron.systems import base, export
 from tests.helpers.shell import PROJECT
 from tests.hf.conversion_sources import VALUES, make_args, write_source
 
@@ -119,13 +119,13 @@ def test_missing_tokenizer(folder: Path) -> None:
 
 
 def test_parameters_that_the_table_does_not_know(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = mapping.MOE
-    monkeypatch.setattr(mapping, "MOE", tuple(row for row in known if row.megatron != "mlp.router.weight"))
+    known = base.MOE
+    monkeypatch.setattr(base, "MOE", tuple(row for row in known if row.megatron != "mlp.router.weight"))
     key = "decoder.layers.mlp.router.weight"
     _refused(_export(folder), folder / "out", f"holds parameters that the mapping has no row for: {key}")
-    monkeypatch.setattr(mapping, "MOE", (*known, mapping.Row("mlp.more", "mlp.more", "h")))
+    monkeypatch.setattr(base, "MOE", (*known, export.Row("mlp.more", "mlp.more", "h")))
     _refused(_export(folder), folder / "out", "lacks the parameter decoder.layers.0.mlp.more")
-    monkeypatch.setattr(mapping, "MOE", (mapping.Row("mlp.router.weight", "mlp.gate.weight", "h N"), *known))
+    monkeypatch.setattr(base, "MOE", (export.Row("mlp.router.weight", "mlp.gate.weight", "h N"), *known))
     _refused(_export(folder), folder / "out", f"holds {key} in shape [2, 4, 16] instead of [2, 16, 4]")
 
 
@@ -148,7 +148,7 @@ def test_parameters_that_the_model_does_not_have(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"variant": "gru_experts"}, "system gru_experts cannot be converted"),
+        ({"variant": "no_such_system"}, "--more-variant no_such_system does not exist"),
         ({"model_type": "llama"}, "is a model of type llama, not more"),
         ({"hidden_act": "tanh"}, "hidden_act tanh with gated_mlp True has no counterpart in Megatron"),
         ({"rope_scaling_factor": 4.0}, "rope_scaling_factor 4.0 has no counterpart in Megatron"),
@@ -173,7 +173,7 @@ def test_configuration_that_is_not_there_or_incomplete(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"more_variant": "gru_experts"}, "--more-variant gru_experts: systems that can be converted are moe,"),
+        ({"more_variant": "no_such_system"}, "--more-variant no_such_system: systems that can be converted are"),
         ({"multi_latent_attention": True}, "--multi-latent-attention True has no counterpart"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 has no counterpart"),
         ({"window_size": [4, 0]}, "--window-size [4, 0] has no counterpart"),
