@@ -13,7 +13,7 @@ import pkgutil
 from more_megatron.errors import MoREError
 from more_megatron.systems.base import System
 
-__all__ = ["System", "get_system", "names", "systems"]
+__all__ = ["System", "default_name", "get_system", "names", "systems"]
 
 _INTERFACE = ("base", "export")
 
@@ -35,6 +35,11 @@ def get_system(name: str) -> System:
         raise MoREError(f"--more-variant {name} does not exist: choose one of {', '.join(names())}")
     system: System = importlib.import_module(f"{__name__}.{name}").SYSTEM
     return system
+
+
+def default_name() -> str:
+    """Return the name of the system that is trained if none is named."""
+    return next((name for name, system in systems().items() if system.is_default), names()[0])
 
 
 def systems() -> dict[str, System]:

@@ -16,7 +16,7 @@ from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
-from more_megatron.systems import get_system, systems
+from more_megatron.systems import default_name, get_system, systems
 from more_megatron.training.flag_checks import check_flags
 
 __all__ = ["parse_arguments"]
@@ -98,7 +98,7 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
     for action in parser._actions:
         action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     parser.error = _error  # type: ignore[method-assign]
-    parser.set_defaults(**get_system(_asked_system()).defaults)
+    parser.set_defaults(more_variant=default_name(), **get_system(_asked_system()).defaults)
     parse = functools.partial(_parse, parser.parse_args, own)
     parser.parse_args = parse  # type: ignore[method-assign, assignment]
     return parser
@@ -117,7 +117,7 @@ def _add_group(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 def _asked_system() -> str:
     """Return the system that the command line names, or the default: other defaults depend on it."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--more-variant", default=MoREFlags.more_variant)
+    parser.add_argument("--more-variant", default=default_name())
     parser.error = _error  # type: ignore[method-assign]
     return parser.parse_known_args()[0].more_variant
 
