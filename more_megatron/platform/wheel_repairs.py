@@ -14,6 +14,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.training import get_args, training
 
 from more_megatron.platform.checkpoint_writer import async_loop, results_queue
+from more_megatron.platform.reports import REPORTS
 from more_megatron.platform.stand_in import StandIn
 
 __all__ = ["WHEEL_REPAIRS"]
@@ -77,17 +78,6 @@ def _training_log(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -
     return _TRAINING_LOG(*args, is_first_iteration=is_first_iteration and not comes_anyway, **kwargs)
 
 
-_EVALUATE_AND_PRINT_RESULTS = training.evaluate_and_print_results
-
-
-def _evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
-    """Evaluate as Megatron does, with the length of a single full validation set in a list as it expects."""
-    arguments = get_args()
-    if arguments.full_validation and isinstance(arguments.eval_iters, int):
-        arguments.eval_iters = [arguments.eval_iters]
-    return _EVALUATE_AND_PRINT_RESULTS(*args, **kwargs)
-
-
 WHEEL_REPAIRS = (
     StandIn(
         "megatron.core.datasets.utils",
@@ -138,14 +128,6 @@ WHEEL_REPAIRS = (
         "should_reset = not is_first_iteration",
     ),
     StandIn(
-        "megatron.training.training",
-        "evaluate_and_print_results",
-        _evaluate_and_print_results,
-        "full validation takes the number of iterations for a list, which it is only with several validation sets",
-        "training/training.py",
-        "args.eval_iters = eval_iters[0] if not args.multiple_validation_sets else eval_iters",
-    ),
-    StandIn(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
         "get_write_results_queue",
         results_queue,
@@ -161,4 +143,5 @@ WHEEL_REPAIRS = (
         "core/dist_checkpointing/strategies/async_utils.py",
         "torch.cuda.set_device(rank % torch.cuda.device_count())",
     ),
+    *REPORTS,
 )
