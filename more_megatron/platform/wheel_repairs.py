@@ -14,6 +14,9 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.training import get_args, training
 
 from more_megatron.platform.checkpoint_writer import async_loop, results_queue
+from more_megatron.platform.checkpointing import CHECKPOINTING
+from more_megatron.platform.finite import FINITE
+from more_megatron.platform.param_groups import take_saved_schedule, with_current_schedule
 from more_megatron.platform.reports import REPORTS
 from more_megatron.platform.stand_in import StandIn
 
@@ -46,8 +49,11 @@ def _state_dict_with_steps(self: DistributedOptimizer) -> dict[str, Any]:
 
 
 def _load_state_dict_with_own_steps(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
-    """Load, then give each parameter a step of its own instead of one tensor that all of them count up."""
-    _LOAD_STATE_DICT(self, state_dict)
+    """Load under any schedule, then give each parameter a step of its own, not one tensor that all count up."""
+    saved = state_dict["optimizer"]["param_groups"]
+    groups = with_current_schedule(self.optimizer.param_groups, saved)
+    _LOAD_STATE_DICT(self, {**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
+    take_saved_schedule(self.optimizer.param_groups, saved)
     if not HAVE_APEX_OR_TE:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
@@ -59,8 +65,9 @@ def _set_states_but_step(self: DistributedOptimizer, model_param: torch.Tensor, 
 
 
 def _filter_param_groups(current_groups: list[dict], saved_groups: list[dict]) -> list[dict]:
-    """Match groups as Megatron does, but number the parameters of this rank, not of the rank that saved."""
-    groups = _FILTER_PARAM_GROUPS(current_groups, saved_groups)
+    """Match groups under any schedule, and number the parameters of this rank, not of the rank that saved."""
+    groups = _FILTER_PARAM_GROUPS(current_groups, with_current_schedule(current_groups, saved_groups))
+    take_saved_schedule(groups, saved_groups)
     first = 0
     for group, current in zip(groups, current_groups, strict=True):
         group["params"] = list(range(first, first + len(current["params"])))
@@ -115,7 +122,7 @@ WHEEL_REPAIRS = (
         "megatron.core.optimizer.optimizer:MegatronOptimizer",
         "_filter_and_reorder_param_groups",
         staticmethod(_filter_param_groups),
-        "parameters keep the numbers of the rank that saved, which are others under another layout",
+        "parameters keep the numbers of the rank that saved, and groups are matched by their learning rates",
         "core/optimizer/optimizer.py",
         "group['params'] = params",
     ),
@@ -144,4 +151,6 @@ WHEEL_REPAIRS = (
         "torch.cuda.set_device(rank % torch.cuda.device_count())",
     ),
     *REPORTS,
+    *CHECKPOINTING,
+    *FINITE,
 )

@@ -1,29 +1,25 @@
-"""Checkpoints around a run: checked before any rank loads one, saved where nothing is in the way."""
+"""Checkpoints checked before any rank loads one."""
 
 from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-from megatron.training import training
 from torch.distributed.checkpoint import CheckpointException
 
 from more_megatron.checkpoint_files import (
     checkpoint_to_load,
-    clear_for_save,
     content_fault,
     fault,
     newest_complete_iteration,
     repair_tracker,
 )
 from more_megatron.config import flag
-from more_megatron.errors import MoREError
+from more_megatron.errors import MoREError, last_line
 
-__all__ = ["check_checkpoint", "guard_checkpoints"]
+__all__ = ["check_checkpoint"]
 
 # Arguments that decide which tensors a model has, and of which shape.
 _ARCHITECTURE = (
@@ -89,39 +85,6 @@ def _check_whole(args: argparse.Namespace, folder: Path, checkpoint: Path | None
         _check_optimizer(checkpoint, saved, args)
 
 
-def guard_checkpoints() -> None:
-    """Make `pretrain` end with one line where it cannot read a checkpoint, and save only into folders that are new."""
-    training.load_checkpoint = _one_line_on_failure(training.load_checkpoint)
-    training.save_checkpoint = _into_a_new_folder(training.save_checkpoint)
-
-
-def _one_line_on_failure(load: Callable[..., Any]) -> Callable[..., Any]:
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return load(*args, **kwargs)
-        except (Exception, CheckpointException, SystemExit) as error:
-            detail = _last_line(error)
-            remedy = "load an older one with --ckpt-step, or MORE_TRACEBACK=1 shows where it failed"
-            if "OptimizerParamScheduler" in detail:
-                remedy = "--override-opt-param-scheduler takes the schedule that the flags describe"
-            raise MoREError(
-                f"the checkpoint in {training.get_args().load} cannot be loaded: {detail}; {remedy}"
-            ) from error
-
-    return load_checkpoint
-
-
-def _into_a_new_folder(save: Callable[..., Any]) -> Callable[..., Any]:
-    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        arguments = training.get_args()
-        # Other ranks write only after they have exchanged plans with rank 0.
-        if arguments.rank == 0 and arguments.ckpt_format == "torch_dist" and not kwargs.get("non_persistent_ckpt"):
-            clear_for_save(Path(arguments.save), iteration)
-        return save(iteration, *args, **kwargs)
-
-    return save_checkpoint
-
-
 def _refuse(folder: Path, checkpoint: Path, found: str | None) -> None:
     """Refuse a checkpoint if something was found to be wrong with it."""
     if found is None:
@@ -137,12 +100,6 @@ def _refuse(folder: Path, checkpoint: Path, found: str | None) -> None:
     raise MoREError(f"checkpoint {checkpoint} is damaged: {found}; {remedy}")
 
 
-def _last_line(error: BaseException) -> str:
-    """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no further message'}"
-
-
 def _saved_arguments(checkpoint: Path) -> argparse.Namespace | None:
     try:
         with warnings.catch_warnings():
@@ -151,7 +108,7 @@ def _saved_arguments(checkpoint: Path) -> argparse.Namespace | None:
             return load_common_state_dict(str(checkpoint)).get("args")
     except (Exception, CheckpointException) as error:  # whatever damaged content raises
         raise MoREError(
-            f"checkpoint {checkpoint} is damaged: its arguments cannot be read ({_last_line(error)}); "
+            f"checkpoint {checkpoint} is damaged: its arguments cannot be read ({last_line(error)}); "
             "load an older one with --ckpt-step"
         ) from error
 
