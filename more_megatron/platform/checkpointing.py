@@ -87,10 +87,26 @@ def _load_checkpoint(model: Any, *args: Any, **kwargs: Any) -> Any:
     return loaded
 
 
+_withheld_interval: int | None = None
+
+
+def _withhold_interval(arguments: Any) -> None:
+    """Keep `--save-retain-interval` from Megatron while the tracker file names no iteration, as after a conversion.
+
+    It would take the entry for the number of a checkpoint to delete.
+    """
+    global _withheld_interval
+    arguments.save_retain_interval = arguments.save_retain_interval or _withheld_interval
+    tracker = Path(checkpointing.get_checkpoint_tracker_filename(arguments.save))
+    if tracker.is_file() and not tracker.read_text(errors="replace").strip().isdecimal():
+        _withheld_interval, arguments.save_retain_interval = arguments.save_retain_interval, None
+
+
 def _save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Save as Megatron does: finite parameters only, into a folder that is new."""
     arguments = get_args()
     check_parameters(model, f"the model of iteration {iteration}")
+    _withhold_interval(arguments)
     # Other ranks write only after they have exchanged plans with rank 0.
     if arguments.rank == 0 and arguments.ckpt_format == "torch_dist" and not kwargs.get("non_persistent_ckpt"):
         clear_for_save(Path(arguments.save), iteration)

@@ -18,6 +18,7 @@ from more_megatron.errors import MoREError
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
 from more_megatron.training.flag_checks import check_flags
+from more_megatron.training.stored_flags import given_flags, take_stored_flags
 
 __all__ = ["parse_arguments"]
 
@@ -121,8 +122,9 @@ def _error(message: str) -> NoReturn:
 
 
 def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
-    """Parse, check, and complete the flags whose default depends on another flag."""
+    """Parse, check, and complete the flags whose default depends on a checkpoint or another flag."""
     args = parse_args(*arguments)
+    take_stored_flags(args, given_flags(parse_args.__self__))  # type: ignore[attr-defined]
     check_flags(args)
     _complete(args)
     return args
