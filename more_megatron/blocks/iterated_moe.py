@@ -116,8 +116,8 @@ class RepeatedMoETransformerLayer(MicroBatchTransformerLayer):
             step = RouterStep(current.index, weight, current.is_counted(), former_logits)
             return self._moe_sub_layer(hidden_states, inputs, step), self.mlp.router.take_logits()
 
-        former_logits = current.former_logits.get(self.layer_number)
+        former_logits = current.former.get(self.layer_number)
         hidden_states, logits = self._recomputed(sub_layer, hidden_states, former_logits)
         if logits is not None:
-            current.logits[self.layer_number] = logits if current.has_grad else logits.detach()
+            current.leave(self.layer_number, logits)
         return hidden_states

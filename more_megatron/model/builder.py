@@ -44,12 +44,15 @@ class MoREModelBuilder(GPTModelBuilder):
                 repeat_groups(model.decoder, stack)
             if stack.head_bias and model.post_process:
                 _add_bias(model.output_layer)
+            if stack.initialize is not None and stack.config.perform_initialization:
+                stack.initialize(model)
         return model
 
 
 def _add_bias(output_layer: Any) -> None:
     """Give Megatron's output layer, which is built without one, a bias for its part of the vocabulary."""
-    weight: torch.Tensor = output_layer.weight
-    bias = torch.nn.Parameter(torch.zeros(weight.size(0), dtype=weight.dtype, device=weight.device))
+    config, size = output_layer.config, output_layer.output_size_per_partition
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype, device=device))
     set_tensor_model_parallel_attributes(bias, True, 0, 1)
     output_layer.bias = bias

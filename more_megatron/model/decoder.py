@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,7 @@ class _Passes:
         self._mask = attention_mask
         self._kwargs = {name: value for name, value in kwargs.items() if name != "context_mask"}
         self._in_graph = torch.is_grad_enabled()
-        self._former_logits: dict[int, torch.Tensor] = {}
+        self._former: dict[Hashable, torch.Tensor] = {}
         self._parts = list(_parts(decoder, layers))
 
     def __call__(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
@@ -162,16 +162,16 @@ class _Passes:
             hidden_states: [s, b, h].
             index: Number of the pass, from 0.
         """
-        logits: dict[int, torch.Tensor] = {}
+        left: dict[Hashable, torch.Tensor] = {}
         for layers, recomputed in self._parts:
             recomputed = recomputed and torch.is_grad_enabled()
-            run = _Part(self._decoder, layers, self._pass(index, logits), self._mask, self._kwargs)
+            run = _Part(self._decoder, layers, self._pass(index, left), self._mask, self._kwargs)
             hidden_states = _recomputed(run, hidden_states, self._decoder) if recomputed else run(hidden_states)
-        self._former_logits = logits
+        self._former = left
         return hidden_states
 
-    def _pass(self, index: int, logits: dict[int, torch.Tensor]) -> Pass:
-        return Pass(self._micro_batch, index, self._former_logits, logits, self._in_graph)
+    def _pass(self, index: int, left: dict[Hashable, torch.Tensor]) -> Pass:
+        return Pass(self._micro_batch, index, self._former, left, self._in_graph)
 
 
 class _Part:

@@ -1,7 +1,8 @@
-"""Initial weights of recurrent blocks, as Huginn draws them.
+"""Initial weights, as Huginn and as MoEUT draw them.
 
 Takase et al. (arXiv 2312.16903) as used in Huginn (arXiv 2502.05171, section 4): truncated normal with variance 2/(5h);
 projections back into the stream are divided by sqrt(2 L), where L is the depth after unrolling the recurrence.
+MoEUT (arXiv 2405.16039): normal, each deviation over the root of the inputs times sqrt(2 / L).
 Everything else in a model keeps Megatron's initialization.
 """
 
@@ -12,10 +13,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from megatron.core.models.gpt import GPTModel
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["BlockInitializer"]
+__all__ = ["BlockInitializer", "DepthScaledInitializer", "draw_uniform_head"]
 
 
 @dataclass(frozen=True)
@@ -65,3 +67,63 @@ class BlockInitializer:
         key = f"{self.config.seed}/{self.layer_number}/{name}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
         return torch.Generator(device=device).manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class DepthScaledInitializer(BlockInitializer):
+    """Draws the weights of one layer as MoEUT does."""
+
+    def std(self, inputs: int) -> float:
+        """Return the standard deviation of a map of so many inputs."""
+        return math.sqrt(2.0 / (self.config.num_layers * self.config.mean_steps)) / math.sqrt(inputs)
+
+    def normal(self, shape: tuple[int, ...], name: str, inputs: int) -> torch.Tensor:
+        """Return a weight in float32.
+
+        Args:
+            shape: Shape of the whole weight.
+            name: Name of the weight, unique within the layer.
+            inputs: Number of inputs of the map.
+        """
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        return weight.normal_(0.0, self.std(inputs), generator=self.generator(name, weight.device))
+
+    def rows_of_equal_norm(self, shape: tuple[int, int], name: str) -> torch.Tensor:
+        """Return a weight in float32 whose rows have one norm: no expert is preferred at the start."""
+        weight = self.normal(shape, name, inputs=shape[1])
+        rows = weight / weight.norm(dim=1, keepdim=True)
+        return rows * (weight.std() / rows.std())
+
+
+@torch.no_grad()
+def draw_uniform_head(model: GPTModel) -> None:
+    """Draw embeddings and output layer as PyTorch would, whole and then split over ranks.
+
+    Embeddings are normal with variance 1/h, weight and bias of an output layer of its own uniform within h^-1/2.
+
+    Args:
+        model: A pipeline stage.
+    """
+    config = model.config
+    bound = config.hidden_size**-0.5
+    initializer = BlockInitializer(config, layer_number=0)
+
+    def draw(parameter: torch.nn.Parameter | None, name: str) -> None:
+        if parameter is None:
+            return
+        ranks, rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
+        shape = (parameter.size(0) * ranks, *parameter.shape[1:])
+        whole = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        generator = initializer.generator(name, whole.device)
+        if name == "embedding":
+            whole.normal_(0.0, bound, generator=generator)
+        else:
+            whole.uniform_(-bound, bound, generator=generator)
+        parameter.copy_(whole.chunk(ranks)[rank])
+
+    if model.pre_process:
+        draw(model.embedding.word_embeddings.weight, "embedding")
+    if model.post_process and not model.share_embeddings_and_output_weights:
+        draw(model.output_layer.weight, "head")
+    if model.post_process:
+        draw(model.output_layer.bias, "head bias")

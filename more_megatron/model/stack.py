@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
@@ -79,6 +80,7 @@ class Stack:
         norms_core_output: Whether that norm is applied, with the same weight, behind the last looped group as well.
         embedding_scale: Factor on the embeddings.
         head_bias: Whether the output layer has a bias.
+        initialize: Draws the embeddings and the output layer of a stage's model; None leaves them to Megatron.
     """
 
     config: MoREConfig
@@ -87,6 +89,7 @@ class Stack:
     norms_core_output: bool = False
     embedding_scale: float = 1.0
     head_bias: bool = False
+    initialize: Callable[[GPTModel], None] | None = None
 
     @property
     def is_plain(self) -> bool:

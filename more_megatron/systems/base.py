@@ -7,6 +7,7 @@ import neither Megatron nor PyTorch at their top; what builds layers is imported
 from __future__ import annotations
 
 import dataclasses
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -87,6 +88,12 @@ class System:
     def own_flags(self) -> tuple[str, ...]:
         """Return the names of the flags that it alone reads."""
         return () if self.Flags is None else tuple(field.name for field in dataclasses.fields(self.Flags))
+
+    def flags(self, args: Namespace) -> MoREFlags:
+        """Return the flags that systems share among a run's arguments, and its own."""
+        own = () if self.Flags is None else (self.Flags,)
+        both: type[MoREFlags] = dataclasses.make_dataclass("Flags", [], bases=(*own, MoREFlags))
+        return both.of(args)
 
     def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
         """Yield what is wrong with flags that were given and that the system, under these settings, never reads.
