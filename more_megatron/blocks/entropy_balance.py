@@ -70,6 +70,8 @@ class EntropyBalance:
         if current.is_counted():
             self._record(loss, layer_number)
         weight = self._coefficient
+        if weight == 0.0:
+            return activation
         if self._config.calculate_per_token_loss:
             # Megatron divides the gradient by the number of tokens of all ranks.
             weight *= positions * activation.size(1)

@@ -85,7 +85,9 @@ def small_config(variant: str, **fields: Any) -> MoREConfig:
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
     }
-    return config_class(get_system(variant).Flags)(more_variant=variant, **{**defaults, **fields})
+    own = get_system(variant).own_flags()
+    balance = {name: 0.0 for name in own if name.endswith("balance_coeff")}
+    return config_class(get_system(variant).Flags)(more_variant=variant, **{**defaults, **balance, **fields})
 
 
 def build_model(config: MoREConfig, seq_length: int, vocabulary: int, **fields: Any) -> GPTModel:
