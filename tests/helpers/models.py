@@ -49,7 +49,7 @@ def small_config(variant: str, **fields: Any) -> MoREConfig:
 
     Args:
         variant: Name of the system.
-        fields: What differs.
+        fields: What differs; without experts if `num_moe_experts` is None.
     """
     topk = fields.setdefault("moe_router_topk", 1)
     defaults: dict[str, Any] = {
@@ -74,6 +74,8 @@ def small_config(variant: str, **fields: Any) -> MoREConfig:
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
     }
+    if fields.get("num_moe_experts", EXPERTS) is None:
+        del defaults["moe_ffn_hidden_size"]
     return config_class(get_system(variant).Flags)(more_variant=variant, **{**defaults, **fields})
 
 
