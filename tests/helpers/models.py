@@ -101,7 +101,7 @@ def build_model(config: MoREConfig, seq_length: int, vocabulary: int, **fields: 
     return MoREModelBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = None) -> GPTModel:
+def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = None, **fields: Any) -> GPTModel:
     """Return a whole model.
 
     Args:
@@ -109,8 +109,9 @@ def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = No
         seq_length: Length of a sequence.
         weight_std: Standard deviation of weights drawn anew, the same in every model of these sizes: large ones, so
             that every part has its say in the output, and norms that are not the identity. None: as initialized.
+        fields: Further fields of Megatron's model configuration.
     """
-    model = build_model(config, seq_length, VOCABULARY)
+    model = build_model(config, seq_length, VOCABULARY, **fields)
     if weight_std is not None:
         _redraw(model, weight_std)
     return model

@@ -14,7 +14,16 @@ from tests.helpers.training import TINY_ON_FILES, History
 _ITERATIONS = 6
 _RUN = f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --split 1,0,0 --save-interval 2"
 _DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
-_SYSTEMS = ("moe", "recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
+# Flags by system; of two layers, each stage must hold a group whole.
+_SYSTEMS = {
+    "moe": "--more-variant moe",
+    **{
+        name: f"--more-variant {name} {_DEPTH}"
+        for name in ("recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
+    },
+    "loop": f"--more-variant loop {_DEPTH} --recurrence-group-layers 1 --recurrence-injection linear",
+    "huginn": f"--more-variant huginn {_DEPTH} --recurrence-prelude-layers 1 --recurrence-coda-layers 0",
+}
 _LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
     "tp2": "--tensor-model-parallel-size 2",
@@ -30,7 +39,7 @@ def _save_folder(folder: Path, name: str) -> Path:
 def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, History]]:
     """Return what runs of each system reported, each run but the first continuing from another layout's checkpoint."""
     folder = tmp_path_factory.mktemp("systems")
-    run = f"{_RUN} {_DEPTH} --num-layers 2 --moe-router-topk 2 --data-path {write_corpus(folder / 'corpus')}"
+    run = f"{_RUN} --num-layers 2 --moe-router-topk 2 --data-path {write_corpus(folder / 'corpus')}"
     # Ranks, flags, the run whose checkpoint is loaded and of which iteration.
     runs = {
         "1": (1, "", None, 0),
@@ -44,11 +53,11 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, His
     histories: dict[str, dict[str, History]] = {system: {} for system in _SYSTEMS}
     for name, (ranks, layout, source, iteration) in runs.items():
         lines = []
-        for system in _SYSTEMS:
+        for system, flags in _SYSTEMS.items():
             saves = folder / system
             load = "" if source is None else f"--load {_save_folder(saves, source)} --ckpt-step {iteration}"
             save = f"--save {_save_folder(saves, name)}" if name in sources else ""
-            lines.append(f"{run} --more-variant {system} {layout} {load} {save}")
+            lines.append(f"{run} {flags} {layout} {load} {save}")
         for system, history in zip(_SYSTEMS, run_ranks(ranks, train_all, lines)[-1], strict=True):
             histories[system][name] = history
     return histories
