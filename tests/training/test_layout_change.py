@@ -6,24 +6,20 @@ from pathlib import Path
 
 import pytest
 
+from more_megatron.systems import names
 from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
+from tests.helpers.systems import flags_of
 from tests.helpers.training import TINY_ON_FILES, History
 
 _ITERATIONS = 6
 _RUN = f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --split 1,0,0 --save-interval 2"
 _DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
-# Flags by system; of two layers, each stage must hold a group whole.
-_SYSTEMS = {
-    "moe": "--more-variant moe",
-    **{
-        name: f"--more-variant {name} {_DEPTH}"
-        for name in ("recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
-    },
-    "loop": f"--more-variant loop {_DEPTH} --recurrence-group-layers 1 --recurrence-injection linear",
-    "huginn": f"--more-variant huginn {_DEPTH} --recurrence-prelude-layers 1 --recurrence-coda-layers 0",
-}
+# Two layers, of which each stage must hold a looped group whole.
+_DIVISION = "--recurrence-prelude-layers 1 --recurrence-coda-layers 0 --recurrence-group-layers 1"
+_INJECTION = "--recurrence-injection linear"
+_SYSTEMS = names()
 _LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
     "tp2": "--tensor-model-parallel-size 2",
@@ -53,11 +49,11 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, His
     histories: dict[str, dict[str, History]] = {system: {} for system in _SYSTEMS}
     for name, (ranks, layout, source, iteration) in runs.items():
         lines = []
-        for system, flags in _SYSTEMS.items():
+        for system in _SYSTEMS:
             saves = folder / system
             load = "" if source is None else f"--load {_save_folder(saves, source)} --ckpt-step {iteration}"
             save = f"--save {_save_folder(saves, name)}" if name in sources else ""
-            lines.append(f"{run} {flags} {layout} {load} {save}")
+            lines.append(f"{run} {flags_of(system, f'{_DEPTH} {_DIVISION} {_INJECTION}')} {layout} {load} {save}")
         for system, history in zip(_SYSTEMS, run_ranks(ranks, train_all, lines)[-1], strict=True):
             histories[system][name] = history
     return histories
