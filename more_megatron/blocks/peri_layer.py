@@ -72,13 +72,16 @@ class PeriTransformerLayer(MicroBatchTransformerLayer):
         assert current is not None, "a repeated layer was called outside of a loop"
 
         def sub_layer(stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            step = RouterStep(current.index, 1.0 / max(current.micro_batch.depth.grad_steps, 1), current.is_counted())
+            weight = 1.0 / max(current.micro_batch.depth.grad_steps, 1)
+            former_map = current.former.get((self.layer_number, "map"))
+            step = RouterStep(current.index, weight, current.is_counted(), former_map=former_map, keeps_map=True)
             normed = self._forward_pre_mlp_layernorm(stream)
             residual = stream.float() if self.config.fp32_residual_connection else stream
             output = self.mlp(normed, stream.to(normed.dtype), inputs, step)
             return self._forward_post_mlp(output, residual), self.mlp.router.take_sums()
 
         hidden_states, sums = self._recomputed(sub_layer, hidden_states)
+        current.leave((self.layer_number, "map"), self.mlp.router.take_map())
         if sums is None or not current.in_graph:
             return hidden_states
         return self._balance.attach(hidden_states, sums, current, self.layer_number)

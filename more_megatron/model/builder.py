@@ -37,15 +37,15 @@ class MoREModelBuilder(GPTModelBuilder):
             args: As for Megatron's builder.
             kwargs: As for Megatron's builder.
         """
-        model = super().build_model(pg_collection, *args, **kwargs)
         stack = self._model_config.transformer_layer_spec
+        if isinstance(stack, Stack) and stack.initialization is not None:
+            stack.initialization.apply(self._model_config.transformer)
+        model = super().build_model(pg_collection, *args, **kwargs)
         if isinstance(stack, Stack):
             if not stack.is_plain:
                 repeat_groups(model.decoder, stack)
             if stack.head_bias and model.post_process:
                 _add_bias(model.output_layer)
-            if stack.initialize is not None and stack.config.perform_initialization:
-                stack.initialize(model)
         return model
 
 
@@ -53,6 +53,11 @@ def _add_bias(output_layer: Any) -> None:
     """Give Megatron's output layer, which is built without one, a bias for its part of the vocabulary."""
     config, size = output_layer.config, output_layer.output_size_per_partition
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-    bias = torch.nn.Parameter(torch.zeros(size, dtype=config.params_dtype, device=device))
+    # Drawn whole: outside of Megatron's regions for it, the random state is the same on all tensor-parallel ranks.
+    whole = torch.zeros(size * output_layer.tp_group.size(), device=device)
+    if config.perform_initialization:
+        config.init_method(whole)
+    own = whole.chunk(output_layer.tp_group.size())[output_layer.tp_group.rank()]
+    bias = torch.nn.Parameter(own.to(config.params_dtype, copy=True))
     set_tensor_model_parallel_attributes(bias, True, 0, 1)
     output_layer.bias = bias

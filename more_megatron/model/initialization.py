@@ -3,21 +3,60 @@
 Takase et al. (arXiv 2312.16903) as used in Huginn (arXiv 2502.05171, section 4): truncated normal with variance 2/(5h);
 projections back into the stream are divided by sqrt(2 L), where L is the depth after unrolling the recurrence.
 MoEUT (arXiv 2405.16039): normal, each deviation over the root of the inputs times sqrt(2 / L).
-Everything else in a model keeps Megatron's initialization.
+Everything else in a model keeps Megatron's initialization, unless its stack has one of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["BlockInitializer", "DepthScaledInitializer", "draw_uniform_head"]
+__all__ = ["BlockInitializer", "DepthScaledInitializer", "Initialization", "takase", "uniform_head"]
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How Megatron's modules draw their weights: functions that fill a tensor.
+
+    Attributes:
+        inward: Of projections out of the stream, an output layer of its own among them.
+        outward: Of projections back into the stream.
+        embedding: Of embeddings; None: as inward.
+    """
+
+    inward: Callable[[torch.Tensor], Any]
+    outward: Callable[[torch.Tensor], Any]
+    embedding: Callable[[torch.Tensor], Any] | None = None
+
+    def apply(self, config: MoREConfig) -> None:
+        """Make modules that are built from the configuration draw so."""
+        config.init_method, config.embedding_init_method = self.inward, self.embedding or self.inward
+        config.output_layer_init_method = self.outward
+
+
+def takase(config: MoREConfig, unrolled_depth: int) -> Initialization:
+    """Return the initialization of Takase et al. for a model of so many layers, counting repetitions."""
+    std = math.sqrt(2.0 / (5.0 * config.hidden_size))
+    return Initialization(_normal(std), _normal(std / math.sqrt(2.0 * unrolled_depth)))
+
+
+def uniform_head(config: MoREConfig) -> Initialization:
+    """Return MoEUT's initialization of what its layers do not draw: embeddings of variance 1/h, a uniform head."""
+    bound = config.hidden_size**-0.5
+    normal = functools.partial(torch.nn.init.normal_, std=bound)
+    return Initialization(functools.partial(torch.nn.init.uniform_, a=-bound, b=bound), normal, embedding=normal)
+
+
+def _normal(std: float) -> Callable[[torch.Tensor], Any]:
+    return functools.partial(torch.nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
 
 
 @dataclass(frozen=True)
@@ -93,37 +132,3 @@ class DepthScaledInitializer(BlockInitializer):
         weight = self.normal(shape, name, inputs=shape[1])
         rows = weight / weight.norm(dim=1, keepdim=True)
         return rows * (weight.std() / rows.std())
-
-
-@torch.no_grad()
-def draw_uniform_head(model: GPTModel) -> None:
-    """Draw embeddings and output layer as PyTorch would, whole and then split over ranks.
-
-    Embeddings are normal with variance 1/h, weight and bias of an output layer of its own uniform within h^-1/2.
-
-    Args:
-        model: A pipeline stage.
-    """
-    config = model.config
-    bound = config.hidden_size**-0.5
-    initializer = BlockInitializer(config, layer_number=0)
-
-    def draw(parameter: torch.nn.Parameter | None, name: str) -> None:
-        if parameter is None:
-            return
-        ranks, rank = model.pg_collection.tp.size(), model.pg_collection.tp.rank()
-        shape = (parameter.size(0) * ranks, *parameter.shape[1:])
-        whole = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
-        generator = initializer.generator(name, whole.device)
-        if name == "embedding":
-            whole.normal_(0.0, bound, generator=generator)
-        else:
-            whole.uniform_(-bound, bound, generator=generator)
-        parameter.copy_(whole.chunk(ranks)[rank])
-
-    if model.pre_process:
-        draw(model.embedding.word_embeddings.weight, "embedding")
-    if model.post_process and not model.share_embeddings_and_output_weights:
-        draw(model.output_layer.weight, "head")
-    if model.post_process:
-        draw(model.output_layer.bias, "head bias")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from more_megatron.model.costs import Cost
     from more_megatron.model.stack import Stack
 
-__all__ = ["DEPTH", "REPEATED_ROUTER", "System"]
+__all__ = ["DEPTH", "DIVISION", "REPEATED_ROUTER", "System"]
 
 # Flags of `MoREFlags` that every recurrence reads.
 DEPTH = frozenset(
@@ -41,6 +41,8 @@ DEPTH = frozenset(
         *("backprop_steps", "eval_steps", "curriculum"),
     )
 )
+# Those that divide the layers of a model into groups.
+DIVISION = frozenset(f"recurrence_{name}_layers" for name in ("prelude", "coda", "group"))
 # Those that a router reads which is asked in every step.
 REPEATED_ROUTER = frozenset(("router_logit_ema", "router_min_entropy", "router_min_entropy_coeff"))
 
@@ -133,6 +135,10 @@ class System:
     def losses(self, config: MoREConfig) -> tuple[str, ...]:
         """Return the names of losses that are logged besides those that Megatron asks its MoE tracker for."""
         return ("entropy_loss",) if self.repeats_router and config.router_min_entropy > 0.0 else ()
+
+    def figures(self, config: MoREConfig) -> tuple[str, ...]:
+        """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
+        return ()
 
     def ffn_hidden_size(self, sizes: Any) -> int:
         """Return the width of the MLP in the recurrent block.

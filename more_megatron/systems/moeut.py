@@ -98,10 +98,9 @@ class MoEUT(System):
 
     def refusals(self, config: "MoREConfig") -> Iterator[str]:
         """Yield what the system cannot do of what `config` asks for."""
-        from more_megatron.blocks.refusals import expert_refusals, recurrence_refusals, repetition_refusals
+        from more_megatron.blocks.refusals import expert_refusals, loop_refusals
 
-        yield from recurrence_refusals(config)
-        yield from repetition_refusals(config, ("moe", "shared_experts"))
+        yield from loop_refusals(config)
         yield from expert_refusals(config, ffn_hidden_size=None)
         yield from _layer_refusals(config)
 
@@ -113,13 +112,13 @@ class MoEUT(System):
     def stack(self, config: "MoREConfig") -> "Stack":
         """Return the layers of the whole model."""
         from more_megatron.blocks.backends import final_norm
-        from more_megatron.model.initialization import draw_uniform_head
+        from more_megatron.model.initialization import uniform_head
         from more_megatron.model.loops import ResidualLoop
         from more_megatron.model.stack import Group, Stack
 
         layers = (_layer(config),) * config.num_layers
         groups = (Group(layers, ResidualLoop()),)
-        return Stack(config, groups, final_norm(config), head_bias=True, initialize=draw_uniform_head)
+        return Stack(config, groups, final_norm(config), head_bias=True, initialization=uniform_head(config))
 
 
 def _layer(config: "MoREConfig") -> "Layer":

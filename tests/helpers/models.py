@@ -60,7 +60,7 @@ def small_config(variant: str, **fields: Any) -> MoREConfig:
 
     Args:
         variant: Name of the system.
-        fields: What differs.
+        fields: What differs; without experts if `num_moe_experts` is None.
     """
     topk = fields.setdefault("moe_router_topk", 1)
     defaults: dict[str, Any] = {
@@ -87,6 +87,8 @@ def small_config(variant: str, **fields: Any) -> MoREConfig:
     }
     own = get_system(variant).own_flags()
     balance = {name: 0.0 for name in own if name.endswith("balance_coeff")}
+    if fields.get("num_moe_experts", EXPERTS) is None:
+        del defaults["moe_ffn_hidden_size"]
     return config_class(get_system(variant).Flags)(more_variant=variant, **{**defaults, **balance, **fields})
 
 
@@ -112,7 +114,7 @@ def build_model(config: MoREConfig, seq_length: int, vocabulary: int, **fields: 
     return MoREModelBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = None) -> GPTModel:
+def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = None, **fields: Any) -> GPTModel:
     """Return a whole model.
 
     Args:
@@ -120,8 +122,9 @@ def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = No
         seq_length: Length of a sequence.
         weight_std: Standard deviation of weights drawn anew, the same in every model of these sizes: large ones, so
             that every part has its say in the output, and norms that are not the identity. None: as initialized.
+        fields: Further fields of Megatron's model configuration.
     """
-    model = build_model(config, seq_length, VOCABULARY)
+    model = build_model(config, seq_length, VOCABULARY, **fields)
     if weight_std is not None:
         redraw(model, weight_std)
     return model
