@@ -55,6 +55,16 @@ class BlockInitializer:
         generator = self.generator(name, weight.device)
         return torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
+    def normal(self, shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+        """Return a weight in float32, normally distributed."""
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        return weight.normal_(std=std, generator=self.generator(name, weight.device))
+
+    def glorot(self, shape: tuple[int, int], name: str) -> torch.Tensor:
+        """Return a matrix in float32, uniform as Glorot and Bengio draw it (AISTATS 2010)."""
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        return torch.nn.init.xavier_uniform_(weight, generator=self.generator(name, weight.device))
+
     def orthogonal(self, shape: tuple[int, int], name: str) -> torch.Tensor:
         """Return a matrix with orthonormal rows or columns in float32 (Saxe et al., arXiv 1312.6120)."""
         weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())

@@ -150,7 +150,8 @@ def _parse(parse_args: Callable[..., argparse.Namespace], own: frozenset[str], *
     args = parse_args(*arguments)
     check_flags(args)
     given = {name for name in own if any(word.partition("=")[0] == flag(name) for word in sys.argv[1:])}
-    for fault in get_system(args.more_variant).without_effect(MoREFlags.of(args), given):
+    system = get_system(args.more_variant)
+    for fault in system.without_effect(system.flags(args), given):
         raise MoREError(fault)
     _complete(args)
     return args
