@@ -13,17 +13,42 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.blocks.backends import backend_of, final_norm, layer_submodules
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.iterated_moe import IteratedMoELayer, RepeatedMoETransformerLayer, RepeatedTransformerLayer
+from more_megatron.blocks.router import IteratedRouter
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.costs import Cost, attention_cost, linear_cost, mlp_cost
 from more_megatron.model.stack import Group, Layer, Stack
 
-__all__ = ["decoder_layers", "decoder_stack", "dense_layer", "ffn_experts_cost", "moe_layer"]
+__all__ = [
+    "decoder_layers",
+    "decoder_stack",
+    "dense_layer",
+    "ffn_experts_cost",
+    "moe_layer",
+    "plain_layers",
+    "repeated_layers",
+]
 
 
 def decoder_stack(config: MoREConfig, moe: Layer) -> Stack:
     """Return a stack without loops: layers with experts, and dense ones where `moe_layer_freq` says so."""
     return Stack(config, (Group(decoder_layers(config, moe, dense_layer(config))),), final_norm(config))
+
+
+def plain_layers(config: MoREConfig) -> tuple[Layer, ...]:
+    """Return the layers of Megatron's model, dense or with experts."""
+    dense = dense_layer(config)
+    return decoder_layers(config, dense if config.num_moe_experts is None else moe_layer(config), dense)
+
+
+def repeated_layers(config: MoREConfig) -> tuple[Layer, ...]:
+    """Return the layers of Megatron's model, dense or with experts, for a group that is repeated."""
+    dense = dense_layer(config, RepeatedTransformerLayer)
+    if config.num_moe_experts is None:
+        return decoder_layers(config, dense, dense)
+    moe = moe_layer(config, layer=RepeatedMoETransformerLayer, moe=IteratedMoELayer, parts={"router": IteratedRouter})
+    return decoder_layers(config, moe, dense)
 
 
 def decoder_layers(config: MoREConfig, moe: Layer, dense: Layer) -> tuple[Layer, ...]:

@@ -26,12 +26,16 @@ class RouterStep:
         loss_weight: Factor on the losses of this step.
         counted: Whether the step enters the statistics: once, however often it is recomputed.
         former_logits: Logits that routed the step before, [s, b, experts]; None at the first.
+        former_map: Where the tokens went in the step before, [tokens, experts]; None if it was not kept.
+        keeps_map: Whether `take_map` is to return where they go in this step.
     """
 
     index: int = 0
     loss_weight: float = 1.0
     counted: bool = True
     former_logits: torch.Tensor | None = None
+    former_map: torch.Tensor | None = None
+    keeps_map: bool = False
 
 
 class IteratedRouter(TopKRouter):
@@ -45,6 +49,7 @@ class IteratedRouter(TopKRouter):
     config: MoREConfig
     _step = RouterStep()
     _logits: torch.Tensor | None = None
+    _map: torch.Tensor | None = None
 
     @contextlib.contextmanager
     def at(self, step: RouterStep) -> Iterator[None]:
@@ -75,12 +80,18 @@ class IteratedRouter(TopKRouter):
         logits, self._logits = self._logits, None
         return logits
 
+    def take_map(self) -> torch.Tensor | None:
+        """Return where the last call sent the tokens, [tokens, experts], and forget it; None if it was not kept."""
+        routing_map, self._map = self._map, None
+        return routing_map
+
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """Route as Megatron does, with the entropy penalty and the statistics of the step."""
         logits = self._apply_entropy_floor(logits, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         if self.training and self._step.counted:
-            record_routing(self, self._step.index, logits, routing_map)
+            record_routing(self._step.index, logits, routing_map, self._step.former_map)
+        self._map = routing_map if self._step.keeps_map else None
         return probs, routing_map
 
     def attach_and_log_load_balancing_loss(

@@ -41,7 +41,6 @@ class TokenGrid:
         shape: Of the hidden states, [s, b, h]; s is this rank's part of the sequence.
         coordinates: Sequence, position and sample id of each token, int64 [s * b, 3].
         seed: Seed of the run.
-        is_training: Whether the model is.
     """
 
     shape: torch.Size
@@ -146,17 +145,19 @@ class _ResidualLoop(torch.nn.Module):
 
 @dataclass(frozen=True)
 class InjectedLoop(Loop):
-    """Repeats a group on a random state into which the input is injected in every step (arXiv 2502.05171, section 3).
+    """Repeats a group on a state into which the input is injected in every step (arXiv 2502.05171, section 3).
 
     Attributes:
         injection: "linear": `A [s; e]`, with A h x 2h and its first half for the state; "add": `s + e`; "none": `s`.
+        random_state: Whether the state is random at first; else it is the input.
     """
 
     injection: str
+    random_state: bool = True
 
     def build(self, config: MoREConfig, group: int, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
         """Return the module that repeats the group."""
-        return _InjectedLoop(config, self.injection, group)
+        return _InjectedLoop(config, self, group)
 
     def cost(self, config: MoREConfig) -> Cost:
         """Return the cost of the adapter: the half that sees the input is computed once."""
@@ -169,12 +170,12 @@ class InjectedLoop(Loop):
 class _InjectedLoop(MegatronModule):
     """The adapter is a matrix of the stage that every tensor-parallel rank holds, as norms are."""
 
-    def __init__(self, config: MoREConfig, injection: str, group: int) -> None:
+    def __init__(self, config: MoREConfig, loop: InjectedLoop, group: int) -> None:
         super().__init__(config=config)
-        if injection not in ("linear", "add", "none"):
-            raise MoREError(f"--recurrence-injection {injection} does not exist: choose linear, add or none")
-        self._injection, self._group = injection, group
-        if injection == "linear":
+        if loop.injection not in ("linear", "add", "none"):
+            raise MoREError(f"--recurrence-injection {loop.injection} does not exist: choose linear, add or none")
+        self._injection, self._random_state, self._group = loop.injection, loop.random_state, group
+        if loop.injection == "linear":
             self.adapter = self._new_adapter(config)
 
     def _new_adapter(self, config: MoREConfig) -> torch.nn.Parameter:
@@ -188,7 +189,9 @@ class _InjectedLoop(MegatronModule):
         return adapter
 
     def forward(self, inputs: torch.Tensor, run: RunGroup, depth: Depth, grid: TokenGrid) -> torch.Tensor:
-        state = grid.noise(self._group + 1, self.config.recurrence_state_std).to(inputs.dtype)
+        state = inputs
+        if self._random_state:
+            state = grid.noise(self._group + 1, self.config.recurrence_state_std).to(inputs.dtype)
         inject, passes = self._injector(inputs), iter(range(depth.steps))
         return iterate_state(lambda state: run(inject(state), next(passes)), state, depth)
 

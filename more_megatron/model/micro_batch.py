@@ -77,7 +77,9 @@ class Pass:
         micro_batch: The micro-batch.
         index: Number of the pass, from 0.
         former_logits: Logits of the routers in the pass before, by number of the layer.
-        logits: Where the routers leave theirs.
+        former_maps: Where the routers sent the tokens in the pass before, [tokens, experts], by number of the layer.
+        logits: Where the routers leave their logits.
+        maps: Where they leave where they sent the tokens.
         in_graph: Whether the decoder itself was called with gradient.
         is_replay: Whether the pass was computed before and is recomputed.
     """
@@ -85,7 +87,9 @@ class Pass:
     micro_batch: MicroBatch
     index: int
     former_logits: dict[int, torch.Tensor]
+    former_maps: dict[int, torch.Tensor | None]
     logits: dict[int, torch.Tensor]
+    maps: dict[int, torch.Tensor | None]
     in_graph: bool
     is_replay: bool = False
 
@@ -106,4 +110,4 @@ class Pass:
 
     def replayed(self) -> Pass:
         """Return the same pass, recomputed: what routers leave is not kept."""
-        return dataclasses.replace(self, logits={}, is_replay=True)
+        return dataclasses.replace(self, logits={}, maps={}, is_replay=True)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from more_megatron.model.costs import Cost
     from more_megatron.model.stack import Stack
 
-__all__ = ["DEPTH", "REPEATED_ROUTER", "System"]
+__all__ = ["DEPTH", "DIVISION", "REPEATED_ROUTER", "System"]
 
 # Flags of `MoREFlags` that every recurrence reads.
 DEPTH = frozenset(
@@ -40,6 +40,8 @@ DEPTH = frozenset(
         *("backprop_steps", "eval_steps", "curriculum"),
     )
 )
+# Those that divide the layers of a model into groups.
+DIVISION = frozenset(f"recurrence_{name}_layers" for name in ("prelude", "coda", "group"))
 # Those that a router reads which is asked in every step.
 REPEATED_ROUTER = frozenset(("router_logit_ema", "router_min_entropy", "router_min_entropy_coeff"))
 
