@@ -14,10 +14,21 @@ from more_megatron.blocks.backends import RowGroups, backend_of
 from more_megatron.blocks.backends.interface import parameter_device
 from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_linear_weights, sharded_parameters
+from more_megatron.blocks.statistics import routing_entropy
 from more_megatron.config import MoREConfig
 from more_megatron.model.initialization import DepthScaledInitializer
+from more_megatron.monitoring.figures import record_figure
 
-__all__ = ["Choice", "HeadExperts", "HeadRouter"]
+__all__ = ["Choice", "HeadExperts", "HeadRouter", "head_figures", "record_use"]
+
+_KINDS = ("value", "output")
+
+
+def head_figures(max_steps: int) -> tuple[str, ...]:
+    """Return the names of the figures that `record_use` records, in so many passes."""
+    figures = ("router entropy", "expert load cv")
+    steps = range(1, max_steps + 1)
+    return tuple(f"{kind} {figure}/step {step}" for kind in _KINDS for figure in figures for step in steps)
 
 
 class _Copy(torch.autograd.Function):
@@ -94,6 +105,10 @@ class Choice:
         ends = torch.bincount(expert, minlength=heads * experts).cumsum(0).to(torch.int32)
         return cls(order, places, weights.index_select(0, order), RowGroups(ends))
 
+    def loads(self, heads: int) -> torch.Tensor:
+        """Return how often each expert was chosen, [heads, experts]."""
+        return self.groups.ends.diff(prepend=self.groups.ends.new_zeros(1)).unflatten(0, (heads, -1))
+
     def copy(self, items: torch.Tensor) -> torch.Tensor:
         """Return rows, [rows, ...], of items that each have the same number of them, [items, ...]."""
         return _Copy.apply(items, self.order, self.places, len(self.order) // len(items))
@@ -101,6 +116,21 @@ class Choice:
     def sum(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """Return sums over the rows of each of `count` items, [count, ...]."""
         return _Sum.apply(rows, self.order, self.places, len(self.order) // count)
+
+
+@torch.no_grad()
+def record_use(kind: str, index: int, logits: torch.Tensor, loads: torch.Tensor) -> None:
+    """Record how heads use their experts in a pass: entropy of each decision, variation of the load of each head.
+
+    Args:
+        kind: "value" or "output".
+        index: Number of the pass, from 0.
+        logits: [..., experts].
+        loads: How often each expert was chosen, [heads, experts].
+    """
+    loads = loads.float()
+    record_figure(f"{kind} router entropy/step {index + 1}", routing_entropy(logits))
+    record_figure(f"{kind} expert load cv/step {index + 1}", loads.std(dim=1, correction=0) / loads.mean(dim=1))
 
 
 class HeadRouter(MegatronModule):
@@ -122,7 +152,7 @@ class HeadRouter(MegatronModule):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
         if config.perform_initialization:
             initializer = DepthScaledInitializer(config, layer_number)
-            self.weight.data.copy_(initializer.normal(shape, f"switchhead/{name}_router", config.hidden_size))
+            self.weight.data.copy_(initializer.scaled_normal(shape, f"switchhead/{name}_router", config.hidden_size))
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 [s, b, heads, experts], given [s, b, h]."""
@@ -173,7 +203,7 @@ class HeadExperts(MegatronModule):
             initializer = DepthScaledInitializer(config, layer_number)
 
             def draw(group: int) -> torch.Tensor:
-                return initializer.normal((outputs, inputs), f"switchhead/{group}/{name}", fan_in)
+                return initializer.scaled_normal((outputs, inputs), f"switchhead/{group}/{name}", fan_in)
 
             draw_parameter(self.weight, self._placement, draw)
 

@@ -18,7 +18,8 @@ from megatron.core.typed_torch import apply_module
 
 from more_megatron.blocks.backends import backend_of, layer_submodules
 from more_megatron.blocks.entropy_balance import EntropyBalance
-from more_megatron.blocks.layer import LayerInputs, MicroBatchTransformerLayer
+from more_megatron.blocks.iterated_moe import RepeatedMoETransformerLayer
+from more_megatron.blocks.layer import LayerInputs
 from more_megatron.blocks.router import RouterStep
 from more_megatron.blocks.sigma_moe import SigmaMoELayer
 from more_megatron.blocks.switchhead import SwitchHeadAttention
@@ -29,7 +30,7 @@ from more_megatron.model.micro_batch import Pass
 __all__ = ["PeriTransformerLayer", "peri_layer_spec"]
 
 
-class PeriTransformerLayer(MicroBatchTransformerLayer):
+class PeriTransformerLayer(RepeatedMoETransformerLayer):
     """A layer whose attention and MoE part are told of the stream and of its norm. Runs in loops only.
 
     Args:
@@ -43,7 +44,7 @@ class PeriTransformerLayer(MicroBatchTransformerLayer):
     mlp: SigmaMoELayer
 
     def __init__(self, config: MoREConfig, *args: Any, balance_coeff: float, **kwargs: Any) -> None:
-        super().__init__(backend_of(config).looped(config), *args, **kwargs)
+        super().__init__(config, *args, **kwargs)
         self._balance = EntropyBalance("expert_balance_loss", balance_coeff, self.config, self.pg_collection)
 
     def _forward_attention(
@@ -81,7 +82,9 @@ class PeriTransformerLayer(MicroBatchTransformerLayer):
             return self._forward_post_mlp(output, residual), self.mlp.router.take_sums()
 
         hidden_states, sums = self._recomputed(sub_layer, hidden_states)
-        current.leave((self.layer_number, "map"), self.mlp.router.take_map())
+        routing_map = self.mlp.router.take_map()
+        if routing_map is not None:
+            current.leave((self.layer_number, "map"), routing_map)
         if sums is None or not current.in_graph:
             return hidden_states
         return self._balance.attach(hidden_states, sums, current, self.layer_number)

@@ -128,7 +128,7 @@ class SigmaExperts(Experts):
 def _draw(
     initializer: DepthScaledInitializer, name: str, shape: tuple[int, ...], inputs: int, group: int
 ) -> torch.Tensor:
-    return initializer.normal(shape, f"sigma/{group}/{name}", inputs)
+    return initializer.scaled_normal(shape, f"sigma/{group}/{name}", inputs)
 
 
 class SigmaMoELayer(CapacityInTrainingMoELayer):

@@ -29,7 +29,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.blocks.backends import sandwich_parts
 from more_megatron.blocks.entropy_balance import EntropyBalance, sum_over_positions
-from more_megatron.blocks.head_experts import Choice, HeadExperts, HeadRouter
+from more_megatron.blocks.head_experts import Choice, HeadExperts, HeadRouter, record_use
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.initialization import DepthScaledInitializer
@@ -147,15 +147,17 @@ class SwitchHeadAttention(MegatronModule):
         Returns:
             [s, b, h].
         """
-        output_logits = self.output_router(normed)
-        value_logits = None if self._is_dense else self.value_router(normed)
+        logits = {"output": self.output_router(normed)}
+        if not self._is_dense:
+            logits["value"] = self.value_router(normed)
+        choices = {kind: self._choice(kind, of_kind, current) for kind, of_kind in logits.items()}
         query, key = self._query_and_key(normed, rotary_pos_emb)
-        context = self._attend(query, key, self._values(stream, value_logits), attention_mask)
-        output = self._outputs(context, output_logits)
-        for kind, logits in (("value", value_logits), ("output", output_logits)):
-            if self._is_dense or logits is None or not (self.training and current.in_graph):
-                continue
-            output = self._balances[kind].attach(output, sum_over_positions(logits), current, self.layer_number)
+        context = self._attend(query, key, self._values(stream, choices.get("value")), attention_mask)
+        output = self._outputs(context, choices["output"])
+        if self._is_dense or not (self.training and current.in_graph):
+            return output
+        for kind, of_kind in logits.items():
+            output = self._balances[kind].attach(output, sum_over_positions(of_kind), current, self.layer_number)
         return output
 
     def _query_and_key(
@@ -168,23 +170,21 @@ class SwitchHeadAttention(MegatronModule):
         query, key = both.unflatten(-2, (-1, 2)).unbind(-2)
         return query, key
 
-    def _values(self, stream: torch.Tensor, logits: torch.Tensor | None) -> torch.Tensor:
+    def _values(self, stream: torch.Tensor, choice: Choice | torch.Tensor | None) -> torch.Tensor:
         """Return [s, b, heads, head_dim]."""
-        if logits is None:
+        if not isinstance(choice, Choice):
             return self.value(stream)[0].unflatten(-1, (-1, self.config.kv_channels))
-        choice, stream = self._choice(logits), self._gathered(stream)
+        stream = self._gathered(stream)
         length, batch = stream.shape[:2]
-        heads = self._local_heads
-        values = self.value(stream.flatten(0, 1), choice, length * batch * heads)
-        return values.view(length, batch, heads, -1)
+        values = self.value(stream.flatten(0, 1), choice, length * batch * self._local_heads)
+        return values.view(length, batch, self._local_heads, -1)
 
-    def _outputs(self, context: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return [s, b, h], given [s, b, heads * head_dim]."""
+    def _outputs(self, context: torch.Tensor, choice: Choice | torch.Tensor) -> torch.Tensor:
+        """Return [s, b, h], given [s, b, heads * head_dim] and experts, or gates of [s, b, heads, 1]."""
         heads = context.unflatten(-1, (self._local_heads, -1))
-        if self._is_dense:
-            gate = self._of_local_heads(logits).sigmoid().to(context.dtype)
-            return self.output((heads * gate).flatten(-2))[0]
-        choice, (length, batch) = self._choice(logits), heads.shape[:2]
+        if isinstance(choice, torch.Tensor):
+            return self.output((heads * choice.to(heads.dtype)).flatten(-2))[0]
+        length, batch = heads.shape[:2]
         output = self.output(heads.flatten(0, 2), choice, length * batch)
         return self._reduced(output.view(length, batch, -1))
 
@@ -196,13 +196,21 @@ class SwitchHeadAttention(MegatronModule):
             return tensor_parallel.checkpoint(attend, False, query, key, value, attention_mask)
         return attend(query, key, value, attention_mask)
 
-    def _choice(self, logits: torch.Tensor) -> Choice:
-        dropout = self._expert_dropout if self.training else 0.0
-        return Choice.of(self._of_local_heads(logits).flatten(0, 1), self._topk, dropout)
+    def _choice(self, kind: str, logits: torch.Tensor, current: Pass) -> Choice | torch.Tensor:
+        """Return the experts of this rank's heads at all positions, or their gates, [s, b, heads, 1].
 
-    def _of_local_heads(self, logits: torch.Tensor) -> torch.Tensor:
-        """Return the logits of all positions for the heads of this rank, [s, b, heads, experts]."""
-        return self._gathered(logits).chunk(self._groups.tp.size(), dim=2)[self._groups.tp.rank()]
+        Args:
+            kind: "value" or "output".
+            logits: Of this rank's positions, [s, b, heads, experts].
+            current: The pass.
+        """
+        local = self._gathered(logits).chunk(self._groups.tp.size(), dim=2)[self._groups.tp.rank()]
+        if self._is_dense:
+            return local.sigmoid()
+        choice = Choice.of(local.flatten(0, 1), self._topk, self._expert_dropout if self.training else 0.0)
+        if self.training and current.is_counted():
+            record_use(kind, current.index, logits, choice.loads(self._local_heads))
+        return choice
 
     @property
     def _local_heads(self) -> int:

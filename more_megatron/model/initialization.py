@@ -96,6 +96,16 @@ class BlockInitializer:
         generator = self.generator(name, weight.device)
         return torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
+    def normal(self, shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+        """Return a weight in float32, normally distributed."""
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        return weight.normal_(std=std, generator=self.generator(name, weight.device))
+
+    def glorot(self, shape: tuple[int, int], name: str) -> torch.Tensor:
+        """Return a matrix in float32, uniform as Glorot and Bengio draw it (AISTATS 2010)."""
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        return torch.nn.init.xavier_uniform_(weight, generator=self.generator(name, weight.device))
+
     def orthogonal(self, shape: tuple[int, int], name: str) -> torch.Tensor:
         """Return a matrix with orthonormal rows or columns in float32 (Saxe et al., arXiv 1312.6120)."""
         weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
@@ -116,7 +126,7 @@ class DepthScaledInitializer(BlockInitializer):
         """Return the standard deviation of a map of so many inputs."""
         return math.sqrt(2.0 / (self.config.num_layers * self.config.mean_steps)) / math.sqrt(inputs)
 
-    def normal(self, shape: tuple[int, ...], name: str, inputs: int) -> torch.Tensor:
+    def scaled_normal(self, shape: tuple[int, ...], name: str, inputs: int) -> torch.Tensor:
         """Return a weight in float32.
 
         Args:
@@ -129,6 +139,6 @@ class DepthScaledInitializer(BlockInitializer):
 
     def rows_of_equal_norm(self, shape: tuple[int, int], name: str) -> torch.Tensor:
         """Return a weight in float32 whose rows have one norm: no expert is preferred at the start."""
-        weight = self.normal(shape, name, inputs=shape[1])
+        weight = self.scaled_normal(shape, name, inputs=shape[1])
         rows = weight / weight.norm(dim=1, keepdim=True)
         return rows * (weight.std() / rows.std())

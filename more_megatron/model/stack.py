@@ -77,7 +77,7 @@ class Stack:
     Attributes:
         config: Model configuration.
         groups: Groups of layers, in order.
-        norm: Builder of the norm after the last layer.
+        norm: Builder of the norm after the last layer; None: there is none.
         norms_core_output: Whether that norm is applied, with the same weight, behind the last looped group as well.
         embedding_scale: Factor on the embeddings.
         head_bias: Whether the output layer has a bias.
@@ -86,7 +86,7 @@ class Stack:
 
     config: MoREConfig
     groups: tuple[Group, ...]
-    norm: LayerNormBuilder
+    norm: LayerNormBuilder | None
     norms_core_output: bool = False
     embedding_scale: float = 1.0
     head_bias: bool = False

@@ -7,7 +7,6 @@ import neither Megatron nor PyTorch at their top; what builds layers is imported
 from __future__ import annotations
 
 import dataclasses
-from argparse import Namespace
 from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -91,17 +90,17 @@ class System:
         """Return the names of the flags that it alone reads."""
         return () if self.Flags is None else tuple(field.name for field in dataclasses.fields(self.Flags))
 
-    def flags(self, args: Namespace) -> MoREFlags:
-        """Return the flags that systems share among a run's arguments, and its own."""
-        own = () if self.Flags is None else (self.Flags,)
-        both: type[MoREFlags] = dataclasses.make_dataclass("Flags", [], bases=(*own, MoREFlags))
-        return both.of(args)
+    def flags(self, args: Any) -> MoREFlags:
+        """Return its flags among a run's arguments, those included that it alone reads."""
+        bases = (MoREFlags,) if self.Flags is None else (self.Flags, MoREFlags)
+        kind: Any = dataclasses.make_dataclass("Flags", [], bases=bases)
+        return kind.of(args)
 
     def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
         """Yield what is wrong with flags that were given and that the system, under these settings, never reads.
 
         Args:
-            flags: The settings.
+            flags: The settings, from `flags`.
             given: Fields that the user set, among those of `MoREFlags` and of all systems' own flags.
         """
         read = {"more_variant", *self.reads, *self.own_flags()}

@@ -109,6 +109,12 @@ class MoEUT(System):
         heads = () if config.switchhead_num_experts == 1 else ("value_balance_loss", "output_balance_loss")
         return ("expert_balance_loss", *heads)
 
+    def figures(self, config: "MoREConfig") -> tuple[str, ...]:
+        """Return the names of figures that its parts record."""
+        from more_megatron.blocks.head_experts import head_figures
+
+        return () if config.switchhead_num_experts == 1 else head_figures(config.max_steps)
+
     def stack(self, config: "MoREConfig") -> "Stack":
         """Return the layers of the whole model."""
         from more_megatron.blocks.backends import final_norm

@@ -56,7 +56,7 @@ def start_ranks(*, tensor: int = 1, expert: int = 1, expert_tensor: int | None =
 
 
 def small_config(variant: str, **fields: Any) -> MoREConfig:
-    """Return the configuration of a one-layer model without dropout, shared experts and balance losses.
+    """Return the configuration of a one-layer model without dropout, shared experts and losses of layers.
 
     Args:
         variant: Name of the system.
@@ -85,11 +85,11 @@ def small_config(variant: str, **fields: Any) -> MoREConfig:
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
     }
-    own = get_system(variant).own_flags()
-    balance = {name: 0.0 for name in own if name.endswith("balance_coeff")}
     if fields.get("num_moe_experts", EXPERTS) is None:
         del defaults["moe_ffn_hidden_size"]
-    return config_class(get_system(variant).Flags)(more_variant=variant, **{**defaults, **balance, **fields})
+    # Losses that a system alone has.
+    defaults |= {name: 0.0 for name in get_system(variant).own_flags() if name.endswith("_coeff")}
+    return config_class(get_system(variant).Flags)(more_variant=variant, **{**defaults, **fields})
 
 
 def build_model(config: MoREConfig, seq_length: int, vocabulary: int, **fields: Any) -> GPTModel:
@@ -132,11 +132,12 @@ def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = No
 
 @torch.no_grad()
 def redraw(module: torch.nn.Module, std: float) -> None:
-    """Draw all parameters anew: norms around 1, everything else around 0."""
+    """Draw all parameters anew: norms around 1, everything else around 0, but that positions do not halt at once."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * std
-        parameter.copy_(noise + 1.0 if "norm" in name else noise)
+        mean = 1.0 if "norm" in name else -3.0 if name.endswith("halting.bias") else 0.0
+        parameter.copy_(noise + mean)
 
 
 def logits(model: GPTModel, embeddings: torch.Tensor, depth: Depth, sample_ids: tuple[int, ...] = ()) -> torch.Tensor:
