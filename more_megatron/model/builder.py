@@ -37,8 +37,10 @@ class MoREModelBuilder(GPTModelBuilder):
             args: As for Megatron's builder.
             kwargs: As for Megatron's builder.
         """
-        model = super().build_model(pg_collection, *args, **kwargs)
         stack = self._model_config.transformer_layer_spec
+        if isinstance(stack, Stack) and stack.initialization is not None:
+            stack.initialization.apply(self._model_config.transformer)
+        model = super().build_model(pg_collection, *args, **kwargs)
         if isinstance(stack, Stack):
             if not stack.is_plain:
                 repeat_groups(model.decoder, stack)

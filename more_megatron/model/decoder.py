@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,7 @@ class _Passes:
         self._mask = attention_mask
         self._kwargs = {name: value for name, value in kwargs.items() if name != "context_mask"}
         self._in_graph = torch.is_grad_enabled()
-        self._former = Pass(micro_batch, -1, {}, {}, {}, {}, self._in_graph)
+        self._former: dict[Hashable, torch.Tensor] = {}
         self._parts = list(_parts(decoder, layers))
 
     def __call__(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
@@ -172,13 +172,16 @@ class _Passes:
             hidden_states: [s, b, h].
             index: Number of the pass, from 0.
         """
-        current = Pass(self._micro_batch, index, self._former.logits, self._former.maps, {}, {}, self._in_graph)
+        left: dict[Hashable, torch.Tensor] = {}
         for layers, recomputed in self._parts:
             recomputed = recomputed and torch.is_grad_enabled()
-            run = _Part(self._decoder, layers, current, self._mask, self._kwargs)
+            run = _Part(self._decoder, layers, self._pass(index, left), self._mask, self._kwargs)
             hidden_states = _recomputed(run, hidden_states, self._decoder) if recomputed else run(hidden_states)
-        self._former = current
+        self._former = left
         return hidden_states
+
+    def _pass(self, index: int, left: dict[Hashable, torch.Tensor]) -> Pass:
+        return Pass(self._micro_batch, index, self._former, left, self._in_graph)
 
 
 class _Part:

@@ -41,6 +41,10 @@ class Division:
         group = config.recurrence_group_layers or core
         return cls(prelude, group, core // group, coda)
 
+    def unrolled(self, steps: int) -> int:
+        """Return the number of layers that a token passes if each group is repeated `steps` times."""
+        return self.prelude + self.groups * self.group * steps + self.coda
+
     def arrange(self, once: Sequence[Layer], repeated: Sequence[Layer], loop: Loop) -> tuple[Group, ...]:
         """Return the groups of a stack.
 

@@ -2,20 +2,51 @@
 
 Takase et al. (arXiv 2312.16903) as used in Huginn (arXiv 2502.05171, section 4): truncated normal with variance 2/(5h);
 projections back into the stream are divided by sqrt(2 L), where L is the depth after unrolling the recurrence.
-Everything else in a model keeps Megatron's initialization.
+Everything else in a model keeps Megatron's initialization, unless its stack has one of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["BlockInitializer"]
+__all__ = ["BlockInitializer", "Initialization", "takase"]
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How Megatron's modules draw their weights: functions that fill a tensor.
+
+    Attributes:
+        inward: Of embeddings, and of projections out of the stream.
+        outward: Of projections back into the stream.
+    """
+
+    inward: Callable[[torch.Tensor], Any]
+    outward: Callable[[torch.Tensor], Any]
+
+    def apply(self, config: MoREConfig) -> None:
+        """Make modules that are built from the configuration draw so."""
+        config.init_method = config.embedding_init_method = self.inward
+        config.output_layer_init_method = self.outward
+
+
+def takase(config: MoREConfig, unrolled_depth: int) -> Initialization:
+    """Return the initialization of Takase et al. for a model of so many layers, counting repetitions."""
+    std = math.sqrt(2.0 / (5.0 * config.hidden_size))
+    return Initialization(_normal(std), _normal(std / math.sqrt(2.0 * unrolled_depth)))
+
+
+def _normal(std: float) -> Callable[[torch.Tensor], Any]:
+    return functools.partial(torch.nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.config import MoREConfig
-from more_megatron.errors import MoREError
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.halting import Halting
@@ -148,7 +147,7 @@ class InjectedLoop(Loop):
     """Repeats a group on a state into which the input is injected in every step (arXiv 2502.05171, section 3).
 
     Attributes:
-        injection: "linear": `A [s; e]`, with A h x 2h and its first half for the state; "add": `s + e`; "none": `s`.
+        injection: "linear": `A [s; e]`, with A h x 2h and its first half for the state; "add": `s + e`.
         random_state: Whether the state is random at first; else it is the input.
     """
 
@@ -172,8 +171,6 @@ class _InjectedLoop(MegatronModule):
 
     def __init__(self, config: MoREConfig, loop: InjectedLoop, group: int) -> None:
         super().__init__(config=config)
-        if loop.injection not in ("linear", "add", "none"):
-            raise MoREError(f"--recurrence-injection {loop.injection} does not exist: choose linear, add or none")
         self._injection, self._random_state, self._group = loop.injection, loop.random_state, group
         if loop.injection == "linear":
             self.adapter = self._new_adapter(config)
@@ -196,8 +193,6 @@ class _InjectedLoop(MegatronModule):
         return iterate_state(lambda state: run(inject(state), next(passes)), state, depth)
 
     def _injector(self, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        if self._injection == "none":
-            return lambda state: state
         if self._injection == "add":
             return lambda state: state + inputs
         of_state, of_input = self.adapter.split(self.config.hidden_size, dim=1)

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
+from more_megatron.model.initialization import Initialization
 
 __all__ = ["Group", "Layer", "Loop", "Stack"]
 
@@ -79,6 +80,7 @@ class Stack:
         norms_core_output: Whether that norm is applied, with the same weight, behind the last looped group as well.
         embedding_scale: Factor on the embeddings.
         head_bias: Whether the output layer has a bias.
+        initialization: How weights are drawn; None: as Megatron's flags say.
     """
 
     config: MoREConfig
@@ -87,6 +89,7 @@ class Stack:
     norms_core_output: bool = False
     embedding_scale: float = 1.0
     head_bias: bool = False
+    initialization: Initialization | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -118,24 +121,33 @@ class Stack:
         )
 
     def cut_group(self) -> str | None:
-        """Return what is wrong with a pipeline layout that cuts a looped group; None if no stage cuts one."""
-        config = self.config
-        chunks = config.virtual_pipeline_model_parallel_size or 1
-        stages = [
-            self.stage(chunk if chunks > 1 else None, rank)
-            for rank in range(config.pipeline_model_parallel_size)
-            for chunk in range(chunks)
-        ]
+        """Return what is wrong with a pipeline layout that cuts what must lie on one stage; None if it cuts nothing."""
         for group, layers in self.places():
-            if group.loop is None or any(layers[0] in stage and layers[-1] in stage for stage in stages):
-                continue
-            sizes = [len(stage) for stage in sorted(stages, key=lambda stage: stage.start)]
+            if group.loop is not None and not any(_is_within(layers, stage) for stage in self._stages()):
+                return (
+                    f"repeats layers {layers[0] + 1} to {layers[-1] + 1}, which {self._stage_sizes()} cut: a group "
+                    "must lie on one stage; give --pipeline-model-parallel-layout or "
+                    "--decoder-first-pipeline-num-layers so that it does, smaller groups, or fewer stages"
+                )
+        looped = [layers.stop for group, layers in self.places() if group.loop is not None]
+        coda = range(max(looped, default=0), len(self.layers))
+        if self.norms_core_output and len(coda) > 0 and not _is_within(coda, self._stages()[-1]):
             return (
-                f"repeats layers {layers[0] + 1} to {layers[-1] + 1}, which the pipeline stages of {sizes} layers cut: "
-                "a group must lie on one stage; give --pipeline-model-parallel-layout or "
-                "--decoder-first-pipeline-num-layers so that it does, smaller groups, or fewer stages"
+                f"applies its last norm in front of layers {coda[0] + 1} to {coda[-1] + 1} as well, which "
+                f"{self._stage_sizes()} part from it: these layers must lie on the last stage; give "
+                "--pipeline-model-parallel-layout or --decoder-last-pipeline-num-layers so that they do, a smaller "
+                "--recurrence-coda-layers, or fewer stages"
             )
         return None
+
+    def _stages(self) -> list[range]:
+        """Return the layers of each pipeline stage, in the order in which they are computed."""
+        chunks = self.config.virtual_pipeline_model_parallel_size or 1
+        ranks = range(self.config.pipeline_model_parallel_size)
+        return [self.stage(chunk if chunks > 1 else None, rank) for chunk in range(chunks) for rank in ranks]
+
+    def _stage_sizes(self) -> str:
+        return f"the pipeline stages of {[len(stage) for stage in self._stages()]} layers"
 
     def cost(self, seq_length: int) -> Cost:
         """Return the cost of all layers."""
@@ -148,3 +160,7 @@ class Stack:
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """Return the layers of a stage: what Megatron calls a layer specification."""
         return self.submodules(vp_stage)
+
+
+def _is_within(layers: range, stage: range) -> bool:
+    return layers[0] in stage and layers[-1] in stage

@@ -17,7 +17,7 @@ from more_megatron.model.depth import Depth
 from tests.helpers.models import HIDDEN, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
-from tests.helpers.training import TINY, History
+from tests.helpers.training import TINY, History, dense
 
 _LENGTH, _BATCH = 8, 2
 _SAMPLES = (3, 8)
@@ -258,6 +258,39 @@ def test_each_pass_is_counted_once() -> None:
     run_ranks(1, _routing_by_pass)
 
 
+def _bytes_kept(system: str, fields: dict[str, Any], depth: Depth) -> int:
+    """Return the size of what the backward pass of a model will read, parameters aside."""
+    config = small_config(system, **_DIVISION, num_moe_experts=None, **fields)
+    model = gpt_model(config, _LENGTH, weight_std=0.2)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits(model, _embeddings(), depth, _SAMPLES)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _memory() -> None:
+    start_ranks()
+    for system in ("loop", "huginn"):
+        dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+        once, *deeper = (_bytes_kept(system, dropout, Depth(steps, 2)) for steps in (0, 2, 14))
+        assert deeper == [once, once], system
+        assert _bytes_kept(system, dropout, Depth(0, 4)) > 1.3 * once
+        full = _full("uniform", 2)
+        assert _bytes_kept(system, full, Depth(0, 4)) < 0.6 * _bytes_kept(system, {}, Depth(0, 4))
+
+
+def test_what_is_kept_for_the_backward_pass_does_not_grow_with_the_passes_before() -> None:
+    run_ranks(1, _memory)
+
+
 _RUN = (
     f"{TINY} --train-iters 3 --more-variant loop --recurrence-prelude-layers 1 --recurrence-coda-layers 1 "
     "--recurrence-sampling uniform --recurrence-min-steps 1 --recurrence-max-steps 4 --recurrence-backprop-steps 2 "
@@ -271,9 +304,9 @@ _RECOMPUTED = (
 )
 
 
-@pytest.mark.parametrize(("ranks", "layout"), [(1, ""), (1, "--num-experts 4"), (2, f"{_TP2} --num-experts 4")])
-def test_recomputation_draws_the_same_dropout(ranks: int, layout: str) -> None:
-    kept, *recomputed = run_ranks(ranks, train_all, [f"{_RUN} {layout} {flags}" for flags in ("", *_RECOMPUTED)])[-1]
+@pytest.mark.parametrize(("ranks", "run"), [(1, dense(_RUN)), (1, _RUN), (2, f"{_RUN} {_TP2}")])
+def test_recomputation_draws_the_same_dropout(ranks: int, run: str) -> None:
+    kept, *recomputed = run_ranks(ranks, train_all, [f"{run} {flags}" for flags in ("", *_RECOMPUTED)])[-1]
     for history in recomputed:
         assert history.losses == pytest.approx(kept.losses, rel=1e-6)
         assert history.grad_norms == pytest.approx(kept.grad_norms, rel=1e-5)
@@ -283,7 +316,7 @@ def test_one_pass_is_the_plain_model_bit_for_bit() -> None:
     run = f"{TINY} --train-iters 3 --weight-decay 0"
     once = "--more-variant loop --recurrence-steps 1"
     around = "--recurrence-prelude-layers 1 --recurrence-group-layers 1"
-    lines = [f"{run} --more-variant moe", f"{run} {once} --num-experts 4", f"{run} {once} {around} --num-experts 4"]
+    lines = [f"{run} --more-variant moe", f"{run} {once}", f"{run} {once} {around}"]
     plain, *looped = run_ranks(1, train_all, lines)[0]
     for history in looped:
         assert _figures(history) == _figures(plain)
