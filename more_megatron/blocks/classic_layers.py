@@ -62,14 +62,14 @@ class _NormsBehind(TransformerLayer):
         norm = functools.partial(
             backend_of(config).norm(), config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
-        self.post_attention_layernorm, self.post_mlp_layernorm = norm(), norm()
+        self.post_attention_norm, self.post_mlp_norm = norm(), norm()
 
     def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         hidden_states, context = super()._forward_attention(*args, **kwargs)
-        return self.post_attention_layernorm(hidden_states), context
+        return self.post_attention_norm(hidden_states), context
 
     def _forward_post_mlp(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.post_mlp_layernorm(super()._forward_post_mlp(*args, **kwargs))
+        return self.post_mlp_norm(super()._forward_post_mlp(*args, **kwargs))
 
 
 class _PostNormLayer(_NormsBehind, RepeatedTransformerLayer):

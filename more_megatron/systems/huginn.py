@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.systems.base import DEPTH, DIVISION, REPEATED_ROUTER, System
+from more_megatron.systems.export import MODEL, SANDWICH, STATES_OF_SANDWICH, Row, adapter_rows
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
@@ -77,6 +78,35 @@ class Huginn(System):
             initialization=takase(config, division.unrolled(config.mean_steps)),
         )
 
+    def config_fields(self, args: Any) -> dict[str, Any]:
+        """Return the fields of config.json that it alone has, given a run's arguments."""
+        prelude, coda = args.recurrence_prelude_layers, args.recurrence_coda_layers
+        return {
+            "prelude_layers": _around(args) if prelude is None else prelude,
+            "coda_layers": _around(args) if coda is None else coda,
+            "injection": args.recurrence_injection or "linear",
+        }
+
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that `config_fields` were made from."""
+        return {
+            "recurrence_prelude_layers": config["prelude_layers"],
+            "recurrence_coda_layers": config["coda_layers"],
+            "recurrence_injection": config["injection"],
+        }
+
+    def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows outside of layers."""
+        return (*MODEL, *adapter_rows(config))
+
+    def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
+        """Return the rows of a layer, numbered from 0."""
+        return (*super().layer_rows(config, layer), *SANDWICH)
+
+    def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
+        """Return the modules of a layer that ask a checkpoint for a state beside their parameters."""
+        return (*super().layer_states(config, layer), *STATES_OF_SANDWICH)
+
 
 def _loop(config: MoREConfig) -> Loop:
     """Return how the core is repeated: from a random state, or from its input where nothing is injected."""
@@ -86,7 +116,7 @@ def _loop(config: MoREConfig) -> Loop:
     return ResidualLoop() if injection == "none" else InjectedLoop(injection)
 
 
-def _around(config: MoREConfig) -> int:
+def _around(config: Any) -> int:
     """Return the default of the layers of prelude and coda: a quarter each, at least one if three are there."""
     return min(max(config.num_layers // 4, 1), (config.num_layers - 1) // 2)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.systems.base import DEPTH, DIVISION, REPEATED_ROUTER, System
+from more_megatron.systems.export import MODEL, Row, adapter_rows
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
@@ -43,6 +44,28 @@ class LoopedTransformer(System):
 
         groups = Division.of(config).arrange(plain_layers(config), repeated_layers(config), _loop(config))
         return Stack(config, groups, final_norm(config))
+
+    def config_fields(self, args: Any) -> dict[str, Any]:
+        """Return the fields of config.json that it alone has, given a run's arguments."""
+        return {
+            "prelude_layers": args.recurrence_prelude_layers or 0,
+            "coda_layers": args.recurrence_coda_layers or 0,
+            "group_layers": args.recurrence_group_layers,
+            "injection": args.recurrence_injection or "none",
+        }
+
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that `config_fields` were made from."""
+        return {
+            "recurrence_prelude_layers": config["prelude_layers"],
+            "recurrence_coda_layers": config["coda_layers"],
+            "recurrence_group_layers": config["group_layers"],
+            "recurrence_injection": config["injection"],
+        }
+
+    def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows outside of layers."""
+        return (*MODEL, *adapter_rows(config))
 
 
 def _loop(config: MoREConfig) -> Loop:

@@ -5,8 +5,6 @@
 One group of layers is repeated, with position and time signals in front of every pass. Each position halts by itself.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Set
 from dataclasses import dataclass
@@ -94,9 +92,6 @@ class UniversalTransformer(System):
         "normalization": "LayerNorm",
         "norm_epsilon": 1e-6,
         "swiglu": False,
-        # Megatron's fused activations are others than ReLU.
-        "bias_gelu_fusion": False,
-        "bias_swiglu_fusion": False,
     }
 
     def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
@@ -110,13 +105,12 @@ class UniversalTransformer(System):
             given = given - {"recurrence_max_steps"}
         yield from super().without_effect(flags, given)
 
-    def refusals(self, config: MoREConfig) -> Iterator[str]:
+    def refusals(self, config: "MoREConfig") -> Iterator[str]:
         """Yield what the system cannot do of what `config` asks for."""
-        from more_megatron.blocks.refusals import recurrence_refusals, repetition_refusals
+        from more_megatron.blocks.refusals import loop_refusals
 
         own: Any = config
-        yield from recurrence_refusals(config)
-        yield from repetition_refusals(config, ("layernorm", "mlp", "moe", "shared_experts"))
+        yield from loop_refusals(config)
         if config.hidden_size % 2 != 0:
             yield f"has as many sines as cosines in its signals: --hidden-size {config.hidden_size} must be even"
         if own.universal_time_signal == "learned" and config.evaluation_steps > config.max_steps:
@@ -125,7 +119,7 @@ class UniversalTransformer(System):
                 f"{config.evaluation_steps}, train with more, or give --universal-time-signal sinusoid"
             )
 
-    def stack(self, config: MoREConfig) -> Stack:
+    def stack(self, config: "MoREConfig") -> "Stack":
         """Return the layers of the whole model."""
         from more_megatron.blocks.backends import final_norm
         from more_megatron.blocks.classic_layers import classic_layers
@@ -147,7 +141,7 @@ class UniversalTransformer(System):
             embedding_scale=math.sqrt(config.hidden_size),
         )
 
-    def figures(self, config: MoREConfig) -> tuple[str, ...]:
+    def figures(self, config: "MoREConfig") -> tuple[str, ...]:
         """Return the names of figures that its parts record."""
         from more_megatron.model.halting import HALTING_FIGURES
 

@@ -119,8 +119,8 @@ class Universal:
         for layer in range(self.layers):
             name = f"decoder.layers.{layer}"
             if self.post_norm:
-                state = self._norm(state + self._attention(state, name), f"{name}.post_attention_layernorm")
-                state = self._norm(state + self._ffn(state, name), f"{name}.post_mlp_layernorm")
+                state = self._norm(state + self._attention(state, name), f"{name}.post_attention_norm")
+                state = self._norm(state + self._ffn(state, name), f"{name}.post_mlp_norm")
             else:
                 state = state + self._attention(self._norm(state, f"{name}.input_layernorm"), name)
                 state = state + self._ffn(self._norm(state, f"{name}.pre_mlp_layernorm"), name)
