@@ -6,6 +6,7 @@ that the builder, the decoder and the cost formulas know of a system.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -108,10 +110,10 @@ class Stack:
             yield group, range(first, first + len(group.layers))
             first += len(group.layers)
 
-    def stage(self, vp_stage: int | None = None, pp_rank: int | None = None) -> range:
-        """Return the numbers of the layers of a pipeline stage, from 0. Default: those of this rank."""
-        first = get_transformer_layer_offset(self.config, vp_stage, pp_rank)
-        return range(first, first + get_num_layers_to_build(self.config, vp_stage, pp_rank))
+    def stage(self, vp_stage: int | None = None) -> range:
+        """Return the numbers of the layers of this rank's pipeline stage, from 0."""
+        first = get_transformer_layer_offset(self.config, vp_stage)
+        return range(first, first + get_num_layers_to_build(self.config, vp_stage))
 
     def submodules(self, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """Return the layers of this rank's pipeline stage, as Megatron's decoder takes them."""
@@ -141,10 +143,17 @@ class Stack:
         return None
 
     def _stages(self) -> list[range]:
-        """Return the layers of each pipeline stage, in the order in which they are computed."""
-        chunks = self.config.virtual_pipeline_model_parallel_size or 1
-        ranks = range(self.config.pipeline_model_parallel_size)
-        return [self.stage(chunk if chunks > 1 else None, rank) for chunk in range(chunks) for rank in ranks]
+        """Return the layers of each pipeline stage, in the order in which they are computed, before there are ranks."""
+        config, stages, first = self.config, [], 0
+        chunks, layout = config.virtual_pipeline_model_parallel_size or 1, config.pipeline_model_parallel_layout
+        for chunk, rank in itertools.product(range(chunks), range(config.pipeline_model_parallel_size)):
+            if layout is None:
+                count = get_num_layers_to_build(config, chunk if chunks > 1 else None, rank)
+            else:  # Megatron would ask for the stage of this rank.
+                count = layout.layout[rank][chunk].count(LayerType.decoder)
+            stages.append(range(first, first + count))
+            first += count
+        return stages
 
     def _stage_sizes(self) -> str:
         return f"the pipeline stages of {[len(stage) for stage in self._stages()]} layers"
