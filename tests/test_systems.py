@@ -45,7 +45,8 @@ def test_a_token_reaches_neither_the_past_nor_other_sequences(variant: str) -> N
     for (training, topk), (gradients, perturbations) in modes.items():
         where = f"{variant}, training {training}, top-{topk}"
         _check(gradients, largest_leak=0.0, where=f"gradient: {where}")
-        _check(perturbations, largest_leak=1e-6, where=f"perturbation: {where}")
+        # Rounding only: which rows share a product depends on what other tokens choose.
+        _check(perturbations, largest_leak=3e-6, where=f"perturbation: {where}")
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ that the builder, the decoder and the cost formulas know of a system.
 
 from __future__ import annotations
 
-import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -110,10 +109,17 @@ class Stack:
             yield group, range(first, first + len(group.layers))
             first += len(group.layers)
 
-    def stage(self, vp_stage: int | None = None) -> range:
-        """Return the numbers of the layers of this rank's pipeline stage, from 0."""
-        first = get_transformer_layer_offset(self.config, vp_stage)
-        return range(first, first + get_num_layers_to_build(self.config, vp_stage))
+    def stage(self, vp_stage: int | None = None, pp_rank: int | None = None) -> range:
+        """Return the numbers of the layers of a pipeline stage, from 0. Default: those of this rank."""
+        layout = self.config.pipeline_model_parallel_layout
+        if layout is not None and pp_rank is not None:
+            # Megatron's own way asks for this rank's place, which before process groups are formed nobody knows.
+            stages = [(rank, chunk) for chunk in range(len(layout.layout[0])) for rank in range(len(layout.layout))]
+            counts = [layout.layout[rank][chunk].count(LayerType.decoder) for rank, chunk in stages]
+            place = stages.index((pp_rank, vp_stage or 0))
+            return range(sum(counts[:place]), sum(counts[: place + 1]))
+        first = get_transformer_layer_offset(self.config, vp_stage, pp_rank)
+        return range(first, first + get_num_layers_to_build(self.config, vp_stage, pp_rank))
 
     def submodules(self, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """Return the layers of this rank's pipeline stage, as Megatron's decoder takes them."""
@@ -143,17 +149,10 @@ class Stack:
         return None
 
     def _stages(self) -> list[range]:
-        """Return the layers of each pipeline stage, in the order in which they are computed, before there are ranks."""
-        config, stages, first = self.config, [], 0
-        chunks, layout = config.virtual_pipeline_model_parallel_size or 1, config.pipeline_model_parallel_layout
-        for chunk, rank in itertools.product(range(chunks), range(config.pipeline_model_parallel_size)):
-            if layout is None:
-                count = get_num_layers_to_build(config, chunk if chunks > 1 else None, rank)
-            else:  # Megatron would ask for the stage of this rank.
-                count = layout.layout[rank][chunk].count(LayerType.decoder)
-            stages.append(range(first, first + count))
-            first += count
-        return stages
+        """Return the layers of each pipeline stage, in the order in which they are computed."""
+        chunks = self.config.virtual_pipeline_model_parallel_size or 1
+        ranks = range(self.config.pipeline_model_parallel_size)
+        return [self.stage(chunk if chunks > 1 else None, rank) for chunk in range(chunks) for rank in ranks]
 
     def _stage_sizes(self) -> str:
         return f"the pipeline stages of {[len(stage) for stage in self._stages()]} layers"

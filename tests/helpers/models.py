@@ -15,7 +15,18 @@ from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
 
-__all__ = ["EXPERTS", "HIDDEN", "RECOMPUTATION", "build_model", "gpt_model", "logits", "small_config", "start_ranks"]
+__all__ = [
+    "EXPERTS",
+    "HIDDEN",
+    "RECOMPUTATION",
+    "VOCABULARY",
+    "build_model",
+    "gpt_model",
+    "logits",
+    "redraw",
+    "small_config",
+    "start_ranks",
+]
 
 HIDDEN, EXPERTS, VOCABULARY = 16, 4, 24
 
@@ -115,12 +126,12 @@ def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = No
     """
     model = build_model(config, seq_length, VOCABULARY, **fields)
     if weight_std is not None:
-        _redraw(model, weight_std)
+        redraw(model, weight_std)
     return model
 
 
 @torch.no_grad()
-def _redraw(module: torch.nn.Module, std: float) -> None:
+def redraw(module: torch.nn.Module, std: float) -> None:
     """Draw all parameters anew: norms around 1, everything else around 0, but that positions do not halt at once."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in module.named_parameters():

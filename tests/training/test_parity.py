@@ -58,6 +58,11 @@ LAYOUTS = {
         4, f"{_TP2} {_EP2} --expert-tensor-parallel-size 1 {_ALLGATHER} {_SELECTIVE}"
     ),
     "pp2 ep2": Layout(4, f"{_PP2} {_EP2}"),
+    # For systems whose layers are one group: embeddings and layers on one stage, the output layer on the other.
+    "pp2 whole group": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Et*4|L"),
+    "pp2 whole group full": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t*4L {_FULL}"),
+    "pp2 whole group interleaved": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t*4||L"),
+    "tp2 selective": Layout(2, f"{_TP2} --recompute-granularity selective --recompute-modules moe core_attn"),
 }
 _ALL = tuple(LAYOUTS)
 # Stages that do not cut a group of the two layers in the middle.
@@ -93,6 +98,15 @@ _SPREAD = (
 )
 # Layouts that take the micro-batches of a single process.
 _SAME_MICRO_BATCHES = ("1 full", "tp2", "tp2 allgather full", "pp2", "pp2 interleaved")
+# Layouts of systems whose layers are one group.
+_ONE_GROUP = (
+    *(name for name in _SPREAD if not name.startswith("pp2")),
+    "tp2 selective",
+    "pp2 whole group",
+    "pp2 whole group full",
+    "pp2 whole group interleaved",
+)
+_FIXED = "--recurrence-steps 3"
 _MICRO_BATCH = "--recurrence-sampling-unit micro-batch"
 _POISSON = "--recurrence-sampling poisson-lognormal --recurrence-max-steps 6"
 
@@ -191,6 +205,15 @@ SYSTEMS = {
         ("1 full", "tp2", "pp2 4|0 full"),
         experts=False,
     ),
+    **{
+        f"moeut {experts} {sampling.split()[1]}": System(
+            f"--more-variant moeut --switchhead-num-experts {experts} --moe-router-topk 2 --moeut-balance-coeff 0.1 "
+            f"{sampling} --recurrence-backprop-steps 2",
+            _ONE_GROUP,
+            varies=sampling != _FIXED,
+        )
+        for experts, sampling in ((1, _FIXED), (4, _uniform(1)))
+    },
 }
 _CASES = [(name, layout) for name, system in SYSTEMS.items() for layout in system.layouts]
 
