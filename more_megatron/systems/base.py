@@ -70,6 +70,9 @@ class System:
     block_width: ClassVar[int | None] = None
     """Default width of the MLP in its recurrent block, in hidden sizes; None without such a block."""
 
+    activation: ClassVar[str] = "gelu"
+    """Activation function, by its name in transformers, where no flag of Megatron's names another."""
+
     mixes_tokens: ClassVar[bool] = False
     """Whether the tokens that were sent to an expert depend on each other."""
 

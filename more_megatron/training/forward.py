@@ -65,8 +65,22 @@ def _micro_batch(gpt: GPTModel) -> MicroBatch:
     sampler = DepthSampler(config)
     if not gpt.training:
         return MicroBatch(sampler.evaluation())
-    # Megatron's schedules number the micro-batch on each layer of the stage. A stage without layers has no use for it.
-    index = gpt.decoder.layers[0].current_microbatch if len(gpt.decoder.layers) > 0 else 0
+    index = _number_in_step(gpt)
     replica = mpu.get_data_parallel_rank()
     first = args.consumed_train_samples + (index * args.data_parallel_size + replica) * args.micro_batch_size
     return MicroBatch(sampler.draw(args.curr_iteration, index), tuple(range(first, first + args.micro_batch_size)))
+
+
+def _number_in_step(gpt: GPTModel) -> int:
+    """Return the number of the micro-batch within its step, from 0.
+
+    Megatron's schedules number it on each layer of the stage. A stage without layers counts for itself: every stage
+    takes the micro-batches in their order.
+    """
+    if len(gpt.decoder.layers) > 0:
+        return gpt.decoder.layers[0].current_microbatch
+    step = get_args().curr_iteration
+    former_step, count = getattr(gpt, "micro_batches_seen", (None, 0))
+    count = count if step == former_step else 0
+    gpt.micro_batches_seen = (step, count + 1)
+    return count % get_num_microbatches()

@@ -43,6 +43,7 @@ LAYOUTS = {
     "dp2": Layout(2),
     "dp2 optimizer off": Layout(2, optimizer=_OFF),
     "tp2": Layout(2, _TP2),
+    "tp2 full": Layout(2, f"{_TP2} {_FULL}"),
     "tp2 allgather full": Layout(2, f"{_TP2} {_ALLGATHER} {_FULL}"),
     "tp2 optimizer off": Layout(2, _TP2, optimizer=_OFF),
     "pp2": Layout(2, _PP2),
@@ -75,7 +76,12 @@ _CODA_WITH_THE_HEAD = {
 _AROUND_THE_CORE = _CODA_WITH_THE_HEAD | {
     "pp2 interleaved 1|2|1|0": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Et|tt|t|L"),
 }
-LAYOUTS |= _AROUND_THE_CORE
+# All layers are one group, which lies on the first stage.
+_HEAD_ALONE = {
+    "pp2 4|0": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Etttt|L"),
+    "pp2 4|0 full": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Etttt|L {_FULL}"),
+}
+LAYOUTS |= _AROUND_THE_CORE | _HEAD_ALONE
 
 
 # Layouts that between them have every kind of parallelism, dispatcher and recomputation.
@@ -183,6 +189,23 @@ SYSTEMS = {
             *("tp2 ep2", *_CODA_WITH_THE_HEAD),
         ),
     ),
+    "universal": System(
+        "--more-variant universal --recurrence-max-steps 3 --recurrence-backprop-steps 2 --ponder-coeff 0.05",
+        ("1 full", "dp2", "tp2", "tp2 full", *_HEAD_ALONE),
+        varies=False,
+        experts=False,
+    ),
+    "universal top-2": System(
+        "--more-variant universal --moe-router-topk 2 --recurrence-max-steps 3 --ponder-coeff 0.05 "
+        "--halting-output basic --universal-post-norm --router-logit-ema 0.5",
+        (*_SPREAD[:5], "ep2 allgather", "ep2 optimizer off", "tp2 ep2", "pp2 4|0"),
+        varies=False,
+    ),
+    "universal without halting": System(
+        f"--more-variant universal --halting none --universal-time-signal sinusoid {_uniform(1)} {_MICRO_BATCH}",
+        ("1 full", "tp2", "pp2 4|0 full"),
+        experts=False,
+    ),
     **{
         f"moeut {experts} {sampling.split()[1]}": System(
             f"--more-variant moeut --switchhead-num-experts {experts} --moe-router-topk 2 --moeut-balance-coeff 0.1 "
@@ -287,6 +310,9 @@ def test_losses_and_gradient_norms_equal_the_single_process(runs: Runs, system: 
     assert history.losses == pytest.approx(reference.losses[1:], rel=_TOLERANCE)
     assert history.grad_norms == pytest.approx(reference.grad_norms[1:], rel=_TOLERANCE)
     assert history.steps == reference.steps[1:]
+    # The first line of a run counts towards its second, as in Megatron's log.
+    for figures, expected in zip(history.figures[2:], reference.figures[3:], strict=True):
+        assert figures == pytest.approx(expected, rel=_TOLERANCE)
 
 
 def test_a_world_that_is_used_again_trains_as_a_fresh_one() -> None:
