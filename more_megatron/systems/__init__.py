@@ -15,7 +15,7 @@ from more_megatron.systems.base import System
 
 __all__ = ["System", "get_system", "names", "systems"]
 
-_INTERFACE = ("base", "export")
+_INTERFACE = ("base", "export", "forms")
 
 
 @functools.cache
