@@ -17,8 +17,10 @@ from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
+from more_megatron.training.blend_files import read_blend_files
 from more_megatron.training.flag_checks import check_flags
 from more_megatron.training.stored_flags import given_flags, take_stored_flags
+from more_megatron.training.unread_flags import unread_flags
 
 __all__ = ["parse_arguments"]
 
@@ -32,6 +34,8 @@ _SHARED_DEFAULTS: dict[str, Any] = {
     "num_experts": 8,
     "moe_token_dispatcher_type": "alltoall",
     "moe_router_dtype": "fp32",
+    # Needed even where nothing is evaluated; what Megatron-LM's own scripts took.
+    "eval_interval": 1000,
     # The optimizer's state is saved so that it can be loaded under any other layout.
     "use_distributed_optimizer": True,
     "dist_ckpt_optim_fully_reshardable": True,
@@ -124,7 +128,12 @@ def _error(message: str) -> NoReturn:
 def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
     """Parse, check, and complete the flags whose default depends on a checkpoint or another flag."""
     args = parse_args(*arguments)
-    take_stored_flags(args, given_flags(parse_args.__self__))  # type: ignore[attr-defined]
+    parser = parse_args.__self__  # type: ignore[attr-defined]
+    given = given_flags(parser)
+    for fault in unread_flags(parser, given):
+        raise MoREError(fault)
+    take_stored_flags(args, given)
+    read_blend_files(args)
     check_flags(args)
     _complete(args)
     return args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,7 @@ def train(command_line: str) -> History:
         return original(loss_dict, *args, **kwargs)
 
     training.training_log = record
-    sys.argv = ["pretrain_more.py", *command_line.split()]
+    sys.argv = ["pretrain_more.py", *shlex.split(command_line)]
     args = parse_arguments(initialize_platform())
     model_config = model_config_from_args(args)
     try:
