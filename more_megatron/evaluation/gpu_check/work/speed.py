@@ -1,0 +1,195 @@
+"""Stage e: how fast a training step is, at equal cost, and where its time goes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training.models.gpt import GPTModelConfig
+
+from more_megatron.errors import MoREError
+from more_megatron.evaluation.gpu_check.outcomes import Finding
+from more_megatron.evaluation.gpu_check.plan import Sizes
+from more_megatron.evaluation.gpu_check.systems import baseline, is_recurrent
+from more_megatron.evaluation.gpu_check.work.runs import configure, sole_rank
+from more_megatron.evaluation.step_benchmark import StepBenchmark, match_flops, peak_bytes, reset_peak
+from more_megatron.platform import Platform, initialize_platform
+from more_megatron.recurrence.depth import Depth
+from more_megatron.variants import model_cost
+
+__all__ = ["measure", "profile_slowest", "save_target"]
+
+# Part of the memory that a step may fill.
+_FILL = 0.85
+_KERNELS = 10
+_WAITS_SHOWN = 4
+
+
+def save_target(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
+    """Find the cost a token that all systems are brought to: that of the most expensive one as it is.
+
+    Args:
+        lines: Command line of each system.
+        folder: Where the figure is left.
+        sizes: Of this stage.
+    """
+    costs = {}
+    for system, line in lines.items():
+        args, model_config = configure(line)
+        cost = model_cost(model_config.transformer, args.padded_vocab_size, args.seq_length)
+        costs[system] = cost.training_flops(0, sizes.steps)
+    Path(folder, "target.json").write_text(json.dumps(max(costs.values())))
+    return Finding({system: f"{cost / 1e9:.2f} GFLOP a token" for system, cost in costs.items()})
+
+
+def measure(system: str, precision: str, line: str, folder: str, sizes: Sizes) -> Finding:
+    """Time forward and backward pass of a system, without the optimizer.
+
+    Args:
+        system: Name of the system.
+        precision: `bf16` or `fp8`.
+        line: Command line.
+        folder: Where `save_target` has been; the figures are left there.
+        sizes: Of this stage.
+    """
+    model_config, seq_length = _matched(line, folder, sizes)
+    depth = Depth(0, sizes.steps)
+    benchmark, micro_batch, peak = _filled(model_config, seq_length, depth, sizes)
+    for _ in range(sizes.warmup):
+        benchmark.step(depth)
+    seconds = statistics.median(benchmark.step(depth) for _ in range(sizes.rounds))
+    tokens = micro_batch * seq_length
+    flops = benchmark.cost.training_flops(0, sizes.steps)
+    figures: dict[str, Any] = {
+        "micro-batch": micro_batch,
+        "ms": 1e3 * seconds,
+        "tokens/s": tokens / seconds,
+        "TFLOP/s": flops * tokens / seconds / 1e12,
+        "GiB": peak / 2**30,
+    }
+    figures |= _ratios(system, precision, figures, Path(folder))
+    if precision == "bf16":
+        figures |= _waits(benchmark, depth)
+        if is_recurrent(system):
+            figures |= {f"ms at r={r}": 1e3 * _seconds(benchmark, Depth(0, r)) for r in sizes.depths}
+    Path(folder, f"speed-{precision}-{system}.json").write_text(json.dumps(figures))
+    return Finding(figures)
+
+
+def _matched(line: str, folder: str, sizes: Sizes) -> tuple[GPTModelConfig, int]:
+    """Return the model whose experts are as wide as the common cost allows, and the length of its sequences."""
+    args, model_config = configure(line)
+    target = json.loads(Path(folder, "target.json").read_text())
+    config, depth = model_config.transformer, Depth(0, sizes.steps)
+    model_config.transformer = match_flops(config, target, depth, args.padded_vocab_size, args.seq_length)
+    return model_config, args.seq_length
+
+
+def _filled(
+    model_config: GPTModelConfig, seq_length: int, depth: Depth, sizes: Sizes
+) -> tuple[StepBenchmark, int, int]:
+    """Return a benchmark whose micro-batch is as large as fits, its size, and the most memory a step takes."""
+    sole_rank()
+    benchmark = StepBenchmark(model_config, seq_length, 1)
+    sizes_, peaks = (1, 2), []
+    for size in sizes_:
+        peaks.append(_peak(benchmark, size, depth))
+    micro_batch, each = 2, max(peaks[1] - peaks[0], 1)
+    while 2 * micro_batch <= sizes.micro_batch and peaks[0] + (2 * micro_batch - 1) * each < _FILL * _memory():
+        micro_batch *= 2
+    return benchmark, micro_batch, _peak(benchmark, micro_batch, depth)
+
+
+def _peak(benchmark: StepBenchmark, size: int, depth: Depth) -> int:
+    benchmark.fill(size)
+    benchmark.step(depth)
+    reset_peak()
+    benchmark.step(depth)
+    return peak_bytes()
+
+
+def _memory() -> float:
+    if initialize_platform() is Platform.CPU:
+        return float("inf")
+    return float(torch.cuda.get_device_properties(0).total_memory)
+
+
+def _seconds(benchmark: StepBenchmark, depth: Depth, rounds: int = 3) -> float:
+    benchmark.step(depth)
+    return statistics.median(benchmark.step(depth) for _ in range(rounds))
+
+
+def _ratios(system: str, precision: str, figures: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Hold figures against the device's ceiling, the baseline and the other precision, as far as they are known."""
+    ratios = {}
+    ceilings = _read(folder / "ceilings.json")
+    if f"{precision} TFLOP/s" in ceilings:
+        ratios["of peak"] = figures["TFLOP/s"] / ceilings[f"{precision} TFLOP/s"]
+    for name, other in (
+        ("vs baseline", f"speed-{precision}-{baseline()}.json"),
+        *([("vs bf16", f"speed-bf16-{system}.json")] if precision != "bf16" else []),
+    ):
+        known = figures if name == "vs baseline" and system == baseline() else _read(folder / other)
+        if known:
+            ratios[name] = figures["tokens/s"] / known["tokens/s"]
+    return ratios
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def _waits(benchmark: StepBenchmark, depth: Depth) -> dict[str, Any]:
+    """Count how often the host waits for the device within a step, and say where most often."""
+    if initialize_platform() is Platform.CPU:
+        return {"waits": 0}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            benchmark.step(depth)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    places = Counter(
+        f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)
+    )
+    most = ", ".join(f"{place} x {count}" for place, count in places.most_common(_WAITS_SHOWN))
+    return {"waits": sum(places.values()), "waits at": most}
+
+
+def profile_slowest(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
+    """List the most expensive kernels of the system that is slowest beside the baseline.
+
+    Args:
+        lines: Command line of each system.
+        folder: Where `measure` has left its figures.
+        sizes: Of this stage.
+    """
+    known = {system: _read(Path(folder, f"speed-bf16-{system}.json")).get("tokens/s") for system in lines}
+    system = min((s for s in lines if known[s]), key=lambda s: known[s], default=None)
+    if system is None:
+        raise MoREError("no system was measured: there is none to look into")
+    model_config, seq_length = _matched(lines[system], folder, sizes)
+    depth = Depth(0, sizes.steps)
+    benchmark, _, _ = _filled(copy.copy(model_config), seq_length, depth, sizes)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if initialize_platform() is Platform.CUDA:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        benchmark.step(depth)
+    return Finding({"system": system, "kernels": _kernels(profile)})
+
+
+def _kernels(profile: torch.profiler.profile) -> list[str]:
+    events = profile.key_averages()
+    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    time = (lambda e: e.self_device_time_total) if on_device else (lambda e: e.self_cpu_time_total)
+    events = sorted(on_device or events, key=time, reverse=True)
+    total = sum(map(time, events)) or 1.0
+    return [f"{time(e) / 1e3:.2f} ms, {time(e) / total:.0%}, {e.count} x {e.key[:90]}" for e in events[:_KERNELS]]
