@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -47,33 +46,18 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse_arguments(arguments)
     with one_line_errors(Path(__file__).name, OSError):
         from more_megatron.evaluation.gpu_check.report import Report
-        from more_megatron.evaluation.gpu_check.runner import check
+        from more_megatron.evaluation.gpu_check.runner import Request, check
 
         if unknown := set(args.stages) - set(_STAGES):
             raise MoREError(f"--stages {args.stages} has no {min(unknown)}: choose among {_STAGES}")
+        gpus = 0 if args.dry_run else _gpus()
+        if not args.dry_run and gpus == 0:
+            raise MoREError("PyTorch sees no GPU: check the driver, or give --dry-run")
         command = shlex.join(["python", "tools/check_gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
         report = Report(args.output, command)
-        with tempfile.TemporaryDirectory(prefix="more-check-") as folder:
-            check(_plan(args, Path(folder)), args.stages, args.budget, report.begin, report.add)
+        check(Request(args.stages, args.systems, args.budget, args.dry_run, gpus), report.begin, report.add)
     print(f"\n{report.summary()}; see {args.output}/report.md")
     return 1 if report.failed else 0
-
-
-def _plan(args: argparse.Namespace, folder: Path):
-    from more_megatron.evaluation.gpu_check.plan import Plan
-    from more_megatron.evaluation.gpu_check.systems import system_names
-    from more_megatron.platform.packages import has_package
-
-    names = system_names()
-    for name in args.systems or ():
-        if name not in names:
-            raise MoREError(f"--systems {name} does not exist: choose among {', '.join(names)}")
-    gpus = 0 if args.dry_run else _gpus()
-    if not args.dry_run and gpus == 0:
-        raise MoREError("PyTorch sees no GPU: check the driver, or give --dry-run")
-    has_te = not args.dry_run and has_package("transformer_engine")
-    systems = tuple(args.systems or names)
-    return Plan(args.dry_run, systems, folder, ranks=2 if args.dry_run else gpus, has_te=has_te)
 
 
 def _gpus() -> int:

@@ -26,6 +26,7 @@ class Report:
 
     def __init__(self, folder: Path, command: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "failures.log").unlink(missing_ok=True)
         self._folder, self._command = folder, command
         self._date = datetime.date.today().isoformat()
         self._stages: dict[str, str] = {}

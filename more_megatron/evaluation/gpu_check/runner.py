@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import os
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from more_megatron.errors import MoREError
 from more_megatron.evaluation.gpu_check.outcomes import Finding, Outcome, Status
 from more_megatron.evaluation.gpu_check.plan import Plan
 from more_megatron.evaluation.gpu_check.stages import Case, Stage, references, stages
+from more_megatron.evaluation.gpu_check.systems import Candidate
 from more_megatron.evaluation.gpu_check.worlds import World, WorldError
+from more_megatron.platform.packages import has_package
 
-__all__ = ["check"]
+__all__ = ["Request", "check"]
+
+_CANDIDATES = "more_megatron.evaluation.gpu_check.systems:candidates"
 
 # Longer than any case should take; one that hangs must not take the time of all.
 _LONGEST = 120.0
@@ -41,55 +50,68 @@ class Clock:
 
 
 class Crew:
-    """Worlds of one rank that take cases from one list.
+    """Worlds that take cases from one list. Those of one rank start at once, those of several when they are needed.
 
     Args:
         platform: Where they compute.
-        size: Number of worlds.
+        size: Number of worlds of one rank.
         clock: The time there is.
-        threads: Of the CPU, for each world.
+        threads: Of the CPU, for each rank.
     """
 
     def __init__(self, platform: str, size: int, clock: Clock, threads: int) -> None:
-        self._platform, self._clock = platform, clock
+        self._platform, self._clock, self._size = platform, clock, size
         self._environment = {"OMP_NUM_THREADS": str(threads), **_EXACT}
-        self._free: queue.SimpleQueue[World] = queue.SimpleQueue()
-        self._size = size
+        self._free: dict[int, queue.SimpleQueue[World]] = {1: queue.SimpleQueue()}
         for _ in range(size):
-            self._free.put(self._world())
+            self._free[1].put(self._world(1))
+
+    def ask(self, work: str) -> Any:
+        """Return what a function returns in one of the worlds.
+
+        Raises:
+            MoREError: If it fails there.
+        """
+        world = self._free[1].get()
+        try:
+            return world.call(work, timeout=max(self._clock.left, 0.0))[0]
+        except WorldError as error:
+            raise MoREError(f"a process on the platform {self._platform} cannot begin: {error}") from error
+        finally:
+            self._free[1].put(world)
 
     def run(self, stage: Stage) -> Iterator[Outcome]:
         """Yield the outcomes of a stage as they come."""
         outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         with ThreadPoolExecutor(self._size if stage.parallel else 1) as threads:
             for case in stage.cases:
-                threads.submit(lambda case=case: outcomes.put(self._answer(stage, case)))
+                threads.submit(self._answer, stage, case, outcomes)
             for _ in stage.cases:
                 yield outcomes.get()
 
     def close(self) -> None:
         """End all worlds; none may be at work."""
-        while not self._free.empty():
-            self._free.get().close()
+        for free in self._free.values():
+            while not free.empty():
+                free.get().close()
 
-    def _world(self, ranks: int = 1) -> World:
+    def _world(self, ranks: int) -> World:
         return World(self._platform, ranks, self._environment)
 
-    def _answer(self, stage: Stage, case: Case) -> Outcome:
+    def _answer(self, stage: Stage, case: Case, outcomes: queue.SimpleQueue[Outcome]) -> None:
         if self._clock.left < _SHORTEST:
-            return Outcome(stage.letter, case.name, Status.SKIPPED, reason="no time left")
-        if case.ranks > 1:
-            world = self._world(case.ranks)
-            outcome, _ = _ask(world, stage, case, self._clock)
-            world.close()
-            return outcome
-        world = self._free.get()
+            outcomes.put(Outcome(stage.letter, case.name, Status.SKIPPED, reason="no time left"))
+            return
+        if case.ranks not in self._free:
+            self._free[case.ranks] = queue.SimpleQueue()
+            self._free[case.ranks].put(self._world(case.ranks))
+        world = self._free[case.ranks].get()
         outcome, usable = _ask(world, stage, case, self._clock)
         if not usable:
             world.close()
-            world = self._world()
-        self._free.put(world)
-        return outcome
+            world = self._world(case.ranks)
+        self._free[case.ranks].put(world)
+        outcomes.put(outcome)
 
 
 def _ask(world: World, stage: Stage, case: Case, clock: Clock) -> tuple[Outcome, bool]:
@@ -109,39 +131,80 @@ def _ask(world: World, stage: Stage, case: Case, clock: Clock) -> tuple[Outcome,
     return Outcome(stage.letter, case.name, status, seconds, figures, "; ".join(faults)), True
 
 
-def check(
-    plan: Plan, letters: str, budget: float, begin: Callable[[Stage], None], report: Callable[[Outcome], None]
-) -> None:
+@dataclass(frozen=True)
+class Request:
+    """What is to be checked.
+
+    Attributes:
+        letters: Stages.
+        systems: Names of systems; None: all.
+        budget: Seconds that it may take.
+        dry: Whether a CPU in miniature takes the place of the GPU.
+        gpus: Number of GPUs.
+    """
+
+    letters: str
+    systems: list[str] | None
+    budget: float
+    dry: bool
+    gpus: int
+
+
+def check(request: Request, begin: Callable[[Stage], None], report: Callable[[Outcome], None]) -> None:
     """Run the stages.
 
     Args:
-        plan: What the check is made of.
-        letters: Stages to run.
-        budget: Seconds it may take.
+        request: What is to be checked.
         begin: Called as each stage begins.
         report: Called with each outcome as it comes.
+
+    Raises:
+        MoREError: If a system does not exist, or no process can begin.
     """
-    clock, cores = Clock(budget), os.cpu_count() or 1
+    clock, cores = Clock(request.budget), os.cpu_count() or 1
     # Small models leave a device idle: several processes share it.
     size = min(4, max(cores // 2, 1))
-    chosen = [stage for stage in stages(plan) if stage.letter in letters]
     background = Crew("cpu", 1, clock, max(cores // 2, 1))
-    crew = Crew(plan.platform, size, clock, max(cores // size // 2, 1))
-    # The CPU's part is done while the others import and look at the environment.
-    helper = threading.Thread(target=_do_references, args=(background, plan, report), daemon=True)
-    helper.start()
+    crew = Crew("cpu" if request.dry else "cuda", size, clock, max(cores // size // 2, 1))
     try:
-        for stage in chosen:
-            begin(stage)
-            if stage.obstacle:
-                report(Outcome(stage.letter, stage.title, Status.SKIPPED, reason=stage.obstacle))
-                continue
-            for outcome in crew.run(stage):
-                report(outcome)
+        with tempfile.TemporaryDirectory(prefix="more-check-") as folder:
+            plan = _plan(request, background.ask(_CANDIDATES), Path(folder))
+            # The CPU's part is done while the others import and look at the environment.
+            helper = threading.Thread(target=_do_references, args=(background, plan, report))
+            helper.start()
+            try:
+                _run_stages(crew, [stage for stage in stages(plan) if stage.letter in request.letters], begin, report)
+            finally:
+                helper.join()
     finally:
-        helper.join()
         crew.close()
         background.close()
+
+
+def _plan(request: Request, found: list[Candidate], folder: Path) -> Plan:
+    names = [candidate.name for candidate in found]
+    for name in request.systems or ():
+        if name not in names:
+            raise MoREError(f"--systems {name} does not exist: choose among {', '.join(names)}")
+    return Plan(
+        dry=request.dry,
+        systems=tuple(one for one in found if one.name in (request.systems or names)),
+        folder=folder,
+        ranks=2 if request.dry else request.gpus,
+        has_te=not request.dry and has_package("transformer_engine"),
+    )
+
+
+def _run_stages(
+    crew: Crew, chosen: list[Stage], begin: Callable[[Stage], None], report: Callable[[Outcome], None]
+) -> None:
+    for stage in chosen:
+        begin(stage)
+        if stage.obstacle:
+            report(Outcome(stage.letter, stage.title, Status.SKIPPED, reason=stage.obstacle))
+            continue
+        for outcome in crew.run(stage):
+            report(outcome)
 
 
 def _do_references(crew: Crew, plan: Plan, report: Callable[[Outcome], None]) -> None:

@@ -1,24 +1,27 @@
-"""The one place where this check asks the registry which systems there are."""
+"""The one place where the check asks the registry which systems there are."""
 
 from __future__ import annotations
 
-__all__ = ["baseline", "is_recurrent", "system_names"]
+from dataclasses import dataclass
+
+__all__ = ["Candidate", "candidates"]
 
 
-def system_names() -> tuple[str, ...]:
-    """Return the name of every system."""
+@dataclass(frozen=True)
+class Candidate:
+    """A system that is checked.
+
+    Attributes:
+        name: Its name.
+        recurrent: Whether its depth comes from recurrence.
+    """
+
+    name: str
+    recurrent: bool
+
+
+def candidates() -> list[Candidate]:
+    """Return all systems, the baseline first. Imports Megatron."""
     from more_megatron.variants import VARIANTS
 
-    return tuple(VARIANTS)
-
-
-def baseline() -> str:
-    """Return the system that others are compared with: the first of the registry."""
-    return system_names()[0]
-
-
-def is_recurrent(system: str) -> bool:
-    """Return whether the depth of a system comes from recurrence."""
-    from more_megatron.variants import get_variant
-
-    return get_variant(system).recurrent
+    return [Candidate(name, variant.recurrent) for name, variant in VARIANTS.items()]

@@ -86,8 +86,7 @@ class World:
             ready = wait(pending, timeout=max(deadline - time.monotonic(), 0.0))
             if not ready:
                 raise WorldError(f"not finished after {timeout:.0f} s", self._output())
-            for pipe in ready:
-                rank = self._pipes.index(pipe)  # type: ignore[arg-type]
+            for rank in [self._pipes.index(pipe) for pipe in ready]:  # type: ignore[arg-type]
                 results[rank] = self._receive(rank)
         return [results[rank] for rank in range(len(self._pipes))]
 
@@ -127,6 +126,8 @@ def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        # All ranks are on this machine, whose own name need not resolve.
+        "GLOO_SOCKET_IFNAME": "lo",
         # Megatron asserts it under tensor parallelism.
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
         # Nothing here may ask the network.

@@ -11,7 +11,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.evaluation.gpu_check.outcomes import Finding
-from more_megatron.evaluation.gpu_check.systems import is_recurrent
 from more_megatron.evaluation.gpu_check.work.runs import configure, fresh_model
 from more_megatron.evaluation.gpu_check.work.tensors import gradients, sharded
 from more_megatron.evaluation.step_benchmark import forward
@@ -85,8 +84,7 @@ def _step(model: GPTModel) -> dict[str, torch.Tensor]:
     """Return logits and gradients of one training step, in float32 on the CPU."""
     generator, device = torch.Generator().manual_seed(1), next(model.parameters()).device
     tokens = torch.randint(model.vocab_size, (2, model.max_sequence_length), generator=generator)
-    depth = _DEPTH if is_recurrent(model.config.more_variant) else Depth(0, 1)
-    logits = forward(model, tokens.to(device), None, depth, sample_ids=(3, 8))
+    logits = forward(model, tokens.to(device), None, _DEPTH, sample_ids=(3, 8))
     weights = torch.randn(logits.shape, generator=generator).to(device)
     (logits.float() * weights).sum().backward()
     found = {"logits": logits.detach(), **gradients(model)}

@@ -18,6 +18,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.training import checkpointing, global_vars, pretrain, training
 from megatron.training.argument_utils import ArgumentGroupFactory, pretrain_cfg_container_from_args
 from megatron.training.models.gpt import GPTModelConfig
@@ -120,7 +121,8 @@ def _forget_run() -> None:
 
 
 def _free() -> None:
-    """Give back what the model before took."""
+    """Give back what the model before took, and forget the scale of its losses."""
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     gc.collect()
     torch.cuda.empty_cache()
 

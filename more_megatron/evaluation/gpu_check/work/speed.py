@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 import warnings
@@ -15,8 +14,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.gpu_check.outcomes import Finding
-from more_megatron.evaluation.gpu_check.plan import Sizes
-from more_megatron.evaluation.gpu_check.systems import baseline, is_recurrent
+from more_megatron.evaluation.gpu_check.plan import Sizes, Subject
 from more_megatron.evaluation.gpu_check.work.runs import configure, sole_rank
 from more_megatron.evaluation.step_benchmark import StepBenchmark, match_flops, peak_bytes, reset_peak
 from more_megatron.platform import Platform, initialize_platform
@@ -31,54 +29,53 @@ _KERNELS = 10
 _WAITS_SHOWN = 4
 
 
-def save_target(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
+def save_target(subjects: list[Subject], folder: str, sizes: Sizes) -> Finding:
     """Find the cost a token that all systems are brought to: that of the most expensive one as it is.
 
     Args:
-        lines: Command line of each system.
+        subjects: All systems.
         folder: Where the figure is left.
         sizes: Of this stage.
     """
     costs = {}
-    for system, line in lines.items():
-        args, model_config = configure(line)
+    for subject in subjects:
+        args, model_config = configure(subject.line)
         cost = model_cost(model_config.transformer, args.padded_vocab_size, args.seq_length)
-        costs[system] = cost.training_flops(0, sizes.steps)
+        costs[subject.name] = cost.training_flops(0, sizes.steps)
     Path(folder, "target.json").write_text(json.dumps(max(costs.values())))
-    return Finding({system: f"{cost / 1e9:.2f} GFLOP a token" for system, cost in costs.items()})
+    return Finding({f"GFLOP a token, {name}": cost / 1e9 for name, cost in costs.items()})
 
 
-def measure(system: str, precision: str, line: str, folder: str, sizes: Sizes) -> Finding:
+def measure(subject: Subject, precision: str, baseline: str, folder: str, sizes: Sizes) -> Finding:
     """Time forward and backward pass of a system, without the optimizer.
 
     Args:
-        system: Name of the system.
+        subject: The system.
         precision: `bf16` or `fp8`.
-        line: Command line.
+        baseline: Name of the system that others are compared with; measured first.
         folder: Where `save_target` has been; the figures are left there.
         sizes: Of this stage.
     """
-    model_config, seq_length = _matched(line, folder, sizes)
+    model_config, seq_length = _matched(subject.line, folder, sizes)
     depth = Depth(0, sizes.steps)
     benchmark, micro_batch, peak = _filled(model_config, seq_length, depth, sizes)
     for _ in range(sizes.warmup):
         benchmark.step(depth)
     seconds = statistics.median(benchmark.step(depth) for _ in range(sizes.rounds))
     tokens = micro_batch * seq_length
-    flops = benchmark.cost.training_flops(0, sizes.steps)
     figures: dict[str, Any] = {
         "micro-batch": micro_batch,
         "ms": 1e3 * seconds,
         "tokens/s": tokens / seconds,
-        "TFLOP/s": flops * tokens / seconds / 1e12,
+        "TFLOP/s": benchmark.cost.training_flops(0, sizes.steps) * tokens / seconds / 1e12,
         "GiB": peak / 2**30,
     }
-    figures |= _ratios(system, precision, figures, Path(folder))
+    Path(folder, f"speed-{precision}-{subject.name}.json").write_text(json.dumps(figures))
+    figures |= _ratios(subject.name, precision, baseline, Path(folder))
     if precision == "bf16":
         figures |= _waits(benchmark, depth)
-        if is_recurrent(system):
+        if subject.recurrent:
             figures |= {f"ms at r={r}": 1e3 * _seconds(benchmark, Depth(0, r)) for r in sizes.depths}
-    Path(folder, f"speed-{precision}-{system}.json").write_text(json.dumps(figures))
     return Finding(figures)
 
 
@@ -125,20 +122,15 @@ def _seconds(benchmark: StepBenchmark, depth: Depth, rounds: int = 3) -> float:
     return statistics.median(benchmark.step(depth) for _ in range(rounds))
 
 
-def _ratios(system: str, precision: str, figures: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Hold figures against the device's ceiling, the baseline and the other precision, as far as they are known."""
-    ratios = {}
-    ceilings = _read(folder / "ceilings.json")
-    if f"{precision} TFLOP/s" in ceilings:
-        ratios["of peak"] = figures["TFLOP/s"] / ceilings[f"{precision} TFLOP/s"]
-    for name, other in (
-        ("vs baseline", f"speed-{precision}-{baseline()}.json"),
-        *([("vs bf16", f"speed-bf16-{system}.json")] if precision != "bf16" else []),
-    ):
-        known = figures if name == "vs baseline" and system == baseline() else _read(folder / other)
-        if known:
-            ratios[name] = figures["tokens/s"] / known["tokens/s"]
-    return ratios
+def _ratios(name: str, precision: str, baseline: str, folder: Path) -> dict[str, float]:
+    """Hold a speed against the device's ceiling, the baseline and bf16, as far as they are known."""
+    own = _read(folder / f"speed-{precision}-{name}.json")["TFLOP/s"]
+    known = {
+        "of peak": _read(folder / "ceilings.json").get(f"{precision} TFLOP/s"),
+        "vs baseline": _read(folder / f"speed-{precision}-{baseline}.json").get("TFLOP/s"),
+        "vs bf16": _read(folder / f"speed-bf16-{name}.json").get("TFLOP/s") if precision != "bf16" else None,
+    }
+    return {ratio: own / other for ratio, other in known.items() if other}
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -163,27 +155,28 @@ def _waits(benchmark: StepBenchmark, depth: Depth) -> dict[str, Any]:
     return {"waits": sum(places.values()), "waits at": most}
 
 
-def profile_slowest(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
-    """List the most expensive kernels of the system that is slowest beside the baseline.
+def profile_slowest(subjects: list[Subject], folder: str, sizes: Sizes) -> Finding:
+    """List the most expensive kernels of the system that gets least out of the device.
 
     Args:
-        lines: Command line of each system.
+        subjects: All systems.
         folder: Where `measure` has left its figures.
         sizes: Of this stage.
     """
-    known = {system: _read(Path(folder, f"speed-bf16-{system}.json")).get("tokens/s") for system in lines}
-    system = min((s for s in lines if known[s]), key=lambda s: known[s], default=None)
-    if system is None:
+    figures = {subject: _read(Path(folder, f"speed-bf16-{subject.name}.json")) for subject in subjects}
+    measured = {subject: float(known["TFLOP/s"]) for subject, known in figures.items() if known}
+    if not measured:
         raise MoREError("no system was measured: there is none to look into")
-    model_config, seq_length = _matched(lines[system], folder, sizes)
+    slowest = min(measured, key=measured.__getitem__)
+    model_config, seq_length = _matched(slowest.line, folder, sizes)
     depth = Depth(0, sizes.steps)
-    benchmark, _, _ = _filled(copy.copy(model_config), seq_length, depth, sizes)
+    benchmark, _, _ = _filled(model_config, seq_length, depth, sizes)
     activities = [torch.profiler.ProfilerActivity.CPU]
     if initialize_platform() is Platform.CUDA:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         benchmark.step(depth)
-    return Finding({"system": system, "kernels": _kernels(profile)})
+    return Finding({"system": slowest.name, "kernels": _kernels(profile)})
 
 
 def _kernels(profile: torch.profiler.profile) -> list[str]:

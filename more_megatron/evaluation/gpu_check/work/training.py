@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -99,7 +100,7 @@ def _export_distance(flags: str, checkpoints: Path, export: Path) -> float:
     device = torch.cuda.current_device()
     tokens = torch.arange(args.seq_length, device=device).mul(7).remainder(args.vocab_size).unsqueeze(0)
     ours = forward(model, tokens, None, None)
-    theirs = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.float32)
     difference = (ours - theirs.to(device).eval()(tokens).logits).abs().max()
     return float(difference / ours.abs().max())
 
