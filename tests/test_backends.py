@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from more_megatron.backends import (
+from more_megatron.blocks.backends import (
     LocalAttention,
     LocalNorm,
     final_norm,
@@ -20,8 +20,8 @@ from more_megatron.backends import (
     local,
     segment_attention,
 )
-from more_megatron.backends.short_segments import are_short
-from more_megatron.segments import Segments
+from more_megatron.blocks.backends.short_segments import are_short
+from more_megatron.blocks.segments import Segments
 from tests.helpers.models import small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from more_megatron.config import MoREConfig, flag
+from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
+from more_megatron.flags import flag
 
 
 def _config(**fields: Any) -> MoREConfig:

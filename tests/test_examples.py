@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from more_megatron.data.sample_text import write_sample_text
-from more_megatron.variants import VARIANTS
+from more_megatron.systems import systems
 from tests.helpers.shell import PROJECT, calls_of, linter, parse, train_call
 
 _SCRIPTS = sorted([*PROJECT.glob("examples/**/*.sh"), PROJECT / ".ci" / "run"])
@@ -23,7 +23,7 @@ def test_bash_and_shellcheck_accept(script: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", systems())
 def test_debug_script_trains(variant: str, tmp_path: Path) -> None:
     (call,) = calls_of(f"bash examples/debug/{variant}.sh --train-iters 2 --log-interval 2", tmp_path)
     assert call.flags[call.flags.index("--more-variant") + 1] == variant
@@ -49,7 +49,7 @@ def test_reference_preprocessing_writes_what_the_runs_read(preprocessed: Path) -
         assert (preprocessed / f"{_value(call.flags, flag)}.idx").is_file()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", systems())
 def test_reference_parses_on_one_node_and_on_two(variant: str, preprocessed: Path) -> None:
     variables = {"VARIANT": variant}
     (one,) = calls_of("bash examples/wikitext103/single_node.sh", preprocessed, variables)

@@ -8,6 +8,7 @@ to its flags, and converted; what needs more ranks is parsed in a world of that 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.config import flag, own_field_names
 from more_megatron.data.sample_text import write_sample_text
+from more_megatron.flags import MoREFlags, flag
+from more_megatron.systems import systems
 from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
-from more_megatron.variants import VARIANTS
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, convert, parse, train_call
 
@@ -101,11 +102,13 @@ def test_jobs_are_scripts_that_exist(calls: list[Call]) -> None:
 
 def test_systems_table_says_what_works() -> None:
     rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (works|planned) \|$", _README, flags=re.MULTILINE))
-    assert {name for name, state in rows.items() if state == "works"} == set(VARIANTS)
+    assert {name for name, state in rows.items() if state == "works"} == set(systems())
 
 
 def test_every_flag_of_ours_is_named() -> None:
-    names = {flag(name) for name in own_field_names()} - {"--seed"} | set(_WAYS_BACK)
+    fields = [field.name for field in dataclasses.fields(MoREFlags)]
+    own = [name for system in systems().values() for name in system.own_flags()]
+    names = {flag(name) for name in (*fields, *own)} | set(_WAYS_BACK)
     assert not [name for name in sorted(names) if f"`{name}" not in _README]
 
 

@@ -17,14 +17,13 @@ import statistics
 import sys
 
 from more_megatron.errors import one_line_errors
-
-_SYSTEMS = ("moe", "recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
+from more_megatron.systems import get_system, names
 
 
 def parse_flags() -> argparse.Namespace:
     """Return the command line's flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--systems", nargs="+", default=list(_SYSTEMS), metavar="NAME", help="default: all")
+    parser.add_argument("--systems", nargs="+", default=list(names()), metavar="NAME", help="default: all")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=2)
     parser.add_argument("--num-attention-heads", type=int, default=8)
@@ -56,7 +55,7 @@ def megatron_command_line(flags: argparse.Namespace, system: str) -> list[str]:
         *("--moe-router-topk", str(flags.topk)),
         *("--moe-aux-loss-coeff", "0.001"),
         *("--moe-shared-expert-intermediate-size", str(2 * flags.hidden_size)),
-        *("--recurrence-steps", str(flags.recurrence_steps)),
+        *(("--recurrence-steps", str(flags.recurrence_steps)) if get_system(system).recurrent else ()),
         *("--attention-dropout", "0", "--hidden-dropout", "0"),
         *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(flags.vocab_size - 1)),
         *("--train-iters", "1", "--lr", "1e-3"),
@@ -70,11 +69,10 @@ def build(flags: argparse.Namespace) -> dict:
     from megatron.training import global_vars
     from megatron.training.initialize import initialize_megatron
 
-    from more_megatron.evaluation.step_benchmark import StepBenchmark, match_flops
+    from more_megatron.evaluation.step_benchmark import StepBenchmark, at_equal_cost, system_cost
     from more_megatron.platform import Platform, initialize_platform
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.model import model_config_from_args
-    from more_megatron.variants import model_cost
 
     platform = initialize_platform()
     depth = comparison_depth(flags)
@@ -86,19 +84,19 @@ def build(flags: argparse.Namespace) -> dict:
         with contextlib.redirect_stdout(io.StringIO()):  # the listing of 800 arguments
             args = parse_arguments(platform)
         configs[system] = model_config_from_args(args)
-        cost = model_cost(configs[system].transformer, args.padded_vocab_size, flags.seq_length)
+        cost = system_cost(configs[system].transformer, args.padded_vocab_size, flags.seq_length)
         target = max(target, cost.training_flops(depth.no_grad_steps, depth.grad_steps))
     with contextlib.redirect_stdout(io.StringIO()):
         initialize_megatron(allow_no_cuda=platform is Platform.CPU)
     for system, config in configs.items():
-        config.transformer = match_flops(config.transformer, target, depth, args.padded_vocab_size, flags.seq_length)
+        config = at_equal_cost(config, target, depth, args.padded_vocab_size, flags.seq_length)
         benchmarks[system] = StepBenchmark(config, flags.seq_length, flags.batch_size)
     return benchmarks
 
 
 def comparison_depth(flags: argparse.Namespace):
     """Return the depth at which systems are compared."""
-    from more_megatron.recurrence.depth import Depth
+    from more_megatron.model.depth import Depth
 
     grad_steps = min(flags.backprop_steps or flags.recurrence_steps, flags.recurrence_steps)
     return Depth(flags.recurrence_steps - grad_steps, grad_steps)
@@ -139,12 +137,11 @@ def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
 def against_depth(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
     """Time steps of different depth, print the table and return its rows."""
     from more_megatron.evaluation.step_benchmark import step_time_by_depth
-    from more_megatron.variants import get_variant
 
     print(f"\nmilliseconds a step against r\n{'system':18} " + " ".join(f"{f'r={r}':>8}" for r in flags.depths))
     rows = []
     for system, benchmark in benchmarks.items():
-        if not get_variant(system).recurrent:
+        if not get_system(system).recurrent:
             continue
         seconds = step_time_by_depth(benchmark, flags.depths, max(flags.rounds // 2, 1))
         rows.append({"system": system, "seconds": seconds})

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, one_line_errors
 from more_megatron.evaluation.training_log import TrainingLog, read_log
+from more_megatron.systems import names
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SYSTEMS = ("moe", "recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
 _COST = re.compile(r"([\d.]+) M parameters, ([\d.]+) M active a token, ([\d.]+) MFLOP a token")
 
 
@@ -63,7 +63,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--data-path", required=True, metavar="PREFIX", help="an indexed dataset")
     parser.add_argument("--tokenizer-model", required=True, metavar="FILE", help="its SentencePiece model")
     parser.add_argument("--folder", type=Path, required=True, help="where logs, checkpoints and the report go")
-    parser.add_argument("--systems", nargs="+", default=list(_SYSTEMS), metavar="NAME")
+    parser.add_argument("--systems", nargs="+", default=list(names()), metavar="NAME")
     parser.add_argument("--train-iters", type=int, default=300)
     parser.add_argument("--depths", nargs="*", type=int, default=[1, 2, 4, 8], metavar="R", help="evaluated at the end")
     parser.add_argument("--split", default="90,10,0", help="of the documents: training, validation, test")

@@ -18,20 +18,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.config import MoREConfig
-from more_megatron.costs import Cost
 from more_megatron.errors import MoREError
-from more_megatron.recurrence.depth import Depth
-from more_megatron.recurrence.micro_batch import MicroBatch
-from more_megatron.variants import get_variant, model_cost
+from more_megatron.model.costs import Cost, model_cost
+from more_megatron.model.depth import Depth
+from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.systems import get_system
 
 __all__ = [
     "StepBenchmark",
     "SystemTiming",
+    "at_equal_cost",
     "forward",
     "match_flops",
     "peak_bytes",
     "reset_peak",
     "step_time_by_depth",
+    "system_cost",
     "time_systems",
 ]
 
@@ -78,7 +80,7 @@ class StepBenchmark:
         self._model = self._model.cuda(device).to(self.config.params_dtype).train()
         self._vocab_size, self._seq_length = model_config.vocab_size, seq_length
         self.fill(batch_size)
-        self.cost = model_cost(self.config, self._model.vocab_size, seq_length)
+        self.cost = system_cost(self.config, self._model.vocab_size, seq_length)
 
     def fill(self, batch_size: int) -> None:
         """Draw a batch of another size."""
@@ -120,6 +122,17 @@ def forward(
     return model(tokens, positions, None, labels=labels, **extra)
 
 
+def at_equal_cost(
+    model_config: GPTModelConfig, target: float, depth: Depth, vocab_size: int, seq_length: int
+) -> GPTModelConfig:
+    """Return the model whose layers `match_flops` has widened or narrowed; arguments as there."""
+    matched = copy.copy(model_config)
+    matched.transformer = match_flops(model_config.transformer, target, depth, vocab_size, seq_length)
+    # The stack holds widths of its own.
+    matched.transformer_layer_spec = get_system(matched.transformer.more_variant).stack(matched.transformer)
+    return matched
+
+
 def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int, seq_length: int) -> MoREConfig:
     """Return the configuration with the width of its experts chosen so that a token costs `target` operations.
 
@@ -133,11 +146,11 @@ def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int
     Raises:
         MoREError: If the system costs more than that at any width.
     """
-    name = "moe_ffn_hidden_size" if _has_ffn_experts(config) else "recurrence_ffn_hidden_size"
+    name = get_system(config.more_variant).width_flag(config)
 
     def flops(width: int) -> float:
         setattr(matched, name, width)
-        return model_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
+        return system_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
 
     matched = copy.copy(config)
     base, slope = flops(_WIDTH_MULTIPLE), (flops(2 * _WIDTH_MULTIPLE) - flops(_WIDTH_MULTIPLE)) / _WIDTH_MULTIPLE
@@ -152,8 +165,9 @@ def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int
     return matched
 
 
-def _has_ffn_experts(config: MoREConfig) -> bool:
-    return "experts" not in get_variant(config.more_variant).parts
+def system_cost(config: MoREConfig, vocab_size: int, seq_length: int) -> Cost:
+    """Return the cost of a whole model with separate embeddings."""
+    return model_cost(config, get_system(config.more_variant).cost(config, seq_length), vocab_size)
 
 
 def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int, warmup: int) -> list[SystemTiming]:

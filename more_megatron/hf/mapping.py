@@ -1,9 +1,6 @@
-"""How Megatron's parameters are named and laid out in a Hugging Face model: one row a parameter, for each system.
+"""How Megatron's parameters are laid out in a Hugging Face model, from the rows of the systems' name tables.
 
-Every conversion is a view, a split or a copy, so that both directions keep every bit. The sizes in the table:
-
-    V vocabulary   P positions   h hidden   q heads x d   k groups x d   qkv q + 2 k   d head size
-    f dense MLP    N experts     m expert MLP             e shared expert              R MLP of a recurrent block
+Every conversion is a view, a split or a copy, so that both directions keep every bit.
 """
 
 from __future__ import annotations
@@ -11,194 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from math import prod
 from typing import Any
 
 import torch
 
-from more_megatron.errors import MoREError
+from more_megatron.systems import get_system
+from more_megatron.systems.export import Layout, Row
 
-__all__ = ["EXPERTS", "LAYERS", "Entry", "Layout", "Row", "entries", "extra_states"]
+__all__ = ["LAYERS", "Entry", "entries", "extra_states"]
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
-
-
-class Layout(Enum):
-    """How one tensor of Megatron's is made of tensors of the Hugging Face model."""
-
-    WHOLE = auto()
-    """One tensor; the shapes may differ by a view."""
-
-    HALVES = auto()
-    """Two tensors below each other: a gate and what it gates."""
-
-    QKV = auto()
-    """Three tensors interleaved: for each query group its queries, then its key, then its value."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter.
-
-    Attributes:
-        megatron: Its key in a checkpoint, within the layer or the model.
-        hf: Its name within the layer or the model; `{a,b}` names several that Megatron keeps in one.
-        shape: Megatron's, of sizes from the list above: `2*f h` has two dimensions.
-        view: Shape in the Hugging Face model where it is another view of a whole tensor.
-        layout: How the tensors of several names are put together.
-        when: Features a model must have for the row to apply; `!` before one that it must not have.
-        fp32: Whether it stays in float32, whatever the rest is cast to.
-    """
-
-    megatron: str
-    hf: str
-    shape: str
-    view: str = ""
-    layout: Layout = Layout.WHOLE
-    when: str = ""
-    fp32: bool = False
-
-
-MODEL = (
-    Row("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V h"),
-    Row("embedding.position_embeddings.weight", "model.embed_positions.weight", "P h", when="learned_positions"),
-    Row("decoder.final_layernorm.weight", "model.norm.weight", "h"),
-    Row("decoder.final_layernorm.bias", "model.norm.bias", "h", when="layernorm"),
-    Row("output_layer.weight", "lm_head.weight", "V h", when="!tied"),
-)
-
-ATTENTION = (
-    Row("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "h"),
-    Row("self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias", "h", when="layernorm"),
-    Row("self_attention.linear_qkv.weight", "self_attn.{q,k,v}_proj.weight", "qkv h", layout=Layout.QKV),
-    Row("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", "qkv", layout=Layout.QKV, when="qkv_bias"),
-    Row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "h q"),
-    Row("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "h", when="bias"),
-    Row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "d", when="qk_norm"),
-    Row("self_attention.q_layernorm.bias", "self_attn.q_norm.bias", "d", when="qk_norm layernorm"),
-    Row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "d", when="qk_norm"),
-    Row("self_attention.k_layernorm.bias", "self_attn.k_norm.bias", "d", when="qk_norm layernorm"),
-)
-
-DENSE = (
-    Row("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "h"),
-    Row("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias", "h", when="layernorm"),
-    Row("mlp.linear_fc1.weight", "mlp.{gate,up}_proj.weight", "2*f h", layout=Layout.HALVES, when="gated"),
-    Row("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "2*f", layout=Layout.HALVES, when="gated bias"),
-    Row("mlp.linear_fc1.weight", "mlp.up_proj.weight", "f h", when="!gated"),
-    Row("mlp.linear_fc1.bias", "mlp.up_proj.bias", "f", when="!gated bias"),
-    Row("mlp.linear_fc2.weight", "mlp.down_proj.weight", "h f"),
-    Row("mlp.linear_fc2.bias", "mlp.down_proj.bias", "h", when="bias"),
-)
-
-# What every layer with experts has, whatever its experts are.
-MOE = (
-    Row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "h"),
-    Row("pre_mlp_layernorm.bias", "post_attention_layernorm.bias", "h", when="layernorm"),
-    Row("mlp.router.weight", "mlp.gate.weight", "N h"),
-    Row("mlp.router.bias", "mlp.gate.bias", "N", when="bias"),
-    Row("mlp.router.expert_bias", "mlp.gate.expert_bias", "N", when="expert_bias", fp32=True),
-    Row(
-        "mlp.shared_experts.linear_fc1.weight",
-        "mlp.shared_expert.{gate,up}_proj.weight",
-        "2*e h",
-        layout=Layout.HALVES,
-        when="shared_expert gated",
-    ),
-    Row(
-        "mlp.shared_experts.linear_fc1.weight",
-        "mlp.shared_expert.up_proj.weight",
-        "e h",
-        when="shared_expert !gated",
-    ),
-    Row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight", "h e", when="shared_expert"),
-    Row("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "1 h", when="shared_expert_gate"),
-)
-
-# Megatron's own experts.
-FEED_FORWARD = (
-    Row("mlp.experts.experts.linear_fc1.weight", "mlp.experts.gate_up_proj", "N 2*m h", when="gated"),
-    Row("mlp.experts.experts.linear_fc1.bias", "mlp.experts.gate_up_proj_bias", "N 2*m", when="gated bias"),
-    Row("mlp.experts.experts.linear_fc1.weight", "mlp.experts.up_proj", "N m h", when="!gated"),
-    Row("mlp.experts.experts.linear_fc1.bias", "mlp.experts.up_proj_bias", "N m", when="!gated bias"),
-    Row("mlp.experts.experts.linear_fc2.weight", "mlp.experts.down_proj", "N h m"),
-    Row("mlp.experts.experts.linear_fc2.bias", "mlp.experts.down_proj_bias", "N h", when="bias"),
-)
-
-# System: the parameters of its experts and of the block that they share.
-EXPERTS: dict[str, tuple[Row, ...]] = {
-    "moe": FEED_FORWARD,
-    "recurrent_moe": FEED_FORWARD,
-    "recurrent_experts": (
-        Row("mlp.experts.block.adapter", "mlp.experts.adapter", "N h 2*h"),
-        Row("mlp.experts.block.qkv", "mlp.experts.qkv", "N qkv h"),
-        Row("mlp.experts.block.proj", "mlp.experts.proj", "N h q"),
-        Row("mlp.experts.block.fc1", "mlp.experts.fc1", "N 2 R h"),
-        Row("mlp.experts.block.fc2", "mlp.experts.fc2", "N h R"),
-        Row("mlp.experts.block.norm_1", "mlp.experts.norm_1", "N*h", view="N h"),
-        Row("mlp.experts.block.norm_2", "mlp.experts.norm_2", "N*h", view="N h"),
-        Row("mlp.experts.block.norm_3", "mlp.experts.norm_3", "N*h", view="N h"),
-        Row("mlp.experts.block.norm_4", "mlp.experts.norm_4", "N*h", view="N h"),
-    ),
-    "shared_block": (
-        Row("mlp.experts.proj_in", "mlp.experts.proj_in", "N h h"),
-        Row("mlp.experts.proj_out", "mlp.experts.proj_out", "N h h"),
-        Row("mlp.recurrent_block.adapter", "mlp.recurrent_block.adapter", "1 h 2*h", view="h 2*h"),
-        Row("mlp.recurrent_block.qkv", "mlp.recurrent_block.qkv", "1 qkv h", view="qkv h"),
-        Row("mlp.recurrent_block.proj", "mlp.recurrent_block.proj", "1 h q", view="h q"),
-        Row("mlp.recurrent_block.fc1", "mlp.recurrent_block.fc1", "1 2 R h", view="2 R h"),
-        Row("mlp.recurrent_block.fc2", "mlp.recurrent_block.fc2", "1 h R", view="h R"),
-        Row("mlp.recurrent_block.norm_1", "mlp.recurrent_block.norm_1", "h"),
-        Row("mlp.recurrent_block.norm_2", "mlp.recurrent_block.norm_2", "h"),
-        Row("mlp.recurrent_block.norm_3", "mlp.recurrent_block.norm_3", "h"),
-        Row("mlp.recurrent_block.norm_4", "mlp.recurrent_block.norm_4", "h"),
-    ),
-    "shared_block_ffn": (
-        Row("mlp.experts.fc1", "mlp.experts.fc1", "N 2*h h"),
-        Row("mlp.experts.fc2", "mlp.experts.fc2", "N h 2*h"),
-        Row("mlp.recurrent_block.adapter", "mlp.recurrent_block.adapter", "h 2*h"),
-        Row("mlp.recurrent_block.attention.linear_qkv.weight", "mlp.recurrent_block.qkv", "qkv h"),
-        Row("mlp.recurrent_block.attention.linear_qkv.bias", "mlp.recurrent_block.qkv_bias", "qkv", when="qkv_bias"),
-        Row("mlp.recurrent_block.attention.linear_proj.weight", "mlp.recurrent_block.proj", "h q"),
-        Row("mlp.recurrent_block.mlp.linear_fc1.weight", "mlp.recurrent_block.fc1", "2*R h", view="2 R h"),
-        Row("mlp.recurrent_block.mlp.linear_fc2.weight", "mlp.recurrent_block.fc2", "h R"),
-        Row("mlp.recurrent_block.norm_1.weight", "mlp.recurrent_block.norm_1", "h"),
-        Row("mlp.recurrent_block.norm_1.bias", "mlp.recurrent_block.norm_1_bias", "h", when="layernorm"),
-        Row("mlp.recurrent_block.norm_2.weight", "mlp.recurrent_block.norm_2", "h"),
-        Row("mlp.recurrent_block.norm_2.bias", "mlp.recurrent_block.norm_2_bias", "h", when="layernorm"),
-        Row("mlp.recurrent_block.norm_3.weight", "mlp.recurrent_block.norm_3", "h"),
-        Row("mlp.recurrent_block.norm_3.bias", "mlp.recurrent_block.norm_3_bias", "h", when="layernorm"),
-        Row("mlp.recurrent_block.norm_4.weight", "mlp.recurrent_block.norm_4", "h"),
-        Row("mlp.recurrent_block.norm_4.bias", "mlp.recurrent_block.norm_4_bias", "h", when="layernorm"),
-    ),
-}
-
-# Modules that ask a checkpoint for a state beside their parameters, which is empty outside FP8: linear layers under
-# both backends, norms and attention under Transformer Engine. `N ` before a name: one state an expert.
-_STATES_OF_MODEL = ("decoder.final_layernorm",)
-_STATES_OF_ATTENTION = (
-    "self_attention.linear_qkv",
-    "self_attention.core_attention",
-    "self_attention.linear_proj",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-)
-_STATES_OF_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
-_STATES_OF_MOE = ("pre_mlp_layernorm", "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
-_STATES_OF_EXPERTS: dict[str, tuple[str, ...]] = {
-    "moe": ("N mlp.experts.experts.linear_fc1", "N mlp.experts.experts.linear_fc2"),
-    "recurrent_moe": ("N mlp.experts.experts.linear_fc1", "N mlp.experts.experts.linear_fc2"),
-    "shared_block_ffn": (
-        "mlp.recurrent_block.attention.linear_qkv",
-        "mlp.recurrent_block.attention.core_attention",
-        "mlp.recurrent_block.attention.linear_proj",
-        "mlp.recurrent_block.mlp.linear_fc1",
-        "mlp.recurrent_block.mlp.linear_fc2",
-        *(f"mlp.recurrent_block.norm_{number}" for number in range(1, 5)),
-    ),
-}
 
 LAYERS = "decoder.layers."
 
@@ -253,15 +74,18 @@ def entries(config: Config) -> list[Entry]:
         config: Content of `config.json`.
 
     Raises:
-        MoREError: If the system is not in the table.
+        MoREError: If there is no such system.
     """
-    features, sizes = _features(config), _sizes(config)
-    before, after = MODEL[:2], MODEL[2:]
-    found = [entry for row in before for entry in _apply(row, None, features, sizes)]
-    for layer, is_moe in enumerate(config["moe_layers"]):
-        rows = (*ATTENTION, *MOE, *_experts(config)) if is_moe else (*ATTENTION, *DENSE)
-        found += [entry for row in rows for entry in _apply(row, layer, features, sizes)]
-    return found + [entry for row in after for entry in _apply(row, None, features, sizes)]
+    system = get_system(config["variant"])
+    features, sizes = _features(config) | system.features(config), _sizes(config) | system.sizes(config)
+    rows = [(row, None) for row in system.model_rows(config)]
+    is_behind = [not row.megatron.startswith("embedding.") for row, _ in rows]
+    first_behind = is_behind.index(True)
+    of_layers = [
+        (row, layer) for layer in range(config["num_hidden_layers"]) for row in system.layer_rows(config, layer)
+    ]
+    ordered = [*rows[:first_behind], *of_layers, *rows[first_behind:]]
+    return [entry for row, layer in ordered for entry in _apply(row, layer, features, sizes)]
 
 
 def extra_states(config: Config) -> Iterator[tuple[str, int | None, bool]]:
@@ -273,20 +97,11 @@ def extra_states(config: Config) -> Iterator[tuple[str, int | None, bool]]:
     Yields:
         Key of the module as in `Entry.key`, number of the layer, and whether there is a state for each expert.
     """
-    yield from ((name, None, False) for name in _STATES_OF_MODEL)
-    for layer, is_moe in enumerate(config["moe_layers"]):
-        names = _STATES_OF_ATTENTION + (
-            _STATES_OF_MOE + _STATES_OF_EXPERTS.get(config["variant"], ()) if is_moe else _STATES_OF_DENSE
-        )
-        for name in names:
+    system = get_system(config["variant"])
+    yield from ((name, None, False) for name in system.model_states(config))
+    for layer in range(config["num_hidden_layers"]):
+        for name in system.layer_states(config, layer):
             yield LAYERS + name.removeprefix("N "), layer, name.startswith("N ")
-
-
-def _experts(config: Config) -> tuple[Row, ...]:
-    variant = config["variant"]
-    if variant not in EXPERTS:
-        raise MoREError(f"system {variant} cannot be converted: the table knows {', '.join(EXPERTS)}")
-    return EXPERTS[variant]
 
 
 def _apply(row: Row, layer: int | None, features: set[str], sizes: dict[str, int]) -> Iterator[Entry]:
@@ -341,9 +156,9 @@ def _sizes(config: Config) -> dict[str, int]:
         "k": groups * head,
         "qkv": (heads + 2 * groups) * head,
         "f": config["intermediate_size"] or 0,
-        "N": config["num_experts"],
+        "N": config["num_experts"] or 0,
         "m": config["moe_intermediate_size"],
         "e": config["shared_expert_intermediate_size"] or 0,
-        "R": config["recurrent_intermediate_size"] or 0,
+        "R": config.get("recurrent_intermediate_size") or 0,
         "groups": groups,
     }

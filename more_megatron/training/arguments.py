@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megatron.core.transformer import TransformerConfig
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args
 
-from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
+from more_megatron.flags import MoREFlags, flag
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
+from more_megatron.systems import get_system, systems
 from more_megatron.training.flag_checks import check_flags
 
 __all__ = ["parse_arguments"]
@@ -87,9 +87,8 @@ def parse_arguments(platform: Platform) -> argparse.Namespace:
 
 
 def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argparse.ArgumentParser:
-    # Megatron has flags for what its own configuration holds, and for the seed.
-    present = [field.name for field in dataclasses.fields(TransformerConfig)] + ["seed"]
-    group = ArgumentGroupFactory(MoREConfig, exclude=present).build_group(parser, title="MoRE")
+    group = _add_group(parser)
+    own = frozenset(action.dest for action in group._group_actions)
     for option, (dest, value) in _WAYS_BACK.items():
         group.add_argument(option, dest=dest, action="store_const", const=value, help=f"Set {dest} to {value}.")
     parser.set_defaults(**_SHARED_DEFAULTS, **_PLATFORM_DEFAULTS[platform])
@@ -99,8 +98,28 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
     for action in parser._actions:
         action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     parser.error = _error  # type: ignore[method-assign]
-    parser.parse_args = functools.partial(_parse, parser.parse_args)  # type: ignore[method-assign, assignment]
+    parser.set_defaults(**get_system(_asked_system()).defaults)
+    parse = functools.partial(_parse, parser.parse_args, own)
+    parser.parse_args = parse  # type: ignore[method-assign, assignment]
     return parser
+
+
+def _add_group(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the flags that systems share, and those that each alone reads, as one group."""
+    group = ArgumentGroupFactory(MoREFlags).build_group(parser, title="MoRE")
+    into_group: Any = argparse.Namespace(add_argument_group=lambda **_: group)
+    for system in systems().values():
+        if system.Flags is not None:
+            ArgumentGroupFactory(system.Flags).build_group(into_group)
+    return group
+
+
+def _asked_system() -> str:
+    """Return the system that the command line names, or the default: other defaults depend on it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--more-variant", default=MoREFlags.more_variant)
+    parser.error = _error  # type: ignore[method-assign]
+    return parser.parse_known_args()[0].more_variant
 
 
 def _installed_defaults() -> dict[str, Any]:
@@ -120,10 +139,19 @@ def _error(message: str) -> NoReturn:
     raise MoREError(message)
 
 
-def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
-    """Parse, check, and complete the flags whose default depends on another flag."""
+def _parse(parse_args: Callable[..., argparse.Namespace], own: frozenset[str], *arguments: Any) -> argparse.Namespace:
+    """Parse, check, and complete the flags whose default depends on another flag.
+
+    Args:
+        parse_args: The parser's own method.
+        own: Fields of the MoRE group.
+        arguments: Of the call.
+    """
     args = parse_args(*arguments)
     check_flags(args)
+    given = {name for name in own if any(word.partition("=")[0] == flag(name) for word in sys.argv[1:])}
+    for fault in get_system(args.more_variant).without_effect(MoREFlags.of(args), given):
+        raise MoREError(fault)
     _complete(args)
     return args
 

@@ -20,8 +20,8 @@ from more_megatron.checkpoint_files import (
     newest_complete_iteration,
     repair_tracker,
 )
-from more_megatron.config import flag
 from more_megatron.errors import MoREError
+from more_megatron.flags import flag
 
 __all__ = ["check_checkpoint", "guard_checkpoints"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from more_megatron.errors import MoREError
 from more_megatron.platform import Platform, select_platform
 from more_megatron.platform.packages import has_package, imports
-from more_megatron.variants import get_variant
+from more_megatron.systems import get_system
 
 __all__ = ["check_flags"]
 
@@ -54,10 +54,10 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         MoREError: If a flag is wrong; the message names it and says how to mend it.
     """
-    get_variant(args.more_variant)
+    get_system(args.more_variant)
     if args.use_checkpoint_args or args.yaml_cfg is not None:  # The flags are not all there yet.
         return
-    for check in (_positive, _required, _shapes, _experts, _layout, _backend, _recurrence, _files, _unsupported):
+    for check in (_positive, _required, _shapes, _experts, _layout, _backend, _files, _unsupported):
         for fault in check(args):
             raise MoREError(fault)
 
@@ -108,6 +108,8 @@ def _shapes(args: argparse.Namespace) -> Iterator[str]:
 
 def _experts(args: argparse.Namespace) -> Iterator[str]:
     experts, ranks = args.num_experts, args.expert_model_parallel_size
+    if experts is None:
+        return
     if experts % ranks != 0:
         yield f"--num-experts {experts} is not divisible by --expert-model-parallel-size {ranks}: change one of them"
     if args.moe_router_topk > experts:
@@ -141,25 +143,6 @@ def _layout(args: argparse.Namespace) -> Iterator[str]:
         yield (
             "--reset-attention-mask needs --pipeline-model-parallel-size 1: "
             "middle pipeline stages do not receive the mask"
-        )
-
-
-def _recurrence(args: argparse.Namespace) -> Iterator[str]:
-    """Megatron's schedules and overlaps that expect a layer to run once."""
-    variant, name = get_variant(args.more_variant), f"--more-variant {args.more_variant}"
-    if not variant.recurrent:
-        return
-    if args.overlap_moe_expert_parallel_comm:
-        yield f"{name} runs its experts as a whole: leave out --overlap-moe-expert-parallel-comm"
-    if args.cuda_graph_impl != "none":
-        yield f"{name} varies its steps and rows, which no CUDA graph can: leave out --cuda-graph-impl"
-    recomputes_steps = args.recompute_granularity == "selective" and "moe" in (args.recompute_modules or ())
-    varies = args.recurrence_sampling != "fixed" or args.recurrence_curriculum is not None
-    # Megatron reduces a bucket of gradients when each has arrived as often as in the first step.
-    if args.overlap_grad_reduce and recomputes_steps and varies and variant.iterates_router:
-        yield (
-            f"--overlap-grad-reduce with {name} and --recompute-modules moe needs the same number of gradient steps "
-            "throughout: give --recompute-granularity full, or --recurrence-sampling fixed without a curriculum"
         )
 
 

@@ -9,8 +9,9 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.training import training
 
 from more_megatron.config import MoREConfig
-from more_megatron.recurrence.depth import DepthSampler
-from more_megatron.variants import get_variant, model_cost
+from more_megatron.model.costs import Cost, model_cost
+from more_megatron.model.depth import DepthSampler
+from more_megatron.systems import get_system
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]
 
@@ -20,7 +21,7 @@ def count_recurrence(config: MoREConfig) -> None:
 
     Megatron's own count knows its architectures only, and no recurrence. The baseline keeps it.
     """
-    if get_variant(config.more_variant).recurrent:
+    if get_system(config.more_variant).recurrent:
 
         def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
             return step_flops(config, args, batch_size)
@@ -42,16 +43,12 @@ def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) ->
     depths = [sampler.draw(getattr(args, "curr_iteration", 0), index) for index in micro_batches]
     no_grad_steps = sum(depth.no_grad_steps for depth in depths) / len(depths)
     grad_steps = sum(depth.grad_steps for depth in depths) / len(depths)
-    tied = not args.untie_embeddings_and_output_weights
-    cost = model_cost(config, args.padded_vocab_size, args.seq_length, tied)
-    return batch_size * args.seq_length * cost.training_flops(no_grad_steps, grad_steps)
+    return batch_size * args.seq_length * _cost(config, args).training_flops(no_grad_steps, grad_steps)
 
 
 def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
     """Print the size of the model and what a token costs, on rank 0."""
-    cost = model_cost(
-        config, args.padded_vocab_size, args.seq_length, tied=not args.untie_embeddings_and_output_weights
-    )
+    cost = _cost(config, args)
     depth = DepthSampler(config).expected()
     if args.rank == 0:
         print(
@@ -61,3 +58,8 @@ def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
             f"(r = {depth.steps}, {depth.grad_steps} with gradient)",
             flush=True,
         )
+
+
+def _cost(config: MoREConfig, args: argparse.Namespace) -> Cost:
+    layers = get_system(config.more_variant).cost(config, args.seq_length)
+    return model_cost(config, layers, args.padded_vocab_size, tied=not args.untie_embeddings_and_output_weights)

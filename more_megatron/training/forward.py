@@ -12,11 +12,11 @@ from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
 from more_megatron.config import MoREConfig
-from more_megatron.recurrence.depth import DepthSampler
-from more_megatron.recurrence.micro_batch import MicroBatch
+from more_megatron.model.depth import DepthSampler
+from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.systems import get_system
 from more_megatron.training.batch import next_batch
 from more_megatron.training.loss import language_model_loss
-from more_megatron.variants import get_variant
 
 __all__ = ["forward_step"]
 
@@ -50,7 +50,7 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
             packed_seq_params=batch.packed_seq_params,
             extra_block_kwargs=micro_batch.block_kwargs(),
         )
-    reported_depth = micro_batch.depth if gpt.training and get_variant(gpt.config.more_variant).recurrent else None
+    reported_depth = micro_batch.depth if gpt.training and get_system(gpt.config.more_variant).recurrent else None
     return output, functools.partial(language_model_loss, batch.loss_mask, reported_depth)
 
 

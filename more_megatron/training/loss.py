@@ -8,7 +8,7 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args
 
-from more_megatron.recurrence.depth import Depth
+from more_megatron.model.depth import Depth
 
 __all__ = ["language_model_loss"]
 

@@ -6,17 +6,17 @@ import argparse
 
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
-from megatron.training.models.gpt import GPTModelConfig
 
-from more_megatron.config import MoREConfig
-from more_megatron.variants import block_spec, check_variant
+from more_megatron.config import MoREConfig, config_class
+from more_megatron.errors import MoREError
+from more_megatron.model.builder import MoREModelConfig
+from more_megatron.systems import get_system
 
-__all__ = ["model_config_from_args"]
+__all__ = ["check_system", "model_config_from_args"]
 
 
-def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig:
+def model_config_from_args(args: argparse.Namespace) -> MoREModelConfig:
     """Return Megatron's GPT model with the layers of the chosen system.
 
     A specification given with `--spec` takes precedence, as in Megatron.
@@ -24,17 +24,28 @@ def model_config_from_args(args: argparse.Namespace) -> GPTModelConfig:
     Raises:
         MoREError: If the recurrence fields contradict each other, or the system cannot do what they ask for.
     """
-    config = core_transformer_config_from_args(args, MoREConfig)
-    check_variant(config)
-    model_config = gpt_config_from_args(args, config)
+    system = get_system(args.more_variant)
+    config = core_transformer_config_from_args(args, config_class(system.Flags))
+    check_system(config)
+    model_config = gpt_config_from_args(args, config, MoREModelConfig)
     if model_config.transformer_layer_spec is None:
-        model_config.transformer_layer_spec = _layers
+        model_config.transformer_layer_spec = system.stack(config)
     model_config.pre_wrap_hooks.append(_mark_experts)
     return model_config
 
 
-def _layers(model_config: GPTModelConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    return block_spec(model_config.transformer, vp_stage)
+def check_system(config: MoREConfig) -> None:
+    """Refuse what the system of `config` cannot do.
+
+    Raises:
+        MoREError: If there is such a thing; the message names the flags to change.
+    """
+    system = get_system(config.more_variant)
+    for fault in system.refusals(config):
+        raise MoREError(f"--more-variant {system.name} {fault}")
+    cut = system.stack(config).cut_group() if config.pipeline_model_parallel_size > 1 else None
+    if cut is not None:
+        raise MoREError(f"--more-variant {system.name} {cut}")
 
 
 def _mark_experts(model: list[MegatronModule]) -> list[MegatronModule]:

@@ -6,8 +6,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from more_megatron.config import flag
 from more_megatron.errors import MoREError
+from more_megatron.flags import flag
 
 __all__ = ["check_output_folders"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from more_megatron.recurrence.noise import state_noise
+from more_megatron.model.noise import state_noise
 
 pytestmark = pytest.mark.gpu
 

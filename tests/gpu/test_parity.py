@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from more_megatron.variants import VARIANTS
+from more_megatron.systems import systems
 from tests.gpu.processes import BACKENDS, run_on
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +20,7 @@ _BARS = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (0.05, 0.2)}
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, torch.Tensor]]]:
     """Checkpoints of every system, and their logits and gradients on the CPU."""
     folder = tmp_path_factory.mktemp("reference")
-    return folder, run_on("cpu", "reference", folder, list(VARIANTS))
+    return folder, run_on("cpu", "reference", folder, list(systems()))
 
 
 @pytest.mark.parametrize("dtype", _BARS, ids=str)
@@ -29,7 +29,7 @@ def test_a_gpu_computes_what_a_cpu_does(
     reference: tuple[Path, dict[str, dict[str, torch.Tensor]]], backend: str, dtype: torch.dtype
 ) -> None:
     folder, expected = reference
-    found = run_on("cuda", "on_gpu", folder, list(VARIANTS), backend, dtype)
+    found = run_on("cuda", "on_gpu", folder, list(systems()), backend, dtype)
     of_logits, of_gradients = _BARS[dtype]
     for variant, tensors in expected.items():
         assert set(found[variant]) == set(tensors)

@@ -10,7 +10,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from more_megatron.platform.packages import has_package
-from more_megatron.variants import VARIANTS
+from more_megatron.systems import systems
 from tests.gpu.processes import BACKENDS, pretrain
 from tests.helpers.program import losses_by_iteration
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 _SMALL = (
     "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --ffn-hidden-size 256 "
     "--moe-ffn-hidden-size 128 --num-experts 4 --micro-batch-size 8 --global-batch-size 16 --split 1,0,0 "
-    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 128 --recurrence-steps 2 "
+    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 128 "
     "--lr 2e-3 --lr-decay-style constant --attention-dropout 0 --hidden-dropout 0 --log-interval 1 "
     "--moe-aux-loss-coeff 0.01 --eval-iters 0 --eval-interval 1000 --no-gradient-accumulation-fusion"
 )
@@ -49,7 +49,7 @@ def _losses(corpus: Path, variant: str, flags: str) -> list[float]:
 
 
 @pytest.mark.skipif(not has_package("transformer_engine"), reason="needs Transformer Engine")
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", systems())
 def test_fp8_reaches_the_loss_of_bf16(corpus: Path, variant: str) -> None:
     high, low = (_losses(corpus, variant, f"{flags} --train-iters 100") for flags in (_TE, _FP8))
     high_end, low_end = (sum(losses[-10:]) / 10 for losses in (high, low))

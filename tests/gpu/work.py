@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from tests.backends.compare import model_of, sharded, step
+from tests.blocks.backends.compare import model_of, sharded, step
 from tests.helpers.models import EXPERTS, start_ranks
 
 # Large enough for the kernels of a GPU. Every token goes to every expert: a rounding sends none elsewhere.

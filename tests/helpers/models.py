@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 
-from more_megatron.config import MoREConfig
-from more_megatron.recurrence.depth import Depth
-from more_megatron.recurrence.micro_batch import MicroBatch
-from more_megatron.variants import block_spec
+from more_megatron.config import MoREConfig, config_class
+from more_megatron.model.builder import MoREModelBuilder, MoREModelConfig
+from more_megatron.model.depth import Depth
+from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.systems import get_system
 
-__all__ = ["EXPERTS", "HIDDEN", "RECOMPUTATION", "gpt_model", "logits", "small_config", "start_ranks"]
+__all__ = ["EXPERTS", "HIDDEN", "RECOMPUTATION", "build_model", "gpt_model", "logits", "small_config", "start_ranks"]
 
 HIDDEN, EXPERTS, VOCABULARY = 16, 4, 24
 
@@ -72,7 +74,29 @@ def small_config(variant: str, **fields: Any) -> MoREConfig:
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
     }
-    return MoREConfig(more_variant=variant, **{**defaults, **fields})
+    return config_class(get_system(variant).Flags)(more_variant=variant, **{**defaults, **fields})
+
+
+def build_model(config: MoREConfig, seq_length: int, vocabulary: int, **fields: Any) -> GPTModel:
+    """Return this rank's pipeline stage of a model, as the trainer builds it.
+
+    Args:
+        config: Model configuration.
+        seq_length: Length of a sequence.
+        vocabulary: Size of the vocabulary.
+        fields: Further fields of Megatron's model configuration.
+    """
+    defaults = {"position_embedding_type": "rope", "share_embeddings_and_output_weights": False}
+    model_config = MoREModelConfig(
+        transformer=config,
+        transformer_layer_spec=get_system(config.more_variant).stack(config),
+        vocab_size=vocabulary,
+        seq_length=seq_length,
+        should_pad_vocab=False,
+        parallel_output=False,
+        **{**defaults, **fields},
+    )
+    return MoREModelBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
 def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = None) -> GPTModel:
@@ -84,15 +108,7 @@ def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = No
         weight_std: Standard deviation of weights drawn anew, the same in every model of these sizes: large ones, so
             that every part has its say in the output, and norms that are not the identity. None: as initialized.
     """
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=block_spec(config),
-        vocab_size=VOCABULARY,
-        max_sequence_length=seq_length,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-        parallel_output=False,
-    )
+    model = build_model(config, seq_length, VOCABULARY)
     if weight_std is not None:
         _redraw(model, weight_std)
     return model

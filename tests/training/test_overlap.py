@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from more_megatron.variants import VARIANTS
+from more_megatron.systems import systems
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY, History
@@ -22,12 +22,12 @@ _RECOMPUTATION = {
     "selective": "--recompute-granularity selective --recompute-modules moe",
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
-_RECURRENT = [name for name, variant in VARIANTS.items() if variant.recurrent]
+_RECURRENT = [name for name, variant in systems().items() if variant.recurrent]
 # Recomputed one by one, the steps of an iterated router would each announce their gradients.
 _SERVED = [
     (name, recomputation)
     for name, recomputation in itertools.product(_RECURRENT, _RECOMPUTATION)
-    if not (VARIANTS[name].iterates_router and recomputation == "selective")
+    if not (systems()[name].repeats_router and recomputation == "selective")
 ]
 
 

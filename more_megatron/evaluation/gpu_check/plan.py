@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from more_megatron.evaluation.gpu_check.systems import Candidate
+from more_megatron.systems import get_system
 
-__all__ = ["BACKENDS", "DRY", "GPU", "Backend", "Flags", "Plan", "Sizes", "Subject", "command_line"]
+__all__ = ["BACKENDS", "DRY", "GPU", "Backend", "Flags", "Plan", "Sizes", "command_line"]
 
 # Flags of Megatron's or ours by name without the dashes; None: a switch.
 Flags = dict[str, Any]
@@ -37,21 +37,6 @@ _ON_A_CPU = (BACKENDS["local"], Backend("again", BACKENDS["local"].flags))
 _RECIPES: dict[str, Flags] = {
     name: {"fp8-format": "hybrid", "fp8-recipe": name} for name in ("tensorwise", "blockwise", "delayed")
 }
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What stage e measures.
-
-    Attributes:
-        name: Of the system.
-        recurrent: Whether its depth comes from recurrence.
-        line: Its command line.
-    """
-
-    name: str
-    recurrent: bool
-    line: str
 
 
 @dataclass(frozen=True)
@@ -193,14 +178,14 @@ class Plan:
 
     Attributes:
         dry: Whether a CPU in miniature takes the place of the GPU.
-        systems: What is checked; the first is what others are compared with.
+        systems: Names of the systems.
         folder: For what the cases hand each other.
         ranks: Number of ranks that stage f takes: all GPUs, two processes in miniature.
         has_te: Whether Transformer Engine is there.
     """
 
     dry: bool
-    systems: tuple[Candidate, ...]
+    systems: tuple[str, ...]
     folder: Path
     ranks: int
     has_te: bool
@@ -235,19 +220,19 @@ class Plan:
         return {name: {} for name in _RECIPES} if self.dry else _RECIPES
 
 
-def command_line(system: Candidate, *flags: Flags, steps: int = 2, backprop_steps: int | None = None) -> str:
+def command_line(system: str, *flags: Flags, steps: int = 2, backprop_steps: int | None = None) -> str:
     """Return the flags of a run of `pretrain_more.py`.
 
     Args:
-        system: What is run.
+        system: Name of the system.
         flags: Later ones stand over earlier ones, and all over what every stage begins from.
         steps: Recurrence steps, of a system that has them.
         backprop_steps: Those with gradient. Default: all.
     """
-    merged: Flags = {"more-variant": system.name} | _COMMON
+    merged: Flags = {"more-variant": system} | _COMMON
     for more in flags:
         merged |= more
-    if system.recurrent:
-        merged |= {"recurrence-steps": steps}
-        merged |= {} if backprop_steps is None else {"recurrence-backprop-steps": backprop_steps}
+    depth = {"recurrence-steps": steps, "recurrence-backprop-steps": backprop_steps}
+    reads = get_system(system).reads
+    merged |= {name: value for name, value in depth.items() if value and name.replace("-", "_") in reads}
     return " ".join(f"--{name}" if value is None else f"--{name} {value}" for name, value in merged.items())

@@ -11,24 +11,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.gpu_check.outcomes import Finding, Outcome, Status
 from more_megatron.evaluation.gpu_check.plan import Plan
 from more_megatron.evaluation.gpu_check.stages import Case, Stage, references, stages
-from more_megatron.evaluation.gpu_check.systems import Candidate
 from more_megatron.evaluation.gpu_check.worlds import World, WorldError
 from more_megatron.platform.packages import has_package
+from more_megatron.systems import names
 
 __all__ = ["Request", "check"]
-
-_CANDIDATES = "more_megatron.evaluation.gpu_check.systems:candidates"
 
 # Longer than any case should take; one that hangs must not take the time of all.
 _LONGEST = 120.0
 # A case that has less time than this is not begun.
 _SHORTEST = 5.0
+_WORLDS = 5
 # PyTorch multiplies float32 as it is, but Transformer Engine rounds it to TF32 unless it is told not to.
 _EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 
@@ -66,22 +64,12 @@ class Crew:
         for _ in range(size):
             self._free[1].put(self._world(1))
 
-    def ask(self, work: str) -> Any:
-        """Return what a function returns in one of the worlds.
-
-        Raises:
-            MoREError: If it fails there.
-        """
-        world = self._free[1].get()
-        try:
-            return world.call(work, timeout=max(self._clock.left, 0.0))[0]
-        except WorldError as error:
-            raise MoREError(f"a process on the platform {self._platform} cannot begin: {error}") from error
-        finally:
-            self._free[1].put(world)
-
     def run(self, stage: Stage) -> Iterator[Outcome]:
         """Yield the outcomes of a stage as they come."""
+        if stage.alone:
+            self.close()
+            self._free[1].put(self._world(1))
+            self._size = 1
         outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         with ThreadPoolExecutor(self._size if stage.parallel else 1) as threads:
             for case in stage.cases:
@@ -159,36 +147,33 @@ def check(request: Request, begin: Callable[[Stage], None], report: Callable[[Ou
         report: Called with each outcome as it comes.
 
     Raises:
-        MoREError: If a system does not exist, or no process can begin.
+        MoREError: If a system does not exist.
     """
     clock, cores = Clock(request.budget), os.cpu_count() or 1
-    # Small models leave a device idle: several processes share it.
-    size = min(4, max(cores // 2, 1))
-    background = Crew("cpu", 1, clock, max(cores // 2, 1))
-    crew = Crew("cpu" if request.dry else "cuda", size, clock, max(cores // size // 2, 1))
-    try:
-        with tempfile.TemporaryDirectory(prefix="more-check-") as folder:
-            plan = _plan(request, background.ask(_CANDIDATES), Path(folder))
-            # The CPU's part is done while the others import and look at the environment.
-            helper = threading.Thread(target=_do_references, args=(background, plan, report))
-            helper.start()
-            try:
-                _run_stages(crew, [stage for stage in stages(plan) if stage.letter in request.letters], begin, report)
-            finally:
-                helper.join()
-    finally:
-        crew.close()
-        background.close()
+    with tempfile.TemporaryDirectory(prefix="more-check-") as folder:
+        plan = _plan(request, Path(folder))
+        # Small models leave a device idle: several processes share it.
+        size = min(_WORLDS, max(cores // 2, 1))
+        background = Crew("cpu", 1, clock, max(cores // 2, 1))
+        crew = Crew(plan.platform, size, clock, max(cores // size // 2, 1))
+        # The CPU's part is done while the others import and look at the environment.
+        helper = threading.Thread(target=_do_references, args=(background, plan, report))
+        helper.start()
+        try:
+            _run_stages(crew, [stage for stage in stages(plan) if stage.letter in request.letters], begin, report)
+        finally:
+            helper.join()
+            crew.close()
+            background.close()
 
 
-def _plan(request: Request, found: list[Candidate], folder: Path) -> Plan:
-    names = [candidate.name for candidate in found]
+def _plan(request: Request, folder: Path) -> Plan:
     for name in request.systems or ():
-        if name not in names:
-            raise MoREError(f"--systems {name} does not exist: choose among {', '.join(names)}")
+        if name not in names():
+            raise MoREError(f"--systems {name} does not exist: choose among {', '.join(names())}")
     return Plan(
         dry=request.dry,
-        systems=tuple(one for one in found if one.name in (request.systems or names)),
+        systems=tuple(request.systems or names()),
         folder=folder,
         ranks=2 if request.dry else request.gpus,
         has_te=not request.dry and has_package("transformer_engine"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from more_megatron.evaluation.gpu_check.plan import BACKENDS, Backend, Flags, Plan, Subject, command_line
-from more_megatron.evaluation.gpu_check.systems import Candidate
+from more_megatron.evaluation.gpu_check.plan import BACKENDS, Backend, Flags, Plan, command_line
+from more_megatron.systems import get_system
 
 __all__ = ["Case", "Stage", "references", "stages"]
 
@@ -39,7 +39,8 @@ class Stage:
         letter: Short name.
         title: What is asked.
         cases: In the order in which they begin.
-        parallel: Whether cases may share the device: not where it is timed.
+        parallel: Whether several cases may be under way at once.
+        alone: Whether no other process may be on the device: what is measured takes all of it.
         obstacle: Why it cannot be done here; empty if it can.
     """
 
@@ -47,6 +48,7 @@ class Stage:
     title: str
     cases: list[Case]
     parallel: bool = True
+    alone: bool = False
     obstacle: str = ""
 
 
@@ -59,7 +61,7 @@ def stages(plan: Plan) -> list[Stage]:
         Stage("b", "parity with the CPU", _parity(plan)),
         Stage("c", "training, resumption, export", _training(plan)),
         Stage("d", "FP8 against bf16", _fp8(plan), obstacle=no_te),
-        Stage("e", "speed", _speed(plan), parallel=False),
+        Stage("e", "speed", _speed(plan), parallel=False, alone=True),
         Stage("f", "layouts over several ranks", _layouts(plan), parallel=False, obstacle=one_gpu),
     ]
 
@@ -74,7 +76,7 @@ def references(plan: Plan) -> list[Case]:
         for system in plan.systems:
             flags = _parity_flags(plan, system, precision, BACKENDS["local"].flags | _PRECISIONS["fp32"])
             arguments = (_reference(plan, system, precision), flags)
-            found.append(Case(f"{system.name}, {precision}", f"{_WORK}.parity:save_reference", arguments))
+            found.append(Case(f"{system}, {precision}", f"{_WORK}.parity:save_reference", arguments))
     return found
 
 
@@ -94,7 +96,7 @@ def _parity(plan: Plan) -> list[Case]:
             for system in plan.systems:
                 flags = _parity_flags(plan, system, precision, backend.flags | _PRECISIONS[precision])
                 arguments = (_reference(plan, system, precision), flags, precision)
-                found.append(Case(f"{system.name}, {backend.name} {precision}", f"{_WORK}.parity:compare", arguments))
+                found.append(Case(f"{system}, {backend.name} {precision}", f"{_WORK}.parity:compare", arguments))
     return found
 
 
@@ -102,14 +104,14 @@ def _parity_precisions(plan: Plan) -> tuple[str, ...]:
     return ("fp32",) if plan.dry else tuple(_PRECISIONS)
 
 
-def _parity_flags(plan: Plan, system: Candidate, precision: str, more: Flags) -> str:
+def _parity_flags(plan: Plan, system: str, precision: str, more: Flags) -> str:
     # A rounding in bf16 could send a token elsewhere: there every token goes to every expert.
     everywhere = {"moe-router-topk": 4} if precision == "bf16" else {}
     return command_line(system, plan.sizes.parity, everywhere, more, steps=3, backprop_steps=2)
 
 
-def _reference(plan: Plan, system: Candidate, precision: str) -> str:
-    return str(plan.folder / f"reference-{precision}-{system.name}")
+def _reference(plan: Plan, system: str, precision: str) -> str:
+    return str(plan.folder / f"reference-{precision}-{system}")
 
 
 def _corpus(plan: Plan) -> str:
@@ -124,13 +126,13 @@ def _training(plan: Plan) -> list[Case]:
             other = next((b for b in plan.backends if b is not backend), backend)
             lines = [_training_flags(plan, system, backend), _training_flags(plan, system, other)]
             lines.append(command_line(system, sizes.training, {"data-path": _corpus(plan)}, exact))
-            folder = str(plan.folder / f"training-{system.name}-{backend.name}")
+            folder = str(plan.folder / f"training-{system}-{backend.name}")
             arguments = (*lines, folder, sizes.training_steps, sizes.fall)
-            found.append(Case(f"{system.name}, {backend.name}", f"{_WORK}.training:learn_and_hand_on", arguments))
+            found.append(Case(f"{system}, {backend.name}", f"{_WORK}.training:learn_and_hand_on", arguments))
     return found
 
 
-def _training_flags(plan: Plan, system: Candidate, backend: Backend) -> str:
+def _training_flags(plan: Plan, system: str, backend: Backend) -> str:
     return command_line(system, plan.sizes.training, {"data-path": _corpus(plan)}, backend.flags)
 
 
@@ -139,30 +141,29 @@ def _fp8(plan: Plan) -> list[Case]:
     for system in plan.systems:
         recipes = {name: command_line(system, *flags, recipe) for name, recipe in plan.recipes.items()}
         arguments = (command_line(system, *flags), recipes, plan.sizes.fp8_steps)
-        found.append(Case(system.name, f"{_WORK}.training:learn_in_fp8", arguments))
+        found.append(Case(system, f"{_WORK}.training:learn_in_fp8", arguments))
     return found
 
 
 def _speed(plan: Plan) -> list[Case]:
     sizes, folder, backend = plan.sizes, str(plan.folder), plan.backends[-1].flags
+    # What others are compared with comes first.
+    systems = sorted(plan.systems, key=lambda name: get_system(name).recurrent)
 
-    def subjects(more: Flags) -> list[Subject]:
-        return [
-            Subject(s.name, s.recurrent, command_line(s, sizes.speed, backend, more, steps=sizes.steps))
-            for s in plan.systems
-        ]
+    def lines(more: Flags) -> dict[str, str]:
+        return {name: command_line(name, sizes.speed, backend, more, steps=sizes.steps) for name in systems}
 
-    def measure(subject: Subject, precision: str) -> Case:
-        arguments = (subject, precision, plan.systems[0].name, folder, sizes)
-        return Case(f"{subject.name}, {precision}", f"{_WORK}.speed:measure", arguments)
+    def measure(name: str, line: str, precision: str) -> Case:
+        arguments = (name, precision, line, systems[0], folder, sizes)
+        return Case(f"{name}, {precision}", f"{_WORK}.speed:measure", arguments)
 
-    all_bf16 = subjects({})
-    all_fp8 = subjects(next(iter(plan.recipes.values()))) if plan.dry or plan.has_te else []
+    bf16 = lines({})
+    fp8 = lines(next(iter(plan.recipes.values()))) if plan.dry or plan.has_te else {}
     return [
-        Case("equal cost", f"{_WORK}.speed:save_target", (all_bf16, folder, sizes)),
-        *(measure(subject, "bf16") for subject in all_bf16),
-        Case("kernels of the slowest", f"{_WORK}.speed:profile_slowest", (all_bf16, folder, sizes)),
-        *(measure(subject, "fp8") for subject in all_fp8),
+        Case("equal cost", f"{_WORK}.speed:save_target", (bf16, folder, sizes)),
+        *(measure(name, line, "bf16") for name, line in bf16.items()),
+        Case("kernels of the slowest", f"{_WORK}.speed:profile_slowest", (bf16, folder, sizes)),
+        *(measure(name, line, "fp8") for name, line in fp8.items()),
     ]
 
 
@@ -170,10 +171,10 @@ def _layouts(plan: Plan) -> list[Case]:
     found = []
     flags = (plan.sizes.training, {"data-path": _corpus(plan)}, BACKENDS["local"].flags, _PRECISIONS["fp32"])
     for system in plan.systems:
-        folder = str(plan.folder / f"layouts-{system.name}")
+        folder = str(plan.folder / f"layouts-{system}")
         alone = (command_line(system, *flags), _LAYOUT_STEPS, folder)
-        found.append(Case(f"{system.name}, one rank", f"{_WORK}.training:save_losses", alone))
+        found.append(Case(f"{system}, one rank", f"{_WORK}.training:save_losses", alone))
         layouts = {name: command_line(system, *flags, layout) for name, layout in plan.layouts.items()}
         together = (layouts, _LAYOUT_STEPS, folder)
-        found.append(Case(system.name, f"{_WORK}.training:under_layouts", together, ranks=plan.ranks))
+        found.append(Case(system, f"{_WORK}.training:under_layouts", together, ranks=plan.ranks))
     return found

@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
-from more_megatron.hf.mapping import EXPERTS
+from more_megatron.flags import MoREFlags, flag
+from more_megatron.systems import get_system, names
 
-__all__ = ["args_from_config", "config_from_args", "evaluation_steps"]
+__all__ = ["args_from_config", "config_from_args"]
 
 # Arguments that the Hugging Face model knows under one value only.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -46,9 +46,6 @@ _POSITIONS = {"rope": "rope", "none": "none", "learned_absolute": "learned"}
 _ROUTINGS_WITH_A_STATE = ("sinkhorn", "quantile_balancing")
 # Factor of Megatron's --use-rope-scaling, whatever else is asked for: megatron/training/models/gpt.py.
 _ROPE_SCALING_FACTOR = 8.0
-_DEFAULT_STEPS = 4
-# The defaults of more_megatron/experts/recurrent.py and projections.py, in hidden sizes.
-_BLOCK_WIDTHS = {"recurrent_experts": 2, "shared_block": 4, "shared_block_ffn": 4}
 
 
 def config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
@@ -154,29 +151,15 @@ def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def evaluation_steps(args: argparse.Namespace) -> int:
-    """Return the recurrence steps of evaluation, as `more_megatron.config.MoREConfig` does with all of Megatron."""
-    if args.recurrence_eval_steps is not None:
-        return args.recurrence_eval_steps
-    if args.recurrence_steps is not None:
-        return args.recurrence_steps
-    if args.recurrence_curriculum is not None:
-        return Curriculum(args.recurrence_curriculum).last
-    lowest = args.recurrence_min_steps or 1
-    if args.recurrence_sampling == "uniform" and args.recurrence_max_steps is not None:
-        return (lowest + args.recurrence_max_steps + 1) // 2
-    return max(_DEFAULT_STEPS, lowest)
-
-
 def _check(args: argparse.Namespace) -> None:
     variant = getattr(args, "more_variant", None)
-    if variant not in EXPERTS:
+    if variant not in names():
         system = "a run without --more-variant" if variant is None else f"--more-variant {variant}"
-        raise MoREError(f"the checkpoint is of {system}: systems that can be converted are {', '.join(EXPERTS)}")
+        raise MoREError(f"the checkpoint is of {system}: systems that can be converted are {', '.join(names())}")
     for name, supported in _UNSUPPORTED.items():
         value = getattr(args, name, supported[0])
         if value not in supported:
-            raise MoREError(f"{_flag(name)} {value} has no counterpart in the Hugging Face model")
+            raise MoREError(f"{flag(name)} {value} has no counterpart in the Hugging Face model")
     if args.position_embedding_type not in _POSITIONS:
         raise MoREError(
             f"--position-embedding-type {args.position_embedding_type} has no counterpart in the Hugging Face model, "
@@ -186,10 +169,6 @@ def _check(args: argparse.Namespace) -> None:
     for name in [balancing] if isinstance(balancing, str) else balancing:
         if name in _ROUTINGS_WITH_A_STATE:
             raise MoREError(f"--moe-router-load-balancing-type {name} has no counterpart in the Hugging Face model")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _activation(args: argparse.Namespace) -> tuple[str, bool]:
@@ -256,7 +235,7 @@ def _recurrence(args: argparse.Namespace) -> dict[str, Any]:
     default = _default_width(args.more_variant, args.hidden_size)
     return {
         "recurrent_intermediate_size": None if default is None else args.recurrence_ffn_hidden_size or default,
-        "mean_recurrence": evaluation_steps(args),
+        "mean_recurrence": MoREFlags.of(args).evaluation_steps,
         "residual_scale": args.recurrence_residual_scale,
         "router_logit_ema": args.router_logit_ema,
         "state_std": args.recurrence_state_std,
@@ -266,5 +245,5 @@ def _recurrence(args: argparse.Namespace) -> dict[str, Any]:
 
 def _default_width(variant: str, hidden_size: int) -> int | None:
     """Return the width of the MLP in a recurrent block if nothing is said; None where there is no such block."""
-    factor = _BLOCK_WIDTHS.get(variant)
+    factor = get_system(variant).block_width
     return None if factor is None else factor * hidden_size

@@ -15,9 +15,10 @@ from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args  # noqa: E402
 
-from more_megatron.config import MoREConfig  # noqa: E402
+from more_megatron.config import config_class  # noqa: E402
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint  # noqa: E402
-from more_megatron.variants import block_spec  # noqa: E402
+from more_megatron.model.builder import MoREModelConfig  # noqa: E402
+from more_megatron.systems import get_system  # noqa: E402
 
 __all__ = ["megatron_logits"]
 
@@ -110,9 +111,10 @@ def _one_rank() -> None:
 
 def _build(args: argparse.Namespace, checkpoint: MegatronCheckpoint) -> GPTModel:
     args.padded_vocab_size = checkpoint.shapes()["embedding.word_embeddings.weight"][0]
-    config = core_transformer_config_from_args(args, MoREConfig)
-    model_config = gpt_config_from_args(args, config)
-    model_config.transformer_layer_spec = lambda model_config, vp_stage=None: block_spec(config, vp_stage)
+    system = get_system(args.more_variant)
+    config = core_transformer_config_from_args(args, config_class(system.Flags))
+    model_config = gpt_config_from_args(args, config, MoREModelConfig)
+    model_config.transformer_layer_spec = system.stack(config)
     model_config.parallel_output = False
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return model_config.get_builder_cls()(model_config).build_model(groups)

@@ -14,8 +14,8 @@ from more_megatron.evaluation.gpu_check.outcomes import Finding
 from more_megatron.evaluation.gpu_check.work.runs import configure, fresh_model
 from more_megatron.evaluation.gpu_check.work.tensors import gradients, sharded
 from more_megatron.evaluation.step_benchmark import forward
-from more_megatron.recurrence.depth import Depth
-from more_megatron.recurrence.noise import state_noise
+from more_megatron.model.depth import Depth
+from more_megatron.model.noise import state_noise
 
 __all__ = ["compare", "compare_noise", "save_noise", "save_reference"]
 

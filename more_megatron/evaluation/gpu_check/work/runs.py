@@ -112,12 +112,22 @@ def _forget_run() -> None:
 
     The process group of all ranks stays; Megatron takes it over where it finds one.
     """
+    _leave_groups()
     training.destroy_global_state()
     destroy_moe_metrics_tracker()
     checkpointing._CHECKPOINT_VERSION = None
     checkpointing._LOADED_ITERATION = None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _free()
+
+
+def _leave_groups() -> None:
+    """Leave the process groups of Megatron, which forgets them and would leave their communicators in memory."""
+    if not torch.distributed.is_initialized():
+        return
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
 
 
 def _free() -> None:

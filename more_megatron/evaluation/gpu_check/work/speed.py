@@ -14,12 +14,18 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.gpu_check.outcomes import Finding
-from more_megatron.evaluation.gpu_check.plan import Sizes, Subject
+from more_megatron.evaluation.gpu_check.plan import Sizes
 from more_megatron.evaluation.gpu_check.work.runs import configure, sole_rank
-from more_megatron.evaluation.step_benchmark import StepBenchmark, match_flops, peak_bytes, reset_peak
+from more_megatron.evaluation.step_benchmark import (
+    StepBenchmark,
+    at_equal_cost,
+    peak_bytes,
+    reset_peak,
+    system_cost,
+)
+from more_megatron.model.depth import Depth
 from more_megatron.platform import Platform, initialize_platform
-from more_megatron.recurrence.depth import Depth
-from more_megatron.variants import model_cost
+from more_megatron.systems import get_system
 
 __all__ = ["measure", "profile_slowest", "save_target"]
 
@@ -29,34 +35,35 @@ _KERNELS = 10
 _WAITS_SHOWN = 4
 
 
-def save_target(subjects: list[Subject], folder: str, sizes: Sizes) -> Finding:
+def save_target(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
     """Find the cost a token that all systems are brought to: that of the most expensive one as it is.
 
     Args:
-        subjects: All systems.
+        lines: Command line of each system.
         folder: Where the figure is left.
         sizes: Of this stage.
     """
     costs = {}
-    for subject in subjects:
-        args, model_config = configure(subject.line)
-        cost = model_cost(model_config.transformer, args.padded_vocab_size, args.seq_length)
-        costs[subject.name] = cost.training_flops(0, sizes.steps)
+    for name, line in lines.items():
+        args, model_config = configure(line)
+        cost = system_cost(model_config.transformer, args.padded_vocab_size, args.seq_length)
+        costs[name] = cost.training_flops(0, sizes.steps)
     Path(folder, "target.json").write_text(json.dumps(max(costs.values())))
     return Finding({f"GFLOP a token, {name}": cost / 1e9 for name, cost in costs.items()})
 
 
-def measure(subject: Subject, precision: str, baseline: str, folder: str, sizes: Sizes) -> Finding:
+def measure(name: str, precision: str, line: str, baseline: str, folder: str, sizes: Sizes) -> Finding:
     """Time forward and backward pass of a system, without the optimizer.
 
     Args:
-        subject: The system.
+        name: Name of the system.
         precision: `bf16` or `fp8`.
+        line: Command line.
         baseline: Name of the system that others are compared with; measured first.
         folder: Where `save_target` has been; the figures are left there.
         sizes: Of this stage.
     """
-    model_config, seq_length = _matched(subject.line, folder, sizes)
+    model_config, seq_length = _matched(line, folder, sizes)
     depth = Depth(0, sizes.steps)
     benchmark, micro_batch, peak = _filled(model_config, seq_length, depth, sizes)
     for _ in range(sizes.warmup):
@@ -70,11 +77,11 @@ def measure(subject: Subject, precision: str, baseline: str, folder: str, sizes:
         "TFLOP/s": benchmark.cost.training_flops(0, sizes.steps) * tokens / seconds / 1e12,
         "GiB": peak / 2**30,
     }
-    Path(folder, f"speed-{precision}-{subject.name}.json").write_text(json.dumps(figures))
-    figures |= _ratios(subject.name, precision, baseline, Path(folder))
+    Path(folder, f"speed-{precision}-{name}.json").write_text(json.dumps(figures))
+    figures |= _ratios(name, precision, baseline, Path(folder))
     if precision == "bf16":
         figures |= _waits(benchmark, depth)
-        if subject.recurrent:
+        if get_system(name).recurrent:
             figures |= {f"ms at r={r}": 1e3 * _seconds(benchmark, Depth(0, r)) for r in sizes.depths}
     return Finding(figures)
 
@@ -83,9 +90,8 @@ def _matched(line: str, folder: str, sizes: Sizes) -> tuple[GPTModelConfig, int]
     """Return the model whose experts are as wide as the common cost allows, and the length of its sequences."""
     args, model_config = configure(line)
     target = json.loads(Path(folder, "target.json").read_text())
-    config, depth = model_config.transformer, Depth(0, sizes.steps)
-    model_config.transformer = match_flops(config, target, depth, args.padded_vocab_size, args.seq_length)
-    return model_config, args.seq_length
+    depth = Depth(0, sizes.steps)
+    return at_equal_cost(model_config, target, depth, args.padded_vocab_size, args.seq_length), args.seq_length
 
 
 def _filled(
@@ -94,12 +100,10 @@ def _filled(
     """Return a benchmark whose micro-batch is as large as fits, its size, and the most memory a step takes."""
     sole_rank()
     benchmark = StepBenchmark(model_config, seq_length, 1)
-    sizes_, peaks = (1, 2), []
-    for size in sizes_:
-        peaks.append(_peak(benchmark, size, depth))
-    micro_batch, each = 2, max(peaks[1] - peaks[0], 1)
-    while 2 * micro_batch <= sizes.micro_batch and peaks[0] + (2 * micro_batch - 1) * each < _FILL * _memory():
-        micro_batch *= 2
+    one, two = (_peak(benchmark, size, depth) for size in (1, 2))
+    micro_batch, each = sizes.micro_batch, max(two - one, 1)
+    while micro_batch > 1 and one + (micro_batch - 1) * each > _FILL * _memory():
+        micro_batch //= 2
     return benchmark, micro_batch, _peak(benchmark, micro_batch, depth)
 
 
@@ -149,26 +153,29 @@ def _waits(benchmark: StepBenchmark, depth: Depth) -> dict[str, Any]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = Counter(
-        f"{Path(warning.filename).name}:{warning.lineno}" for warning in caught if "synchroniz" in str(warning.message)
+        f"{Path(warning.filename).name}:{warning.lineno}"
+        for warning in caught
+        # Not those of the clock.
+        if "synchroniz" in str(warning.message) and not warning.filename.endswith("cuda/__init__.py")
     )
     most = ", ".join(f"{place} x {count}" for place, count in places.most_common(_WAITS_SHOWN))
     return {"waits": sum(places.values()), "waits at": most}
 
 
-def profile_slowest(subjects: list[Subject], folder: str, sizes: Sizes) -> Finding:
+def profile_slowest(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
     """List the most expensive kernels of the system that gets least out of the device.
 
     Args:
-        subjects: All systems.
+        lines: Command line of each system.
         folder: Where `measure` has left its figures.
         sizes: Of this stage.
     """
-    figures = {subject: _read(Path(folder, f"speed-bf16-{subject.name}.json")) for subject in subjects}
-    measured = {subject: float(known["TFLOP/s"]) for subject, known in figures.items() if known}
+    figures = {name: _read(Path(folder, f"speed-bf16-{name}.json")) for name in lines}
+    measured = {name: float(known["TFLOP/s"]) for name, known in figures.items() if known}
     if not measured:
         raise MoREError("no system was measured: there is none to look into")
     slowest = min(measured, key=measured.__getitem__)
-    model_config, seq_length = _matched(slowest.line, folder, sizes)
+    model_config, seq_length = _matched(lines[slowest], folder, sizes)
     depth = Depth(0, sizes.steps)
     benchmark, _, _ = _filled(model_config, seq_length, depth, sizes)
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -176,7 +183,7 @@ def profile_slowest(subjects: list[Subject], folder: str, sizes: Sizes) -> Findi
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         benchmark.step(depth)
-    return Finding({"system": slowest.name, "kernels": _kernels(profile)})
+    return Finding({"system": slowest, "kernels": _kernels(profile)})
 
 
 def _kernels(profile: torch.profiler.profile) -> list[str]:

@@ -1,0 +1,127 @@
+"""Causal attention within short segments on a CPU: a batched product for all heads of many segments.
+
+PyTorch's fused kernel takes a head of a segment at a time, in blocks that a few dozen rows do not fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from more_megatron.blocks.segments import Segments
+
+__all__ = ["are_short", "short_segment_attention"]
+
+# Beyond as many scores a row, which are all stored, the fused kernel is faster.
+_MOST_SCORES = 64
+
+
+def are_short(query: torch.Tensor, segments: Segments) -> bool:
+    """Return whether attention is faster here than in PyTorch's fused kernel.
+
+    Args:
+        query: [rows, heads, head_dim].
+        segments: Where the segments are.
+    """
+    if query.device.type != "cpu" or query.dtype != torch.float32 or query.size(0) == 0:
+        return False
+    shapes, _ = segments.rectangles
+    rows = sum(number * length for number, length in shapes)
+    return sum(number * length**2 for number, length in shapes) <= _MOST_SCORES * rows
+
+
+def short_segment_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
+) -> torch.Tensor:
+    """Attend causally within each segment; arguments and result as those of `segment_attention`."""
+    counts = query.size(1), key.size(1)
+    tiles = segments.derived.get(counts) or segments.derived.setdefault(counts, _Tiles.of(segments, *counts))
+    return _ShortSegmentAttention.apply(query, key, value, tiles)
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Heads of rows in rectangles of segments, [heads * segments, length, head_dim], one after the other.
+
+    Attributes:
+        shapes: Segments times heads, and length, of each rectangle.
+        places: Place of each head of each row, int64 [rows * heads].
+        query_heads: The head of a row that is at each place, int64 [places]; any where there is padding.
+        key_heads: Likewise among the heads of keys and values.
+    """
+
+    shapes: list[tuple[int, int]]
+    places: torch.Tensor
+    query_heads: torch.Tensor
+    key_heads: torch.Tensor
+
+    @classmethod
+    def of(cls, segments: Segments, heads: int, groups: int) -> _Tiles:
+        shapes, rows = segments.rectangles
+        sizes = torch.tensor([number * length for number, length in shapes])
+        ends = sizes.cumsum(0)
+        rectangle = torch.bucketize(rows, ends, right=True)
+        first, size = (ends - sizes)[rectangle], sizes[rectangle]
+        head = torch.arange(heads)
+        places = ((first * heads + rows - first).unsqueeze(1) + size.unsqueeze(1) * head).flatten()
+        query_heads = torch.zeros(int(ends[-1]) * heads, dtype=torch.int64)
+        query_heads[places] = torch.arange(len(places))
+        row, head = query_heads // heads, query_heads % heads
+        key_heads = row * groups + head // (heads // groups)
+        return cls([(heads * number, length) for number, length in shapes], places, query_heads, key_heads)
+
+    def rectangles(self, *flat: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Yield the rectangles of tensors [places, head_dim], those of the same shape together."""
+        parts = (x.split([number * length for number, length in self.shapes]) for x in flat)
+        for shape, *same in zip(self.shapes, *parts, strict=True):
+            yield tuple(x.view(*shape, x.size(-1)) for x in same)
+
+
+class _ShortSegmentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: _Tiles) -> torch.Tensor:
+        # Padding comes after the rows of a segment, so the causal mask hides it.
+        scale = query.size(-1) ** -0.5
+        padded = [_heads(query).index_select(0, tiles.query_heads).mul_(scale)]
+        padded += [_heads(x).index_select(0, tiles.key_heads) for x in (key, value)]
+        context, weights = torch.empty_like(padded[0]), []
+        for q, k, v, out in tiles.rectangles(*padded, context):
+            mask = q.new_full((q.size(1), q.size(1)), -torch.inf).triu_(1)
+            weights.append(torch.baddbmm(mask, q, k.transpose(1, 2)).softmax(dim=-1))
+            torch.bmm(weights[-1], v, out=out)
+        ctx.tiles, ctx.groups, ctx.scale = tiles, key.size(1), scale
+        ctx.save_for_backward(*padded, *weights)
+        return context.index_select(0, tiles.places).view(query.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tiles: _Tiles = ctx.tiles
+        # Read once: recomputation does not give them twice.
+        saved = ctx.saved_tensors
+        padded, all_weights = saved[:3], saved[3:]
+        grads = [torch.empty_like(x) for x in padded]
+        # What padding attends to gets no gradient from it.
+        grad_context = torch.zeros_like(padded[0]).index_copy_(0, tiles.places, _heads(grad))
+        rectangles = tiles.rectangles(*padded, grad_context, *grads)
+        for weights, (q, k, v, grad_out, grad_q, grad_k, grad_v) in zip(all_weights, rectangles, strict=True):
+            torch.bmm(weights.transpose(1, 2), grad_out, out=grad_v)
+            grad_weights = torch.bmm(grad_out, v.transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+            torch.bmm(grad_scores, k, out=grad_q)
+            torch.bmm(grad_scores.transpose(1, 2), q, out=grad_k)
+        grad_q, grad_k, grad_v = (x.index_select(0, tiles.places).view(grad.shape) for x in grads)
+        return grad_q.mul_(ctx.scale), _sum_shared(grad_k, ctx.groups), _sum_shared(grad_v, ctx.groups), None
+
+
+def _heads(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.size(-1))
+
+
+def _sum_shared(grad: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return the gradient of keys or values, [rows, groups, d], from those of the heads that share them."""
+    return grad if grad.size(1) == groups else grad.unflatten(1, (groups, -1)).sum(dim=2)

@@ -1,0 +1,246 @@
+"""The backend of Transformer Engine: its norms, linear layers, grouped linear layers and attention, in bf16 or FP8.
+
+Nothing of its own is written to checkpoints, so that they load under the other backend: what its modules call extra
+state is empty but for the scaling histories of delayed FP8, which fill again within a few steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformer_engine.pytorch as te
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+from megatron.core.fp8_utils import get_fp8_align_size
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+from more_megatron.blocks.backends.interface import (
+    Backend,
+    Piece,
+    RowGroups,
+    SandwichParts,
+    SegmentAttention,
+    Weights,
+    parameter_device,
+)
+from more_megatron.blocks.backends.local import segment_attention
+from more_megatron.blocks.segments import Segments
+from more_megatron.config import MoREConfig
+
+__all__ = ["TransformerEngineBackend"]
+
+
+class TransformerEngineBackend(Backend):
+    """Transformer Engine. Each group's weight is a parameter, [out, in], of one module for all groups."""
+
+    def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
+        submodules = get_gpt_layer_with_transformer_engine_submodules(
+            num_experts=config.num_moe_experts if moe else None,
+            moe_grouped_gemm=config.moe_grouped_gemm and moe,
+            qk_layernorm=config.qk_layernorm,
+            qk_l2_norm=config.qk_l2_norm,
+        )
+        attention = submodules.self_attention.submodules
+        attention = dataclasses.replace(
+            attention,
+            q_layernorm=_without_state(attention.q_layernorm),
+            k_layernorm=_without_state(attention.k_layernorm),
+        )
+        return dataclasses.replace(
+            submodules,
+            input_layernorm=_without_state(submodules.input_layernorm),
+            pre_mlp_layernorm=_without_state(submodules.pre_mlp_layernorm),
+            self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
+        )
+
+    def sandwich_parts(self) -> SandwichParts:
+        parts = TESpecProvider()
+        return SandwichParts.of(
+            self.norm(), parts.core_attention(), parts.column_parallel_linear(), parts.row_parallel_linear()
+        )
+
+    def norm(self) -> LayerNormBuilder:
+        return _without_state(TENorm)
+
+    def looped(self, config: MoREConfig) -> MoREConfig:
+        # With fused accumulation a linear layer overwrites the gradient in its first pass of a step and adds to it in
+        # the later ones. In a loop the first pass is differentiated last. Told of no first pass, it always adds.
+        if config.gradient_accumulation_fusion:
+            config = copy.copy(config)
+            config.disable_parameter_transpose_cache = True
+        return config
+
+    def row_multiple(self, config: MoREConfig) -> int:
+        # Megatron enters FP8 layer by layer; some layers may stay in bf16.
+        return get_fp8_align_size(config.fp8_recipe) if FP8GlobalStateManager.is_fp8_enabled() else 1
+
+    def linear_weights(self, config: MoREConfig, groups: int, shape: tuple[int, ...], columns: int = 1) -> Weights:
+        sizes = shape[-1] // columns, math.prod(shape[:-1])
+        if columns > 1:
+            return torch.nn.ModuleList(_linear(config, groups, *sizes) for _ in range(columns))
+        return _linear(config, groups, *sizes)
+
+    def pieces(self, weights: Weights) -> Iterator[Piece]:
+        assert isinstance(weights, torch.nn.Module)
+        modules = list(weights) if isinstance(weights, torch.nn.ModuleList) else [weights]
+        for column, module in enumerate(modules):
+            for group, parameter in enumerate(module.parameters()):
+                yield Piece(parameter, group, column, len(modules))
+
+    def columns(self, weights: Weights, number: int) -> tuple[Any, ...]:
+        assert isinstance(weights, torch.nn.ModuleList)
+        return tuple(weights)
+
+    def linear(self, rows: torch.Tensor, weights: Any, groups: RowGroups) -> torch.Tensor:
+        return weights(rows, groups)
+
+    def stacked(self, weights: Weights) -> torch.Tensor:
+        assert isinstance(weights, torch.nn.Module)
+        parameters = list(weights.parameters())
+        for parameter in parameters:
+            # With fused accumulation autograd's gradient is dropped as a dummy; so marked, it is added.
+            setattr(parameter, "zero_out_wgrad", True)  # noqa: B010
+        return torch.stack([*parameters])
+
+    def row_norm(self, config: MoREConfig) -> torch.nn.Module:
+        config = copy.copy(config)
+        config.normalization, config.layernorm_zero_centered_gamma = "RMSNorm", False
+        return self.norm()(config, config.hidden_size, config.layernorm_epsilon)
+
+    def segment_attention(self, heads: int, groups: int, head_dim: int) -> SegmentAttention:
+        return _SegmentAttention(heads, groups, head_dim)
+
+
+class _WithoutExtraState:
+    """Makes PyTorch neither write nor expect extra state."""
+
+    get_extra_state = torch.nn.Module.get_extra_state
+    set_extra_state = torch.nn.Module.set_extra_state
+
+
+class _FirstPass:
+    """Tells Transformer Engine which pass is the first of a training step: it quantizes the weights, later ones do not.
+
+    Megatron sets `is_first_microbatch` before each step.
+    """
+
+    fuse_wgrad_accumulation: bool
+
+    def _watch(self, config: MoREConfig) -> None:
+        self.is_first_microbatch = True
+        self._keeps_quantized = not config.disable_parameter_transpose_cache
+
+    def _is_first(self) -> bool | None:
+        """Return whether this pass is the first; None: quantize for this pass alone."""
+        # See `TransformerEngineBackend.looped`. A pass without gradient overwrites none.
+        overwrites = self.is_first_microbatch and self.fuse_wgrad_accumulation and torch.is_grad_enabled()
+        if overwrites or not self._keeps_quantized:
+            return None
+        is_first, self.is_first_microbatch = self.is_first_microbatch, False
+        return is_first
+
+
+class _Linear(_WithoutExtraState, _FirstPass, te.Linear):
+    """A linear map for rows of one group. Parallelism is the caller's business."""
+
+    def __init__(self, config: MoREConfig, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, **_options(config))
+        self._watch(config)
+
+    def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Return [rows, out] for [rows, in]."""
+        return super().forward(rows, is_first_microbatch=self._is_first())
+
+
+class _GroupedLinear(_WithoutExtraState, _FirstPass, te.GroupedLinear):
+    """A linear map for each group of rows. Parallelism is the caller's business."""
+
+    def __init__(self, config: MoREConfig, groups: int, in_features: int, out_features: int) -> None:
+        super().__init__(groups, in_features, out_features, **_options(config))
+        self._watch(config)
+
+    def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Return [rows, out] for [rows, in]."""
+        return super().forward(rows, groups.sizes, is_first_microbatch=self._is_first())
+
+
+def _linear(config: MoREConfig, groups: int, in_features: int, out_features: int) -> torch.nn.Module:
+    if groups == 1:
+        return _Linear(config, in_features, out_features)
+    return _GroupedLinear(config, groups, in_features, out_features)
+
+
+def _options(config: MoREConfig) -> dict[str, Any]:
+    return {
+        "bias": False,
+        "params_dtype": config.params_dtype,
+        "device": parameter_device(config),
+        "fuse_wgrad_accumulation": config.gradient_accumulation_fusion,
+        "init_method": _leave,
+    }
+
+
+def _leave(weight: torch.Tensor) -> None:
+    """Draw nothing: weights are drawn when the number of the layer is known."""
+
+
+class _SegmentAttention(_WithoutExtraState, te.DotProductAttention):
+    def __init__(self, heads: int, groups: int, head_dim: int) -> None:
+        super().__init__(
+            num_attention_heads=heads,
+            kv_channels=head_dim,
+            num_gqa_groups=groups,
+            attention_dropout=0.0,
+            qkv_format="thd",
+            attn_mask_type="padding_causal",
+        )
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+        """Return [rows, heads * head_dim] for [rows, heads or groups, head_dim]."""
+        if query.dtype == torch.float32:  # Its fused kernels are for half precision.
+            return segment_attention(query, key, value, segments).flatten(1)
+        offsets, longest = segments.without_empty.offsets, segments.longest
+        return super().forward(
+            query,
+            key,
+            value,
+            cu_seqlens_q=offsets,
+            cu_seqlens_kv=offsets,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+
+
+def _without_state(builder: Any) -> Any:
+    """Return a builder of Megatron's norms whose modules write and expect no extra state.
+
+    Norms have none to keep, and PyTorch's, which the other backend uses, know of none.
+    """
+    if builder is IdentityOp:
+        return builder
+
+    class Norm:
+        def __new__(cls, *args: Any, **kwargs: Any) -> torch.nn.Module:  # type: ignore[misc]
+            norm = builder(*args, **kwargs)
+            norm.register_state_dict_post_hook(_remove_extra_state)
+            norm.register_load_state_dict_pre_hook(_add_extra_state)
+            return norm
+
+    return Norm
+
+
+def _remove_extra_state(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state.pop(f"{prefix}_extra_state", None)
+
+
+def _add_extra_state(module: torch.nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    state.setdefault(f"{prefix}_extra_state", None)

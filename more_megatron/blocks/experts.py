@@ -1,0 +1,62 @@
+"""What all kinds of experts have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.utils import get_pg_rank
+
+from more_megatron.blocks.backends import backend_of
+from more_megatron.blocks.parameters import Placement, sharded_parameters
+from more_megatron.config import MoREConfig
+
+__all__ = ["Experts"]
+
+
+class Experts(MegatronModule):
+    """All experts of a layer that are on this rank. Takes the arguments of Megatron's experts.
+
+    The weights of an expert are split over the expert-tensor-parallel group.
+
+    Args:
+        num_local_experts: Number of experts on this rank.
+        config: Model configuration.
+        pg_collection: Process groups.
+        name: Name of the module, unused.
+    """
+
+    config: MoREConfig
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: MoREConfig,
+        *,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        first = get_pg_rank(pg_collection.ep) * num_local_experts
+        self.placement = Placement(
+            groups=range(first, first + num_local_experts),
+            num_groups=config.num_moe_experts,
+            split_group=pg_collection.expt_tp,
+            replica_rank=get_pg_rank(pg_collection.expt_dp),
+        )
+        self.backend = backend_of(config)
+        self.build()
+
+    @abstractmethod
+    def build(self) -> None:
+        """Create the weights."""
+
+    @abstractmethod
+    def set_layer_number(self, layer_number: int) -> None:
+        """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Return the weights of all experts as slices of one tensor each."""
+        return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)

@@ -1,0 +1,123 @@
+"""MoE sub-layers that are asked several times: iterated by themselves, or in a layer that is repeated."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from more_megatron.blocks.backends import backend_of
+from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.layer import LayerInputs, MicroBatchTransformerLayer
+from more_megatron.blocks.router import IteratedRouter, RouterStep
+from more_megatron.config import MoREConfig
+from more_megatron.model.truncation import iterate_residual
+
+__all__ = [
+    "IteratedMoELayer",
+    "RecurrentMoETransformerLayer",
+    "RepeatedMoETransformerLayer",
+    "RepeatedTransformerLayer",
+]
+
+
+class IteratedMoELayer(CapacityInTrainingMoELayer):
+    """Megatron's MoE layer as one step of an iteration."""
+
+    router: IteratedRouter
+
+    def forward(
+        self, hidden_states: torch.Tensor, inputs: LayerInputs, step: RouterStep
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Compute the increment of one step.
+
+        Args:
+            hidden_states: Normed state, [s, b, h].
+            inputs: What the layer knows about the micro-batch.
+            step: Which step it is.
+
+        Returns:
+            The increment, [s, b, h], and its bias.
+        """
+        with self.router.at(step):
+            return super().forward(hidden_states, padding_mask=inputs.padding_mask)
+
+
+class RecurrentMoETransformerLayer(MicroBatchTransformerLayer):
+    """A transformer layer whose MoE sub-layer is applied r times: `h <- h + scale * MoE(norm(h))`.
+
+    The router sees each new state. With r = 1 and scale 1 this is Megatron's layer. Selective recomputation of the MoE
+    part covers one step at a time.
+    """
+
+    def _apply_moe(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        step = functools.partial(self._step, inputs=inputs, in_graph=torch.is_grad_enabled())
+        return iterate_residual(step, hidden_states, inputs.micro_batch.depth)
+
+    def _step(
+        self,
+        hidden_states: torch.Tensor,
+        former_logits: torch.Tensor | None,
+        index: int,
+        *,
+        inputs: LayerInputs,
+        in_graph: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        depth = inputs.micro_batch.depth
+        has_grad = index >= depth.no_grad_steps
+
+        def sub_layer(
+            hidden_states: torch.Tensor, former_logits: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            # A step with gradient may run twice, first without; a step before them runs with the layer's own pass only.
+            counted = torch.is_grad_enabled() if has_grad else in_graph
+            step = RouterStep(index, 1.0 / max(depth.grad_steps, 1), counted, former_logits)
+            return self._moe_sub_layer(hidden_states, inputs, step), self.mlp.router.take_logits()
+
+        return self._recomputed(sub_layer, hidden_states, former_logits)
+
+    def _forward_post_mlp(
+        self, mlp_output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor
+    ) -> torch.Tensor:
+        output, bias = mlp_output_with_bias
+        scale = self.config.recurrence_residual_scale
+        if scale != 1.0:
+            output = output * scale
+            bias = None if bias is None else bias * scale
+        return super()._forward_post_mlp((output, bias), residual)
+
+
+class RepeatedTransformerLayer(TransformerLayer):
+    """A layer without experts in a group that is repeated."""
+
+    def __init__(self, config: MoREConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(backend_of(config).looped(config), *args, **kwargs)
+
+
+class RepeatedMoETransformerLayer(MicroBatchTransformerLayer):
+    """A layer with experts in a group that is repeated. Its router is asked once a pass.
+
+    The losses of the router are averaged over the passes with gradient, and every pass is counted once.
+    """
+
+    def __init__(self, config: MoREConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(backend_of(config).looped(config), *args, **kwargs)
+
+    def _apply_moe(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        current = inputs.current_pass
+        assert current is not None, "a repeated layer was called outside of a loop"
+
+        def sub_layer(
+            hidden_states: torch.Tensor, former_logits: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            weight = 1.0 / max(current.micro_batch.depth.grad_steps, 1)
+            step = RouterStep(current.index, weight, current.is_counted(), former_logits)
+            return self._moe_sub_layer(hidden_states, inputs, step), self.mlp.router.take_logits()
+
+        former_logits = current.former_logits.get(self.layer_number)
+        hidden_states, logits = self._recomputed(sub_layer, hidden_states, former_logits)
+        if logits is not None:
+            current.logits[self.layer_number] = logits if current.has_grad else logits.detach()
+        return hidden_states

@@ -1,0 +1,109 @@
+"""Layers and stacks in the forms that several systems have."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from more_megatron.blocks.backends import backend_of, final_norm, layer_submodules
+from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.config import MoREConfig
+from more_megatron.errors import MoREError
+from more_megatron.model.costs import Cost, attention_cost, linear_cost, mlp_cost
+from more_megatron.model.stack import Group, Layer, Stack
+
+__all__ = ["decoder_layers", "decoder_stack", "dense_layer", "ffn_experts_cost", "moe_layer"]
+
+
+def decoder_stack(config: MoREConfig, moe: Layer) -> Stack:
+    """Return a stack without loops: layers with experts, and dense ones where `moe_layer_freq` says so."""
+    return Stack(config, (Group(decoder_layers(config, moe, dense_layer(config))),), final_norm(config))
+
+
+def decoder_layers(config: MoREConfig, moe: Layer, dense: Layer) -> tuple[Layer, ...]:
+    """Return the layers of a model, as `moe_layer_freq` arranges those with and those without experts.
+
+    Raises:
+        MoREError: If the arrangement is one of another number of layers.
+    """
+    frequency = config.moe_layer_freq
+    if config.num_moe_experts is None:
+        return (dense,) * config.num_layers
+    if isinstance(frequency, int):
+        frequency = [int(index % frequency == 0) for index in range(config.num_layers)]
+    if len(frequency) != config.num_layers:
+        raise MoREError(f"--moe-layer-freq names {len(frequency)} layers, --num-layers is {config.num_layers}")
+    return tuple(moe if is_moe else dense for is_moe in frequency)
+
+
+def dense_layer(config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer) -> Layer:
+    """Return a layer with an MLP.
+
+    Args:
+        config: Model configuration.
+        layer: Transformer layer.
+    """
+
+    def cost(seq_length: int) -> Cost:
+        return _attention_part_cost(config, seq_length) + mlp_cost(config, config.ffn_hidden_size)
+
+    return Layer(ModuleSpec(module=layer, submodules=layer_submodules(config, moe=False)), cost)
+
+
+def moe_layer(
+    config: MoREConfig,
+    *,
+    layer: type[TransformerLayer] = TransformerLayer,
+    moe: Callable[..., MoELayer] = CapacityInTrainingMoELayer,
+    parts: dict[str, Any] | None = None,
+    experts_cost: Callable[[int], Cost] | None = None,
+    repeated: bool = False,
+) -> Layer:
+    """Return a layer with experts.
+
+    Args:
+        config: Model configuration.
+        layer: Transformer layer that holds the MoE part.
+        moe: MoE layer.
+        parts: Parts of the MoE layer that take the place of Megatron's: `experts`, `router`, `shared_experts`.
+        experts_cost: Cost of the routed experts and of what they share, given the length of a sequence. Default: that
+            of Megatron's.
+        repeated: Whether the MoE part runs in every step of a recurrence.
+    """
+    submodules = layer_submodules(config, moe=True)
+    # Megatron's submodules hold `functools.partial(MoELayer, submodules=...)`.
+    megatron_moe: Any = submodules.mlp
+    moe_submodules = dataclasses.replace(megatron_moe.keywords["submodules"], **(parts or {}))
+    mlp = functools.partial(functools.partial(_repeated, moe) if repeated else moe, submodules=moe_submodules)
+    spec = ModuleSpec(module=layer, submodules=dataclasses.replace(submodules, mlp=mlp))
+
+    def cost(seq_length: int) -> Cost:
+        experts = ffn_experts_cost(config) if experts_cost is None else experts_cost(seq_length)
+        part = experts + linear_cost(config.hidden_size, config.num_moe_experts)
+        if config.moe_shared_expert_intermediate_size is not None:
+            part += mlp_cost(config, config.moe_shared_expert_intermediate_size)
+        return _attention_part_cost(config, seq_length) + (part.in_every_step() if repeated else part)
+
+    return Layer(spec, cost)
+
+
+def _repeated(moe: Callable[..., MoELayer], *, config: MoREConfig, **kwargs: Any) -> MoELayer:
+    """Build a layer whose parts, Megatron's own among them, run in every step of a recurrence."""
+    return moe(config=backend_of(config).looped(config), **kwargs)
+
+
+def ffn_experts_cost(config: MoREConfig) -> Cost:
+    """Return the cost of Megatron's routed experts."""
+    return mlp_cost(config, config.moe_ffn_hidden_size).routed(config.num_moe_experts, config.moe_router_topk)
+
+
+def _attention_part_cost(config: MoREConfig, seq_length: int) -> Cost:
+    """Return the cost of attention and of the two norms of a layer."""
+    norms = 2 * config.hidden_size
+    return attention_cost(config, seq_length) + Cost(norms, norms)

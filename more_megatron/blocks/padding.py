@@ -1,0 +1,79 @@
+"""Rows that fill each group up to a number that a kernel wants, laid once around a whole recurrence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from more_megatron.blocks.backends import RowGroups
+from more_megatron.blocks.segments import Segments
+
+__all__ = ["RowPadding"]
+
+
+@dataclass(frozen=True)
+class RowPadding:
+    """Where the rows of each group lie once padding follows them. Padding rows are zero and are dropped again.
+
+    Attributes:
+        groups: Where the groups are, with padding.
+        places: For each row its place among all rows, int64 [rows]; None without padding.
+        shifts: How far the rows of each group moved, int32 [groups].
+        longest: Largest number of padding rows of a group.
+    """
+
+    groups: RowGroups
+    places: torch.Tensor | None = None
+    shifts: torch.Tensor | None = None
+    longest: int = 0
+
+    @classmethod
+    def of(cls, groups: RowGroups, multiple: int | None) -> RowPadding:
+        """Return the padding after which each group's number of rows is a multiple, and there is a row at all.
+
+        Args:
+            groups: Where the groups are.
+            multiple: Of what; None for no padding.
+        """
+        if multiple is None:
+            return cls(groups)
+        sizes = groups.sizes
+        padded = [-(-size // multiple) * multiple for size in sizes]
+        if sum(padded) == 0:
+            padded[0] = multiple
+        if padded == sizes:
+            return cls(groups)
+        device = groups.ends.device
+        padded_groups = RowGroups.of_sizes(padded, device)
+        # How much padding lies before the end of each group.
+        padding = padded_groups.ends - groups.ends
+        shifts = torch.nn.functional.pad(padding[:-1], (1, 0))
+        lengths = torch.tensor(sizes).to(device)
+        moved = torch.repeat_interleave(shifts, lengths, output_size=sum(sizes))
+        places = torch.arange(sum(sizes), device=device) + moved
+        longest = max(new - old for new, old in zip(padded, sizes, strict=True))
+        return cls(padded_groups, places, shifts, longest)
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return [rows, ...] with zeros where padding is."""
+        if self.places is None:
+            return rows
+        padded = rows.new_zeros(sum(self.groups.sizes), *rows.shape[1:])
+        return padded.index_copy(0, self.places, rows)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """Undo `pad`."""
+        return padded if self.places is None else padded.index_select(0, self.places)
+
+    def pad_segments(self, segments: Segments) -> Segments:
+        """Return the segments, each group's followed by one of its padding, which so reaches no row.
+
+        Args:
+            segments: The same number of segments for each group, sorted by group.
+        """
+        if self.shifts is None:
+            return segments
+        ends = segments.offsets[1:].view(len(self.shifts), -1) + self.shifts.unsqueeze(1)
+        ends = torch.cat((ends, self.groups.ends.unsqueeze(1)), dim=1).flatten()
+        return Segments(torch.nn.functional.pad(ends, (1, 0)), max(segments.longest, self.longest))

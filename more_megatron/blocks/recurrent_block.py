@@ -1,0 +1,205 @@
+"""Huginn's recurrent block over rows: an adapter and a sandwich block, one set of weights for each group of rows.
+
+    u <- Adapter([s; x]),   u <- N2(u + Attn(N1(u))),   s <- N4(u + MLP(N3(u)))
+
+Geiping et al., arXiv 2502.05171, section 3: four RMSNorms, two of them over the residual sum; the input x is injected
+in every step. All groups of a rank are computed together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+
+from more_megatron.blocks.backends import backend_of
+from more_megatron.blocks.parameters import (
+    Placement,
+    draw_parameter,
+    grouped_linear_weights,
+    grouped_norm_weight,
+    sharded_parameters,
+)
+from more_megatron.blocks.row_ops import rms_norm, rotate
+from more_megatron.blocks.rows import Rows
+from more_megatron.config import MoREConfig
+from more_megatron.model.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
+from more_megatron.model.depth import Depth
+from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.noise import state_noise
+from more_megatron.model.truncation import iterate_state
+
+__all__ = ["RecurrentBlock", "block_cost"]
+
+_NORMS = ("norm_1", "norm_2", "norm_3", "norm_4")
+
+
+class RecurrentBlock(MegatronModule):
+    """Recurrent blocks, one for each group.
+
+    Over the ranks of `placement.split_group` attention is split by heads and the MLP by width, as in tensor
+    parallelism; adapter and norms are on every rank.
+
+    Args:
+        config: Model configuration.
+        placement: Which groups are here.
+        ffn_hidden_size: Width of the gated MLP.
+        name: Name of the block, unique within the layer.
+    """
+
+    def __init__(self, config: MoREConfig, placement: Placement, ffn_hidden_size: int, name: str) -> None:
+        super().__init__(config=config)
+        self.placement = placement
+        self.layer_number = 0
+        self._backend = backend_of(config)
+        self._name = name
+        self._head_dim = config.kv_channels
+        self._queries_per_group = config.num_attention_heads // config.num_query_groups
+        hidden, heads = config.hidden_size, config.num_attention_heads * self._head_dim
+        # For each query group its queries, then its key and its value: Megatron's order, which splits by groups.
+        qkv = config.num_query_groups * (self._queries_per_group + 2) * self._head_dim
+        self._shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
+            "adapter": ((hidden, 2 * hidden), None),
+            "qkv": ((qkv, hidden), 0),
+            "proj": ((hidden, heads), 1),
+            "fc1": ((2, ffn_hidden_size, hidden), 1),
+            "fc2": ((hidden, ffn_hidden_size), 1),
+        }
+        for key, (shape, split_dim) in self._shapes.items():
+            columns = 2 if key == "adapter" else 1
+            setattr(self, key, grouped_linear_weights(config, placement, shape, split_dim, columns))
+        for key in _NORMS:
+            setattr(self, key, grouped_norm_weight(config, placement))
+        self._attend = self._backend.segment_attention(
+            config.num_attention_heads // placement.split_size,
+            config.num_query_groups // placement.split_size,
+            self._head_dim,
+        )
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
+        self.layer_number = layer_number
+        if not self.config.perform_initialization:
+            return
+        initializer = BlockInitializer(self.config, layer_number)
+        for key, (shape, _) in self._shapes.items():
+            draw = functools.partial(self._draw, initializer, key, shape)
+            draw_parameter(getattr(self, key), self.placement, draw)
+        for key in _NORMS:
+            draw_parameter(getattr(self, key), self.placement, lambda group: torch.ones(self.config.hidden_size))
+
+    def _draw(self, initializer: BlockInitializer, key: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
+        std = initializer.out_std if key in ("proj", "fc2") else initializer.in_std
+        return initializer.truncated_normal(shape, f"{self._name}/{group}/{key}", std)
+
+    def forward(self, inputs: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
+        """Iterate from a random state.
+
+        Args:
+            inputs: What is injected in every step, [rows, h]; the same on every rank of the split group.
+            rows: Which rows they are.
+            depth: Number of steps.
+
+        Returns:
+            The last state, [rows, h], the same on every rank of the split group.
+        """
+        adapter_state, adapter_input = self._backend.columns(self.adapter, 2)
+        injected = self._linear(inputs, adapter_input, rows)
+        norm_1, norm_2, norm_3, norm_4 = self._norms(rows)
+        rotation = self._rotation(rows)
+
+        def step(state: torch.Tensor) -> torch.Tensor:
+            mixed = self._linear(state, adapter_state, rows) + injected
+            attended = norm_2(mixed + self._attention(norm_1(mixed), rows, rotation))
+            return norm_4(attended + self._mlp(norm_3(attended), rows))
+
+        return iterate_state(step, self._initial_state(rows).to(inputs.dtype), depth)
+
+    def _linear(self, x: torch.Tensor, weights: Any, rows: Rows) -> torch.Tensor:
+        return self._backend.linear(x, weights, rows.groups)
+
+    def _initial_state(self, rows: Rows) -> torch.Tensor:
+        noise = state_noise(
+            rows.sample_ids,
+            rows.positions,
+            self.config.hidden_size,
+            seed=self.config.seed,
+            layer=self.layer_number,
+            std=self.config.recurrence_state_std,
+        )
+        return noise if rows.is_padding is None else noise.masked_fill(rows.is_padding, 0.0)
+
+    def _attention(
+        self, x: torch.Tensor, rows: Rows, rotation: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        qkv = self._linear(self._copy(x), self.qkv, rows)
+        # Not `view`: without rows it could not tell the number of query groups.
+        qkv = qkv.unflatten(1, (-1, self._queries_per_group + 2, self._head_dim))
+        query, key, value = qkv.split((self._queries_per_group, 1, 1), dim=2)
+        query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
+        if rotation is not None:
+            query, key = self._rotate(query, rotation), self._rotate(key, rotation)
+        return self._reduce(self._linear(self._attend(query, key, value, rows.segments), self.proj, rows))
+
+    def _mlp(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        gate, up = self._linear(self._copy(x), self.fc1, rows).chunk(2, dim=-1)
+        return self._reduce(self._linear(torch.nn.functional.silu(gate) * up, self.fc2, rows))
+
+    def _norms(self, rows: Rows) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Yield the four norms: the backend's, or ours with the weight of each row's group."""
+        for key in _NORMS:
+            norm = getattr(self, key)
+            if isinstance(norm, torch.nn.Module):
+                yield norm
+                continue
+            weight = norm.view(-1, self.config.hidden_size)
+            weight = weight[0] if len(weight) == 1 else weight.index_select(0, rows.group_ids)
+            yield functools.partial(rms_norm, weight=weight, eps=self.config.layernorm_epsilon)
+
+    def _rotation(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return cosine and sine of each row's angles, [rows, 1, planes]."""
+        if rows.rotary_pos_emb is None:
+            return None
+        # Megatron lists the angle of each channel; the two of a plane share it.
+        angles = rows.rotary_pos_emb[:, 0].index_select(0, rows.positions)
+        planes = angles.size(-1) // 2
+        angles = angles[..., 0::2] if self.config.rotary_interleaved else angles[..., :planes]
+        return angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
+
+    def _rotate(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return rotate(x, *rotation, self.config.rotary_interleaved)
+
+    def _copy(self, x: torch.Tensor) -> torch.Tensor:
+        if self.placement.split_size == 1:
+            return x
+        return copy_to_tensor_model_parallel_region(x, group=self.placement.split_group)
+
+    def _reduce(self, x: torch.Tensor) -> torch.Tensor:
+        if self.placement.split_size == 1:
+            return x
+        return reduce_from_tensor_model_parallel_region(x, group=self.placement.split_group)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Return the weights as slices of global tensors with an axis for the groups."""
+        return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
+
+
+def block_cost(config: MoREConfig, ffn_hidden_size: int, context: float) -> Cost:
+    """Return the cost of one block: all in every step, but for the half of the adapter that sees the input.
+
+    Args:
+        config: Model configuration.
+        ffn_hidden_size: Width of the gated MLP.
+        context: Length of the sequence that attends to itself.
+    """
+    hidden = config.hidden_size
+    step = linear_cost(hidden, hidden) + attention_cost(config, context) + gated_mlp_cost(hidden, ffn_hidden_size)
+    norms = Cost(4 * hidden, 4 * hidden)
+    return linear_cost(hidden, hidden) + step.in_every_step() + norms

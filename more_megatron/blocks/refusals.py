@@ -1,0 +1,114 @@
+"""What recurrence and experts of our own cannot do, each one line for `System.refusals`.
+
+A line goes on from the name of the system: "needs ...", "does not ...".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.core.fp8_utils import get_fp8_align_size
+
+from more_megatron.blocks.dispatch import DISPATCHERS
+from more_megatron.config import MoREConfig
+
+__all__ = ["expert_refusals", "mixing_refusals", "recurrence_refusals", "repetition_refusals"]
+
+
+def recurrence_refusals(config: MoREConfig) -> Iterator[str]:
+    """Yield what no recurrence serves: splits and schedules that expect a layer to run once on whole rows."""
+    if config.context_parallel_size > 1:
+        yield f"does not support --context-parallel-size {config.context_parallel_size}: use 1"
+    if config.overlap_moe_expert_parallel_comm:
+        yield "runs its experts as a whole: leave out --overlap-moe-expert-parallel-comm"
+    if config.cuda_graph_impl != "none":
+        yield "varies its steps and rows, which no CUDA graph can: leave out --cuda-graph-impl"
+    if config.fp8 is not None and "moe" in _recomputed_modules(config):
+        yield (
+            "recomputes its MoE part outside of FP8: give --recompute-granularity full, or leave moe out of "
+            "--recompute-modules"
+        )
+
+
+def repetition_refusals(config: MoREConfig, repeated: tuple[str, ...]) -> Iterator[str]:
+    """Yield what cannot be done where Megatron's modules run in every step.
+
+    Args:
+        config: Model configuration.
+        repeated: Those of `--recompute-modules` that hold parameters and run in every step.
+    """
+    recomputed = sorted(_recomputed_modules(config).intersection(repeated))
+    varies = config.recurrence_sampling != "fixed" or config.recurrence_curriculum is not None
+    # Megatron reduces a bucket of gradients when each has arrived as often as in the first step.
+    if config.overlap_grad_reduce and recomputed and varies:
+        yield (
+            f"with --overlap-grad-reduce and --recompute-modules {' '.join(recomputed)} needs the same number of "
+            "gradient steps throughout: give --recompute-granularity full, or --recurrence-sampling fixed without a "
+            "curriculum"
+        )
+
+
+def _recomputed_modules(config: MoREConfig) -> set[str]:
+    return set(config.recompute_modules or ()) if config.recompute_granularity == "selective" else set()
+
+
+def mixing_refusals(config: MoREConfig) -> Iterator[str]:
+    """Yield what experts cannot do that let tokens attend to each other."""
+    expert_ranks = config.expert_model_parallel_size * config.expert_tensor_parallel_size
+    tensor_ranks = config.tensor_model_parallel_size
+    if expert_ranks % tensor_ranks != 0:
+        yield (
+            f"needs all tokens of a sequence on one expert rank: --expert-model-parallel-size "
+            f"{config.expert_model_parallel_size} times --expert-tensor-parallel-size "
+            f"{config.expert_tensor_parallel_size} must be a multiple of --tensor-model-parallel-size {tensor_ranks}; "
+            "raise one of the former"
+        )
+    if config.moe_token_dispatcher_type not in DISPATCHERS:
+        yield f"needs --moe-token-dispatcher-type {' or '.join(DISPATCHERS)}"
+    if config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization:
+        yield (
+            "attends to every row it is given: leave out --moe-pad-expert-input-to-capacity and "
+            "--moe-router-padding-for-quantization"
+        )
+
+
+def expert_refusals(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator[str]:
+    """Yield what experts that are not Megatron's cannot honour.
+
+    Args:
+        config: Model configuration.
+        ffn_hidden_size: Width of the MLP in the recurrent block; None without one.
+    """
+    if config.add_bias_linear:
+        yield "has no biases: leave out --enable-bias-linear"
+    if config.fp8 is not None and config.transformer_impl != "transformer_engine":
+        yield "computes in FP8 with Transformer Engine only: give --transformer-impl transformer_engine"
+    if config.fp8 is not None and config.fp8_recipe == "custom":
+        yield "has no custom FP8 recipe: give --fp8-recipe delayed, tensorwise, blockwise or mxfp8"
+    if config.fp8_param:
+        yield "keeps its weights in high precision: leave out --fp8-param-gather"
+    if config.fp4 is not None:
+        yield "does not compute in FP4: leave out --fp4-format"
+    if config.quant_recipe is not None:
+        yield "has one precision for all of a layer: leave out --te-precision-config-file"
+    if config.delay_wgrad_compute or config.overlap_dispatch_backward_with_experts_wgrad:
+        yield (
+            "computes the gradients of its weights with those of its rows: leave out --delay-wgrad-compute and "
+            "--overlap-dispatch-backward-with-experts-wgrad"
+        )
+    if config.fp8 is not None:
+        yield from _misaligned(config, ffn_hidden_size)
+
+
+def _misaligned(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator[str]:
+    multiple = get_fp8_align_size(config.fp8_recipe)
+    ranks = config.expert_tensor_parallel_size or 1
+    heads = config.num_attention_heads + 2 * config.num_query_groups
+    for what, size in (
+        ("--hidden-size", config.hidden_size),
+        ("--recurrence-ffn-hidden-size over --expert-tensor-parallel-size", (ffn_hidden_size or 0) // ranks),
+        ("the heads of --num-attention-heads and --num-query-groups on a rank", heads * config.kv_channels // ranks),
+        ("the heads of --num-attention-heads on a rank", config.num_attention_heads * config.kv_channels // ranks),
+    ):
+        if size % multiple != 0:
+            yield f"in FP8 needs {what}, {size}, to be a multiple of {multiple}"

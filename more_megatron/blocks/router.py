@@ -1,0 +1,147 @@
+"""A router that one layer asks several times in one forward pass."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
+from megatron.core.transformer.moe.router import TopKRouter
+
+from more_megatron.blocks.statistics import record_loss, record_routing, routing_entropy
+from more_megatron.config import MoREConfig
+
+__all__ = ["IteratedRouter", "RouterStep"]
+
+
+@dataclass(frozen=True)
+class RouterStep:
+    """One call of the router within an iteration.
+
+    Attributes:
+        index: Number of the step, from 0.
+        loss_weight: Factor on the losses of this step.
+        counted: Whether the step enters the statistics: once, however often it is recomputed.
+        former_logits: Logits that routed the step before, [s, b, experts]; None at the first.
+    """
+
+    index: int = 0
+    loss_weight: float = 1.0
+    counted: bool = True
+    former_logits: torch.Tensor | None = None
+
+
+class IteratedRouter(TopKRouter):
+    """Megatron's router for a layer that calls it r times, b of them with gradient.
+
+    Losses are averaged over the b calls, not summed: the coefficients mean the same at any depth. The logits can be a
+    moving average over the steps (`router_logit_ema`), and a routing distribution that is too sure of itself can be
+    penalised (`router_min_entropy`). Every step is counted, those without gradient too.
+    """
+
+    config: MoREConfig
+    _step = RouterStep()
+    _logits: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def at(self, step: RouterStep) -> Iterator[None]:
+        """Make calls inside the block calls of this step.
+
+        It lasts for one synchronous call, and recomputation enters the block again: nothing outlives it.
+        """
+        self._step = step
+        try:
+            yield
+        finally:
+            self._step = RouterStep()
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the logits that decide the routing of this step, [s, b, experts].
+
+        With weight beta: l_t = beta l_{t-1} + (1 - beta) W s_t, and l_0 = W s_0.
+        """
+        logits = super().gating(input)
+        former, beta = self._step.former_logits, self.config.router_logit_ema
+        if beta > 0.0 and former is not None:
+            logits = beta * former + (1.0 - beta) * logits
+        self._logits = logits if beta > 0.0 else None
+        return logits
+
+    def take_logits(self) -> torch.Tensor | None:
+        """Return the logits of the last call, which the next step averages with, and forget them; None if none does."""
+        logits, self._logits = self._logits, None
+        return logits
+
+    def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
+        """Route as Megatron does, with the entropy penalty and the statistics of the step."""
+        logits = self._apply_entropy_floor(logits, padding_mask)
+        probs, routing_map = super().routing(logits, padding_mask=padding_mask)
+        if self.training and self._step.counted:
+            record_routing(self, self._step.index, logits, routing_map)
+        return probs, routing_map
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: torch.Tensor, aux_loss_coeff: float, aux_loss: torch.Tensor, *args, **kwargs
+    ) -> torch.Tensor:
+        """Attach a balance loss as Megatron does, weighted."""
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss * self._step.loss_weight, *args, **kwargs
+        )
+
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attach the z-loss (ST-MoE, arXiv 2202.08906), weighted.
+
+        Megatron's method has no place for a weight: it reads the coefficient from the configuration.
+
+        Args:
+            logits: Router logits, [tokens, experts].
+            padding_mask: True for padding tokens, [tokens].
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if coefficient is None or self._step.loss_weight == 1.0 or not self._attaches_losses:
+            return super().apply_z_loss(logits, padding_mask=padding_mask)
+        return self._attach(logits, z_loss_func(logits, 1.0, padding_mask), coefficient, "z_loss", padding_mask)
+
+    def _apply_entropy_floor(self, logits: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+        floor, coefficient = self.config.router_min_entropy, self.config.router_min_entropy_coeff
+        if floor == 0.0 or coefficient == 0.0 or not self._attaches_losses:
+            return logits
+        shortfall = torch.relu(floor - routing_entropy(logits))
+        if padding_mask is not None:
+            valid = ~padding_mask.view_as(shortfall)
+            penalty = (shortfall * valid).sum() / valid.sum().clamp(min=1)
+        else:
+            penalty = shortfall.mean()
+        return self._attach(logits, penalty, coefficient, "entropy_loss", padding_mask)
+
+    @property
+    def _attaches_losses(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _attach(
+        self,
+        activation: torch.Tensor,
+        loss: torch.Tensor,
+        coefficient: float,
+        name: str,
+        padding_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attach a mean over this rank's tokens to the backward pass, and log it: the way of Megatron's z-loss."""
+        loss = loss * self._step.loss_weight
+        record_loss(name, loss, self)
+        ranks = self.tp_cp_group.size()
+        loss = loss * (coefficient / ranks)
+        if self.calculate_per_token_loss:
+            rows = activation.numel() // activation.size(-1)
+            loss = loss * (rows if padding_mask is None else (~padding_mask).sum()) * ranks
+        return MoEAuxLossAutoScaler.apply(activation, loss)
+
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Count the tokens of each expert for the update of its bias, in every step once."""
+        if not (self.enable_expert_bias and self.training and self._step.counted):
+            return
+        with torch.no_grad():
+            valid = routing_map if padding_mask is None else routing_map & ~padding_mask.unsqueeze(-1)
+            self.local_tokens_per_expert += valid.sum(dim=0)

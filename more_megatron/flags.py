@@ -1,0 +1,205 @@
+"""The flags of the MoRE group that several systems read: which system, and how its recurrence runs.
+
+Each field is a command-line flag; its docstring is the flag's help text. Nothing here needs Megatron or PyTorch, so
+that tools read the recurrence of a checkpoint without them.
+"""
+
+import dataclasses
+import functools
+import math
+from argparse import Namespace
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from more_megatron.errors import MoREError
+from more_megatron.model.curriculum import Curriculum
+
+__all__ = ["MoREFlags", "flag"]
+
+_DEFAULT_STEPS = 4
+
+
+def flag(name: str) -> str:
+    """Return the command-line flag of a field."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass
+class MoREFlags:
+    """What a MoRE system adds to a Megatron model: which system it is, and how its recurrence runs."""
+
+    more_variant: str = "recurrent_moe"
+    """System to train: a name from the systems table of README.md."""
+
+    recurrence_steps: int | None = None
+    """Recurrence steps r: the number under fixed sampling, the mean otherwise. Default: the last entry of
+    --recurrence-curriculum, the midpoint of --recurrence-min-steps and --recurrence-max-steps under uniform sampling,
+    else 4."""
+
+    recurrence_sampling: Literal["fixed", "uniform", "poisson-lognormal"] = "fixed"
+    """How r is chosen in training: always the same; uniform between the minimum and the maximum, both included; or one
+    plus a Poisson number with a log-normal rate, as Huginn does, cut off at the maximum."""
+
+    recurrence_sampling_unit: Literal["step", "micro-batch"] = "step"
+    """Whether r is drawn once for a training step or anew for each of its micro-batches."""
+
+    recurrence_min_steps: int | None = None
+    """Smallest r that is drawn. Default: 1."""
+
+    recurrence_max_steps: int | None = None
+    """Largest r that is drawn. Default: under uniform sampling as far above the mean as the minimum is below it, under
+    poisson-lognormal four times the mean."""
+
+    recurrence_backprop_steps: int | None = None
+    """Number of last steps that carry gradient; the steps before them do not. Default: all."""
+
+    recurrence_eval_steps: int | None = None
+    """Recurrence steps in evaluation. Default: --recurrence-steps."""
+
+    recurrence_curriculum: str | None = None
+    """Mean r by iteration, as in 0:1,10000:2,20000:4. Default: --recurrence-steps throughout."""
+
+    recurrence_state_std: float = 0.02
+    """Standard deviation of the random initial state of a recurrence."""
+
+    recurrence_ffn_hidden_size: int | None = None
+    """Width of the gated MLP in a recurrent block. Default: twice the hidden size in experts that are recurrent blocks,
+    four times in a block that experts share."""
+
+    recurrence_prelude_layers: int | None = None
+    """Layers in front of those that are repeated, run once. Default: by system."""
+
+    recurrence_coda_layers: int | None = None
+    """Layers behind those that are repeated, run once. Default: by system."""
+
+    recurrence_group_layers: int | None = None
+    """Layers in a group that is repeated before the next one begins. Default: all that are repeated are one group."""
+
+    recurrence_injection: Literal["linear", "add", "none"] | None = None
+    """How the input of a repeated group enters every pass: through a matrix beside the state, added to the state, or
+    not at all. Default: by system."""
+
+    recurrence_residual_scale: float = 1.0
+    """Factor on what each step of a recurrent MoE layer adds to the residual stream."""
+
+    router_logit_ema: float = 0.0
+    """Weight of the former logits in the routing of a recurrent MoE layer: l_t = beta l_{t-1} + (1 - beta) W s_t."""
+
+    router_min_entropy: float = 0.0
+    """Entropy in nats below which the routing distribution of a token is penalised. 0: no penalty."""
+
+    router_min_entropy_coeff: float = 0.001
+    """Coefficient of the entropy penalty."""
+
+    @classmethod
+    def of(cls, args: Namespace) -> Self:
+        """Return the flags among a run's arguments; those that an older run did not know have their defaults."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: getattr(args, name) for name in names if hasattr(args, name)})
+
+    def __post_init__(self) -> None:
+        """Check the fields.
+
+        Raises:
+            MoREError: If a field is out of range or contradicts another; the message names the flag.
+        """
+        for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps", "ffn_hidden_size"):
+            self._require(f"recurrence_{name}", at_least=1)
+        for name in ("recurrence_state_std", "router_min_entropy", "router_min_entropy_coeff"):
+            self._require(name, at_least=0)
+        self._require("router_logit_ema", at_least=0, below=1)
+        self._check_range()
+
+    def without_effect(self, given: Set[str]) -> Iterator[str]:
+        """Yield the fields that were given and that these settings never read, with the reason.
+
+        Args:
+            given: Names of the fields that the user set.
+        """
+        fixed = "--recurrence-sampling is fixed: give uniform or poisson-lognormal"
+        for name, is_read, reason in (
+            ("recurrence_min_steps", self.recurrence_sampling != "fixed", fixed),
+            ("recurrence_max_steps", self.recurrence_sampling != "fixed", fixed),
+            ("recurrence_sampling_unit", self.recurrence_sampling != "fixed", fixed),
+            ("router_min_entropy_coeff", self.router_min_entropy > 0.0, "--router-min-entropy is 0: raise it"),
+        ):
+            if name in given and not is_read:
+                yield f"{flag(name)} has no effect while {reason}, or leave the flag out"
+
+    @property
+    def mean_steps(self) -> int:
+        """Mean number of recurrence steps in training, in the end if there is a curriculum."""
+        if self.recurrence_steps is not None:
+            return self.recurrence_steps
+        if self.curriculum is not None:
+            return self.curriculum.last
+        if self.recurrence_sampling == "uniform" and self.recurrence_max_steps is not None:
+            return (self._lowest_step + self.recurrence_max_steps + 1) // 2
+        return max(_DEFAULT_STEPS, self._lowest_step)
+
+    @functools.cached_property
+    def curriculum(self) -> Curriculum | None:
+        """The curriculum of the mean, None if it stays the same."""
+        return Curriculum(self.recurrence_curriculum) if self.recurrence_curriculum is not None else None
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Number of recurrence steps in evaluation."""
+        return self.recurrence_eval_steps or self.mean_steps
+
+    def step_range(self, mean: int) -> tuple[int, int]:
+        """Return the smallest and the largest number of steps that are drawn.
+
+        Args:
+            mean: Mean number of steps where training stands.
+        """
+        if self.recurrence_sampling == "fixed":
+            return mean, mean
+        low = min(self._lowest_step, mean)
+        default_high = 2 * mean - low if self.recurrence_sampling == "uniform" else 4 * mean
+        high = self.recurrence_max_steps or default_high
+        # A curriculum moves the range with the mean, up to the maximum.
+        if self.recurrence_sampling == "uniform" and self.curriculum is not None:
+            high = min(high, default_high)
+        return low, max(high, low)
+
+    @property
+    def max_steps(self) -> int:
+        """Largest number of recurrence steps that training can take."""
+        means = self.curriculum.means if self.curriculum is not None else [self.mean_steps]
+        return max(self.step_range(mean)[1] for mean in means)
+
+    @property
+    def _lowest_step(self) -> int:
+        return self.recurrence_min_steps or 1
+
+    def _require(self, name: str, at_least: float, below: float | None = None) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if not math.isfinite(value):
+            raise MoREError(f"{flag(name)} {value} must be a number that is finite")
+        if value < at_least:
+            raise MoREError(f"{flag(name)} {value} must be at least {at_least}")
+        if below is not None and value >= below:
+            raise MoREError(f"{flag(name)} {value} must be below {below}")
+
+    def _check_range(self) -> None:
+        low, high = self._lowest_step, self.recurrence_max_steps
+        if high is not None and high < low:
+            raise MoREError(
+                f"--recurrence-max-steps {high} is below --recurrence-min-steps {low}: raise the one or lower the other"
+            )
+        if self.curriculum is not None and high is not None and max(self.curriculum.means) > high:
+            raise MoREError(
+                f"--recurrence-curriculum reaches a mean of {max(self.curriculum.means)} steps, above "
+                f"--recurrence-max-steps {high}: raise the maximum or end the curriculum earlier"
+            )
+        if self.curriculum is not None or self.recurrence_sampling == "fixed":
+            return
+        if self.mean_steps < low or (high is not None and self.mean_steps > high):
+            raise MoREError(
+                f"--recurrence-steps {self.mean_steps} lies outside --recurrence-min-steps {low} to "
+                f"--recurrence-max-steps {high}: choose a mean between them or leave it out"
+            )

@@ -1,0 +1,55 @@
+"""Builds the model that a stack describes, with Megatron's own builder.
+
+The only file that knows which of Megatron's models is filled: `GPTModel` today, whose decoder repeats groups of layers
+where the stack has loops.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
+
+from more_megatron.model.decoder import repeat_groups
+from more_megatron.model.stack import Stack
+
+__all__ = ["MoREModelBuilder", "MoREModelConfig"]
+
+
+class MoREModelConfig(GPTModelConfig):
+    """Megatron's configuration of a GPT model; `transformer_layer_spec` holds the stack."""
+
+    builder: ClassVar[str] = "more_megatron.model.builder.MoREModelBuilder"
+
+
+class MoREModelBuilder(GPTModelBuilder):
+    """Builds one pipeline stage of a stack."""
+
+    def build_model(self, pg_collection: ProcessGroupCollection, *args: Any, **kwargs: Any) -> GPTModel:
+        """Return the model of this pipeline stage, as Megatron's builder does.
+
+        Args:
+            pg_collection: Process groups.
+            args: As for Megatron's builder.
+            kwargs: As for Megatron's builder.
+        """
+        model = super().build_model(pg_collection, *args, **kwargs)
+        stack = self._model_config.transformer_layer_spec
+        if isinstance(stack, Stack):
+            if not stack.is_plain:
+                repeat_groups(model.decoder, stack)
+            if stack.head_bias and model.post_process:
+                _add_bias(model.output_layer)
+        return model
+
+
+def _add_bias(output_layer: Any) -> None:
+    """Give Megatron's output layer, which is built without one, a bias for its part of the vocabulary."""
+    weight: torch.Tensor = output_layer.weight
+    bias = torch.nn.Parameter(torch.zeros(weight.size(0), dtype=weight.dtype, device=weight.device))
+    set_tensor_model_parallel_attributes(bias, True, 0, 1)
+    output_layer.bias = bias

@@ -1,0 +1,109 @@
+"""What a model costs: parameters stored, parameters a token uses, floating-point operations a token takes.
+
+Operations are those of matrix products, a multiplication and an addition counted as two, forward pass. Attention is
+counted causally: half of the rectangle. Norms, activations and the softmax are left out, as in Megatron's own figures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from more_megatron.config import MoREConfig
+
+__all__ = ["Cost", "attention_cost", "gated_mlp_cost", "linear_cost", "mlp_cost", "model_cost"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of a part of a model.
+
+    Attributes:
+        parameters: Weights that are stored.
+        active_parameters: Weights that one token meets.
+        once: Operations a token, independent of recurrence.
+        per_step: Operations a token and recurrence step.
+    """
+
+    parameters: int = 0
+    active_parameters: int = 0
+    once: float = 0.0
+    per_step: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.parameters + other.parameters,
+            self.active_parameters + other.active_parameters,
+            self.once + other.once,
+            self.per_step + other.per_step,
+        )
+
+    def __mul__(self, count: int) -> Cost:
+        return Cost(self.parameters * count, self.active_parameters * count, self.once * count, self.per_step * count)
+
+    def routed(self, num_experts: int, topk: int) -> Cost:
+        """Return the cost of `num_experts` such parts of which a token uses `topk`."""
+        return Cost(
+            self.parameters * num_experts, self.active_parameters * topk, self.once * topk, self.per_step * topk
+        )
+
+    def in_every_step(self) -> Cost:
+        """Return the cost of the part if it is computed in every recurrence step."""
+        return Cost(self.parameters, self.active_parameters, 0.0, self.once + self.per_step)
+
+    def forward_flops(self, steps: float) -> float:
+        """Return operations a token of a forward pass."""
+        return self.once + steps * self.per_step
+
+    def training_flops(self, no_grad_steps: float, grad_steps: float) -> float:
+        """Return operations a token of a training step: a backward pass costs two forward passes.
+
+        Args:
+            no_grad_steps: Recurrence steps n without gradient, which have no backward pass.
+            grad_steps: Recurrence steps b with gradient.
+        """
+        return 3.0 * self.once + (no_grad_steps + 3.0 * grad_steps) * self.per_step
+
+
+def linear_cost(inputs: int, outputs: int) -> Cost:
+    """Return the cost of a linear map without bias."""
+    return Cost(inputs * outputs, inputs * outputs, 2.0 * inputs * outputs)
+
+
+def gated_mlp_cost(hidden_size: int, ffn_hidden_size: int) -> Cost:
+    """Return the cost of a gated MLP without bias."""
+    return linear_cost(hidden_size, 2 * ffn_hidden_size) + linear_cost(ffn_hidden_size, hidden_size)
+
+
+def mlp_cost(config: MoREConfig, ffn_hidden_size: int) -> Cost:
+    """Return the cost of an MLP without bias, gated as the configuration says."""
+    hidden = config.hidden_size
+    if config.gated_linear_unit:
+        return gated_mlp_cost(hidden, ffn_hidden_size)
+    return linear_cost(hidden, ffn_hidden_size) + linear_cost(ffn_hidden_size, hidden)
+
+
+def model_cost(config: MoREConfig, layers: Cost, vocab_size: int, tied: bool = False) -> Cost:
+    """Return the cost of a whole model.
+
+    Args:
+        config: Model configuration.
+        layers: Cost of its layers.
+        vocab_size: Size of the vocabulary, with padding.
+        tied: Whether input and output embeddings are one.
+    """
+    embedding = linear_cost(config.hidden_size, vocab_size)
+    head = Cost(once=embedding.once) if tied else embedding
+    return Cost(embedding.parameters, config.hidden_size) + head + Cost(config.hidden_size, config.hidden_size) + layers
+
+
+def attention_cost(config: MoREConfig, context: float) -> Cost:
+    """Return the cost of causal self-attention without bias.
+
+    Args:
+        config: Model configuration.
+        context: Length of the sequence that attends to itself.
+    """
+    queries = config.num_attention_heads * config.kv_channels
+    keys_and_values = 2 * config.num_query_groups * config.kv_channels
+    core = Cost(once=4.0 * queries * context / 2)
+    return linear_cost(config.hidden_size, queries + keys_and_values) + linear_cost(queries, config.hidden_size) + core

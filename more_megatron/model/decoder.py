@@ -1,0 +1,245 @@
+"""A decoder that repeats groups of its layers.
+
+Megatron's `TransformerBlock` runs its layers once. Here each pass through a group is a call of its own `forward` on a
+view that has the group's layers, so that FP8 contexts, the random state of sequence parallelism and the arguments of
+layers are Megatron's in every pass. Layer numbers, placement on pipeline stages and checkpoint keys stay those of the
+plain model.
+
+With full recomputation a pass is recomputed by PyTorch's checkpoint without re-entry, not by Megatron's: a re-entrant
+one announces the gradients of the group once a pass, and the overlapped reduction, which counts announcements, would
+start too early in a step with more passes than the first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.extensions.transformer_engine import te_checkpoint
+from megatron.core.tensor_parallel import random as tensor_parallel_random
+from megatron.core.transformer.moe.moe_logging import (
+    MoEMetricsTracker,
+    get_moe_metrics_tracker,
+    set_moe_metrics_tracker,
+)
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.typed_torch import apply_module
+from megatron.core.utils import make_viewless_tensor
+from torch.utils.checkpoint import checkpoint
+
+from more_megatron.model.loops import TokenGrid
+from more_megatron.model.micro_batch import MicroBatch, Pass
+from more_megatron.model.stack import Stack
+
+__all__ = ["RepeatingDecoder", "repeat_groups"]
+
+_FIRST_LAYERS_ONLY = "block"
+
+
+def repeat_groups(decoder: TransformerBlock, stack: Stack) -> None:
+    """Make a decoder that Megatron built repeat the groups of the stack that lie on its pipeline stage.
+
+    Args:
+        decoder: The stage's decoder.
+        stack: Layers of the whole model; no looped group is cut by the stage.
+    """
+    decoder.__class__ = RepeatingDecoder
+    assert isinstance(decoder, RepeatingDecoder)
+    decoder.embedding_scale = stack.embedding_scale
+    here, loops, runs = stack.stage(decoder.vp_stage), {}, []
+    for number, (group, layers) in enumerate(stack.places()):
+        local = range(max(layers.start, here.start) - here.start, min(layers.stop, here.stop) - here.start)
+        if len(local) == 0:
+            continue
+        runs.append(_Run(local, None if group.loop is None else str(number)))
+        if group.loop is not None:
+            loops[str(number)] = group.loop.build(decoder.config, number, decoder.pg_collection)
+    # A child module: what hangs on the decoder itself would be left out of checkpoints.
+    decoder.loops = torch.nn.ModuleDict(loops)
+    decoder.runs = tuple(runs)
+    decoder.norm_after_run = None
+    if stack.norms_core_output and decoder.final_layernorm is not None:
+        decoder.norm_after_run = max(index for index, run in enumerate(runs) if run.loop is not None)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Layers of a stage, by their indices there, and the name of the loop that repeats them; None: they run once."""
+
+    layers: range
+    loop: str | None
+
+
+class _View:
+    """Some layers of a decoder, as `TransformerBlock.forward` wants a decoder; everything else is the decoder's."""
+
+    def __init__(self, decoder: TransformerBlock, layers: range, is_checkpointed_outside: bool) -> None:
+        self._decoder = decoder
+        self.layers = [decoder.layers[index] for index in layers]
+        self.num_layers_per_pipeline_rank = len(self.layers)
+        self.pre_process, self.final_layernorm = True, None
+        self.config = decoder.config
+        if is_checkpointed_outside:
+            self.config = copy.copy(decoder.config)
+            self.config.recompute_granularity = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+
+class RepeatingDecoder(TransformerBlock):
+    """Megatron's decoder, which runs some of its layers several times. Made by `repeat_groups`."""
+
+    loops: torch.nn.ModuleDict
+    runs: tuple[_Run, ...]
+    embedding_scale: float
+    norm_after_run: int | None
+
+    def forward(self, hidden_states: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Compute the layers of this stage.
+
+        Args:
+            hidden_states: [s, b, h]; on later pipeline stages what `set_input_tensor` was given counts.
+            attention_mask: As for Megatron's decoder.
+            args: None: all further arguments are given by name.
+            kwargs: As for Megatron's decoder; the record of the micro-batch is among them.
+        """
+        assert not args, "arguments of a repeating decoder are given by name"
+        if not self.pre_process:
+            hidden_states = self.input_tensor
+        elif self.embedding_scale != 1.0:
+            hidden_states = hidden_states * self.embedding_scale
+        micro_batch = MicroBatch.of_layer(kwargs, self.config, self.training)
+        for index, run in enumerate(self.runs):
+            if run.loop is None:
+                hidden_states = self._run_once(run.layers, hidden_states, attention_mask, **kwargs)
+            else:
+                grid = TokenGrid.of(hidden_states, micro_batch, self.config, self.tp_group)
+                passes = _Passes(self, run.layers, micro_batch, attention_mask, kwargs)
+                hidden_states = self.loops[run.loop](hidden_states, passes, micro_batch.depth, grid)
+            if index == self.norm_after_run:
+                hidden_states = self._normed(hidden_states)
+        if self.final_layernorm is not None:
+            hidden_states = self._normed(hidden_states)
+        return make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
+
+    def _run_once(self, layers: range, *args: Any, **kwargs: Any) -> torch.Tensor:
+        view: Any = _View(self, layers, is_checkpointed_outside=False)
+        return TransformerBlock.forward(view, *args, **kwargs)
+
+    def _normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return apply_module(self.final_layernorm)(hidden_states)
+
+
+class _Passes:
+    """Runs a group of layers, as often as a loop asks for it."""
+
+    def __init__(
+        self,
+        decoder: RepeatingDecoder,
+        layers: range,
+        micro_batch: MicroBatch,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._decoder = decoder
+        self._micro_batch = micro_batch
+        self._mask = attention_mask
+        self._kwargs = {name: value for name, value in kwargs.items() if name != "context_mask"}
+        self._in_graph = torch.is_grad_enabled()
+        self._former_logits: dict[int, torch.Tensor] = {}
+        self._parts = list(_parts(decoder, layers))
+
+    def __call__(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
+        """Return the hidden states after one pass, [s, b, h].
+
+        Args:
+            hidden_states: [s, b, h].
+            index: Number of the pass, from 0.
+        """
+        logits: dict[int, torch.Tensor] = {}
+        for layers, recomputed in self._parts:
+            recomputed = recomputed and torch.is_grad_enabled()
+            run = _Part(self._decoder, layers, self._pass(index, logits), self._mask, self._kwargs)
+            hidden_states = _recomputed(run, hidden_states, self._decoder) if recomputed else run(hidden_states)
+        self._former_logits = logits
+        return hidden_states
+
+    def _pass(self, index: int, logits: dict[int, torch.Tensor]) -> Pass:
+        return Pass(self._micro_batch, index, self._former_logits, logits, self._in_graph)
+
+
+class _Part:
+    """Some layers in one pass. Called a second time it is a recomputation, of which nothing is counted or kept."""
+
+    def __init__(
+        self,
+        decoder: RepeatingDecoder,
+        layers: range,
+        current: Pass,
+        attention_mask: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        self._view: Any = _View(decoder, layers, is_checkpointed_outside=True)
+        self._current, self._mask, self._kwargs = current, attention_mask, kwargs
+        self._is_replay = False
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        current = self._current.replayed() if self._is_replay else self._current
+        metrics = _unrecorded() if self._is_replay else contextlib.nullcontext()
+        self._is_replay = True
+        with metrics:
+            return TransformerBlock.forward(self._view, hidden_states, self._mask, context_mask=current, **self._kwargs)
+
+
+def _parts(decoder: RepeatingDecoder, layers: range) -> Iterator[tuple[range, bool]]:
+    """Yield the parts in which a pass is computed, and whether each is recomputed in the backward pass."""
+    config = decoder.config
+    if config.recompute_granularity != "full" or not decoder.training:
+        yield layers, False
+        return
+    count = config.recompute_num_layers
+    if config.recompute_method == _FIRST_LAYERS_ONLY:
+        yield from ((layers[index : index + 1], index < count) for index in range(len(layers)))
+    else:
+        yield from ((layers[index : index + count], True) for index in range(0, len(layers), count))
+
+
+def _recomputed(
+    run: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor, decoder: RepeatingDecoder
+) -> torch.Tensor:
+    """Apply `run`, keeping its input only, and recompute it with the same random numbers."""
+    if decoder.config.fp8 or decoder.config.fp4:
+        tracker = tensor_parallel_random.get_cuda_rng_tracker
+        return te_checkpoint(run, False, tracker, decoder.pg_collection.tp, hidden_states, use_reentrant=False)
+    states = tensor_parallel_random._get_all_rng_states()
+    contexts = functools.partial(_contexts, states)
+    return checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _contexts(states: tuple[Any, ...]) -> tuple[Any, Any]:
+    return contextlib.nullcontext(), _random_states(states)
+
+
+@contextlib.contextmanager
+def _random_states(states: tuple[Any, ...]) -> Iterator[None]:
+    """Inside the block, all of Megatron's random states are those that are given."""
+    with tensor_parallel_random._fork_rng():
+        tensor_parallel_random._set_all_rng_states(*states)
+        yield
+
+
+@contextlib.contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Inside the block, nothing that MoE layers report is kept."""
+    tracker = get_moe_metrics_tracker()
+    set_moe_metrics_tracker(MoEMetricsTracker())
+    try:
+        yield
+    finally:
+        set_moe_metrics_tracker(tracker)

@@ -1,0 +1,109 @@
+"""What every layer must know about the micro-batch it works on, as a tensor that travels with it.
+
+With pipeline parallelism several micro-batches are in flight, and recomputation visits a micro-batch again long after
+another one's forward pass. So nothing of this may be kept on a module: it is an argument of the layer. Megatron's
+`TransformerBlock` hands each layer the cross-attention mask, through pipeline stages and recomputation alike, and a
+decoder-only model has no other use for it; `MicroBatch.block_kwargs` puts the record there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from more_megatron.config import MoREConfig
+from more_megatron.errors import MoREError
+from more_megatron.model.depth import Depth
+
+__all__ = ["MicroBatch", "Pass"]
+
+_CARRIER = "context_mask"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The depth of a micro-batch and who its sequences are.
+
+    Attributes:
+        depth: Recurrence steps to take.
+        sample_ids: Position of each of the b sequences in the stream of training samples.
+    """
+
+    depth: Depth
+    sample_ids: tuple[int, ...] = ()
+
+    def block_kwargs(self) -> dict[str, torch.Tensor]:
+        """Return the keyword arguments for the model's `extra_block_kwargs`.
+
+        The tensor is int64 of shape [2 + b] and stays in host memory: layers read it without waiting for a GPU.
+        """
+        record = (self.depth.no_grad_steps, self.depth.grad_steps, *self.sample_ids)
+        return {_CARRIER: torch.tensor(record, dtype=torch.int64, device=torch.device("cpu"))}
+
+    @classmethod
+    def of_layer(cls, kwargs: dict[str, Any], config: MoREConfig, training: bool) -> MicroBatch:
+        """Return the record that arrived with a layer's keyword arguments.
+
+        Args:
+            kwargs: Keyword arguments of the layer's forward pass.
+            config: Model configuration, which knows the depth in evaluation.
+            training: Whether the layer is in training mode.
+
+        Raises:
+            MoREError: If no record came along in training, where depth is not the layer's to choose.
+        """
+        carrier = kwargs.get(_CARRIER)
+        if isinstance(carrier, Pass):
+            return carrier.micro_batch
+        if carrier is None:
+            if training:
+                raise MoREError(
+                    "a recurrent layer was called in training without a depth: call the model with "
+                    "extra_block_kwargs=MicroBatch(depth, sample_ids).block_kwargs()"
+                )
+            return cls(Depth(no_grad_steps=config.evaluation_steps, grad_steps=0))
+        no_grad_steps, grad_steps, *sample_ids = carrier.tolist()
+        return cls(Depth(no_grad_steps, grad_steps), tuple(sample_ids))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass through a group of layers that is repeated, as a decoder hands it to them in the place of the record.
+
+    Attributes:
+        micro_batch: The micro-batch.
+        index: Number of the pass, from 0.
+        former_logits: Logits of the routers in the pass before, by number of the layer.
+        logits: Where the routers leave theirs.
+        in_graph: Whether the decoder itself was called with gradient.
+        is_replay: Whether the pass was computed before and is recomputed.
+    """
+
+    micro_batch: MicroBatch
+    index: int
+    former_logits: dict[int, torch.Tensor]
+    logits: dict[int, torch.Tensor]
+    in_graph: bool
+    is_replay: bool = False
+
+    @classmethod
+    def of_layer(cls, kwargs: dict[str, Any]) -> Pass | None:
+        """Return the pass that arrived with a layer's keyword arguments; None in a layer that runs once."""
+        carrier = kwargs.get(_CARRIER)
+        return carrier if isinstance(carrier, cls) else None
+
+    @property
+    def has_grad(self) -> bool:
+        """Whether the pass is one of those with gradient."""
+        return self.index >= self.micro_batch.depth.no_grad_steps
+
+    def is_counted(self) -> bool:
+        """Return whether what is computed now enters statistics: each pass once, however often it is recomputed."""
+        return not self.is_replay and (torch.is_grad_enabled() if self.has_grad else self.in_graph)
+
+    def replayed(self) -> Pass:
+        """Return the same pass, recomputed: what routers leave is not kept."""
+        return dataclasses.replace(self, logits={}, is_replay=True)

@@ -1,0 +1,119 @@
+"""The random initial state of a recurrence, a function of who asks and of nothing else.
+
+Random numbers of a stateful generator would depend on the layout, on the order of micro-batches and on what was
+recomputed. Here each number is a hash of its coordinates (seed, layer, sample, position, channel): the same token gets
+the same noise on every rank, in recomputation and after a restart.
+
+A token's coordinates make a 64-bit key (SplitMix64; Steele et al., OOPSLA 2014). Its two halves, mixed with the channel
+by a 32-bit finalizer (Wellons' lowbias32), give two uniform numbers, and these two normal ones (Box and Muller, 1958).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+__all__ = ["local_coordinates", "state_noise"]
+
+# Numbers made at a time on a CPU: intermediate results stay in its cache.
+_CHUNK = 1 << 16
+
+
+def _signed(value: int, bits: int = 64) -> int:
+    """Return the low bits of `value` as a signed integer, which is what tensors hold."""
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if value >> (bits - 1) else value
+
+
+_INCREMENT = _signed(0x9E3779B97F4A7C15)
+_SPLITMIX = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1))
+_LOWBIAS = ((16, _signed(0x7FEB352D, 32)), (15, _signed(0x846CA68B, 32)), (16, 1))
+_CHANNEL_INCREMENT = _signed(0x9E3779B9, 32)
+
+
+def state_noise(
+    sample_ids: torch.Tensor, positions: torch.Tensor, channels: int, *, seed: int, layer: int, std: float
+) -> torch.Tensor:
+    """Return normally distributed initial states, in float32.
+
+    Args:
+        sample_ids: Position of each token's sequence in the stream of samples, int64 [tokens].
+        positions: Position of each token in its sequence, int64 [tokens].
+        channels: Size of a state; even.
+        seed: Seed of the run.
+        layer: Number of the layer.
+        std: Standard deviation.
+
+    Returns:
+        Tensor [tokens, channels]. CPU and CUDA agree up to the rounding of logarithm, sine and cosine.
+    """
+    keys = _token_keys(sample_ids, positions, seed, layer)
+    noise = torch.empty(len(keys), channels, dtype=torch.float32, device=keys.device)
+    rows = max(_CHUNK // channels, 1) if keys.device.type == "cpu" else max(len(keys), 1)
+    for part, out in zip(keys.split(rows), noise.split(rows), strict=True):
+        _fill_normal(out, part, std)
+    return noise
+
+
+def _token_keys(sample_ids: torch.Tensor, positions: torch.Tensor, seed: int, layer: int) -> torch.Tensor:
+    key = _mix(torch.full_like(positions, _signed(seed)), _SPLITMIX, 64)
+    for coordinate in (torch.full_like(positions, layer), sample_ids, positions):
+        key = _mix(key + coordinate * _INCREMENT + _INCREMENT, _SPLITMIX, 64)
+    return key
+
+
+def _fill_normal(out: torch.Tensor, keys: torch.Tensor, std: float) -> None:
+    pairs = out.size(1) // 2
+    channel = torch.arange(1, pairs + 1, dtype=torch.int32, device=keys.device) * _CHANNEL_INCREMENT
+    halves = (keys.to(torch.int32), (keys >> 32).to(torch.int32))
+    radius, angle = (_uniform(_mix(half.unsqueeze(1) + channel, _LOWBIAS, 32)) for half in halves)
+    radius.log_().mul_(-2.0 * std * std).sqrt_()
+    angle.mul_(2.0 * math.pi)
+    torch.mul(radius, angle.cos(), out=out[:, :pairs])
+    torch.mul(radius, angle.sin_(), out=out[:, pairs:])
+
+
+def _mix(state: torch.Tensor, rounds: tuple[tuple[int, int], ...], width: int) -> torch.Tensor:
+    """Scramble integers in place: in each round xor with a right shift, then multiply.
+
+    The shift of a signed integer keeps its sign; the mask takes the copies of it away.
+    """
+    for shift, factor in rounds:
+        state ^= (state >> shift).bitwise_and_((1 << (width - shift)) - 1)
+        if factor != 1:
+            state *= factor
+    return state
+
+
+def _uniform(bits: torch.Tensor) -> torch.Tensor:
+    """Return 24 of 32 random bits as numbers in (0, 1), all of them exact in float32."""
+    return (bits >> 8).bitwise_and_((1 << 24) - 1).to(torch.float32).add_(0.5).mul_(2.0**-24)
+
+
+def local_coordinates(
+    hidden_shape: torch.Size,
+    sample_ids: tuple[int, ...],
+    *,
+    first_sequence: int,
+    sequence_shard: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return the coordinates of the tokens on this rank, in the order in which Megatron flattens hidden states.
+
+    Args:
+        hidden_shape: Shape of the hidden states, [s, b, h]; s is this rank's part of the sequence.
+        sample_ids: Position of each of the b sequences in the stream of samples; empty for zeros.
+        first_sequence: Number of this rank's first sequence among those that its expert ranks share.
+        sequence_shard: Index of this rank's part of the sequence.
+        device: Where the result is wanted.
+
+    Returns:
+        Sequence, position and sample id of each token, int64 [s * b, 3].
+    """
+    length, batch = hidden_shape[0], hidden_shape[1]
+    position = torch.arange(length, device=device) + sequence_shard * length
+    sequence = torch.arange(batch, device=device) + first_sequence
+    sample = torch.tensor(sample_ids or (0,) * batch, dtype=torch.int64).to(device, non_blocking=True)
+    grid = (sequence.expand(length, batch), position.unsqueeze(1).expand(length, batch), sample.expand(length, batch))
+    return torch.stack(grid, dim=-1).flatten(0, 1)

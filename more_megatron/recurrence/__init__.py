@@ -1,1 +1,0 @@
-"""The recurrence core: how many steps are taken, and how they are taken."""

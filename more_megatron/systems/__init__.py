@@ -1,0 +1,42 @@
+"""The systems, one file each, and the registry: a system is there because its file is.
+
+Everything else iterates over the registry and knows no system by name. The names alone need neither Megatron nor
+PyTorch, nor does a `System` until it is asked for its layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+
+from more_megatron.errors import MoREError
+from more_megatron.systems.base import System
+
+__all__ = ["System", "get_system", "names", "systems"]
+
+_INTERFACE = ("base", "export")
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Return the names of all systems, in alphabetical order."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _INTERFACE))
+
+
+@functools.cache
+def get_system(name: str) -> System:
+    """Return a system by name.
+
+    Raises:
+        MoREError: If there is no system of that name; the message lists those there are.
+    """
+    if name not in names():
+        raise MoREError(f"--more-variant {name} does not exist: choose one of {', '.join(names())}")
+    system: System = importlib.import_module(f"{__name__}.{name}").SYSTEM
+    return system
+
+
+def systems() -> dict[str, System]:
+    """Return all systems by name."""
+    return {name: get_system(name) for name in names()}

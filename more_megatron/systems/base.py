@@ -1,0 +1,177 @@
+"""What a system says about itself.
+
+A system is one file of this folder that ends in `SYSTEM = ...`: an object of a subclass of `System`. Files of systems
+import neither Megatron nor PyTorch at their top; what builds layers is imported where it is asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Set
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from more_megatron.flags import MoREFlags, flag
+from more_megatron.systems.export import (
+    ATTENTION,
+    DENSE,
+    FEED_FORWARD,
+    MODEL,
+    MOE,
+    STATES_OF_ATTENTION,
+    STATES_OF_DENSE,
+    STATES_OF_FEED_FORWARD,
+    STATES_OF_MODEL,
+    STATES_OF_MOE,
+    Row,
+)
+
+if TYPE_CHECKING:
+    from more_megatron.config import MoREConfig
+    from more_megatron.model.costs import Cost
+    from more_megatron.model.stack import Stack
+
+__all__ = ["DEPTH", "REPEATED_ROUTER", "System"]
+
+# Flags of `MoREFlags` that every recurrence reads.
+DEPTH = frozenset(
+    f"recurrence_{name}"
+    for name in (
+        *("steps", "sampling", "sampling_unit", "min_steps", "max_steps"),
+        *("backprop_steps", "eval_steps", "curriculum"),
+    )
+)
+# Those that a router reads which is asked in every step.
+REPEATED_ROUTER = frozenset(("router_logit_ema", "router_min_entropy", "router_min_entropy_coeff"))
+
+
+class System:
+    """One system: what it is made of, what it refuses, what it costs and what its weights are called outside."""
+
+    name: ClassVar[str]
+    """Its name, that of its file."""
+
+    summary: ClassVar[str]
+    """What it is, in one line."""
+
+    reads: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `MoREFlags` that have an effect on it, `more_variant` aside."""
+
+    Flags: ClassVar[type | None] = None
+    """Dataclass of the flags that it alone reads: a field is a flag, its docstring the help. `check` refuses values."""
+
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Arguments whose default differs from what systems share."""
+
+    block_width: ClassVar[int | None] = None
+    """Default width of the MLP in its recurrent block, in hidden sizes; None without such a block."""
+
+    mixes_tokens: ClassVar[bool] = False
+    """Whether the tokens that were sent to an expert depend on each other."""
+
+    expert_rows: ClassVar[tuple[Row, ...]] = FEED_FORWARD
+    """Rows of its routed experts, and of what they share."""
+
+    expert_states: ClassVar[tuple[str, ...]] = STATES_OF_FEED_FORWARD
+    """Modules among them that ask a checkpoint for a state beside their parameters; `N ` before one an expert."""
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether its depth comes from recurrence."""
+        return bool(self.reads & DEPTH)
+
+    @property
+    def repeats_router(self) -> bool:
+        """Whether its routers are asked in every step."""
+        return self.reads >= REPEATED_ROUTER
+
+    def own_flags(self) -> tuple[str, ...]:
+        """Return the names of the flags that it alone reads."""
+        return () if self.Flags is None else tuple(field.name for field in dataclasses.fields(self.Flags))
+
+    def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
+        """Yield what is wrong with flags that were given and that the system, under these settings, never reads.
+
+        Args:
+            flags: The settings.
+            given: Fields that the user set, among those of `MoREFlags` and of all systems' own flags.
+        """
+        read = {"more_variant", *self.reads, *self.own_flags()}
+        for name in sorted(given - read):
+            yield f"--more-variant {self.name} never reads {flag(name)}: leave it out"
+        yield from flags.without_effect(given & read)
+
+    def refusals(self, config: MoREConfig) -> Iterator[str]:
+        """Yield what the system cannot do of what `config` asks for: each one line that names the flags to change."""
+        yield from ()
+
+    def stack(self, config: MoREConfig) -> Stack:
+        """Return the layers of the whole model, and which of them are repeated."""
+        raise NotImplementedError
+
+    def cost(self, config: MoREConfig, seq_length: int) -> Cost:
+        """Return the cost of the stack, without embeddings, final norm and output layer.
+
+        Args:
+            config: Model configuration.
+            seq_length: Length of a sequence.
+        """
+        return self.stack(config).cost(seq_length)
+
+    def width_flag(self, config: MoREConfig) -> str:
+        """Return the field that widens what is repeated, by which systems are brought to equal cost."""
+        if self.block_width is not None:
+            return "recurrence_ffn_hidden_size"
+        return "ffn_hidden_size" if config.num_moe_experts is None else "moe_ffn_hidden_size"
+
+    def losses(self, config: MoREConfig) -> tuple[str, ...]:
+        """Return the names of losses that are logged besides those that Megatron asks its MoE tracker for."""
+        return ("entropy_loss",) if self.repeats_router and config.router_min_entropy > 0.0 else ()
+
+    def figures(self, config: MoREConfig) -> tuple[str, ...]:
+        """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
+        return ()
+
+    def ffn_hidden_size(self, sizes: Any) -> int:
+        """Return the width of the MLP in the recurrent block.
+
+        Args:
+            sizes: Configuration or arguments, with `recurrence_ffn_hidden_size` and `hidden_size`.
+        """
+        assert self.block_width is not None, f"{self.name} has no recurrent block"
+        return sizes.recurrence_ffn_hidden_size or self.block_width * sizes.hidden_size
+
+    # What its weights are called outside. `config` is the content of config.json.
+
+    def config_fields(self, args: Any) -> dict[str, Any]:
+        """Return the fields of config.json that it alone has, given a run's arguments."""
+        return {}
+
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that `config_fields` were made from."""
+        return {}
+
+    def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows outside of layers."""
+        return MODEL
+
+    def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
+        """Return the rows of a layer, numbered from 0."""
+        return (*ATTENTION, *MOE, *self.expert_rows) if config["moe_layers"][layer] else (*ATTENTION, *DENSE)
+
+    def model_states(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the modules outside of layers that ask a checkpoint for a state beside their parameters."""
+        return STATES_OF_MODEL
+
+    def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
+        """Return the modules of a layer that do; `N ` before a name: one state an expert."""
+        if config["moe_layers"][layer]:
+            return (*STATES_OF_ATTENTION, *STATES_OF_MOE, *self.expert_states)
+        return (*STATES_OF_ATTENTION, *STATES_OF_DENSE)
+
+    def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Return sizes of its own that rows name."""
+        return {}
+
+    def features(self, config: Mapping[str, Any]) -> set[str]:
+        """Return features of its own that rows ask for."""
+        return set()

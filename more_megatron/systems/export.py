@@ -1,0 +1,146 @@
+"""How weights are called outside: the rows of the name table, and those that several systems have.
+
+A row names one parameter in both worlds. The sizes in the table:
+
+    V vocabulary   P positions   h hidden   q heads x d   k groups x d   qkv q + 2 k   d head size
+    f dense MLP    N experts     m expert MLP             e shared expert              R MLP of a recurrent block
+
+A system may add sizes of its own (`System.sizes`), and features that rows ask for (`System.features`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+__all__ = [
+    "ATTENTION",
+    "DENSE",
+    "FEED_FORWARD",
+    "MODEL",
+    "MOE",
+    "STATES_OF_ATTENTION",
+    "STATES_OF_DENSE",
+    "STATES_OF_FEED_FORWARD",
+    "STATES_OF_MODEL",
+    "STATES_OF_MOE",
+    "Layout",
+    "Row",
+]
+
+
+class Layout(Enum):
+    """How one tensor of Megatron's is made of tensors of the Hugging Face model."""
+
+    WHOLE = auto()
+    """One tensor; the shapes may differ by a view."""
+
+    HALVES = auto()
+    """Two tensors below each other: a gate and what it gates."""
+
+    QKV = auto()
+    """Three tensors interleaved: for each query group its queries, then its key, then its value."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter.
+
+    Attributes:
+        megatron: Its key in a checkpoint, within the layer or the model.
+        hf: Its name within the layer or the model; `{a,b}` names several that Megatron keeps in one.
+        shape: Megatron's, of sizes from the list above: `2*f h` has two dimensions.
+        view: Shape in the Hugging Face model where it is another view of a whole tensor.
+        layout: How the tensors of several names are put together.
+        when: Features a model must have for the row to apply; `!` before one that it must not have.
+        fp32: Whether it stays in float32, whatever the rest is cast to.
+    """
+
+    megatron: str
+    hf: str
+    shape: str
+    view: str = ""
+    layout: Layout = Layout.WHOLE
+    when: str = ""
+    fp32: bool = False
+
+
+MODEL = (
+    Row("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V h"),
+    Row("embedding.position_embeddings.weight", "model.embed_positions.weight", "P h", when="learned_positions"),
+    Row("decoder.final_layernorm.weight", "model.norm.weight", "h"),
+    Row("decoder.final_layernorm.bias", "model.norm.bias", "h", when="layernorm"),
+    Row("output_layer.weight", "lm_head.weight", "V h", when="!tied"),
+)
+
+ATTENTION = (
+    Row("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "h"),
+    Row("self_attention.linear_qkv.layer_norm_bias", "input_layernorm.bias", "h", when="layernorm"),
+    Row("self_attention.linear_qkv.weight", "self_attn.{q,k,v}_proj.weight", "qkv h", layout=Layout.QKV),
+    Row("self_attention.linear_qkv.bias", "self_attn.{q,k,v}_proj.bias", "qkv", layout=Layout.QKV, when="qkv_bias"),
+    Row("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "h q"),
+    Row("self_attention.linear_proj.bias", "self_attn.o_proj.bias", "h", when="bias"),
+    Row("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "d", when="qk_norm"),
+    Row("self_attention.q_layernorm.bias", "self_attn.q_norm.bias", "d", when="qk_norm layernorm"),
+    Row("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "d", when="qk_norm"),
+    Row("self_attention.k_layernorm.bias", "self_attn.k_norm.bias", "d", when="qk_norm layernorm"),
+)
+
+DENSE = (
+    Row("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "h"),
+    Row("mlp.linear_fc1.layer_norm_bias", "post_attention_layernorm.bias", "h", when="layernorm"),
+    Row("mlp.linear_fc1.weight", "mlp.{gate,up}_proj.weight", "2*f h", layout=Layout.HALVES, when="gated"),
+    Row("mlp.linear_fc1.bias", "mlp.{gate,up}_proj.bias", "2*f", layout=Layout.HALVES, when="gated bias"),
+    Row("mlp.linear_fc1.weight", "mlp.up_proj.weight", "f h", when="!gated"),
+    Row("mlp.linear_fc1.bias", "mlp.up_proj.bias", "f", when="!gated bias"),
+    Row("mlp.linear_fc2.weight", "mlp.down_proj.weight", "h f"),
+    Row("mlp.linear_fc2.bias", "mlp.down_proj.bias", "h", when="bias"),
+)
+
+# What every layer with experts has, whatever its experts are.
+MOE = (
+    Row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "h"),
+    Row("pre_mlp_layernorm.bias", "post_attention_layernorm.bias", "h", when="layernorm"),
+    Row("mlp.router.weight", "mlp.gate.weight", "N h"),
+    Row("mlp.router.bias", "mlp.gate.bias", "N", when="bias"),
+    Row("mlp.router.expert_bias", "mlp.gate.expert_bias", "N", when="expert_bias", fp32=True),
+    Row(
+        "mlp.shared_experts.linear_fc1.weight",
+        "mlp.shared_expert.{gate,up}_proj.weight",
+        "2*e h",
+        layout=Layout.HALVES,
+        when="shared_expert gated",
+    ),
+    Row(
+        "mlp.shared_experts.linear_fc1.weight",
+        "mlp.shared_expert.up_proj.weight",
+        "e h",
+        when="shared_expert !gated",
+    ),
+    Row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight", "h e", when="shared_expert"),
+    Row("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "1 h", when="shared_expert_gate"),
+)
+
+# Megatron's own experts.
+FEED_FORWARD = (
+    Row("mlp.experts.experts.linear_fc1.weight", "mlp.experts.gate_up_proj", "N 2*m h", when="gated"),
+    Row("mlp.experts.experts.linear_fc1.bias", "mlp.experts.gate_up_proj_bias", "N 2*m", when="gated bias"),
+    Row("mlp.experts.experts.linear_fc1.weight", "mlp.experts.up_proj", "N m h", when="!gated"),
+    Row("mlp.experts.experts.linear_fc1.bias", "mlp.experts.up_proj_bias", "N m", when="!gated bias"),
+    Row("mlp.experts.experts.linear_fc2.weight", "mlp.experts.down_proj", "N h m"),
+    Row("mlp.experts.experts.linear_fc2.bias", "mlp.experts.down_proj_bias", "N h", when="bias"),
+)
+
+# Modules that ask a checkpoint for a state beside their parameters, which is empty outside FP8: linear layers under
+# both backends, norms and attention under Transformer Engine. `N ` before a name: one state an expert.
+STATES_OF_MODEL = ("decoder.final_layernorm",)
+STATES_OF_ATTENTION = (
+    "self_attention.linear_qkv",
+    "self_attention.core_attention",
+    "self_attention.linear_proj",
+    "self_attention.q_layernorm",
+    "self_attention.k_layernorm",
+)
+STATES_OF_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
+STATES_OF_MOE = ("pre_mlp_layernorm", "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
+STATES_OF_FEED_FORWARD = ("N mlp.experts.experts.linear_fc1", "N mlp.experts.experts.linear_fc2")

@@ -1,0 +1,68 @@
+"""Synthesis I, option A: expert i is its own recurrent block.
+
+s <- Block_i(Adapter_i([s; x])), r times, from a random state; the output is the last state.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from more_megatron.systems.base import DEPTH, System
+from more_megatron.systems.export import Row
+
+if TYPE_CHECKING:
+    from more_megatron.config import MoREConfig
+    from more_megatron.model.stack import Stack
+
+__all__ = ["SYSTEM"]
+
+
+class RecurrentExperts(System):
+    """Experts that are recurrent blocks; the tokens sent to one attend to each other within their sequence."""
+
+    name = "recurrent_experts"
+    summary = "each expert is its own recurrent block: `s <- Block_i(Adapter_i([s; x]))`, r times"
+    reads = DEPTH | {"recurrence_state_std", "recurrence_ffn_hidden_size"}
+    block_width = 2
+    mixes_tokens = True
+    expert_rows = (
+        Row("mlp.experts.block.adapter", "mlp.experts.adapter", "N h 2*h"),
+        Row("mlp.experts.block.qkv", "mlp.experts.qkv", "N qkv h"),
+        Row("mlp.experts.block.proj", "mlp.experts.proj", "N h q"),
+        Row("mlp.experts.block.fc1", "mlp.experts.fc1", "N 2 R h"),
+        Row("mlp.experts.block.fc2", "mlp.experts.fc2", "N h R"),
+        Row("mlp.experts.block.norm_1", "mlp.experts.norm_1", "N*h", view="N h"),
+        Row("mlp.experts.block.norm_2", "mlp.experts.norm_2", "N*h", view="N h"),
+        Row("mlp.experts.block.norm_3", "mlp.experts.norm_3", "N*h", view="N h"),
+        Row("mlp.experts.block.norm_4", "mlp.experts.norm_4", "N*h", view="N h"),
+    )
+    expert_states = ()
+
+    def refusals(self, config: MoREConfig) -> Iterator[str]:
+        """Yield what the system cannot do of what `config` asks for."""
+        from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
+
+        yield from recurrence_refusals(config)
+        yield from expert_refusals(config, self.ffn_hidden_size(config))
+        yield from mixing_refusals(config)
+
+    def stack(self, config: MoREConfig) -> Stack:
+        """Return the layers of the whole model."""
+        from more_megatron.blocks.block_experts import BlockExperts, block_experts_cost
+        from more_megatron.blocks.layer import MicroBatchTransformerLayer, RowMoELayer
+        from more_megatron.blocks.layers import decoder_stack, moe_layer
+
+        width = self.ffn_hidden_size(config)
+        layer = moe_layer(
+            config,
+            layer=MicroBatchTransformerLayer,
+            moe=RowMoELayer,
+            parts={"experts": functools.partial(BlockExperts, ffn_hidden_size=width)},
+            experts_cost=functools.partial(block_experts_cost, config, width),
+        )
+        return decoder_stack(config, layer)
+
+
+SYSTEM = RecurrentExperts()

@@ -1,0 +1,106 @@
+"""Synthesis I, option B: experts are projections around one recurrent block of the layer.
+
+y_i = W_out_i . R(W_in_i . x)
+"""
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from more_megatron.errors import MoREError
+from more_megatron.flags import flag
+from more_megatron.systems.base import DEPTH, System
+from more_megatron.systems.export import Row
+
+if TYPE_CHECKING:
+    from more_megatron.config import MoREConfig
+    from more_megatron.model.stack import Stack
+
+__all__ = ["SYSTEM"]
+
+
+@dataclass
+class ProjectionFlags:
+    """How the projections around a shared block are regularized."""
+
+    projection_orthogonality_coeff: float = 0.0
+    """Coefficient of the penalty on projections around a shared block that are not orthogonal."""
+
+    projection_dropout: float = 0.0
+    """Dropout on the output of the projections around a shared block."""
+
+    def check(self) -> None:
+        """Check the fields.
+
+        Raises:
+            MoREError: If one is out of range.
+        """
+        if not 0.0 <= self.projection_orthogonality_coeff < float("inf"):
+            name, value = flag("projection_orthogonality_coeff"), self.projection_orthogonality_coeff
+            raise MoREError(f"{name} {value} must be at least 0")
+        if not 0.0 <= self.projection_dropout < 1.0:
+            raise MoREError(f"{flag('projection_dropout')} {self.projection_dropout} must be from 0 to below 1")
+
+
+class SharedBlock(System):
+    """Projections into and out of one recurrent block; the tokens sent to an expert attend to each other."""
+
+    name = "shared_block"
+    summary = "expert i is a projection into and out of one recurrent block of the layer"
+    reads = DEPTH | {"recurrence_state_std", "recurrence_ffn_hidden_size"}
+    Flags = ProjectionFlags
+    block_width = 4
+    mixes_tokens = True
+    expert_rows = (
+        Row("mlp.experts.proj_in", "mlp.experts.proj_in", "N h h"),
+        Row("mlp.experts.proj_out", "mlp.experts.proj_out", "N h h"),
+        Row("mlp.recurrent_block.adapter", "mlp.recurrent_block.adapter", "1 h 2*h", view="h 2*h"),
+        Row("mlp.recurrent_block.qkv", "mlp.recurrent_block.qkv", "1 qkv h", view="qkv h"),
+        Row("mlp.recurrent_block.proj", "mlp.recurrent_block.proj", "1 h q", view="h q"),
+        Row("mlp.recurrent_block.fc1", "mlp.recurrent_block.fc1", "1 2 R h", view="2 R h"),
+        Row("mlp.recurrent_block.fc2", "mlp.recurrent_block.fc2", "1 h R", view="h R"),
+        Row("mlp.recurrent_block.norm_1", "mlp.recurrent_block.norm_1", "h"),
+        Row("mlp.recurrent_block.norm_2", "mlp.recurrent_block.norm_2", "h"),
+        Row("mlp.recurrent_block.norm_3", "mlp.recurrent_block.norm_3", "h"),
+        Row("mlp.recurrent_block.norm_4", "mlp.recurrent_block.norm_4", "h"),
+    )
+    expert_states = ()
+
+    def refusals(self, config: "MoREConfig") -> Iterator[str]:
+        """Yield what the system cannot do of what `config` asks for."""
+        from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
+
+        yield from recurrence_refusals(config)
+        yield from expert_refusals(config, self.ffn_hidden_size(config))
+        yield from mixing_refusals(config)
+        tensor_ranks = config.tensor_model_parallel_size
+        if 1 < config.expert_tensor_parallel_size < tensor_ranks:
+            yield f"needs --expert-tensor-parallel-size 1 or {tensor_ranks}, like the tensor parallelism"
+        if config.calculate_per_token_loss and config.projection_orthogonality_coeff:
+            yield "has a penalty a layer: --projection-orthogonality-coeff excludes --calculate-per-token-loss"
+
+    def losses(self, config: "MoREConfig") -> tuple[str, ...]:
+        """Return the names of losses that are logged."""
+        return ("orthogonality_loss",) if config.projection_orthogonality_coeff > 0.0 else ()
+
+    def stack(self, config: "MoREConfig") -> "Stack":
+        """Return the layers of the whole model."""
+        from more_megatron.blocks.block_moe import SharedBlockMoELayer
+        from more_megatron.blocks.layer import MicroBatchTransformerLayer
+        from more_megatron.blocks.layers import decoder_stack, moe_layer
+        from more_megatron.blocks.projection_experts import ProjectionExperts, projection_experts_cost
+
+        width = self.ffn_hidden_size(config)
+        coefficient = config.projection_orthogonality_coeff
+        layer = moe_layer(
+            config,
+            layer=MicroBatchTransformerLayer,
+            moe=functools.partial(SharedBlockMoELayer, ffn_hidden_size=width, orthogonality_coeff=coefficient),
+            parts={"experts": functools.partial(ProjectionExperts, dropout=config.projection_dropout)},
+            experts_cost=functools.partial(projection_experts_cost, config, width),
+        )
+        return decoder_stack(config, layer)
+
+
+SYSTEM = SharedBlock()

@@ -1,0 +1,133 @@
+"""The same model on one backend and another: weights carried over, outputs and gradients compared."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factories,
+)
+from megatron.core.models.gpt import GPTModel
+
+from more_megatron.model.depth import Depth
+from tests.helpers.models import gpt_model, logits, small_config
+
+__all__ = [
+    "BATCH",
+    "DEPTH",
+    "LAYERS",
+    "LENGTH",
+    "SAMPLES",
+    "carry_over",
+    "contents",
+    "difference",
+    "gradient",
+    "gradients",
+    "lay",
+    "model_of",
+    "sharded",
+    "step",
+]
+
+LENGTH, BATCH, LAYERS = 8, 2, 2
+DEPTH = Depth(1, 2)
+SAMPLES = (3, 8)
+
+
+def model_of(variant: str, backend: str, **fields: Any) -> GPTModel:
+    """Return a small model whose weights are the same on every call, on one of the two backends."""
+    fields = {"num_layers": LAYERS, "moe_router_topk": 2, "num_query_groups": 2, "recurrence_state_std": 0.5} | fields
+    if backend == "transformer_engine":
+        fields["moe_grouped_gemm"] = True
+    if variant == "shared_block":
+        fields["projection_orthogonality_coeff"] = 0.3
+    return gpt_model(small_config(variant, transformer_impl=backend, **fields), LENGTH, weight_std=0.2).train()
+
+
+def sharded(model: GPTModel) -> dict[str, Any]:
+    """Return the sharded state of a model."""
+    groups = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return model.sharded_state_dict(metadata={"dp_cp_group": groups})
+
+
+def contents(model: GPTModel) -> tuple[dict[str, tuple[int, ...]], set[str]]:
+    """Return key and global shape of each tensor of a checkpoint, and the keys of what else it holds."""
+    state = sharded(model)
+    apply_factories(state)
+    values = list(nested_values(state))
+    tensors = {value.key: tuple(value.global_shape) for value in values if isinstance(value, ShardedTensor)}
+    return tensors, {value.key for value in values if isinstance(value, ShardedObject)}
+
+
+def gradients(model: GPTModel) -> dict[str, torch.Tensor]:
+    """Return the gradient of every weight as checkpoints store the weight."""
+    found: dict[str, torch.Tensor] = {}
+    for value in nested_values(sharded(model)):
+        if not isinstance(value, ShardedTensor | ShardedTensorFactory) or value.data is None:
+            continue
+        if not isinstance(value.data, torch.nn.Parameter):
+            continue
+        lay(found, replace(value, data=gradient(value.data)))
+    return found
+
+
+def lay(found: dict[str, torch.Tensor], value: ShardedTensor | ShardedTensorFactory | list[ShardedTensor]) -> None:
+    """Lay slices where they belong in the whole tensors."""
+    if isinstance(value, list):
+        for part in value:
+            lay(found, part)
+    elif isinstance(value, ShardedTensorFactory):
+        lay(found, value.build())
+    else:
+        whole = found.setdefault(value.key, torch.full(value.global_shape, torch.nan))
+        sizes = (1,) * value.prepend_axis_num + tuple(value.local_shape)
+        place = tuple(slice(start, start + size) for start, size in zip(value.global_offset, sizes, strict=True))
+        whole[place] = value.data.detach().view(whole[place].shape)
+
+
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return what the optimizer would see."""
+    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    main = getattr(parameter, "main_grad", None)
+    if main is None:
+        return own
+    # As in Megatron's hook.
+    takes = not parameter.grad_added_to_main_grad or getattr(parameter, "zero_out_wgrad", False)
+    return main + own if takes else main
+
+
+def step(model: GPTModel, depth: Depth = DEPTH) -> dict[str, torch.Tensor]:
+    """Return logits and gradients of a training step, on the CPU."""
+    generator, device = torch.Generator().manual_seed(1), next(model.parameters()).device
+    embeddings = torch.randn(LENGTH, BATCH, model.config.hidden_size, generator=generator)
+    embeddings = embeddings.to(device=device, dtype=model.config.params_dtype).requires_grad_()
+    output = logits(model, embeddings, depth, SAMPLES)
+    (output * torch.randn(output.shape, generator=generator).to(device)).sum().backward()
+    found = {"logits": output.detach(), "embeddings": embeddings.grad, **gradients(model)}
+    return {name: tensor.cpu() for name, tensor in found.items()}
+
+
+def difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Return the largest difference of all tensors, relative to the largest entry of each."""
+    assert set(ours) == set(theirs), set(ours) ^ set(theirs)
+    sizes = {name: max(float(other.abs().amax()), 1.0) for name, other in theirs.items() if other.numel() > 0}
+    return max((float((ours[name] - theirs[name]).abs().max()) / size for name, size in sizes.items()), default=0.0)
+
+
+def carry_over(source: GPTModel, target: GPTModel) -> None:
+    """Save the one, load it into the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist_checkpointing.save(sharded(source), folder)
+        # Every weight must come from the checkpoint.
+        with torch.no_grad():
+            for parameter in target.parameters():
+                parameter.fill_(torch.nan)
+        target.load_state_dict(dist_checkpointing.load(sharded(target), folder), strict=True)

@@ -1,0 +1,64 @@
+"""Routing at its extremes: all tokens at one expert, so that another rank's experts receive none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from more_megatron.blocks.dispatch import DISPATCHERS
+from more_megatron.blocks.layer import LayerInputs
+from more_megatron.model.depth import Depth
+from more_megatron.model.micro_batch import MicroBatch
+from tests.helpers.models import EXPERTS, HIDDEN, gpt_model, small_config, start_ranks
+from tests.helpers.ranks import run_ranks
+
+_LENGTH, _BATCH = 8, 2
+
+
+def _all_to_one_expert(
+    variant: str, layout: dict[str, int], dispatcher: str, expert: int
+) -> tuple[torch.Tensor, float, int]:
+    """Return the output, the size of the experts' gradients, and how many gradients of the layer are missing."""
+    start_ranks(**layout)
+    config = small_config(
+        variant, expert_model_parallel_size=layout.get("expert", 1), moe_token_dispatcher_type=dispatcher
+    )
+    model = gpt_model(config, _LENGTH).train()
+    moe = model.decoder.layers[0].mlp
+    probs = torch.zeros(_LENGTH * _BATCH, EXPERTS)
+    probs[:, expert] = 0.5
+    moe.route = lambda *_: (probs, probs != 0)
+    hidden = torch.randn(_LENGTH, _BATCH, HIDDEN, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    inputs = LayerInputs(MicroBatch(Depth(1, 2), (0, 1)), rotary_pos_emb=model.rotary_pos_emb(_LENGTH))
+    output, _ = moe(hidden, inputs)
+    output.square().sum().backward()
+    assert torch.isfinite(hidden.grad).all()
+    gradients = {name: p.grad for name, p in moe.named_parameters() if not name.startswith("router")}
+    present = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+    assert all(torch.isfinite(gradient).all() for gradient in present.values())
+    size = sum(float(gradient.abs().sum()) for name, gradient in present.items() if name.startswith("experts"))
+    return output.detach(), size, len(gradients) - len(present)
+
+
+def _cases(variant: str, layout: dict[str, int]) -> dict[tuple[str, int], tuple[torch.Tensor, float, int]]:
+    return {
+        (dispatcher, expert): _all_to_one_expert(variant, layout, dispatcher, expert)
+        for dispatcher in DISPATCHERS
+        for expert in (0, EXPERTS - 1)
+    }
+
+
+@pytest.mark.parametrize("variant", ["recurrent_experts", "shared_block", "shared_block_ffn"])
+def test_a_rank_without_rows_takes_part(variant: str) -> None:
+    (whole,) = run_ranks(1, _cases, variant, {})
+    ranks = run_ranks(2, _cases, variant, {"expert": 2})
+    for case, (expected, _, missing) in whole.items():
+        assert missing == 0
+        starved, fed = (ranks[1][case], ranks[0][case]) if case[1] == 0 else (ranks[0][case], ranks[1][case])
+        for output, _, missing in (starved, fed):
+            # Both replicas work on the same tokens here.
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+            # The reduction of gradients waits for every parameter.
+            assert missing == 0, case
+        assert starved[1] == 0.0, case
+        assert fed[1] > 0.0, case
