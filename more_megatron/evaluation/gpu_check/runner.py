@@ -26,7 +26,7 @@ __all__ = ["Request", "check"]
 _LONGEST = 120.0
 # A case that has less time than this is not begun.
 _SHORTEST = 5.0
-_WORLDS = 5
+_WORLDS = 8
 # PyTorch multiplies float32 as it is, but Transformer Engine rounds it to TF32 unless it is told not to.
 _EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
 
@@ -63,12 +63,14 @@ class Crew:
         self._free: dict[int, queue.SimpleQueue[World]] = {1: queue.SimpleQueue()}
         for _ in range(size):
             self._free[1].put(self._world(1))
+        self._fresh: World | None = None
 
     def run(self, stage: Stage) -> Iterator[Outcome]:
         """Yield the outcomes of a stage as they come."""
         if stage.alone:
+            fresh, self._fresh = self._fresh or self._world(1), None
             self.close()
-            self._free[1].put(self._world(1))
+            self._free[1].put(fresh)
             self._size = 1
         outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         with ThreadPoolExecutor(self._size if stage.parallel else 1) as threads:
@@ -77,8 +79,15 @@ class Crew:
             for _ in stage.cases:
                 yield outcomes.get()
 
+    def prepare_for(self, stages: list[Stage]) -> None:
+        """Let a world import what a stage needs that takes the device alone, while others are under way."""
+        if any(stage.alone for stage in stages):
+            self._fresh = self._world(1)
+
     def close(self) -> None:
         """End all worlds; none may be at work."""
+        if self._fresh is not None:
+            self._fresh.close()
         for free in self._free.values():
             while not free.empty():
                 free.get().close()
@@ -153,7 +162,7 @@ def check(request: Request, begin: Callable[[Stage], None], report: Callable[[Ou
     with tempfile.TemporaryDirectory(prefix="more-check-") as folder:
         plan = _plan(request, Path(folder))
         # Small models leave a device idle: several processes share it.
-        size = min(_WORLDS, max(cores // 2, 1))
+        size = min(_WORLDS, cores if plan.dry else max(cores // 2, 1))
         background = Crew("cpu", 1, clock, max(cores // 2, 1))
         crew = Crew(plan.platform, size, clock, max(cores // size // 2, 1))
         # The CPU's part is done while the others import and look at the environment.
@@ -183,6 +192,7 @@ def _plan(request: Request, folder: Path) -> Plan:
 def _run_stages(
     crew: Crew, chosen: list[Stage], begin: Callable[[Stage], None], report: Callable[[Outcome], None]
 ) -> None:
+    crew.prepare_for(chosen[1:])
     for stage in chosen:
         begin(stage)
         if stage.obstacle:

