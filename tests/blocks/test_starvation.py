@@ -48,7 +48,9 @@ def _cases(variant: str, layout: dict[str, int]) -> dict[tuple[str, int], tuple[
     }
 
 
-@pytest.mark.parametrize("variant", ["recurrent_experts", "shared_block", "shared_block_ffn"])
+@pytest.mark.parametrize(
+    "variant", ["recurrent_experts", "shared_block", "shared_block_ffn", "gru_experts", "sequential_experts"]
+)
 def test_a_rank_without_rows_takes_part(variant: str) -> None:
     (whole,) = run_ranks(1, _cases, variant, {})
     ranks = run_ranks(2, _cases, variant, {"expert": 2})

@@ -129,6 +129,16 @@ SYSTEMS = {
     "shared_block_ffn micro-batch": System(
         f"--more-variant shared_block_ffn --recurrence-steps 2 {_POISSON} {_MICRO_BATCH}", _SAME_MICRO_BATCHES
     ),
+    "gru_experts top-2": System(
+        f"--more-variant gru_experts --moe-router-topk 2 {_uniform(1)} --recurrence-backprop-steps 2", _SPREAD
+    ),
+    "sequential_experts": System(
+        f"--more-variant sequential_experts {_uniform(1)} --recurrence-backprop-steps 2", _SPREAD
+    ),
+    "sequential_experts micro-batch top-2": System(
+        f"--more-variant sequential_experts --moe-router-topk 2 --recurrence-steps 2 {_POISSON} {_MICRO_BATCH}",
+        _SAME_MICRO_BATCHES,
+    ),
 }
 _CASES = [(name, layout) for name, system in SYSTEMS.items() for layout in system.layouts]
 
