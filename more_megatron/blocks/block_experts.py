@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 
-from more_megatron.blocks.expert_inputs import ExpertInputs
 from more_megatron.blocks.experts import Experts
 from more_megatron.blocks.recurrent_block import RecurrentBlock, block_cost
 from more_megatron.blocks.replication import enter_replicated, leave_replicated
+from more_megatron.blocks.rows import Rows
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
+from more_megatron.model.depth import Depth
 
 __all__ = ["BlockExperts", "block_experts_cost", "routed_context"]
 
@@ -37,20 +38,21 @@ class BlockExperts(Experts):
         """Learn the number of the layer and draw the initial weights."""
         self.block.set_layer_number(layer_number)
 
-    def forward(self, inputs: ExpertInputs) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Compute all local experts on the rows that were sent to them.
 
         Args:
-            inputs: Rows, sorted.
+            hidden_states: [rows, h].
+            rows: Which rows they are.
+            depth: Recurrence steps.
 
         Returns:
-            Last states times routing probabilities, [rows, h].
+            Last states, [rows, h]; with several expert-tensor-parallel ranks this rank's part of a sum that gives them.
         """
         ranks = self.placement.split_size
-        rows, padding = inputs.by_expert().padded(self.backend.row_multiple(self.config))
-        x = padding.pad(enter_replicated(inputs.hidden_states, ranks))
-        state = padding.unpad(self.block(x, rows, inputs.depth, inputs.noisy))
-        return inputs.weigh(leave_replicated(state, ranks))
+        rows, padding = rows.padded(self.backend.row_multiple(self.config))
+        x = padding.pad(enter_replicated(hidden_states, ranks))
+        return leave_replicated(padding.unpad(self.block(x, rows, depth)), ranks)
 
 
 def routed_context(config: MoREConfig, seq_length: int) -> float:

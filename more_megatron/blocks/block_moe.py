@@ -9,12 +9,13 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
-from more_megatron.blocks.expert_inputs import ExpertInputs
 from more_megatron.blocks.layer import LayerInputs, RowMoELayer
 from more_megatron.blocks.parameters import Placement
 from more_megatron.blocks.recurrent_block import RecurrentBlock
+from more_megatron.blocks.rows import Rows
 from more_megatron.blocks.sequence_block import SequenceBlock
 from more_megatron.blocks.statistics import record_loss
+from more_megatron.model.depth import Depth
 from more_megatron.model.loops import TokenGrid
 
 __all__ = ["CombinedBlockMoELayer", "SharedBlockMoELayer"]
@@ -61,9 +62,8 @@ class SharedBlockMoELayer(RowMoELayer):
         super().set_layer_number(layer_number)
         self.recurrent_block.set_layer_number(layer_number)
 
-    def _apply_experts(self, inputs: ExpertInputs) -> torch.Tensor:
-        output = self.experts(inputs, self.recurrent_block)
-        return self._attach_penalty(output)
+    def _apply_experts(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
+        return self._attach_penalty(self.experts(hidden_states, rows, depth, self.recurrent_block))
 
     def _attach_penalty(self, output: torch.Tensor) -> torch.Tensor:
         """Attach the orthogonality penalty of the local experts to the backward pass."""

@@ -13,8 +13,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.dispatch import DISPATCHERS
-from more_megatron.blocks.expert_inputs import ExpertInputs
-from more_megatron.blocks.rows import RoutedRows
+from more_megatron.blocks.rows import Rows
+from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch, Pass
 from more_megatron.model.noise import local_coordinates
 
@@ -127,27 +127,24 @@ class RowMoELayer(CapacityInTrainingMoELayer):
         probs, routing_map = self.route(hidden_states, inputs.token_padding_mask)
         dispatched, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
         dispatched, tokens_per_expert, probs = self.token_dispatcher.dispatch_postprocess(dispatched, probs)
-        rows = self._sort(hidden_states.shape, hidden_states.device, tokens_per_expert, inputs.micro_batch)
-        output = self._compute_experts(dispatched, probs, rows, inputs)
+        rows, order = self._sort(hidden_states.shape, hidden_states.device, tokens_per_expert, inputs)
+        output = self._compute_experts(dispatched, probs, rows, order, inputs.micro_batch.depth)
         output = self.combine(self.token_dispatcher.combine_preprocess(output))
         return self.postprocess(output, shared_output), None
 
     def _compute_experts(
-        self, dispatched: torch.Tensor, probs: torch.Tensor, rows: RoutedRows, inputs: LayerInputs
+        self, dispatched: torch.Tensor, probs: torch.Tensor, rows: Rows, order: torch.Tensor, depth: Depth
     ) -> torch.Tensor:
-        """Return the experts' output for the dispatched rows, [rows, h], in the order of the dispatcher."""
-        expert_inputs = ExpertInputs(
-            dispatched.index_select(0, rows.order),
-            probs.index_select(0, rows.order),
-            rows,
-            inputs.micro_batch.depth,
-            noisy=bool(inputs.micro_batch.sample_ids),
-            rotary_pos_emb=inputs.rotary_pos_emb,
-        )
-        return self._apply_experts(expert_inputs).index_select(0, rows.restore)
+        """Return the weighted output of the experts for the dispatched rows, [rows, h], in the dispatcher's order."""
+        restore = torch.empty_like(order)
+        restore[order] = torch.arange(len(order), device=order.device)
+        output = self._apply_experts(dispatched.index_select(0, order), rows, depth)
+        output = (output * probs.index_select(0, order).unsqueeze(-1)).to(output.dtype)
+        return output.index_select(0, restore)
 
-    def _apply_experts(self, inputs: ExpertInputs) -> torch.Tensor:
-        return self.experts(inputs)
+    def _apply_experts(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
+        """Return the output of the local experts, [rows, h], given the sorted rows."""
+        return self.experts(hidden_states, rows, depth)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; the experts draw their weights."""
@@ -159,20 +156,21 @@ class RowMoELayer(CapacityInTrainingMoELayer):
         hidden_shape: torch.Size,
         device: torch.device,
         tokens_per_expert: torch.Tensor,
-        micro_batch: MicroBatch,
-    ) -> RoutedRows:
+        inputs: LayerInputs,
+    ) -> tuple[Rows, torch.Tensor]:
         batch, shards = hidden_shape[1], self.attn_tp_group.size() if self.config.sequence_parallel else 1
         replica = parallel_state.get_data_parallel_rank() % self._replicas
         coordinates = local_coordinates(
             hidden_shape,
-            micro_batch.sample_ids,
+            inputs.micro_batch.sample_ids,
             first_sequence=replica * batch,
             sequence_shard=self.attn_tp_group.rank() if shards > 1 else 0,
             device=device,
         )
-        return RoutedRows.sort(
+        return Rows.sort(
             self.token_dispatcher.dispatch_coordinates(coordinates),
             tokens_per_expert,
             num_sequences=self._replicas * batch,
             seq_length=hidden_shape[0] * shards,
+            rotary_pos_emb=inputs.rotary_pos_emb,
         )

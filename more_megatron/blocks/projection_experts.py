@@ -7,13 +7,14 @@ from typing import Any
 import torch
 
 from more_megatron.blocks.block_experts import routed_context
-from more_megatron.blocks.expert_inputs import ExpertInputs
 from more_megatron.blocks.experts import Experts
 from more_megatron.blocks.parameters import draw_parameter, grouped_linear_weights
 from more_megatron.blocks.recurrent_block import RecurrentBlock, block_cost
 from more_megatron.blocks.replication import enter_replicated, leave_replicated
+from more_megatron.blocks.rows import Rows
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
+from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 
 __all__ = ["ProjectionExperts", "projection_experts_cost"]
@@ -52,23 +53,26 @@ class ProjectionExperts(Experts):
 
             draw_parameter(getattr(self, name), self.placement, draw)
 
-    def forward(self, inputs: ExpertInputs, block: RecurrentBlock) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth, block: RecurrentBlock) -> torch.Tensor:
         """Compute all local experts on the rows that were sent to them.
 
         Args:
-            inputs: Rows, sorted.
+            hidden_states: [rows, h].
+            rows: Which rows they are.
+            depth: Recurrence steps.
             block: The shared block.
 
         Returns:
-            Projected last states times routing probabilities, [rows, h].
+            Projected last states, [rows, h]; with several expert-tensor-parallel ranks this rank's part of a sum that
+            gives them.
         """
         ranks = self.placement.split_size
-        rows, padding = inputs.by_expert().padded(self.backend.row_multiple(self.config))
-        x = padding.pad(enter_replicated(inputs.hidden_states, ranks))
+        rows, padding = rows.padded(self.backend.row_multiple(self.config))
+        x = padding.pad(enter_replicated(hidden_states, ranks))
         projected = self.dropout(self.backend.linear(x, self.proj_in, rows.groups))
-        state = block(projected, rows.as_one_group(), inputs.depth, inputs.noisy)
+        state = block(projected, rows.as_one_group(), depth)
         output = self.dropout(padding.unpad(self.backend.linear(state, self.proj_out, rows.groups)))
-        return inputs.weigh(leave_replicated(output, ranks))
+        return leave_replicated(output, ranks)
 
     def orthogonality_penalty(self) -> torch.Tensor:
         """Return the mean over local projections of `||W W^T - 1||^2 / h`, in float32."""

@@ -20,7 +20,6 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.blocks.backends import backend_of
-from more_megatron.blocks.block_rows import BlockRows
 from more_megatron.blocks.parameters import (
     Placement,
     draw_parameter,
@@ -29,6 +28,7 @@ from more_megatron.blocks.parameters import (
     sharded_parameters,
 )
 from more_megatron.blocks.row_ops import rms_norm, rotate
+from more_megatron.blocks.rows import Rows
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.model.depth import Depth
@@ -99,14 +99,13 @@ class RecurrentBlock(MegatronModule):
         std = initializer.out_std if key in ("proj", "fc2") else initializer.in_std
         return initializer.truncated_normal(shape, f"{self._name}/{group}/{key}", std)
 
-    def forward(self, inputs: torch.Tensor, rows: BlockRows, depth: Depth, noisy: bool) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Iterate from a random state.
 
         Args:
             inputs: What is injected in every step, [rows, h]; the same on every rank of the split group.
             rows: Which rows they are.
             depth: Number of steps.
-            noisy: Whether the initial state depends on the sample, as in training.
 
         Returns:
             The last state, [rows, h], the same on every rank of the split group.
@@ -121,14 +120,14 @@ class RecurrentBlock(MegatronModule):
             attended = norm_2(mixed + self._attention(norm_1(mixed), rows, rotation))
             return norm_4(attended + self._mlp(norm_3(attended), rows))
 
-        return iterate_state(step, self._initial_state(rows, noisy).to(inputs.dtype), depth)
+        return iterate_state(step, self._initial_state(rows).to(inputs.dtype), depth)
 
-    def _linear(self, x: torch.Tensor, weights: Any, rows: BlockRows) -> torch.Tensor:
+    def _linear(self, x: torch.Tensor, weights: Any, rows: Rows) -> torch.Tensor:
         return self._backend.linear(x, weights, rows.groups)
 
-    def _initial_state(self, rows: BlockRows, noisy: bool) -> torch.Tensor:
+    def _initial_state(self, rows: Rows) -> torch.Tensor:
         noise = state_noise(
-            rows.sample_ids if noisy else torch.zeros_like(rows.sample_ids),
+            rows.sample_ids,
             rows.positions,
             self.config.hidden_size,
             seed=self.config.seed,
@@ -138,7 +137,7 @@ class RecurrentBlock(MegatronModule):
         return noise if rows.is_padding is None else noise.masked_fill(rows.is_padding, 0.0)
 
     def _attention(
-        self, x: torch.Tensor, rows: BlockRows, rotation: tuple[torch.Tensor, torch.Tensor] | None
+        self, x: torch.Tensor, rows: Rows, rotation: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
         qkv = self._linear(self._copy(x), self.qkv, rows)
         # Not `view`: without rows it could not tell the number of query groups.
@@ -149,11 +148,11 @@ class RecurrentBlock(MegatronModule):
             query, key = self._rotate(query, rotation), self._rotate(key, rotation)
         return self._reduce(self._linear(self._attend(query, key, value, rows.segments), self.proj, rows))
 
-    def _mlp(self, x: torch.Tensor, rows: BlockRows) -> torch.Tensor:
+    def _mlp(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         gate, up = self._linear(self._copy(x), self.fc1, rows).chunk(2, dim=-1)
         return self._reduce(self._linear(torch.nn.functional.silu(gate) * up, self.fc2, rows))
 
-    def _norms(self, rows: BlockRows) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    def _norms(self, rows: Rows) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Yield the four norms: the backend's, or ours with the weight of each row's group."""
         for key in _NORMS:
             norm = getattr(self, key)
@@ -164,7 +163,7 @@ class RecurrentBlock(MegatronModule):
             weight = weight[0] if len(weight) == 1 else weight.index_select(0, rows.group_ids)
             yield functools.partial(rms_norm, weight=weight, eps=self.config.layernorm_epsilon)
 
-    def _rotation(self, rows: BlockRows) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _rotation(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return cosine and sine of each row's angles, [rows, 1, planes]."""
         if rows.rotary_pos_emb is None:
             return None

@@ -1,42 +1,50 @@
-"""The rows that reached an expert rank, in the order in which experts that mix tokens need them."""
+"""The rows that experts work on: dispatched tokens, sorted by expert, sequence and position."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 
+from more_megatron.blocks.backends import RowGroups
+from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.segments import Segments
 
-__all__ = ["RoutedRows"]
+__all__ = ["Rows"]
 
 
 @dataclass(frozen=True)
-class RoutedRows:
-    """Dispatched tokens sorted by expert, then sequence, then position.
+class Rows:
+    """Which rows there are. Their hidden states, [rows, h], are passed beside them.
 
     Attributes:
-        order: For each sorted row the dispatched row it came from, int64 [rows].
-        restore: For each dispatched row the sorted row it became, int64 [rows].
-        expert_ends: End of each local expert's rows, int32 [local experts].
-        experts: Local expert of each sorted row, int64 [rows].
-        sample_ids: Position of each sorted row's sequence in the stream of samples, int64 [rows].
-        positions: Position of each sorted row in its sequence, int64 [rows].
-        segments: One segment for each (expert, sequence).
+        groups: Where the rows of each group are: of each local expert, or of the one block that experts share.
+        group_ids: Local number of each row's group, int64 [rows].
+        segments: Rows that belong to one sequence and group, in ascending position.
+        positions: Position of each row in its sequence, int64 [rows].
+        sample_ids: Position of each row's sequence in the stream of samples, int64 [rows]; 0 in evaluation.
+        rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
+        is_padding: True for padding rows, bool [rows, 1]; None without padding.
     """
 
-    order: torch.Tensor
-    restore: torch.Tensor
-    expert_ends: torch.Tensor
-    experts: torch.Tensor
-    sample_ids: torch.Tensor
-    positions: torch.Tensor
+    groups: RowGroups
+    group_ids: torch.Tensor
     segments: Segments
+    positions: torch.Tensor
+    sample_ids: torch.Tensor
+    rotary_pos_emb: torch.Tensor | None = None
+    is_padding: torch.Tensor | None = None
 
     @classmethod
     def sort(
-        cls, coordinates: torch.Tensor, tokens_per_expert: torch.Tensor, num_sequences: int, seq_length: int
-    ) -> RoutedRows:
+        cls,
+        coordinates: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        num_sequences: int,
+        seq_length: int,
+        rotary_pos_emb: torch.Tensor | None = None,
+    ) -> tuple[Rows, torch.Tensor]:
         """Sort the rows that a dispatcher handed to the local experts.
 
         Args:
@@ -45,6 +53,11 @@ class RoutedRows:
             tokens_per_expert: Number of rows of each local expert, [local experts].
             num_sequences: Number of sequences whose tokens can reach this rank.
             seq_length: Length of a sequence.
+            rotary_pos_emb: Angles of the rotary embedding.
+
+        Returns:
+            The sorted rows, with a segment for each (expert, sequence), and for each of them the dispatched row that it
+            was, int64 [rows].
         """
         device = coordinates.device
         counts = torch.as_tensor(tokens_per_expert).to(device=device, dtype=torch.int64)
@@ -54,16 +67,42 @@ class RoutedRows:
         sequences, positions, sample_ids = coordinates.unbind(1)
         segment = experts * num_sequences + sequences
         order = torch.argsort(segment * seq_length + positions)
-        restore = torch.empty_like(order)
-        restore[order] = torch.arange(len(order), device=device)
         lengths = torch.bincount(segment, minlength=len(counts) * num_sequences)
         offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-        return cls(
-            order=order,
-            restore=restore,
-            expert_ends=counts.cumsum(0).to(torch.int32),
-            experts=experts,
-            sample_ids=sample_ids[order],
-            positions=positions[order],
+        rows = cls(
+            groups=RowGroups(counts.cumsum(0).to(torch.int32)),
+            # The rows come grouped by expert: sorting moves none to another.
+            group_ids=experts,
             segments=Segments(offsets, seq_length),
+            positions=positions[order],
+            sample_ids=sample_ids[order],
+            rotary_pos_emb=rotary_pos_emb,
         )
+        return rows, order
+
+    def as_one_group(self) -> Rows:
+        """Return the rows for one block that all groups share; they still attend within their segments only."""
+        return dataclasses.replace(self, groups=self.groups.as_one(), group_ids=torch.zeros_like(self.group_ids))
+
+    def padded(self, multiple: int | None) -> tuple[Rows, RowPadding]:
+        """Return the rows with padding after each group, and the padding.
+
+        Args:
+            multiple: As for `RowPadding.of`. The segments must be as `RowPadding.pad_segments` wants them.
+        """
+        padding = RowPadding.of(self.groups, multiple)
+        if padding.places is None:
+            return self, padding
+        sizes = torch.tensor(padding.groups.sizes).to(self.positions.device)
+        groups = torch.arange(len(sizes), device=sizes.device)
+        is_padding = torch.ones(sum(padding.groups.sizes), 1, dtype=torch.bool, device=sizes.device)
+        rows = dataclasses.replace(
+            self,
+            groups=padding.groups,
+            group_ids=torch.repeat_interleave(groups, sizes, output_size=len(is_padding)),
+            segments=padding.pad_segments(self.segments),
+            positions=padding.pad(self.positions),
+            sample_ids=padding.pad(self.sample_ids),
+            is_padding=is_padding.index_fill(0, padding.places, False),
+        )
+        return rows, padding

@@ -156,9 +156,9 @@ def _sizes(config: Config) -> dict[str, int]:
         "k": groups * head,
         "qkv": (heads + 2 * groups) * head,
         "f": config["intermediate_size"] or 0,
-        "N": config["num_experts"],
+        "N": config["num_experts"] or 0,
         "m": config["moe_intermediate_size"],
         "e": config["shared_expert_intermediate_size"] or 0,
-        "R": config["recurrent_intermediate_size"] or 0,
+        "R": config.get("recurrent_intermediate_size") or 0,
         "groups": groups,
     }

@@ -127,6 +127,10 @@ class System:
         """Return the names of losses that are logged besides those that Megatron asks its MoE tracker for."""
         return ("entropy_loss",) if self.repeats_router and config.router_min_entropy > 0.0 else ()
 
+    def figures(self, config: MoREConfig) -> tuple[str, ...]:
+        """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
+        return ()
+
     def ffn_hidden_size(self, sizes: Any) -> int:
         """Return the width of the MLP in the recurrent block.
 

@@ -43,7 +43,7 @@ def check_system(config: MoREConfig) -> None:
     system = get_system(config.more_variant)
     for fault in system.refusals(config):
         raise MoREError(f"--more-variant {system.name} {fault}")
-    cut = system.stack(config).cut_group()
+    cut = system.stack(config).cut_group() if config.pipeline_model_parallel_size > 1 else None
     if cut is not None:
         raise MoREError(f"--more-variant {system.name} {cut}")
 

@@ -1,21 +1,27 @@
-"""What a run of a recurrent system reports besides Megatron's own figures."""
+"""What a run reports besides Megatron's own figures."""
 
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
 
+import torch
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
 
 from more_megatron.blocks.statistics import IterationTracker
 from more_megatron.config import MoREConfig
+from more_megatron.monitoring.figures import Figures, report_to
 from more_megatron.systems import get_system
 from more_megatron.training.flops import count_recurrence, print_cost
 
-__all__ = ["prepare_reports"]
+__all__ = ["prepare_reports", "report_figures"]
 
 
 def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Print what the model costs, and let Megatron's log count recurrence and report our losses.
+    """Print what the model costs, and let Megatron's log count recurrence and report our losses and figures.
 
     Args:
         config: Model configuration.
@@ -26,3 +32,53 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
     system = get_system(config.more_variant)
     steps = config.max_steps if system.repeats_router else 0
     set_moe_metrics_tracker(IterationTracker(steps, system.losses(config)))
+    report_figures(system.figures(config))
+
+
+def report_figures(names: tuple[str, ...]) -> None:
+    """Let Megatron's log report figures of these names, whenever a log line is due.
+
+    Args:
+        names: The figures there are.
+    """
+    figures = Figures(names)
+    report_to(figures)
+    if names:
+        training.training_log = functools.partial(_log_with_figures, training.training_log, figures)
+
+
+def _log_with_figures(
+    training_log: Callable[..., Any],
+    figures: Figures,
+    loss_dict: dict[str, Any],
+    total_loss_dict: dict[str, Any],
+    learning_rate: float | None,
+    iteration: int,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Take the place of Megatron's `training_log`, whose arguments these are."""
+    is_first = kwargs.get("is_first_iteration", False)
+    if is_first or iteration % get_args().log_interval == 0:
+        means = figures.means()
+        _write(means, iteration)
+        # The log line has the sum of each entry over the steps since the line before, divided by their number. The
+        # step under way is not counted yet; if it was skipped, Megatron's third argument after these says so.
+        _, _, skipped = args[:3]
+        steps = max(1, int(total_loss_dict.get("advanced iterations", 0)) + int(not skipped))
+        for name, mean in means.items():
+            if "/" not in name:
+                total_loss_dict[name] = torch.tensor([mean * steps])
+        # Megatron begins its sums anew in the same way.
+        if not is_first:
+            figures.clear()
+    return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
+
+
+def _write(means: dict[str, float], iteration: int) -> None:
+    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    for name, mean in means.items():
+        if writer:
+            writer.add_scalar(name, mean, iteration)
+        if wandb_writer:
+            wandb_writer.log({name: mean}, iteration)

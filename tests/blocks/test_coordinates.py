@@ -10,11 +10,12 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
-from more_megatron.blocks.dispatch import DISPATCHERS, local_coordinates
+from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.blocks.layer import LayerInputs, RowMoELayer
-from more_megatron.blocks.rows import RoutedRows
+from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.model.noise import local_coordinates
 from tests.helpers.models import EXPERTS, HIDDEN, gpt_model, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -66,7 +67,8 @@ class Arrival:
 
     hidden_states: torch.Tensor
     coordinates: torch.Tensor
-    rows: RoutedRows
+    rows: Rows
+    order: torch.Tensor
     sent: int
     group: int
     experts: int
@@ -104,9 +106,9 @@ def _arrival(layout: Layout, dispatcher: str, dropping: str) -> Arrival:
         seen["coordinates"] = send(coordinates)
         return seen["coordinates"]
 
-    def watched_compute(dispatched: torch.Tensor, probs: torch.Tensor, rows: RoutedRows, inputs: LayerInputs) -> Any:
-        seen.update(hidden_states=dispatched.detach().clone(), rows=rows)
-        return compute(dispatched, probs, rows, inputs)
+    def watched_compute(dispatched: torch.Tensor, probs: torch.Tensor, rows: Rows, order: Any, depth: Depth) -> Any:
+        seen.update(hidden_states=dispatched.detach().clone(), rows=rows, order=order)
+        return compute(dispatched, probs, rows, order, depth)
 
     layer.route, layer._compute_experts = watched_route, watched_compute
     layer.token_dispatcher.dispatch_coordinates = watched_send
@@ -152,25 +154,24 @@ def _check(arrivals: list[Arrival], layout: Layout, dropping: str) -> None:
 
 def _check_sorted(arrival: Arrival, coordinates: torch.Tensor, sequences: int) -> None:
     rows = arrival.rows
-    assert torch.equal(rows.order[rows.restore], torch.arange(len(rows.order)))
-    sequence, position, sample = coordinates[rows.order].unbind(1)
+    sequence, position, sample = coordinates[arrival.order].unbind(1)
     assert torch.equal(rows.positions, position)
     assert torch.equal(rows.sample_ids, sample)
     offsets = rows.segments.offsets.tolist()
-    assert len(offsets) == len(rows.expert_ends) * sequences + 1
+    assert len(offsets) == len(rows.groups.ends) * sequences + 1
     for number, (start, end) in enumerate(itertools.pairwise(offsets)):
         assert (sequence[start:end] == number % sequences).all()
-        assert (rows.experts[start:end] == number // sequences).all()
+        assert (rows.group_ids[start:end] == number // sequences).all()
         assert (position[start:end].diff() > 0).all()
-    counts = torch.bincount(rows.experts, minlength=len(rows.expert_ends))
-    assert torch.equal(counts.cumsum(0), rows.expert_ends.long())
+    counts = torch.bincount(rows.group_ids, minlength=len(rows.groups.ends))
+    assert torch.equal(counts.cumsum(0), rows.groups.ends.long())
 
 
 def _check_all_meet(arrivals: list[Arrival]) -> None:
     """Check that ranks that hold the same experts hold the same rows, and that no two others hold an expert."""
     by_experts: dict[int, torch.Tensor] = {}
     for arrival in arrivals:
-        rows = arrival.hidden_states[arrival.rows.order]
+        rows = arrival.hidden_states[arrival.order]
         assert torch.equal(by_experts.setdefault(arrival.experts, rows), rows)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.training import training
-from more_megatron.moe import recurrent_moe
 
+from more_megatron.blocks import iterated_moe as recurrent_moe
 from more_megatron.model.depth import Depth
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import forget_run

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.gpu
 _SMALL = (
     "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 64 --ffn-hidden-size 256 "
     "--moe-ffn-hidden-size 128 --num-experts 4 --micro-batch-size 8 --global-batch-size 16 --split 1,0,0 "
-    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 128 --recurrence-steps 2 "
+    "--tokenizer-type NullTokenizer --vocab-size 127 --make-vocab-size-divisible-by 128 "
     "--lr 2e-3 --lr-decay-style constant --attention-dropout 0 --hidden-dropout 0 --log-interval 1 "
     "--moe-aux-loss-coeff 0.01 --eval-iters 0 --eval-interval 1000 --no-gradient-accumulation-fusion"
 )

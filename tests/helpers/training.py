@@ -11,10 +11,12 @@ from megatron.training import pretrain, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from more_megatron.platform import initialize_platform
+from more_megatron.systems import get_system
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
 from more_megatron.training.model import model_config_from_args
+from more_megatron.training.reporting import report_figures
 from tests.helpers.corpus import shared_corpus
 
 __all__ = ["TINY", "TINY_ON_FILES", "History", "train"]
@@ -41,11 +43,13 @@ class History:
         losses: Loss of each training step in nats; empty on ranks before the last pipeline stage.
         grad_norms: Norm of the whole gradient before clipping, of each step.
         steps: Recurrence steps of each training step.
+        figures: The system's own figures, of each training step; the first two are averaged, as Megatron's log does.
     """
 
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
+    figures: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(command_line: str) -> History:
@@ -64,12 +68,17 @@ def train(command_line: str) -> History:
             history.losses.append(float(loss_dict["lm loss"]))
         if "recurrence steps" in loss_dict:
             history.steps.append(float(loss_dict["recurrence steps"]))
+        # Sums over the steps since the last line; the step under way is counted later.
+        sums, steps = args[0], args[0].get("advanced iterations", 0) + 1
+        history.figures.append({name: float(sums[name]) / steps for name in names if name in sums})
         return original(loss_dict, *args, **kwargs)
 
-    training.training_log = record
     sys.argv = ["pretrain_more.py", *command_line.split()]
     args = parse_arguments(initialize_platform())
     model_config = model_config_from_args(args)
+    names = get_system(args.more_variant).figures(model_config.transformer)
+    training.training_log = record
+    report_figures(names)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),

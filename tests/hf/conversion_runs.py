@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
+from more_megatron.systems import get_system
 from tests.helpers.corpus import write_corpus
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY_ON_FILES
@@ -46,7 +47,7 @@ RUNS: dict[str, str] = {
 }
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"
-_COMMON = f"{TINY_ON_FILES} --train-iters 2 --save-interval 2 --eval-iters 2 --recurrence-steps 3 --init-method-std 0.2"
+_COMMON = f"{TINY_ON_FILES} --train-iters 2 --save-interval 2 --eval-iters 2 --init-method-std 0.2"
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def write_data(folder: Path) -> None:
 def command_line(folder: Path, flags: str) -> str:
     """Return the flags of a run on that data."""
     data = f"--train-data-path {folder}/train --valid-data-path {folder}/valid --test-data-path {folder}/valid"
-    return f"{_COMMON} {data} --data-cache-path {folder}/cache {flags}"
+    depth = "--recurrence-steps 3" if get_system(flags.split()[1]).recurrent else ""
+    return f"{_COMMON} {data} --data-cache-path {folder}/cache {depth} {flags}"
 
 
 def train_runs(lines: list[str]) -> list[Reported]:
@@ -115,7 +117,7 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
 @torch.no_grad()
 def _loss(model_folder: Path, prefix: Path) -> float:
     """Return the mean loss of a model over the sequences of a file of one document."""
-    from more_megatron.hf.modeling_more import MoREForCausalLM
+    from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 
     model = MoREForCausalLM.from_pretrained(model_folder).eval()
     dataset = IndexedDataset(str(prefix))

@@ -12,14 +12,31 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.models.gpt import GPTModel
 
-from more_megatron.hf.configuration_more import VARIANTS, MoREConfig
+from more_megatron.hf.exported.configuration_more import MoREConfig
+from more_megatron.hf.exported.modeling_more import MoREForCausalLM
+from more_megatron.hf.exported.system import system_names
 from more_megatron.hf.mapping import entries
-from more_megatron.hf.modeling_more import MoREForCausalLM
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from tests.helpers.models import build_model, small_config, start_ranks
 
-__all__ = ["CASES", "LENGTH", "STEPS", "VOCABULARY", "Case", "Result", "compute", "load", "random_model", "tokens"]
+__all__ = [
+    "CASES",
+    "HIDDEN",
+    "LAYERS",
+    "LENGTH",
+    "STEPS",
+    "SYSTEMS",
+    "VOCABULARY",
+    "Case",
+    "Result",
+    "compute",
+    "load",
+    "random_model",
+    "tokens",
+]
+
+SYSTEMS = system_names()
 
 VOCABULARY, LENGTH, BATCH, HIDDEN, LAYERS = 40, 24, 2, 32, 2
 STEPS = (1, 4, 8)
@@ -102,7 +119,7 @@ def _layernorm(variant: str) -> Case:
 
 
 CASES = (
-    *(make(variant) for variant in VARIANTS for make in (_top1, _top2)),
+    *(make(variant) for variant in SYSTEMS for make in (_top1, _top2)),
     Case(
         "groups of experts",
         "recurrent_experts",

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
+from more_megatron.flags import MoREFlags
 from more_megatron.hf import mapping
 from more_megatron.hf.conversion import pickles
-from more_megatron.hf.conversion.architecture import args_from_config, config_from_args, evaluation_steps
+from more_megatron.hf.conversion.architecture import args_from_config, config_from_args
 from more_megatron.hf.conversion.export import ToHF, to_hf
 from more_megatron.hf.conversion.importer import FromHF, from_hf
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
@@ -266,7 +267,7 @@ def test_arguments_and_configuration_say_the_same() -> None:
 )
 def test_evaluation_steps_are_those_of_the_trainer(fields: dict[str, Any]) -> None:
     config = MoREConfig(num_layers=1, hidden_size=8, num_attention_heads=1, **fields)
-    assert evaluation_steps(make_args(**fields)) == config.evaluation_steps
+    assert MoREFlags.of(make_args(**fields)).evaluation_steps == config.evaluation_steps
 
 
 def test_pickles_build_nothing_but_plain_types(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from more_megatron.data.sample_text import write_sample_text
 from more_megatron.hf.conversion.architecture import config_from_args
 from more_megatron.hf.conversion.export import ToHF, to_hf
 from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
-from more_megatron.hf.modeling_more import MoREForCausalLM
+from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 from tests.helpers.shell import PROJECT
 from tests.hf.conversion_sources import make_args, write_source
 from tests.hf.test_conversion_tokenizers import MODELS, train

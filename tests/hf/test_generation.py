@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from more_megatron.hf.configuration_more import VARIANTS
-from more_megatron.hf.modeling_more import MoREForCausalLM
-from tests.hf.reference_models import VOCABULARY, random_model, tokens
+from more_megatron.hf.exported.modeling_more import MoREForCausalLM
+from more_megatron.hf.exported.system import find_system
+from tests.hf.reference_models import SYSTEMS, VOCABULARY, random_model, tokens
 
 _NEW = 6
 _LENGTHS = (5, 12, 9)
@@ -32,7 +32,7 @@ def _generate(model: MoREForCausalLM, ids: torch.Tensor, **kwargs: Any) -> Any:
 
 
 @pytest.mark.parametrize("topk", [1, 2])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 def test_greedy_with_a_cache_equals_without(variant: str, topk: int) -> None:
     model = random_model(variant, num_experts_per_tok=topk)
     ids, mask = _prompts()
@@ -50,7 +50,7 @@ def test_greedy_with_a_cache_equals_without(variant: str, topk: int) -> None:
     torch.testing.assert_close(torch.stack(alone.logits, dim=1), whole, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 def test_beams_and_samples_with_a_cache_equal_those_without(variant: str) -> None:
     model = random_model(variant)
     ids, mask = _prompts()
@@ -63,7 +63,7 @@ def test_beams_and_samples_with_a_cache_equal_those_without(variant: str) -> Non
         assert outputs[0].size(1) == max(_LENGTHS) + _NEW
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 def test_drafts_are_rolled_back(variant: str) -> None:
     # A text that repeats itself, so that there are drafts; without an end they would not be made.
     model, ids = random_model(variant), tokens()[:1, :6].repeat(1, 3)
@@ -71,18 +71,18 @@ def test_drafts_are_rolled_back(variant: str) -> None:
     assert torch.equal(drafted, _generate(model, ids))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 def test_number_of_steps_reaches_the_model(variant: str) -> None:
     model = random_model(variant)
     ids, mask = _prompts()
     asked = _generate(model, ids, attention_mask=mask, num_steps=6, init_scale=0.5)
-    assert torch.equal(asked, _generate(model, ids, attention_mask=mask)) == (variant == "moe")
+    assert torch.equal(asked, _generate(model, ids, attention_mask=mask)) == (not find_system(variant).recurrent)
     model.config.mean_recurrence, model.config.state_std = 6, 0.25
     assert torch.equal(asked, _generate(model, ids, attention_mask=mask))
 
 
 @pytest.mark.parametrize("own_cache", [True, False])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 @torch.no_grad()
 def test_a_text_in_pieces_equals_the_whole(variant: str, own_cache: bool) -> None:
     model, ids = random_model(variant, moe_layers=[not own_cache, True]), tokens()
@@ -102,10 +102,10 @@ def test_a_text_in_pieces_equals_the_whole(variant: str, own_cache: bool) -> Non
 @torch.no_grad()
 def test_a_cache_keeps_its_number_of_steps() -> None:
     ids = tokens()
-    for variant in VARIANTS:
+    for variant in SYSTEMS:
         model = random_model(variant)
         cache = model(ids, num_steps=2).past_key_values
-        if variant == "moe":
+        if not find_system(variant).recurrent:
             model(ids[:, :1], past_key_values=cache, num_steps=4)
             continue
         with pytest.raises(ValueError, match="the cache was filled with num_steps=2, and this call has num_steps=4"):

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from more_megatron.errors import MoREError
-from more_megatron.hf.configuration_more import MoREConfig
-from more_megatron.hf.mapping import EXPERTS, Layout, entries, extra_states
-from more_megatron.hf.modeling_more import MoREForCausalLM
-from more_megatron.systems import systems
+from more_megatron.hf.exported.configuration_more import MoREConfig
+from more_megatron.hf.exported.modeling_more import MoREForCausalLM
+from more_megatron.hf.exported.system import system_names
+from more_megatron.hf.mapping import entries, extra_states
+from more_megatron.systems import names
+from more_megatron.systems.export import Layout
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 24,
@@ -60,14 +62,14 @@ def _config(variant: str, **fields: Any) -> MoREConfig:
 def _cases() -> list[tuple[str, str]]:
     return [
         (variant, name)
-        for variant in EXPERTS
+        for variant in names()
         for name in _FEATURES
         if variant in _WITH_BIASES or not name.startswith("biases")
     ]
 
 
-def test_every_system_has_a_table() -> None:
-    assert set(EXPERTS) == set(systems())
+def test_every_system_can_be_exported() -> None:
+    assert system_names() == names()
 
 
 @pytest.mark.parametrize(("variant", "features"), _cases())
@@ -82,7 +84,7 @@ def test_names_and_shapes_are_those_of_the_model(variant: str, features: str) ->
     assert dict(found) == expected
 
 
-@pytest.mark.parametrize("variant", EXPERTS)
+@pytest.mark.parametrize("variant", names())
 def test_layouts_lose_nothing(variant: str) -> None:
     layouts = set()
     for entry in entries(_config(variant).to_dict()):
@@ -108,7 +110,7 @@ def test_rows_of_a_query_group_are_its_queries_its_key_and_its_value() -> None:
 
 
 def test_states_beside_parameters_belong_to_modules_of_the_table() -> None:
-    for variant in EXPERTS:
+    for variant in names():
         config = _config(variant).to_dict()
         keys = {entry.key.rsplit(".", 1)[0] for entry in entries({**config, "qk_norm": True})}
         for module, layer, _ in extra_states(config):
@@ -117,6 +119,6 @@ def test_states_beside_parameters_belong_to_modules_of_the_table() -> None:
 
 
 def test_unknown_system_is_refused() -> None:
-    config = {**_config("moe").to_dict(), "variant": "gru_experts"}
-    with pytest.raises(MoREError, match="system gru_experts cannot be converted: the table knows moe, recurrent_moe"):
+    config = {**_config("moe").to_dict(), "variant": "no_such_system"}
+    with pytest.raises(MoREError, match="--more-variant no_such_system does not exist"):
         entries(config)

@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from more_megatron.recurrence import noise
 
-from more_megatron.hf import modeling_more
-from more_megatron.hf.configuration_more import VARIANTS, MoREConfig
-from more_megatron.hf.modeling_more import MoREForCausalLM, MoREModel, grouped_linear
+from more_megatron.hf.exported import grouped
+from more_megatron.hf.exported.configuration_more import MoREConfig
+from more_megatron.hf.exported.modeling_more import MoREForCausalLM, MoREModel
+from more_megatron.hf.exported.noise import state_noise
+from more_megatron.hf.exported.system import find_system
+from more_megatron.model import noise
 from tests.helpers.ranks import run_ranks
 from tests.hf.reference_models import (
     CASES,
     HIDDEN,
     LAYERS,
     STEPS,
+    SYSTEMS,
     VOCABULARY,
     Case,
     Result,
@@ -30,7 +33,8 @@ from tests.hf.reference_models import (
     tokens,
 )
 
-_WITH_STATES = ["recurrent_experts", "shared_block", "shared_block_ffn"]
+_RECURRENT = [name for name in SYSTEMS if find_system(name).recurrent]
+_WITH_STATES = [name for name in SYSTEMS if find_system(name).num_states(random_model(name).config) > 0]
 
 
 @pytest.fixture(scope="module")
@@ -48,19 +52,19 @@ def test_logits_equal_those_of_the_training_code(case: Case, megatron: dict[int,
         with torch.no_grad():
             logits = model(tokens(), num_steps=steps).logits
         torch.testing.assert_close(logits, torch.from_numpy(expected[steps]), atol=5e-5, rtol=0)
-    if case.variant != "moe":
+    if case.variant in _RECURRENT:
         assert np.abs(expected[1] - expected[4]).max() > 0.1
 
 
 def test_noise_is_that_of_the_training_code() -> None:
     positions = torch.tensor([[0, 1, 2, 700], [5, 0, 0, 65000]])
-    own = modeling_more.state_noise(positions, 10, seed=1234, layer=3, std=0.7)
+    own = state_noise(positions, 10, seed=1234, layer=3, std=0.7)
     flat = positions.flatten()
     theirs = noise.state_noise(torch.zeros_like(flat), flat, 10, seed=1234, layer=3, std=0.7)
     assert torch.equal(own.flatten(0, 1), theirs)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 @torch.no_grad()
 def test_padding_changes_nothing(variant: str) -> None:
     model, ids = random_model(variant), tokens()
@@ -76,7 +80,7 @@ def test_padding_changes_nothing(variant: str) -> None:
         torch.testing.assert_close(logits[:1], model(ids[:1]).logits, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 @torch.no_grad()
 def test_a_token_changes_only_what_follows_it(variant: str) -> None:
     model, ids = random_model(variant), tokens()
@@ -89,13 +93,13 @@ def test_a_token_changes_only_what_follows_it(variant: str) -> None:
     assert difference[0, 12:].max() > 1e-3
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 @torch.no_grad()
 def test_number_of_steps(variant: str) -> None:
     model, ids = random_model(variant), tokens()
     assert torch.equal(model(ids).logits, model(ids, num_steps=3).logits)
     deeper = model(ids, num_steps=torch.tensor(5)).logits
-    assert torch.equal(model(ids).logits, deeper) == (variant == "moe")
+    assert torch.equal(model(ids).logits, deeper) == (variant not in _RECURRENT)
     model.config.mean_recurrence = 5
     assert torch.equal(model(ids).logits, deeper)
     with pytest.raises(ValueError, match="num_steps 0 must be at least 1"):
@@ -107,7 +111,7 @@ def test_number_of_steps(variant: str) -> None:
 def test_initial_states(variant: str) -> None:
     model, ids = random_model(variant), tokens()
     positions = torch.arange(ids.size(1)).expand_as(ids)
-    noises = [modeling_more.state_noise(positions, HIDDEN, 1234, layer + 1, 0.5) for layer in range(LAYERS)]
+    noises = [state_noise(positions, HIDDEN, 1234, layer + 1, 0.5) for layer in range(LAYERS)]
     assert torch.equal(model(ids, input_states=torch.stack(noises)).logits, model(ids).logits)
     zeros = torch.zeros(LAYERS, *ids.shape, HIDDEN)
     at_rest = model(ids, input_states=zeros).logits
@@ -179,7 +183,7 @@ def test_forms_of_the_output() -> None:
         model(ids, attention_mask=torch.ones(2, 5))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 def test_gradients_with_and_without_recomputation(variant: str) -> None:
     model, ids = random_model(variant, shared_expert_intermediate_size=8), tokens()
     gradients = []
@@ -196,7 +200,7 @@ def test_gradients_with_and_without_recomputation(variant: str) -> None:
             torch.testing.assert_close(other[name], gradient, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 def test_mixed_precision(variant: str) -> None:
     model, ids = random_model(variant), tokens()
     exact = model(ids, labels=ids, num_steps=1).loss
@@ -219,14 +223,14 @@ def test_grouped_linear_with_and_without_a_kernel(monkeypatch: pytest.MonkeyPatc
     direction = torch.randn(expected.shape, generator=generator)
     gradients = torch.autograd.grad(expected, (rows, weight), direction)
     for has_kernel in (True, False):
-        monkeypatch.setattr(modeling_more, "_has_grouped_kernel", lambda *_, has=has_kernel: has)
-        output = grouped_linear(rows, weight, ends)
+        monkeypatch.setattr(grouped, "_has_grouped_kernel", lambda *_, has=has_kernel: has)
+        output = grouped.grouped_linear(rows, weight, ends)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
         found = torch.autograd.grad(output, (rows, weight), direction)
         torch.testing.assert_close(found, gradients, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 @torch.no_grad()
 def test_a_saved_model_is_the_same_again(variant: str, tmp_path: Path) -> None:
     tied = variant == "shared_block"
@@ -258,7 +262,7 @@ def test_half_precision_spares_the_router(tmp_path: Path) -> None:
     assert (output.router_logits[0] - model(ids, output_router_logits=True).router_logits[0]).abs().max() < 0.05
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", SYSTEMS)
 @torch.no_grad()
 def test_new_models_start_as_in_training(variant: str) -> None:
     config = random_model(variant).config
@@ -282,10 +286,10 @@ def test_new_models_start_as_in_training(variant: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"variant": "gru"}, "variant 'gru' does not exist"),
+        ({"variant": "absent"}, "variant 'absent' does not exist"),
         ({"moe_layers": [True]}, "moe_layers names 1 layers of 12"),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is no multiple of num_key_value_heads 3"),
-        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 must be 1 to 8"),
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 must be at most 8, the number of experts"),
         ({"mean_recurrence": 0}, "mean_recurrence 0 must be at least 1"),
     ],
 )
@@ -313,12 +317,12 @@ for variant in sys.argv[1:]:
 def test_a_saved_model_needs_transformers_alone(tmp_path: Path) -> None:
     ids = tokens()
     torch.save(ids, tmp_path / "ids.pt")
-    models = {variant: random_model(variant, auto_map=_auto_map()) for variant in VARIANTS}
+    models = {variant: random_model(variant, auto_map=_auto_map()) for variant in SYSTEMS}
     for variant, model in models.items():
         model.save_pretrained(tmp_path / variant)
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", _WITHOUT_MEGATRON, *VARIANTS],
+        [sys.executable, "-c", _WITHOUT_MEGATRON, *SYSTEMS],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from more_megatron.recurrence import noise
 
+from more_megatron.model import noise
 from more_megatron.model.noise import state_noise
 
 _CHANNELS = 64

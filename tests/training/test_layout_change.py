@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from more_megatron.systems import names
 from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
+from tests.helpers.systems import flags_of
 from tests.helpers.training import TINY_ON_FILES, History
 
 _ITERATIONS = 6
 _RUN = f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --split 1,0,0 --save-interval 2"
 _DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
-_SYSTEMS = ("moe", "recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
+_SYSTEMS = names()
 _LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
     "tp2": "--tensor-model-parallel-size 2",
@@ -30,7 +32,7 @@ def _save_folder(folder: Path, name: str) -> Path:
 def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, History]]:
     """Return what runs of each system reported, each run but the first continuing from another layout's checkpoint."""
     folder = tmp_path_factory.mktemp("systems")
-    run = f"{_RUN} {_DEPTH} --num-layers 2 --moe-router-topk 2 --data-path {write_corpus(folder / 'corpus')}"
+    run = f"{_RUN} --num-layers 2 --moe-router-topk 2 --data-path {write_corpus(folder / 'corpus')}"
     # Ranks, flags, the run whose checkpoint is loaded and of which iteration.
     runs = {
         "1": (1, "", None, 0),
@@ -48,7 +50,7 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, His
             saves = folder / system
             load = "" if source is None else f"--load {_save_folder(saves, source)} --ckpt-step {iteration}"
             save = f"--save {_save_folder(saves, name)}" if name in sources else ""
-            lines.append(f"{run} --more-variant {system} {layout} {load} {save}")
+            lines.append(f"{run} {flags_of(system, _DEPTH)} {layout} {load} {save}")
         for system, history in zip(_SYSTEMS, run_ranks(ranks, train_all, lines)[-1], strict=True):
             histories[system][name] = history
     return histories

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -22,13 +21,13 @@ from more_megatron.hf.conversion.stored_args import write_args
 from more_megatron.hf.conversion.tokenizer_files import ExportedTokenizer, plan_tokenizer
 from more_megatron.hf.conversion.unfinished import unfinished_folder
 from more_megatron.hf.conversion.verification import compare_logits, compare_tensors
+from more_megatron.hf.exported.code_files import write_code
 from more_megatron.hf.mapping import Entry, entries
 
 __all__ = ["DTYPES", "ToHF", "to_hf"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-_CODE = ("configuration_more.py", "modeling_more.py")
 _EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -150,8 +149,7 @@ def _write_texts(folder: Path, source: _Source, tokenizer: ExportedTokenizer | N
     has_tokenizer = tokenizer is not None and tokenizer.write is not None
     card = model_card(source.config, args, source.checkpoint.iteration, source.parameters, has_tokenizer)
     (folder / "README.md").write_text(card)
-    for name in _CODE:
-        shutil.copyfile(Path(__file__).parents[1] / name, folder / name)
+    write_code(folder, source.config["variant"])
 
 
 def _token_ids(tokenizer: ExportedTokenizer) -> dict[str, int]:

@@ -126,7 +126,7 @@ def _tokens(folder: Path, args: Any) -> torch.Tensor:
 def _huggingface_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers.utils.logging import disable_progress_bar
 
-    from more_megatron.hf.modeling_more import MoREForCausalLM
+    from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 
     disable_progress_bar()
     model = MoREForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -6,7 +6,6 @@ import collections
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,13 +13,15 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.systems import systems
+from more_megatron.systems.export import FEED_FORWARD
 from more_megatron.training.model import check_system
 from tests.blocks.backends.stand_in import FP8_ROWS, Call
 from tests.helpers.models import EXPERTS, HIDDEN, RECOMPUTATION, small_config
+from tests.helpers.shell import PROJECT
 
-_ROOT = Path(__file__).parents[2]
+_ROOT = PROJECT
 _LAYERS, _STEPS = 2, 3
-_OWN_EXPERTS = [name for name, variant in systems().items() if "experts" in variant.parts]
+_OWN_EXPERTS = [name for name, system in systems().items() if system.expert_rows is not FEED_FORWARD]
 _MIXING = [name for name, variant in systems().items() if variant.mixes_tokens]
 _SCRIPT = """
 import sys

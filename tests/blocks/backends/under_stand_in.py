@@ -14,13 +14,13 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.blocks.backends import backend_of
-from more_megatron.blocks.expert_inputs import ExpertInputs
 from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_linear_weights, sharded_parameters
-from more_megatron.blocks.rows import RoutedRows
+from more_megatron.blocks.rows import Rows
 from more_megatron.blocks.segments import Segments
 from more_megatron.model.depth import Depth
 from more_megatron.systems import systems
+from more_megatron.systems.export import FEED_FORWARD
 from tests.blocks.backends import stand_in
 from tests.blocks.backends.compare import (
     BATCH,
@@ -40,7 +40,7 @@ from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY
 
 _FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
-OWN_EXPERTS = [name for name, variant in systems().items() if "experts" in variant.parts]
+OWN_EXPERTS = [name for name, system in systems().items() if system.expert_rows is not FEED_FORWARD]
 
 
 def interchange(variant: str) -> dict[str, Any]:
@@ -156,8 +156,8 @@ def _routed(model: GPTModel, counts: list[int]) -> dict[str, torch.Tensor]:
     if variant_of(model) == "shared_block_ffn":
         output, _ = moe.experts(hidden, tokens, probs)
     else:
-        rows = RoutedRows.sort(coordinates, tokens, BATCH, LENGTH)
-        output = moe._apply_experts(ExpertInputs(hidden, probs, rows, DEPTH, True, model.rotary_pos_emb(LENGTH)))
+        rows, order = Rows.sort(coordinates, tokens, BATCH, LENGTH, model.rotary_pos_emb(LENGTH))
+        output = moe._compute_experts(hidden, probs, rows, order, DEPTH)
     output.square().sum().backward()
     parameters = dict(moe.experts.named_parameters())
     if variant_of(model) == "shared_block":

@@ -1,0 +1,57 @@
+"""Configuration of MoRE (Mixture of Recurrent Experts) models for Hugging Face transformers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from .code_files import write_code
+from .fields import FIELDS, check_fields, complete_fields
+from .system import find_system, system_names
+
+__all__ = ["MoREConfig"]
+
+
+class MoREConfig(PretrainedConfig):
+    """What a MoRE model is made of, and how its recurrence runs.
+
+    Args:
+        variant: Name of the system. Default: the first of this folder, which in an export is that of the model.
+        fields: The fields of `FIELDS` in `fields.py`, those of the system, and those of every model in transformers.
+
+    Raises:
+        ValueError: If there is no such system, or a field has a wrong type or value, or fields contradict each other.
+    """
+
+    model_type = "more"
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "router_logits", "aux_loss"]  # noqa: RUF012
+
+    def __init__(self, variant: str | None = None, **fields: Any) -> None:
+        variant = system_names()[0] if variant is None else variant
+        system = find_system(variant)
+        self.variant = variant
+        known = {**FIELDS, **system.fields}
+        values = complete_fields(known, {**system.defaults, **fields})
+        check_fields(known, values)
+        system.check(values)
+        for name, value in values.items():
+            setattr(self, name, value)
+        others = {name: value for name, value in fields.items() if name not in known}
+        others["tie_word_embeddings"] = values["tie_word_embeddings"]
+        super().__init__(**others)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return all fields: what `config.json` does not say would follow from the defaults of whoever reads it."""
+        return self.to_dict()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the configuration, and the code of the model if it is to be loaded without this package."""
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        if self._auto_class is not None:
+            write_code(Path(save_directory), self.variant)
+
+
+MoREConfig.register_for_auto_class()

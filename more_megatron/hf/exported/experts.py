@@ -1,0 +1,102 @@
+"""Layers with experts: router, routed experts and shared expert. Megatron's experts, which are MLPs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from .cache import Memory
+from .context import CallContext
+from .fields import Config
+from .grouped import grouped_linear
+from .mlp import MoREMLP
+from .routing import MoRERouter, Routing
+
+__all__ = ["FeedForwardExperts", "MoREMoE"]
+
+
+class FeedForwardExperts(nn.Module):
+    """Megatron's experts: MLPs."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gated, inner = config.gated_mlp, width * (2 if config.gated_mlp else 1)
+        self.up_name = "gate_up_proj" if config.gated_mlp else "up_proj"
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(experts, inner, hidden)))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        up_bias = nn.Parameter(torch.empty(experts, inner)) if config.linear_bias else None
+        self.register_parameter(f"{self.up_name}_bias", up_bias)
+        self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden)) if config.linear_bias else None
+        self.activation = ACT2FN[config.hidden_act]
+
+    def forward(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Return weighted outputs, [rows, h]."""
+        inner = grouped_linear(rows, getattr(self, self.up_name), routing.ends)
+        if self.down_proj_bias is not None:
+            inner = inner + getattr(self, f"{self.up_name}_bias")[routing.experts]
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = self.activation(gate) * up
+        else:
+            inner = self.activation(inner)
+        output = grouped_linear(routing.weigh(inner), self.down_proj, routing.ends)
+        if self.down_proj_bias is not None:
+            output = output + routing.weigh(self.down_proj_bias[routing.experts])
+        return output
+
+
+class MoREMoE(nn.Module):
+    """Router, routed experts and shared expert. Subclasses have other experts.
+
+    Args:
+        config: Model configuration.
+        layer_idx: Index of the layer, from 0.
+    """
+
+    def __init__(self, config: Config, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.gate = MoRERouter(config)
+        self.build_experts()
+        width = config.shared_expert_intermediate_size
+        self.shared_expert = MoREMLP(config, width) if width else None
+        self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
+
+    def build_experts(self) -> None:
+        """Create the routed experts."""
+        self.experts: nn.Module = FeedForwardExperts(self.config)
+
+    def forward(self, x: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, Tensor]:
+        """Route, compute and combine.
+
+        Args:
+            x: Normed hidden states, [b, s, h].
+            context: What the layer knows about the call.
+            memory: The layer's part of the cache.
+
+        Returns:
+            Output, [b, s, h], and router logits, [b, s, N].
+        """
+        logits = self.gate(x)
+        return self.mix(x, logits, context, memory), logits
+
+    def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
+        """Return the output, [b, s, h], of the experts that the logits, [b, s, N], choose."""
+        routing = Routing(*self.gate.choose(logits), self.config.num_experts)
+        output = routing.combine(self.apply_experts(x, routing, context, memory))
+        if self.shared_expert is not None:
+            shared = self.shared_expert(x)
+            if self.shared_expert_gate is not None:
+                shared = shared * self.shared_expert_gate(x).sigmoid()
+            output = output + shared
+        return self.finish(output, context, memory)
+
+    def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
+        """Return weighted outputs of the routed experts, [rows, h]."""
+        return self.experts(routing.dispatch(x), routing)
+
+    def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
+        """Return what the layer makes of the combined output, [b, s, h]."""
+        return output

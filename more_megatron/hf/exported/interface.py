@@ -1,0 +1,148 @@
+"""What a system says to the model in transformers.
+
+A system is one file in this folder, named as `--more-variant` names it, with a line `SYSTEM = MySystem()`. It imports
+torch, transformers and the files beside it, by `from .attention import MoREAttention` and the like: transformers finds
+files by such lines, and an export has exactly those that its system leads to. Nothing else knows the system by name.
+
+- Another feed-forward part with experts: a subclass of `MoREMoE`, named by `System.moe_class` (recurrent_experts.py).
+- Another layer (norms, residuals, attention): a subclass of `MoRELayer`, named by `System.layer_class`, or
+  `System.build_layer` (recurrent_moe.py). A layer that returns the logits of several routers names them in `routers`.
+- Layers that are repeated: `System.groups` returns groups, and a group's `loop` is a subclass of `Loop`, which has the
+  adapter, the time signals or the halting as parameters, `model.loops.0.adapter.weight` for example. It is called once
+  and calls `run_pass(hidden_states, step)` for every pass over the group's layers. Keys and values, router logits and
+  hidden states of each pass are kept apart for it.
+- Initial states: `context.initial_state(index, like)`, where `System.num_states` says how many there are.
+- What grows with the text: `memory.extend(name, keys, values)` appends to [b, any, s, any] and returns all of it; names
+  are free, `memory.at(name)` makes a room. Anything kept elsewhere breaks generation with a cache.
+- Padding and documents of packed rows: `context.mask` for attention, `context.padding` and `context.documents` for what
+  runs along a sequence.
+- Weights: a module with a method `draw_weight(name, weight)` draws its own; `System.draw_weight` may draw any.
+- Fields of `config.json`: `System.fields` for its own, `System.defaults` where it differs from all others.
+- Losses: loops append to `context.losses`; `System.router_loss` makes a loss of router logits.
+
+tests/hf iterates over this folder: a new system is tested by being here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .context import CallContext
+from .experts import MoREMoE
+from .fields import Config, Field
+from .layer import MoRELayer
+from .mlp import MoREMLP
+from .norms import build_norm
+from .router_logits import RouterLogits, load_balancing_loss
+
+__all__ = ["Group", "Loop", "RunPass", "System"]
+
+RunPass = Callable[[Tensor, int], Tensor]
+"""Runs the layers of a group once: hidden states, [b, s, h], and the number of the pass, from 0."""
+
+
+class Loop(nn.Module):
+    """Repeats a group of layers, without injection or halting. Subclasses add what the repetition has beside them."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, hidden_states: Tensor, run_pass: RunPass, context: CallContext) -> Tensor:
+        """Return what the group makes of its input, [b, s, h]."""
+        for step in range(context.num_steps):
+            hidden_states = run_pass(hidden_states, step)
+        return hidden_states
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that stand next to each other.
+
+    Attributes:
+        layers: Their indices.
+        loop: What repeats them; None if they run once.
+        norm_first: Whether the model's final norm stands before them, too.
+    """
+
+    layers: range
+    loop: type[Loop] | None = None
+    norm_first: bool = False
+
+
+class System:
+    """Megatron's mixture of experts. Subclasses say what differs.
+
+    Attributes:
+        moe_class: Feed-forward part of layers with experts.
+        layer_class: Layer.
+        recurrent: Whether the number of steps means anything.
+        head_bias: Whether the output layer has a bias.
+        fields: Fields of `config.json` beside those of every model.
+        defaults: Defaults of the others where they differ.
+    """
+
+    moe_class: type[MoREMoE] = MoREMoE
+    layer_class: type[MoRELayer] = MoRELayer
+    recurrent: bool = True
+    head_bias: bool = False
+    fields: Mapping[str, Field] = {}
+    defaults: Mapping[str, Any] = {}
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Check that the fields of a configuration agree with each other.
+
+        Raises:
+            ValueError: If they do not.
+        """
+
+    def groups(self, config: Config) -> Sequence[Group]:
+        """Return the groups of the stack, in order; together they are all layers."""
+        return (Group(range(config.num_hidden_layers)),)
+
+    def num_states(self, config: Config) -> int:
+        """Return how many initial states a call may give."""
+        return 0
+
+    def embedding_scale(self, config: Config) -> float:
+        """Return the factor on embeddings."""
+        return 1.0
+
+    def build_layer(self, config: Config, layer_idx: int) -> MoRELayer:
+        """Return a layer."""
+        return self.layer_class(config, layer_idx, self.build_mlp(config, layer_idx))
+
+    def build_mlp(self, config: Config, layer_idx: int) -> nn.Module:
+        """Return the feed-forward part of a layer: experts where the configuration wants them."""
+        if config.moe_layers[layer_idx]:
+            return self.moe_class(config, layer_idx)
+        return MoREMLP(config, config.intermediate_size)
+
+    def build_final_norm(self, config: Config) -> nn.Module:
+        """Return the norm before the output layer."""
+        return build_norm(config, config.hidden_size)
+
+    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
+        """Draw a new weight that a module itself holds, and return whether that was done.
+
+        What is not drawn becomes 0 if it is a bias, 1 if it is a norm, and normal with `initializer_range` otherwise.
+        """
+        draw = getattr(module, "draw_weight", None)
+        if draw is not None:
+            draw(name, weight)
+        return draw is not None
+
+    def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the loss of the routers as it is reported, and what of it is added to the loss.
+
+        Args:
+            config: Model configuration.
+            router_logits: Logits of each decision of the call.
+            mask: 0 for padding, [b, T].
+        """
+        loss = load_balancing_loss(router_logits, config, mask)
+        return loss, loss * config.router_aux_loss_coef

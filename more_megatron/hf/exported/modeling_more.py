@@ -1,0 +1,376 @@
+"""MoRE (Mixture of Recurrent Experts) models for Hugging Face transformers.
+
+Every system of the training code, computing in evaluation what the training code computes. Calls take, beside what
+every causal language model takes:
+
+- `num_steps`: recurrence steps r. Default: `mean_recurrence` of the configuration. Without effect where nothing recurs.
+- `input_states`: initial states of the recurrences, [states, b, up to s, h]; tokens beyond them begin with noise.
+  Default: noise that depends on the seed, layer, position and channel only, so that a text has the same logits in every
+  call.
+- `init_scale`: factor on the standard deviation of that noise.
+
+The letters in shapes: b sequences, s tokens of this call, T tokens with those in the cache, k experts a token is sent
+to, N experts, h hidden size, d head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+
+from .cache import Memory, prepare_cache
+from .configuration_more import MoREConfig
+from .context import CallContext
+from .documents import find_documents
+from .norms import MoRERMSNorm
+from .rotary import rotation
+from .stack import Trace, build_loops, run_stack
+from .system import find_system
+
+__all__ = ["MoREForCausalLM", "MoREModel", "MoREModelOutput", "MoREPreTrainedModel"]
+
+# Newer releases of transformers call it `cache`.
+_CACHE_FIELD = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+@dataclass
+class MoREModelOutput(MoeModelOutputWithPast):
+    """What layers return.
+
+    Attributes:
+        losses: What loops want to have added to the loss in training; None if nothing.
+    """
+
+    losses: tuple[Tensor, ...] | None = None
+
+
+class MoREPreTrainedModel(PreTrainedModel):
+    """What MoRE models have in common."""
+
+    config: MoREConfig
+    config_class = MoREConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+
+    def __init__(self, config: MoREConfig) -> None:
+        super().__init__(config)
+        self.system = find_system(config.variant)
+        self._no_split_modules = [self.system.layer_class.__name__]
+        if config.router_expert_bias:
+            self._keep_in_fp32_modules_strict = ["expert_bias"]
+
+    def _asked(self, states: bool | None, logits: bool | None) -> tuple[bool, bool]:
+        """Return whether hidden states and router logits are asked for, by the call or else by the configuration."""
+        config = self.config
+        return (
+            bool(config.output_hidden_states if states is None else states),
+            bool(config.output_router_logits if logits is None else logits),
+        )
+
+    def _as_asked(self, output: Any, return_dict: bool | None) -> Any:
+        """Return the output as an object or as a tuple."""
+        as_object = self.config.return_dict if return_dict is None else return_dict
+        return output if as_object else output.to_tuple()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw the weights a module itself holds that were not loaded."""
+        for name, weight in module.named_parameters(recurse=False):
+            if not getattr(weight, "_is_hf_initialized", False) and not self.system.draw_weight(
+                self.config, module, name, weight
+            ):
+                _draw(module, name, weight, self.config.initializer_range)
+
+
+def _draw(module: nn.Module, name: str, weight: Tensor, std: float) -> None:
+    if name.endswith("bias"):
+        weight.zero_()
+    elif isinstance(module, MoRERMSNorm | nn.LayerNorm):
+        weight.fill_(1.0)
+    else:
+        weight.normal_(0.0, std)
+
+
+class MoREModel(MoREPreTrainedModel):
+    """Embeddings, layers and final norm."""
+
+    def __init__(self, config: MoREConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        learned = config.position_embedding == "learned"
+        size = (config.max_position_embeddings, config.hidden_size)
+        self.embed_positions = nn.Embedding(*size) if learned else None
+        self.layers = nn.ModuleList(
+            self.system.build_layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.loops = build_loops(config, self.system)
+        self.norm = self.system.build_final_norm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        num_steps: int | None = None,
+        input_states: Tensor | None = None,
+        init_scale: float = 1.0,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> MoREModelOutput | tuple:
+        """Compute hidden states.
+
+        Args:
+            input_ids: Tokens, [b, s].
+            attention_mask: 0 for padding, on the left or on the right, [b, T]. Masks of four dimensions are refused:
+                experts and cells need to know which tokens are padding, not only what attends to what.
+            position_ids: Positions, [b, s]. Default: counted from the first token that is not padding. Where they begin
+                anew, a document begins that sees nothing of what stands before it.
+            past_key_values: Cache of the tokens before these.
+            inputs_embeds: Embeddings in the place of tokens, [b, s, h].
+            use_cache: Whether to fill and return a cache. Default: the configuration's, but not in training.
+            output_hidden_states: Whether to return what each layer is given, in every pass, and the result.
+            output_router_logits: Whether to return the logits of each routing decision, [b s, N], which know their
+                layer and step.
+            return_dict: Whether to return an object instead of a tuple.
+            num_steps: Recurrence steps.
+            input_states: Initial states, [states, b, up to s, h].
+            init_scale: Factor on the standard deviation of initial states.
+            cache: The same as `past_key_values`.
+            kwargs: Ignored.
+
+        Raises:
+            ValueError: If arguments contradict each other, or the cache was filled with another number of steps.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        scale = self.system.embedding_scale(self.config)
+        hidden_states = hidden_states if scale == 1.0 else hidden_states * scale
+        num_steps = self.config.mean_recurrence if num_steps is None else _checked_steps(num_steps)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache, num_steps)
+        context = self._context(hidden_states, attention_mask, position_ids, cache, num_steps, input_states, init_scale)
+        if self.embed_positions is not None:
+            hidden_states = hidden_states + self.embed_positions(context.positions)
+        context = dataclasses.replace(context, embeddings=hidden_states)
+        trace = Trace(*self._asked(output_hidden_states, output_router_logits))
+        groups = self.system.groups(self.config)
+        hidden_states = run_stack(
+            hidden_states, groups, self.layers, self.loops, self.norm, context, Memory(cache), trace
+        )
+        hidden_states = self.norm(hidden_states)
+        trace.see_states(hidden_states)
+        fields: dict[str, Any] = {
+            "last_hidden_state": hidden_states,
+            "hidden_states": trace.states,
+            "router_logits": trace.logits,
+            "losses": tuple(context.losses) or None,
+            _CACHE_FIELD: cache,
+        }
+        return self._as_asked(MoREModelOutput(**fields), return_dict)
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None, num_steps: int) -> Cache | None:
+        """Return the cache to fill, ready for this call; None for none."""
+        if self.training and self.gradient_checkpointing:
+            return None
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if cache is None and use_cache:
+            cache = DynamicCache()
+        if cache is not None:
+            prepare_cache(cache, num_steps if self.system.recurrent else None)
+        return cache
+
+    def _context(
+        self,
+        embeddings: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
+        num_steps: int,
+        input_states: Tensor | None,
+        init_scale: float,
+    ) -> CallContext:
+        """Return what the layers are told."""
+        past = 0 if cache is None else cache.get_seq_length()
+        padding = _find_padding(embeddings, attention_mask, past)
+        documents = None
+        if positions is not None:
+            documents = find_documents(positions, padding, Memory(cache), past)
+        elif padding is not None:
+            positions = ((~padding).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+        else:
+            positions = torch.arange(past, past + embeddings.size(1), device=embeddings.device).unsqueeze(0)
+        if input_states is not None:
+            _check_states(input_states, self.system.num_states(self.config), embeddings)
+        return CallContext(
+            positions=positions.long(),
+            rotation=rotation(self.config, positions),
+            padding=padding,
+            documents=documents,
+            past=past,
+            num_steps=num_steps,
+            noise_seed=self.config.noise_seed,
+            state_std=self.config.state_std * init_scale,
+            input_states=input_states,
+        )
+
+
+def _checked_steps(num_steps: Any) -> int:
+    try:
+        if isinstance(num_steps, bool):
+            raise TypeError("a truth value")
+        found = operator.index(num_steps)
+    except TypeError:
+        raise ValueError(f"num_steps {num_steps!r} must be an integer") from None
+    if found < 1:
+        raise ValueError(f"num_steps {found} must be at least 1")
+    return found
+
+
+def _find_padding(embeddings: Tensor, attention_mask: Tensor | None, past: int) -> Tensor | None:
+    """Return True for padding, [b, T], or None if there is none."""
+    if attention_mask is None:
+        return None
+    shape = (embeddings.size(0), past + embeddings.size(1))
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and not (b, T) = {shape}")
+    padding = (attention_mask == 0).to(embeddings.device)
+    # A tracer cannot look into a mask.
+    return padding if torch.compiler.is_compiling() or bool(padding.any()) else None
+
+
+def _check_states(input_states: Tensor, number: int, embeddings: Tensor) -> None:
+    if number == 0:
+        raise ValueError("input_states has no effect: this system has no initial states")
+    batch, length, hidden = embeddings.shape
+    count, rows, tokens, size = input_states.shape if input_states.dim() == 4 else (0,) * 4
+    if (count, rows, size) != (number, batch, hidden) or not 1 <= tokens <= length:
+        shape = (number, batch, length, hidden)
+        raise ValueError(f"input_states has shape {tuple(input_states.shape)}, and not {shape}")
+
+
+class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
+    """A MoRE model with an output layer over the vocabulary."""
+
+    # A mapping since transformers 5, names before; a mapping is both.
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: MoREConfig) -> None:
+        super().__init__(config)
+        self.model = MoREModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.system.head_bias)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_steps: int | None = None,
+        input_states: Tensor | None = None,
+        init_scale: float = 1.0,
+        cache: Cache | None = None,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast | tuple:
+        """Compute logits, and the loss if there are labels.
+
+        Args:
+            labels: Tokens, [b, s]; each is predicted from those before it, so labels are the input. -100: not counted.
+            output_router_logits: Whether to return router logits, and to compute the load-balancing loss, which is
+                added to the loss with `router_aux_loss_coef`.
+            logits_to_keep: Number of last positions to compute logits of, or their indices. Default: all.
+            kwargs: For the loss function of transformers, such as `num_items_in_batch`.
+
+        All other arguments are those of `MoREModel`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values if cache is None else cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            return_dict=True,
+            num_steps=num_steps,
+            input_states=input_states,
+            init_scale=init_scale,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = aux_loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        weight = _weight(labels, kwargs.get("num_items_in_batch"))
+        if outputs.router_logits:
+            aux_loss, added = self.system.router_loss(self.config, outputs.router_logits, attention_mask)
+            loss = None if loss is None else loss + weight * added.to(loss.device)
+        if loss is not None and self.training:
+            for part in outputs.losses or ():
+                loss = loss + weight * part.to(loss.device)
+        fields = {name: outputs.get(name) for name in (_CACHE_FIELD, "hidden_states", "router_logits")}
+        output = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
+        return self._as_asked(output, return_dict)
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """Return the arguments of the next call: of the initial states those of its tokens."""
+        states = kwargs.pop("input_states", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if states is not None:
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            cache = inputs.get("past_key_values", inputs.get("cache"))
+            past = 0 if cache is None else cache.get_seq_length()
+            states = states[:, :, past : past + tokens.size(1)]
+            inputs["input_states"] = states if states.size(2) > 0 else None
+        return inputs
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Repeat each sequence, for beams and samples; in initial states sequences are the second dimension."""
+        states = kwargs.pop("input_states", None)
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        input_ids, found = expand(expand_size=expand_size, **kwargs)
+        if states is not None:
+            found["input_states"] = states.repeat_interleave(expand_size, dim=1)
+        return input_ids, found
+
+
+def _weight(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
+    """Return the share of a call in its batch, which is more than one call where gradients are accumulated.
+
+    The loss of transformers is then a sum over the tokens of the call, divided by the number in the batch; whatever is
+    a mean over the call gets the same weight.
+    """
+    if labels is None or num_items is None:
+        return 1.0
+    counted = (labels[..., 1:] != -100).sum()
+    return counted / (num_items.to(counted.device) if isinstance(num_items, Tensor) else num_items)
+
+
+MoREModel.register_for_auto_class("AutoModel")
+MoREForCausalLM.register_for_auto_class("AutoModelForCausalLM")

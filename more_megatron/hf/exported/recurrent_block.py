@@ -1,0 +1,178 @@
+"""Huginn's recurrent block over the rows of experts, and layers whose experts let their tokens attend to each other."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import attend
+from .cache import Memory
+from .context import CallContext
+from .experts import MoREMoE
+from .fields import Config, Field
+from .grouped import grouped_linear
+from .norms import rms_norm
+from .rotary import Rotation, rotate
+from .routing import Routing
+
+__all__ = ["BlockRows", "MixingMoE", "RecurrentBlock", "block_width", "takase_normal"]
+
+
+def block_width(hidden_sizes: int) -> Field:
+    """Return the field for the width of the MLP in a block, given its default in hidden sizes."""
+
+    def default(found: dict) -> int:
+        return hidden_sizes * found["hidden_size"]
+
+    return Field(int, default, "Width of the MLP in a recurrent block.", low=1)
+
+
+def takase_normal(config: Config, weight: Tensor, into_stream: bool) -> None:
+    """Draw a weight as Takase et al. (arXiv 2312.16903), as used in Huginn (arXiv 2502.05171, section 4).
+
+    Args:
+        config: Model configuration.
+        weight: What is drawn.
+        into_stream: Whether its output is added to the state, so that its size depends on the depth.
+    """
+    std = math.sqrt(2.0 / (5.0 * config.hidden_size))
+    if into_stream:
+        std /= math.sqrt(2.0 * config.num_hidden_layers * config.mean_recurrence)
+    nn.init.trunc_normal_(weight, std=std, a=-3.0 * std, b=3.0 * std)
+
+
+@dataclass(frozen=True)
+class BlockRows:
+    """The rows that a recurrent block works on.
+
+    Attributes:
+        shape: (b, k, s): each token is k rows.
+        mask: Keys that each row sees, [b, 1, k s, k T]; None where the plain causal kernel does.
+        rotation: Cosine and sine of each token's angles.
+        memory: Where keys and values are kept.
+        routing: Where the rows are sorted by expert; None if they are in the order of `shape`.
+    """
+
+    shape: tuple[int, int, int]
+    mask: Tensor | None
+    rotation: Rotation | None
+    memory: Memory
+    routing: Routing | None
+
+
+class RecurrentBlock(nn.Module):
+    """Huginn's recurrent block (Geiping et al., arXiv 2502.05171, section 3), one for all rows or one for each expert.
+
+        u <- Adapter([s; x]),   u <- N2(u + Attn(N1(u))),   s <- N4(u + MLP(N3(u)))
+
+    Args:
+        config: Model configuration.
+        experts: Number of blocks; None: one for all rows.
+        follows_layers: Whether norms and biases are those of the layers around it.
+    """
+
+    adapter: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    proj: Tensor
+    fc1: Tensor
+    fc2: Tensor
+
+    def __init__(self, config: Config, experts: int | None = None, follows_layers: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        hidden, width = config.hidden_size, config.recurrent_intermediate_size
+        heads, groups = config.num_attention_heads, config.num_key_value_heads
+        shapes: dict[str, tuple[int, ...]] = {
+            "adapter": (hidden, 2 * hidden),
+            # For each key head its queries, then the key, then the value.
+            "qkv": ((heads + 2 * groups) * config.head_dim, hidden),
+            "proj": (hidden, heads * config.head_dim),
+            "fc1": (2, width, hidden),
+            "fc2": (hidden, width),
+            **{f"norm_{number}": (hidden,) for number in range(1, 5)},
+        }
+        self.layernorm = follows_layers and config.norm_type == "layernorm"
+        if self.layernorm:
+            shapes.update({f"norm_{number}_bias": (hidden,) for number in range(1, 5)})
+        self.register_parameter("qkv_bias", None)
+        if follows_layers and config.attention_bias:
+            shapes["qkv_bias"] = shapes["qkv"][:1]
+        for name, shape in shapes.items():
+            shape = shape if experts is None else (experts, *shape)
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+
+    def draw_weight(self, name: str, weight: Tensor) -> None:
+        """Draw a new weight as the training code does."""
+        if name.endswith("bias"):
+            weight.zero_()
+        elif name.startswith("norm"):
+            weight.fill_(1.0)
+        else:
+            takase_normal(self.config, weight, into_stream=name in ("proj", "fc2"))
+
+    def forward(self, x: Tensor, state: Tensor, rows: BlockRows, num_steps: int) -> Tensor:
+        """Return the last state, [rows, h], given what is injected in every step and the first, [rows, h] each."""
+        adapter_state, adapter_input = self.adapter.split(self.config.hidden_size, dim=-1)
+        injected = self._linear(x, adapter_input, rows)
+        for step in range(num_steps):
+            mixed = self._linear(state, adapter_state, rows) + injected
+            attended = self._attention(self._norm(mixed, 1, rows), rows, step)
+            mixed = self._norm(mixed + attended, 2, rows)
+            state = self._norm(mixed + self._mlp(self._norm(mixed, 3, rows), rows), 4, rows)
+        return state
+
+    def _attention(self, x: Tensor, rows: BlockRows, step: int) -> Tensor:
+        config, routing = self.config, rows.routing
+        groups = config.num_key_value_heads
+        qkv = self._linear(x, self.qkv, rows)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias
+        qkv = qkv if routing is None else qkv[routing.restore]
+        # [b, groups, queries of a group + 2, k, s, d]
+        qkv = qkv.view(*rows.shape, groups, -1, config.head_dim).permute(0, 3, 4, 1, 2, 5)
+        query = rotate(qkv[:, :, :-2].flatten(1, 2), rows.rotation, config.rotary_interleaved)
+        key = rotate(qkv[:, :, -2], rows.rotation, config.rotary_interleaved)
+        extended = rows.memory.extend(f"step.{step}", key.flatten(1, 2), qkv[:, :, -1].flatten(1, 2))
+        key, value = (part.unflatten(1, (groups, -1)).flatten(2, 3) for part in extended)
+        output = attend(query.flatten(2, 3), key, value, rows.mask)
+        output = output.unflatten(2, rows.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 2)
+        return self._linear(output if routing is None else output[routing.order], self.proj, rows)
+
+    def _mlp(self, x: Tensor, rows: BlockRows) -> Tensor:
+        gate, up = self._linear(x, self.fc1.flatten(-3, -2), rows).chunk(2, dim=-1)
+        return self._linear(F.silu(gate) * up, self.fc2, rows)
+
+    def _linear(self, x: Tensor, weight: Tensor, rows: BlockRows) -> Tensor:
+        if weight.dim() == 2 or rows.routing is None:
+            return F.linear(x, weight)
+        return grouped_linear(x, weight, rows.routing.ends)
+
+    def _norm(self, x: Tensor, number: int, rows: BlockRows) -> Tensor:
+        weight, eps = getattr(self, f"norm_{number}"), self.config.norm_eps
+        if self.layernorm:
+            return F.layer_norm(x, x.shape[-1:], weight, getattr(self, f"norm_{number}_bias"), eps)
+        if weight.dim() > 1 and rows.routing is not None:
+            weight = weight[rows.routing.experts]
+        return rms_norm(x, weight, eps)
+
+
+class MixingMoE(MoREMoE):
+    """Experts that let the tokens of a sequence that were sent to them attend to each other, causally."""
+
+    def block_rows(self, routing: Routing, context: CallContext, memory: Memory) -> BlockRows:
+        """Return the rows that go through a recurrent block: each sees those of its expert that its token sees."""
+        topk = routing.shape[1]
+        chosen, _ = memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
+        query, key = routing.chosen.transpose(1, 2).flatten(1), chosen.squeeze(1).transpose(1, 2).flatten(1)
+        same = query.unsqueeze(2) == key.unsqueeze(1)
+        mask = same.unsqueeze(1) & context.visible.repeat(1, 1, topk, topk)
+        return BlockRows(routing.shape, mask, context.rotation, memory.at("block"), routing)
+
+    def initial_rows(self, x: Tensor, routing: Routing, context: CallContext) -> Tensor:
+        """Return the initial state of each row, [rows, h]."""
+        return routing.dispatch(context.initial_state(self.layer_idx, x))

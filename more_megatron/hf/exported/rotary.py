@@ -1,0 +1,48 @@
+"""Rotary position embeddings (Su et al., arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .fields import Config
+
+__all__ = ["Rotation", "rotate", "rotation"]
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and sine of the angles of each position, [b or 1, s, planes] each."""
+
+
+def rotation(config: Config, positions: Tensor) -> Rotation | None:
+    """Return cosine and sine at positions [b or 1, s]; None without rotary embedding."""
+    if config.position_embedding != "rope":
+        return None
+    size = int(config.head_dim * config.rotary_percent)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    if config.rope_scaling_factor is not None:
+        frequencies = _stretch(frequencies, config.rope_scaling_factor)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _stretch(frequencies: Tensor, factor: float, context: int = 8192) -> Tensor:
+    """Slow down the frequencies that turn less than four times in the context, as Llama 3.1 does."""
+    turns = context * frequencies / (2.0 * math.pi)
+    kept = ((turns - 1.0) / 3.0).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / factor)
+
+
+def rotate(x: Tensor, angles: Rotation | None, interleaved: bool) -> Tensor:
+    """Rotate the leading channels of [b, ..., s, d]; a plane is two neighbouring channels, or one of each half."""
+    if angles is None:
+        return x
+    batch, length, planes = angles[0].shape
+    cos, sin = (part.to(x.dtype).view(batch, *(1,) * (x.dim() - 3), length, planes) for part in angles)
+    turned, rest = x[..., : 2 * planes], x[..., 2 * planes :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned, rest), dim=-1)

@@ -1,0 +1,68 @@
+"""`shared_block_ffn`: light experts, combined, then one recurrent block over the whole sequence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cache import Memory
+from .context import CallContext
+from .experts import MoREMoE
+from .fields import Config
+from .grouped import grouped_linear
+from .interface import System
+from .recurrent_block import BlockRows, RecurrentBlock, block_width, takase_normal
+from .routing import Routing
+
+__all__ = ["SYSTEM"]
+
+
+class LightExperts(nn.Module):
+    """Expert i computes `W2_i . GELU(W1_i . x)`, h -> 2h -> h."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        experts, hidden = config.num_experts, config.hidden_size
+        self.fc1 = nn.Parameter(torch.empty(experts, 2 * hidden, hidden))
+        self.fc2 = nn.Parameter(torch.empty(experts, hidden, 2 * hidden))
+
+    def draw_weight(self, name: str, weight: Tensor) -> None:
+        """Draw a new weight as the training code does."""
+        takase_normal(self.config, weight, into_stream=name == "fc2")
+
+    def forward(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Return weighted outputs, [rows, h]."""
+        inner = F.gelu(grouped_linear(rows, self.fc1, routing.ends))
+        return routing.weigh(grouped_linear(inner, self.fc2, routing.ends))
+
+
+class CombinedBlockMoE(MoREMoE):
+    """Light experts are combined first; then one recurrent block runs over the whole sequence."""
+
+    def build_experts(self) -> None:
+        """Create the light experts and the block."""
+        self.experts = LightExperts(self.config)
+        self.recurrent_block = RecurrentBlock(self.config, follows_layers=True)
+
+    def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
+        """Return the block's last state, [b, s, h]."""
+        shape = (output.size(0), 1, output.size(1))
+        rows = BlockRows(shape, context.mask, context.rotation, memory.at("block"), routing=None)
+        state = context.initial_state(self.layer_idx, output).flatten(0, 1)
+        return self.recurrent_block(output.flatten(0, 1), state, rows, context.num_steps).view_as(output)
+
+
+class SharedBlockFFN(System):
+    """One initial state a layer."""
+
+    moe_class = CombinedBlockMoE
+    fields = {"recurrent_intermediate_size": block_width(4)}  # noqa: RUF012
+
+    def num_states(self, config: Config) -> int:
+        """Return the number of layers."""
+        return config.num_hidden_layers
+
+
+SYSTEM = SharedBlockFFN()

@@ -1,0 +1,88 @@
+"""Figures that systems report while they train: means over the global batch, the same under every layout.
+
+A system names its figures (`System.figures`), so that all ranks know them, those too whose stage has none. Whoever
+computes one calls `record_figure`; what is recorded stays on the device until the log is due, and is then summed up
+over all ranks at once. A name with a slash, `router entropy/step 2`, is one of many: it goes to TensorBoard and
+Weights & Biases only, all others also to the log line.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import torch
+
+__all__ = ["Figures", "record_figure", "report_to"]
+
+
+class Figures:
+    """Sums of what was recorded since it was last cleared.
+
+    Args:
+        names: The figures there are, the same on every rank.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._columns = {name: column for column, name in enumerate(names)}
+
+    @functools.cached_property
+    def _sums(self) -> torch.Tensor:
+        """Weighted sum of the values and sum of the weights of each figure, float64 [2, figures].
+
+        Made when first used: only then a rank has chosen its device.
+        """
+        return torch.zeros(2, len(self._columns), dtype=torch.float64, device=torch.cuda.current_device())
+
+    @torch.no_grad()
+    def add(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Add values of this rank, without waiting for the device.
+
+        Tensor-parallel ranks may hold parts of the sequence or all of it: either way the mean is the same.
+
+        Args:
+            name: The figure.
+            values: Of any shape, one of each token, row or whatever the mean is to be taken over.
+            weights: How much each of them counts, of the same shape. Default: 1.
+        """
+        assert name in self._columns, f"the system does not name the figure {name!r} among its figures"
+        column, values = self._columns[name], values.double()
+        if weights is None:
+            self._sums[0, column] += values.sum()
+            self._sums[1, column] += values.numel()
+        else:
+            self._sums[0, column] += (values * weights).sum()
+            self._sums[1, column] += weights.sum()
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each figure that was recorded, over all ranks. All ranks call it."""
+        if not self._columns:
+            return {}
+        sums = self._sums.clone()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        totals, weights = sums.tolist()
+        return {name: totals[index] / weights[index] for name, index in self._columns.items() if weights[index] > 0}
+
+    def clear(self) -> None:
+        """Forget what was recorded."""
+        if self._columns:
+            self._sums.zero_()
+
+
+_figures: Figures | None = None
+
+
+def report_to(figures: Figures | None) -> None:
+    """Make `record_figure` add to these figures from now on; None: to none."""
+    global _figures
+    _figures = figures
+
+
+def record_figure(name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    """Record values of a figure in a run that reports figures; arguments as for `Figures.add`.
+
+    Called in training only, and once for each forward pass: not when it is recomputed.
+    """
+    if _figures is not None:
+        _figures.add(name, values, weights)

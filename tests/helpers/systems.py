@@ -1,0 +1,20 @@
+"""What tests that go through all systems need to know of each."""
+
+from __future__ import annotations
+
+from more_megatron.systems import get_system
+
+__all__ = ["flags_of"]
+
+
+def flags_of(system: str, flags: str = "") -> str:
+    """Return `--more-variant SYSTEM` and those of the flags, with their values, that the system reads.
+
+    Args:
+        system: Name of the system.
+        flags: Flags of the MoRE group, separated by blanks.
+    """
+    read = {*get_system(system).reads, *get_system(system).own_flags()}
+    words = [f"--{part}".split() for part in f" {flags}".split(" --")[1:]]
+    kept = [word for name, *values in words if name[2:].replace("-", "_") in read for word in (name, *values)]
+    return " ".join(("--more-variant", system, *kept))
