@@ -6,8 +6,8 @@ u = GELU(W1 x + b1);  r times u <- GRU(input u, hidden u);  y = W2 u + b2
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 from more_megatron.systems.base import DEPTH, System
 from more_megatron.systems.export import Row
@@ -35,6 +35,12 @@ class GRUExperts(System):
         Row("mlp.experts.ffn.fc2.bias", "mlp.experts.fc2_bias", "N h"),
     )
     expert_states = ()
+    former_keys: ClassVar[Mapping[str, str]] = {
+        "mlp.experts.ffn.fc1.weight": "mlp.experts.experts.linear_fc1.weight",
+        "mlp.experts.ffn.fc1.bias": "mlp.experts.experts.linear_fc1.bias",
+        "mlp.experts.ffn.fc2.weight": "mlp.experts.experts.linear_fc2.weight",
+        "mlp.experts.ffn.fc2.bias": "mlp.experts.experts.linear_fc2.bias",
+    }
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
         """Yield what the system cannot do of what `config` asks for."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from more_megatron.checkpoint_files import (
 )
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
+from more_megatron.training.former_weights import former_weights
 
 __all__ = ["check_checkpoint", "guard_checkpoints"]
 
@@ -98,7 +100,8 @@ def guard_checkpoints() -> None:
 def _one_line_on_failure(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
         try:
-            return load(*args, **kwargs)
+            with _weights_of_another_system(args[0]):
+                return load(*args, **kwargs)
         except (Exception, CheckpointException, SystemExit) as error:
             detail = _last_line(error)
             remedy = "load an older one with --ckpt-step, or MORE_TRACEBACK=1 shows where it failed"
@@ -109,6 +112,16 @@ def _one_line_on_failure(load: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return load_checkpoint
+
+
+def _weights_of_another_system(model: list[Any]) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which the model asks the checkpoint that `--finetune` starts from for what both have."""
+    arguments = training.get_args()
+    if not arguments.finetune or arguments.load is None or arguments.ckpt_format != "torch_dist":
+        return contextlib.nullcontext()
+    checkpoint = checkpoint_to_load(Path(arguments.load), arguments.ckpt_step)
+    saved = None if checkpoint is None else _saved_arguments(checkpoint)
+    return former_weights(arguments, saved, model)
 
 
 def _into_a_new_folder(save: Callable[..., Any]) -> Callable[..., Any]:
