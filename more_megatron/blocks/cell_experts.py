@@ -38,6 +38,8 @@ from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.truncation import iterate_residual
+from more_megatron.monitoring.figures import are_reported
+from more_megatron.monitoring.refinement import Refinement
 
 __all__ = [
     "CellMoELayer",
@@ -79,12 +81,21 @@ class CellExperts(Experts):
         counts = torch.as_tensor(tokens_per_expert).to(hidden_states.device)
         groups = RowGroups(counts.cumsum(0).to(torch.int32))
         padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
-        output = padding.unpad(self.compute(padding.pad(hidden_states), padding.groups, self._depth))
+        output = padding.unpad(self.compute(padding.pad(hidden_states), padding, self._depth))
         return (output * probs.unsqueeze(-1)).to(output.dtype), None
 
     @abstractmethod
-    def compute(self, x: torch.Tensor, groups: RowGroups, depth: Depth) -> torch.Tensor:
-        """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
+    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
+        """Compute all local experts.
+
+        Args:
+            x: Rows grouped by expert, with padding, [rows, h].
+            padding: Where the groups and the padding are.
+            depth: Recurrence steps.
+
+        Returns:
+            This rank's part of the sum that is the output, [rows, h].
+        """
 
 
 class CellMoELayer(CapacityInTrainingMoELayer):
@@ -132,8 +143,9 @@ class GRUExperts(CellExperts):
             draw = initializer.gru_of_its_state
             self.gru.draw("gru", draw, draw)
 
-    def compute(self, x: torch.Tensor, groups: RowGroups, depth: Depth) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
+        groups = padding.groups
         bias = self.gru.row_bias(x, groups)
 
         def step(state: torch.Tensor, carried: None, index: int) -> tuple[torch.Tensor, None]:
@@ -164,16 +176,26 @@ class SequentialExperts(CellExperts):
             self.lstm.draw("lstm", initializer.recurrent_sum, initializer.recurrent_sum)
             self.gate.draw(initializer)
 
-    def compute(self, x: torch.Tensor, groups: RowGroups, depth: Depth) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
-        bias, gate = self.lstm.row_bias(x, groups), self.gate.for_rows(x, groups)
+        groups = padding.groups
+        bias, gate_of = self.lstm.row_bias(x, groups), self.gate.for_rows(x, groups)
+        # A pass that is recomputed runs without gradient first.
+        watched = Refinement() if self.training and torch.is_grad_enabled() and are_reported() else None
 
         def step(refined: torch.Tensor, cell: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
             products = self.lstm.product(gather_columns(refined, self.placement), groups)
             new, cell = lstm_step(products, bias, torch.zeros_like(refined) if cell is None else cell)
-            return torch.lerp(refined, new, gate(refined)), cell
+            gate = gate_of(refined)
+            after = torch.lerp(refined, new, gate)
+            if watched is not None:
+                watched.add(refined, after, gate)
+            return after, cell
 
-        return self._as_part_of_sum(iterate_residual(step, self._own_columns(self.ffn(x, groups)), depth))
+        refined = iterate_residual(step, self._own_columns(self.ffn(x, groups)), depth)
+        if watched is not None:
+            watched.record(padding.unpad, self.placement.split_group if self.placement.split_size > 1 else None)
+        return self._as_part_of_sum(refined)
 
     def _own_columns(self, part: torch.Tensor) -> torch.Tensor:
         """Return this rank's columns of a sum over the ranks, [rows, h / ranks], given its part of it, [rows, h]."""

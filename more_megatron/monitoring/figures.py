@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["Figures", "record_figure", "report_to"]
+__all__ = ["Figures", "are_reported", "record_figure", "report_to"]
 
 
 class Figures:
@@ -77,6 +77,11 @@ def report_to(figures: Figures | None) -> None:
     """Make `record_figure` add to these figures from now on; None: to none."""
     global _figures
     _figures = figures
+
+
+def are_reported() -> bool:
+    """Return whether a run reports figures: what is only worked out for them need not be otherwise."""
+    return _figures is not None
 
 
 def record_figure(name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:

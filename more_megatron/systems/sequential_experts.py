@@ -45,6 +45,12 @@ class SequentialExperts(System):
         yield from recurrence_refusals(config)
         yield from cell_refusals(config)
 
+    def figures(self, config: MoREConfig) -> tuple[str, ...]:
+        """Return the names of figures that its parts record."""
+        from more_megatron.monitoring.refinement import REFINEMENT_FIGURES
+
+        return REFINEMENT_FIGURES
+
     def stack(self, config: MoREConfig) -> Stack:
         """Return the layers of the whole model."""
         from more_megatron.blocks.cell_experts import CellMoELayer, SequentialExperts, sequential_experts_cost

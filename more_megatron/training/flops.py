@@ -12,16 +12,18 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import DepthSampler
 from more_megatron.systems import get_system
+from more_megatron.systems.export import FEED_FORWARD
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]
 
 
 def count_recurrence(config: MoREConfig) -> None:
-    """Let `pretrain` count the operations of a recurrent system with the depth of each training step.
+    """Let `pretrain` count the operations of a system by its cost, with the depth of each training step.
 
     Megatron's own count knows its architectures only, and no recurrence. The baseline keeps it.
     """
-    if get_system(config.more_variant).recurrent:
+    system = get_system(config.more_variant)
+    if system.recurrent or system.expert_rows is not FEED_FORWARD:
 
         def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
             return step_flops(config, args, batch_size)

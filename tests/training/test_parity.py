@@ -132,6 +132,10 @@ SYSTEMS = {
     "gru_experts top-2": System(
         f"--more-variant gru_experts --moe-router-topk 2 {_uniform(1)} --recurrence-backprop-steps 2", _SPREAD
     ),
+    "parallel_experts": System("--more-variant parallel_experts", (*_SPREAD, "pp2"), varies=False),
+    "parallel_experts top-2": System(
+        "--more-variant parallel_experts --moe-router-topk 2", (*_SPREAD, "pp2"), varies=False
+    ),
     "sequential_experts": System(
         f"--more-variant sequential_experts {_uniform(1)} --recurrence-backprop-steps 2", _SPREAD
     ),
