@@ -32,7 +32,7 @@ class ParallelExperts(System):
         Row("mlp.experts.ffn.fc2.bias", "mlp.experts.fc2_bias", "N h"),
         # Rows of input, forget, new and output gate.
         Row("mlp.experts.lstm.input.weight", "mlp.experts.lstm_input", "N 4 h h"),
-        Row("mlp.experts.lstm.input.bias", "mlp.experts.lstm_bias", "N 4 h"),
+        Row("mlp.experts.lstm.input.bias", "mlp.experts.lstm_input_bias", "N 4 h"),
         Row("mlp.experts.lstm.state", "mlp.experts.lstm_state", "N 4 h h"),
         Row("mlp.experts.gate.inner.weight", "mlp.experts.gate_fc1", "N 64 h"),
         Row("mlp.experts.gate.inner.bias", "mlp.experts.gate_fc1_bias", "N 64"),
