@@ -17,7 +17,7 @@ if __name__ == "__main__":
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from more_megatron.training.arguments import parse_arguments
-    from more_megatron.training.checkpoints import check_checkpoint, guard_checkpoints
+    from more_megatron.training.checkpoints import check_checkpoint
     from more_megatron.training.data_checks import check_data
     from more_megatron.training.datasets import DatasetsProvider
     from more_megatron.training.forward import forward_step
@@ -33,7 +33,6 @@ if __name__ == "__main__":
         check_checkpoint(args)
         check_output_folders(args)
         prepare_reports(model_config.transformer, args)
-    guard_checkpoints()
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     with one_line_errors("pretrain_more.py"):
         pretrain(

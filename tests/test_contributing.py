@@ -1,27 +1,63 @@
-"""The system that CONTRIBUTING.md adds as an example, added and trained."""
+"""The system that CONTRIBUTING.md adds as an example: added to a copy of the project, trained, resumed and exported."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
-from tests.helpers.ranks import run_ranks
+import pytest
+
 from tests.helpers.shell import PROJECT
-from tests.helpers.training import TINY, train
+
+_BLOCK = re.compile(r"^```python\n# (\S+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_DRIVER = """
+from more_megatron.platform import initialize_platform
+initialize_platform()
+from tests.contributing_driver import main
+if __name__ == "__main__":
+    main()
+"""
 
 
-def test_example_system_trains() -> None:
-    new_file, row = re.findall(r"^```python\n(.*?)^```", (PROJECT / "CONTRIBUTING.md").read_text(), re.M | re.S)
-    (losses,) = run_ranks(1, _train_with, new_file, row)
-    (baseline,) = run_ranks(1, _train_with, new_file, row, "moe")
-    assert len(losses) == len(baseline) == 6
-    assert losses != baseline, "the example's router changes nothing"
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with the files of the example."""
+    copy = tmp_path_factory.mktemp("project")
+    for name in ("more_megatron", "tests", "pretrain_more.py", "pyproject.toml"):
+        source = PROJECT / name
+        if source.is_dir():
+            shutil.copytree(source, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy / name)
+    blocks = _BLOCK.findall((PROJECT / "CONTRIBUTING.md").read_text())
+    assert [path.rpartition("/")[0] for path, _ in blocks] == [
+        "more_megatron/systems",
+        "more_megatron/hf/exported",
+        "tests/systems",
+    ]
+    for path, text in blocks:
+        assert not (copy / path).exists()
+        (copy / path).write_text(text)
+    return copy
 
 
-def _train_with(new_file: str, row: str, variant: str | None = None) -> list[float]:
-    from more_megatron import variants
+def _run(copy: Path, *command: str) -> str:
+    environment = {**os.environ, "MORE_PLATFORM": "cpu", "PYTHONPATH": str(copy)}
+    run = subprocess.run(
+        [sys.executable, *command], cwd=copy, env=environment, text=True, capture_output=True, timeout=500
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    return run.stdout
 
-    names = dict(vars(variants))
-    exec(new_file, names)
-    added = eval("{" + row + "}", names)
-    variants.VARIANTS.update(added)
-    return train(f"{TINY} --more-variant {variant or next(iter(added))}").losses
+
+def test_example_system_trains_resumes_exports_and_computes_the_same(copy: Path) -> None:
+    output = _run(copy, "-c", _DRIVER)
+    assert "sure_moe" in output
+
+
+def test_the_example_has_a_test_that_passes(copy: Path) -> None:
+    assert "1 passed" in _run(copy, "-m", "pytest", "-q", "tests/systems/test_sure_moe.py")

@@ -53,6 +53,9 @@ class System:
     summary: ClassVar[str]
     """What it is, in one line."""
 
+    is_default: ClassVar[bool] = False
+    """Whether it is the one that is trained if none is named."""
+
     reads: ClassVar[frozenset[str]] = frozenset()
     """Fields of `MoREFlags` that have an effect on it, `more_variant` aside."""
 

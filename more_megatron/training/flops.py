@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import training
 
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import DepthSampler
+from more_megatron.platform.reports import count_flops_with
 from more_megatron.systems import get_system
 from more_megatron.systems.export import FEED_FORWARD
 
@@ -22,13 +22,13 @@ def count_recurrence(config: MoREConfig) -> None:
 
     Megatron's own count knows its architectures only, and no recurrence. The baseline keeps it.
     """
+
+    def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
+        return step_flops(config, args, batch_size)
+
     system = get_system(config.more_variant)
-    if system.recurrent or system.expert_rows is not FEED_FORWARD:
-
-        def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
-            return step_flops(config, args, batch_size)
-
-        training.num_floating_point_operations = count
+    is_megatrons = not system.recurrent and system.expert_rows is FEED_FORWARD
+    count_flops_with(None if is_megatrons else count)
 
 
 def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) -> float:

@@ -7,9 +7,7 @@ Megatron's experts (`System.former_keys`); what is left of its experts is drawn 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,69 +19,61 @@ from megatron.core.dist_checkpointing.mapping import (
     ShardedTensor,
     ShardedTensorFactory,
 )
+from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.systems import System, get_system, names
 from more_megatron.systems.export import FEED_FORWARD
+from more_megatron.training.stored_flags import checkpoint_source, stored_arguments
 
-__all__ = ["former_weights"]
+__all__ = ["ask_for_former_weights"]
 
 
-@contextlib.contextmanager
-def former_weights(args: argparse.Namespace, saved: argparse.Namespace | None, model: list[Any]) -> Iterator[None]:
-    """Let the model ask a checkpoint of another system for what it has of its weights.
+def ask_for_former_weights(args: argparse.Namespace, model: list[MegatronModule]) -> list[MegatronModule]:
+    """Let a model that starts from a checkpoint of another system ask it for what it has of the model's weights.
 
     Args:
-        args: Arguments of the run, which has `--finetune`.
-        saved: Those of the run that saved the checkpoint; None if there is none.
-        model: The stage's chunks, as the trainer has wrapped them.
+        args: Arguments of the run.
+        model: The stage's chunks, before they are wrapped.
+
+    Returns:
+        The same chunks. What they ask for is another in their first call only, which is that of loading.
     """
-    system, former = get_system(args.more_variant), getattr(saved, "more_variant", None)
-    is_served = former in names() and get_system(former).expert_rows is FEED_FORWARD
-    if saved is None or former is None or not (is_served and system.former_keys):
-        yield
-        return
-    source = _Source(system, former, halves=2 if saved.swiglu else 1, has_biases=saved.add_bias_linear)
-    chunks = [_innermost(chunk) for chunk in model]
-    for chunk in chunks:
-        chunk.sharded_state_dict = source.of_former(chunk.sharded_state_dict)
-    try:
-        yield
-    finally:
-        for chunk in chunks:
-            del chunk.sharded_state_dict
-    if args.rank == 0:
-        print(f"> {system.name} starts from {former}; drawn anew: {', '.join(source.anew)}", flush=True)
+    source = checkpoint_source(args) if args.finetune and args.ckpt_format == "torch_dist" else None
+    saved = None if source is None else stored_arguments(source[1])
+    former, system = getattr(saved, "more_variant", None), get_system(args.more_variant)
+    if saved is None or former not in names() or not system.former_keys:
+        return model
+    if get_system(former).expert_rows is FEED_FORWARD:
+        weights = _FormerWeights(system, parts=2 if saved.swiglu else 1, has_biases=saved.add_bias_linear)
+        for chunk in model:
+            weights.serve(chunk)
+        if args.rank == 0:
+            print(f"> {system.name} starts from {former}; drawn anew: {', '.join(weights.anew)}", flush=True)
+    return model
 
 
-def _innermost(module: Any) -> Any:
-    while hasattr(module, "module"):
-        module = module.module
-    return module
-
-
-class _Source:
+class _FormerWeights:
     """Turns what a model asks a checkpoint for into what a checkpoint with Megatron's experts has.
 
     Args:
         system: The model's system.
-        former: Name of the checkpoint's system.
-        halves: Number of parts of its expansion, of which the last is taken: of a gated one what the gate lets through.
-        has_biases: Whether its experts have biases.
+        parts: Number of parts of the expansion there, of which the last is taken: of a gated one what is gated.
+        has_biases: Whether the experts there have biases.
     """
 
-    def __init__(self, system: System, former: str, halves: int, has_biases: bool) -> None:
-        self._halves = halves
+    def __init__(self, system: System, parts: int, has_biases: bool) -> None:
+        self._parts = parts
         self._keys = {own: key for own, key in system.former_keys.items() if has_biases or not key.endswith(".bias")}
         self.anew = [row.megatron for row in system.expert_rows if row.megatron not in self._keys]
 
-    def of_former(self, sharded_state_dict: Any) -> Any:
-        """Return the method of a model that says what it asks for, with other keys."""
+    def serve(self, chunk: Any) -> None:
+        """Replace what a chunk asks for when it is asked for the first time."""
 
-        def asks_for(*args: Any, **kwargs: Any) -> Any:
-            state = sharded_state_dict(*args, **kwargs)
-            return dict_list_map_inplace(self._replace, state)
+        def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
+            del chunk.sharded_state_dict
+            return dict_list_map_inplace(self._replace, chunk.sharded_state_dict(*args, **kwargs))
 
-        return asks_for
+        chunk.sharded_state_dict = sharded_state_dict
 
     def _replace(self, value: Any) -> Any:
         if not isinstance(value, ShardedTensor | ShardedTensorFactory | ShardedObject):
@@ -94,10 +84,10 @@ class _Source:
         if own is None:
             return value
         value = dataclasses.replace(value, key=value.key.removesuffix(own) + self._keys[own])
-        if self._halves == 1 or "linear_fc1" not in value.key:
+        if self._parts == 1 or "linear_fc1" not in value.key:
             return value
         # The output of the expansion is the last axis but one of a weight, and the last of a bias.
-        return _last_part(value, -1 if own.endswith(".bias") else -2, self._halves)
+        return _last_part(value, -1 if own.endswith(".bias") else -2, self._parts)
 
 
 def _last_part(value: ShardedTensor | ShardedTensorFactory, axis: int, parts: int) -> ShardedTensorFactory:

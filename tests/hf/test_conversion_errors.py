@@ -16,17 +16,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from more_megatron import pickles
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags
-from more_megatron.hf import mapping
-from more_megatron.hf.conversion import pickles
 from more_megatron.hf.conversion.architecture import args_from_config, config_from_args
 from more_megatron.hf.conversion.export import ToHF, to_hf
 from more_megatron.hf.conversion.importer import FromHF, from_hf
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
+from more_megatron.hf.conversion.megatron_writer import write_release
 from more_megatron.hf.conversion.safetensors_files import Group, plan_files, tensor_bytes
 from more_megatron.hf.mapping import entries
+from more_megatron.systems import base
+from more_megatron.systems.export import Row
 from tests.helpers.shell import PROJECT
 from tests.hf.conversion_sources import VALUES, make_args, write_source
 
@@ -119,13 +121,13 @@ def test_missing_tokenizer(folder: Path) -> None:
 
 
 def test_parameters_that_the_table_does_not_know(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = mapping.MOE
-    monkeypatch.setattr(mapping, "MOE", tuple(row for row in known if row.megatron != "mlp.router.weight"))
+    known, name = base.MOE, "mlp.router.weight"
+    monkeypatch.setattr(base, "MOE", tuple(row for row in known if row.megatron != name))
     key = "decoder.layers.mlp.router.weight"
     _refused(_export(folder), folder / "out", f"holds parameters that the mapping has no row for: {key}")
-    monkeypatch.setattr(mapping, "MOE", (*known, mapping.Row("mlp.more", "mlp.more", "h")))
+    monkeypatch.setattr(base, "MOE", (*known, Row("mlp.more", "mlp.more", "h")))
     _refused(_export(folder), folder / "out", "lacks the parameter decoder.layers.0.mlp.more")
-    monkeypatch.setattr(mapping, "MOE", (mapping.Row("mlp.router.weight", "mlp.gate.weight", "h N"), *known))
+    monkeypatch.setattr(base, "MOE", (Row(name, "mlp.gate.weight", "h N"), *known))
     _refused(_export(folder), folder / "out", f"holds {key} in shape [2, 4, 16] instead of [2, 16, 4]")
 
 
@@ -160,10 +162,113 @@ def test_model_that_megatron_cannot_express(fields: dict[str, Any], part: str, f
     _refused(_import(folder), folder / "out", part)
 
 
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers 0 must be at least 1"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers -1 must be at least 1"),
+        ({"num_hidden_layers": 3}, "moe_layers names 2 layers of 3"),
+        ({"num_hidden_layers": 3, "moe_layers": [True] * 3}, "lacks the parameter model.layers.2."),
+        ({"num_hidden_layers": 1, "moe_layers": [True]}, "no row for: model.layers.1."),
+        ({"moe_layers": "all"}, "moe_layers 'all' must be a list of true and false"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok 5 must be at most 4, the number of experts"),
+        ({"num_experts_per_tok": True}, "num_experts_per_tok True must be an integer"),
+        ({"num_experts": None}, "num_experts None must be an integer"),
+        ({"num_experts": 3}, "instead of [3, "),
+        ({"mean_recurrence": -3}, "mean_recurrence -3 must be at least 1"),
+        ({"mean_recurrence": "many"}, "mean_recurrence 'many' must be an integer"),
+        ({"mean_recurrence": 2.5}, "mean_recurrence 2.5 must be an integer"),
+        ({"hidden_size": "16"}, "hidden_size '16' must be an integer"),
+        ({"hidden_size": None}, "hidden_size None must be an integer"),
+        ({"recurrent_intermediate_size": [64]}, "recurrent_intermediate_size [64] must be an integer"),
+        ({"norm_eps": float("nan")}, "norm_eps nan must be a finite number"),
+        ({"rotary_percent": 2}, "rotary_percent 2 must be at most 1.0"),
+        ({"norm_type": "batchnorm"}, "norm_type 'batchnorm' does not exist: choose one of rmsnorm, layernorm"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 2 is no multiple of num_key_value_heads 3"),
+        ({"router_group_topk": 1}, "router_num_groups and router_group_topk must be given together"),
+        ({"variant": ["moe"]}, "system ['moe'] cannot be converted"),
+    ],
+)
+def test_configuration_that_is_wrong(fields: dict[str, Any], part: str, folder: Path) -> None:
+    path = folder / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    _refused(_import(folder), folder / "out", part)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"lr": 0.1}', '{"params_dtype": {"dtype": "load"}}', '"lr"'])
+def test_arguments_that_are_not_those_of_a_run(content: str, folder: Path) -> None:
+    path = folder / "hf" / "megatron_args.json"
+    path.write_text(content)
+    _refused(_import(folder), folder / "out", str(path), "remove it")
+    path.unlink()
+    assert len(_import(folder)()) == 1
+
+
+def test_arguments_do_not_allow_code_or_name_places(folder: Path) -> None:
+    path = folder / "hf" / "megatron_args.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "trust_remote_code": True, "load": "/elsewhere"}))
+    _import(folder)()
+    args = vars(MegatronCheckpoint(folder / "out").args)
+    assert not {"trust_remote_code", "load"} & args.keys()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(number: float, folder: Path) -> None:
+    name, path = "model.layers.1.mlp.gate.weight", folder / "hf" / "model.safetensors"
+    weights = load_file(path)
+    weights[name][1, 2] = number
+    save_file(weights, path)
+    _refused(_import(folder), folder / "out", name, "holds NaN or infinity in 1 of 64 places")
+    args = make_args()
+    config = config_from_args(args, 24)
+    parameters = [(entry, torch.float32) for entry in entries(config)]
+    broken = folder / "broken"
+    broken.mkdir()
+    write_release(broken, config, args, parameters, lambda entry: torch.full(entry.shape, number))
+    job = ToHF(broken, folder / "out", tokenizer=False, progress=False)
+    _refused(lambda: to_hf(job), folder / "out", "embedding.word_embeddings.weight", "holds NaN or infinity")
+
+
+def test_numbers_that_a_dtype_cannot_hold(folder: Path) -> None:
+    path = folder / "hf" / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][3] = 1e6
+    save_file(weights, path)
+    job = FromHF(folder / "hf", folder / "out", dtype="float16", progress=False)
+    _refused(lambda: from_hf(job), folder / "out", "model.norm.weight", "reaches 1e+06", "use --dtype bfloat16")
+
+
+def test_a_bit_that_has_flipped(folder: Path) -> None:
+    path = folder / "hf" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    _refused(_import(folder), folder / "out", "model.safetensors is damaged: ", "is not what was written")
+    # Whoever saves the model anew writes no hashes of before.
+    save_file(load_file(path), path)
+    assert len(_import(folder)()) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["../hf/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", 7, None, ["model.safetensors"]]
+)
+def test_an_index_that_names_files_elsewhere(name: Any, folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
+    _refused(_import(folder), folder / "out", "model.safetensors.index.json")
+
+
+def test_an_index_that_is_a_list(folder: Path) -> None:
+    (folder / "hf" / "model.safetensors.index.json").write_text("[]")
+    _refused(_import(folder), folder / "out", "model.safetensors.index.json is damaged")
+
+
 def test_configuration_that_is_not_there_or_incomplete(folder: Path) -> None:
     path = folder / "hf" / "config.json"
     path.write_text(json.dumps({"model_type": "more", "variant": "moe"}))
-    _refused(_import(folder), folder / "out", "does not say num_attention_heads")
+    _refused(_import(folder), folder / "out", "config.json: it does not say vocab_size; correct it, or export")
+    path.write_text("[]")
+    _refused(_import(folder), folder / "out", "is a model of type None, not more")
     path.write_text("{")
     _refused(_import(folder), folder / "out", "config.json is damaged")
     path.unlink()
@@ -191,9 +296,9 @@ def test_run_that_the_model_cannot_express(values: dict[str, Any], part: str) ->
 
 def test_checkpoint_of_another_version(tmp_path: Path) -> None:
     args = make_args()
-    del args.router_logit_ema
+    del args.qk_layernorm
     write_source(tmp_path / "ckpt", config_from_args(make_args(), 24), args)
-    _refused(_export(tmp_path), tmp_path / "out", "do not say router_logit_ema")
+    _refused(_export(tmp_path), tmp_path / "out", "do not say qk_layernorm")
 
 
 @pytest.mark.parametrize("convert", [_export, _import])

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.systems import get_system, systems
-from more_megatron.training.former_weights import former_weights
+from more_megatron.training.former_weights import ask_for_former_weights
 from tests.blocks.backends.compare import lay, sharded
 from tests.helpers.models import HIDDEN, gpt_model, small_config, start_ranks
 from tests.helpers.program import pretrain_more
@@ -45,15 +45,19 @@ def _started(name: str, folder: Path, gated: bool) -> tuple[Weights, Weights, We
     if torch.distributed.get_rank() == 0:
         folder.mkdir()
     torch.distributed.barrier()
-    dist_checkpointing.save(sharded(former), str(folder))
+    arguments = Namespace(more_variant="moe", swiglu=gated, add_bias_linear=False)
+    dist_checkpointing.save({**sharded(former), "args": arguments}, str(folder))
+    (folder.parent / "latest_checkpointed_iteration.txt").write_text("1")
     ranks = torch.distributed.get_world_size()
     start_ranks(tensor=ranks)
     split = {"tensor_model_parallel_size": ranks, "expert_tensor_parallel_size": ranks, "sequence_parallel": ranks > 1}
     model = gpt_model(small_config(name, **fields, **split), 8)
     before = _weights(model)
-    args = Namespace(more_variant=name, rank=torch.distributed.get_rank())
-    with former_weights(args, Namespace(more_variant="moe", swiglu=gated, add_bias_linear=False), [model]):
-        model.load_state_dict(dist_checkpointing.load(sharded(model), str(folder)), strict=True)
+    args = {"finetune": True, "ckpt_format": "torch_dist", "load": str(folder.parent), "pretrained_checkpoint": None}
+    ask_for_former_weights(Namespace(more_variant=name, rank=1, ckpt_step=None, **args), [model])
+    loaded = dist_checkpointing.load(sharded(model), str(folder))
+    model.load_state_dict({name: value for name, value in loaded.items() if name != "args"}, strict=True)
+    assert _weights(model).keys() == before.keys()
     return weights, before, _weights(model)
 
 
@@ -65,7 +69,7 @@ def _together(parts: list[Weights]) -> Weights:
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("name", _STARTED)
 def test_a_model_takes_what_the_former_has(name: str, gated: bool, ranks: int, tmp_path: Path) -> None:
-    found = run_ranks(ranks, _started, name, tmp_path / "former", gated)
+    found = run_ranks(ranks, _started, name, tmp_path / "iter_0000001", gated)
     former, before, after = found[0][0], *(_together([rank[place] for rank in found]) for place in (1, 2))
     system, prefix = get_system(name), "decoder.layers."
     own = {f"{prefix}{row.megatron}" for row in system.expert_rows}

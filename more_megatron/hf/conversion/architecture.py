@@ -8,6 +8,7 @@ from typing import Any
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
+from more_megatron.hf.conversion.config_file import check_config, known_fields
 from more_megatron.systems import get_system, names
 
 __all__ = ["args_from_config", "config_from_args"]
@@ -42,10 +43,50 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "moe_router_force_biased": (None,),
 }
 
-_POSITIONS = {"rope": "rope", "none": "none", "learned_absolute": "learned"}
+# Fields of config.json that are arguments under another name; systems may lack the last of them.
+_SAME = {
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "ffn_hidden_size",
+    "norm_eps": "layernorm_epsilon",
+    "qk_norm": "qk_layernorm",
+    "linear_bias": "add_bias_linear",
+    "max_position_embeddings": "max_position_embeddings",
+    "rope_theta": "rotary_base",
+    "rotary_percent": "rotary_percent",
+    "rotary_interleaved": "rotary_interleaved",
+    "initializer_range": "init_method_std",
+    "num_experts": "num_experts",
+    "num_experts_per_tok": "moe_router_topk",
+    "shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "shared_expert_gate": "moe_shared_expert_gate",
+    "router_score_function": "moe_router_score_function",
+    "router_pre_softmax": "moe_router_pre_softmax",
+    "router_scaling_factor": "moe_router_topk_scaling_factor",
+    "router_num_groups": "moe_router_num_groups",
+    "router_group_topk": "moe_router_group_topk",
+    "router_expert_bias": "moe_router_enable_expert_bias",
+    "router_dtype": "moe_router_dtype",
+    "noise_seed": "seed",
+    "state_std": "recurrence_state_std",
+    "residual_scale": "recurrence_residual_scale",
+    "router_logit_ema": "router_logit_ema",
+}
+_NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
+_POSITIONS = {"rope": "rope", "none": "none", "learned": "learned_absolute"}
 _ROUTINGS_WITH_A_STATE = ("sinkhorn", "quantile_balancing")
 # Factor of Megatron's --use-rope-scaling, whatever else is asked for: megatron/training/models/gpt.py.
 _ROPE_SCALING_FACTOR = 8.0
+_OF_THE_CODE = {
+    "architectures": ["MoREForCausalLM"],
+    "model_type": "more",
+    "auto_map": {
+        "AutoConfig": "configuration_more.MoREConfig",
+        "AutoModel": "modeling_more.MoREModel",
+        "AutoModelForCausalLM": "modeling_more.MoREForCausalLM",
+    },
+}
 
 
 def config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
@@ -56,40 +97,34 @@ def config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any
         vocab_size: Rows of the embedding, with padding.
 
     Raises:
-        MoREError: If the system is not in the table, or the Hugging Face model cannot express what the flags ask for.
+        MoREError: If there is no such system, or the Hugging Face model cannot express what the flags ask for.
     """
     _check(args)
-    activation, gated = _activation(args)
+    system, fields = get_system(args.more_variant), known_fields(args.more_variant)
     heads = args.num_attention_heads
-    return {
-        "architectures": ["MoREForCausalLM"],
-        "model_type": "more",
-        "auto_map": {
-            "AutoConfig": "configuration_more.MoREConfig",
-            "AutoModel": "modeling_more.MoREModel",
-            "AutoModelForCausalLM": "modeling_more.MoREForCausalLM",
-        },
+    activation, gated = _activation(args)
+    config = {
+        **_OF_THE_CODE,
         "variant": args.more_variant,
         "vocab_size": vocab_size,
-        "hidden_size": args.hidden_size,
-        "num_hidden_layers": args.num_layers,
-        "num_attention_heads": heads,
+        **{name: getattr(args, argument) for name, argument in _SAME.items() if name in fields},
         "num_key_value_heads": args.num_query_groups if args.group_query_attention else heads,
         "head_dim": args.kv_channels or args.hidden_size // heads,
-        "intermediate_size": args.ffn_hidden_size,
         "hidden_act": activation,
         "gated_mlp": gated,
         "norm_type": args.normalization.lower(),
-        "norm_eps": args.layernorm_epsilon,
-        "qk_norm": args.qk_layernorm,
         "attention_bias": args.add_bias_linear or args.add_qkv_bias,
-        "linear_bias": args.add_bias_linear,
-        **_positions(args),
+        "position_embedding": _inverse(_POSITIONS)[args.position_embedding_type],
+        "rope_scaling_factor": _ROPE_SCALING_FACTOR if args.use_rope_scaling else None,
         **_experts(args),
-        **_recurrence(args),
+        "mean_recurrence": MoREFlags.of(args).evaluation_steps,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
-        "initializer_range": args.init_method_std,
     }
+    if system.block_width is not None:
+        config["recurrent_intermediate_size"] = system.ffn_hidden_size(args)
+    config |= system.config_fields(args)
+    check_config(config)
+    return config
 
 
 def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,57 +133,37 @@ def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MoREError: If Megatron cannot express it.
     """
+    system, fields = get_system(config["variant"]), known_fields(config["variant"])
     heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
-    width = config["recurrent_intermediate_size"]
     if config["rope_scaling_factor"] not in (None, _ROPE_SCALING_FACTOR):
         raise MoREError(f"rope_scaling_factor {config['rope_scaling_factor']} has no counterpart in Megatron")
-    return {
+    arguments = {
         "more_variant": config["variant"],
         "padded_vocab_size": config["vocab_size"],
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_attention_heads": heads,
+        **{argument: config[name] for name, argument in _SAME.items() if name in fields},
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
         "kv_channels": config["head_dim"],
-        "ffn_hidden_size": config["intermediate_size"],
         **_activation_flags(config),
-        "normalization": {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}[config["norm_type"]],
-        "layernorm_epsilon": config["norm_eps"],
-        "qk_layernorm": config["qk_norm"],
-        "add_bias_linear": config["linear_bias"],
+        "normalization": _NORMS[config["norm_type"]],
         "add_qkv_bias": config["attention_bias"] and not config["linear_bias"],
-        "position_embedding_type": {hf: megatron for megatron, hf in _POSITIONS.items()}[config["position_embedding"]],
-        "max_position_embeddings": config["max_position_embeddings"],
-        "rotary_base": config["rope_theta"],
-        "rotary_percent": config["rotary_percent"],
-        "rotary_interleaved": config["rotary_interleaved"],
+        "position_embedding_type": _POSITIONS[config["position_embedding"]],
         "use_rope_scaling": config["rope_scaling_factor"] is not None,
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-        "init_method_std": config["initializer_range"],
-        "num_experts": config["num_experts"],
-        "moe_layer_freq": 1 if all(config["moe_layers"]) else [int(is_moe) for is_moe in config["moe_layers"]],
-        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_layer_freq": _layer_frequency(config["moe_layers"]),
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"],
-        "moe_shared_expert_gate": config["shared_expert_gate"],
-        "moe_router_score_function": config["router_score_function"],
-        "moe_router_pre_softmax": config["router_pre_softmax"],
-        "moe_router_topk_scaling_factor": config["router_scaling_factor"],
-        "moe_router_num_groups": config["router_num_groups"],
-        "moe_router_group_topk": config["router_group_topk"],
-        "moe_router_enable_expert_bias": config["router_expert_bias"],
-        "moe_router_dtype": config["router_dtype"],
         "moe_aux_loss_coeff": config["router_aux_loss_coef"],
         "recurrence_eval_steps": config["mean_recurrence"],
-        "recurrence_ffn_hidden_size": None
-        if width == _default_width(config["variant"], config["hidden_size"])
-        else width,
-        "recurrence_residual_scale": config["residual_scale"],
-        "recurrence_state_std": config["state_std"],
-        "router_logit_ema": config["router_logit_ema"],
-        "seed": config["noise_seed"],
     }
+    if system.block_width is not None:
+        width, default = config["recurrent_intermediate_size"], system.block_width * config["hidden_size"]
+        # A run that does not ask for a width fits where it is the default.
+        arguments["recurrence_ffn_hidden_size"] = None if width == default else width
+    return arguments | system.arguments(config)
+
+
+def _inverse(table: Mapping[str, str]) -> dict[str, str]:
+    return {value: key for key, value in table.items()}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -160,10 +175,10 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name, supported[0])
         if value not in supported:
             raise MoREError(f"{flag(name)} {value} has no counterpart in the Hugging Face model")
-    if args.position_embedding_type not in _POSITIONS:
+    if args.position_embedding_type not in _POSITIONS.values():
         raise MoREError(
             f"--position-embedding-type {args.position_embedding_type} has no counterpart in the Hugging Face model, "
-            f"which knows {', '.join(_POSITIONS)}"
+            f"which knows {', '.join(_POSITIONS.values())}"
         )
     balancing = args.moe_router_load_balancing_type
     for name in [balancing] if isinstance(balancing, str) else balancing:
@@ -195,55 +210,22 @@ def _activation_flags(config: Mapping[str, Any]) -> dict[str, bool]:
     }
 
 
-def _positions(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "position_embedding": _POSITIONS[args.position_embedding_type],
-        "max_position_embeddings": args.max_position_embeddings,
-        "rope_theta": args.rotary_base,
-        "rotary_percent": args.rotary_percent,
-        "rotary_interleaved": args.rotary_interleaved,
-        "rope_scaling_factor": _ROPE_SCALING_FACTOR if args.use_rope_scaling else None,
-    }
-
-
 def _experts(args: argparse.Namespace) -> dict[str, Any]:
     frequency, layers = args.moe_layer_freq, args.num_layers
-    if isinstance(frequency, int):
+    if args.num_experts is None:
+        moe_layers = [False] * layers
+    elif isinstance(frequency, int):
         moe_layers = [layer % frequency == 0 for layer in range(layers)]
     else:
         moe_layers = [bool(is_moe) for is_moe in frequency]
     coefficient = args.moe_aux_loss_coeff
     return {
         "moe_layers": moe_layers,
-        "num_experts": args.num_experts,
-        "num_experts_per_tok": args.moe_router_topk,
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
-        "shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
-        "shared_expert_gate": args.moe_shared_expert_gate,
-        "router_score_function": args.moe_router_score_function,
-        "router_pre_softmax": args.moe_router_pre_softmax,
-        "router_scaling_factor": args.moe_router_topk_scaling_factor,
-        "router_num_groups": args.moe_router_num_groups,
-        "router_group_topk": args.moe_router_group_topk,
-        "router_expert_bias": args.moe_router_enable_expert_bias,
-        "router_dtype": args.moe_router_dtype,
         "router_aux_loss_coef": sum(coefficient) if isinstance(coefficient, list) else coefficient,
     }
 
 
-def _recurrence(args: argparse.Namespace) -> dict[str, Any]:
-    default = _default_width(args.more_variant, args.hidden_size)
-    return {
-        "recurrent_intermediate_size": None if default is None else args.recurrence_ffn_hidden_size or default,
-        "mean_recurrence": MoREFlags.of(args).evaluation_steps,
-        "residual_scale": args.recurrence_residual_scale,
-        "router_logit_ema": args.router_logit_ema,
-        "state_std": args.recurrence_state_std,
-        "noise_seed": args.seed,
-    }
-
-
-def _default_width(variant: str, hidden_size: int) -> int | None:
-    """Return the width of the MLP in a recurrent block if nothing is said; None where there is no such block."""
-    factor = get_system(variant).block_width
-    return None if factor is None else factor * hidden_size
+def _layer_frequency(moe_layers: list[bool]) -> int | list[int]:
+    """Return `--moe-layer-freq`; dense models have its default."""
+    return 1 if len(set(moe_layers)) == 1 else [int(is_moe) for is_moe in moe_layers]

@@ -13,16 +13,17 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.architecture import config_from_args
+from more_megatron.hf.conversion.finite import cast_finite
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.model_card import model_card
-from more_megatron.hf.conversion.progress import progress_bar
 from more_megatron.hf.conversion.safetensors_files import Group, plan_files, write_files
 from more_megatron.hf.conversion.stored_args import write_args
 from more_megatron.hf.conversion.tokenizer_files import ExportedTokenizer, plan_tokenizer
-from more_megatron.hf.conversion.unfinished import unfinished_folder
 from more_megatron.hf.conversion.verification import compare_logits, compare_tensors
 from more_megatron.hf.exported.code_files import write_code
 from more_megatron.hf.mapping import Entry, entries
+from more_megatron.progress import progress_bar
+from more_megatron.unfinished import unfinished_folder
 
 __all__ = ["DTYPES", "ToHF", "to_hf"]
 
@@ -82,7 +83,8 @@ def to_hf(job: ToHF) -> list[str]:
         lines = [f"{job.save}: {source.config['variant']} of {checkpoint.path}, {source.parameters:,} parameters"]
         if job.verify:
             lines.append(compare_tensors(folder, source.entries, source.read, job.progress))
-            lines.append(compare_logits(folder, checkpoint, source.entries))
+            rounded = DTYPES[job.dtype] if job.dtype is not None else None
+            lines.append(compare_logits(folder, checkpoint, source.entries, rounded))
     return lines
 
 
@@ -112,8 +114,12 @@ class _Source:
         return self._dtype or self.checkpoint.dtype(entry)
 
     def read(self, entry: Entry) -> torch.Tensor:
-        """Return a parameter in Megatron's layout."""
-        return self.checkpoint.read(entry).to(self.dtype(entry))
+        """Return a parameter in Megatron's layout.
+
+        Raises:
+            MoREError: If it is not finite.
+        """
+        return cast_finite(self.checkpoint.read(entry), self.dtype(entry), f"{entry.key} of {self.checkpoint.path}")
 
 
 def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
@@ -123,6 +129,8 @@ def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
         raise MoREError(
             f"the arguments in checkpoint {checkpoint.path} do not say {error.name}: it was not written by this version"
         ) from error
+    except MoREError as error:
+        raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
 
 
 def _write_weights(folder: Path, source: _Source, job: ToHF) -> None:

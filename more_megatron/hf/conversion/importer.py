@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,15 +12,17 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.architecture import args_from_config, config_from_args
+from more_megatron.hf.conversion.config_file import read_config
 from more_megatron.hf.conversion.export import DTYPES
+from more_megatron.hf.conversion.finite import cast_finite
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.megatron_writer import write_release
-from more_megatron.hf.conversion.progress import progress_bar
 from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder
-from more_megatron.hf.conversion.stored_args import read_args
-from more_megatron.hf.conversion.unfinished import unfinished_folder
+from more_megatron.hf.conversion.stored_args import args_path, read_args
 from more_megatron.hf.conversion.verification import compare_tensors
 from more_megatron.hf.mapping import Entry, entries
+from more_megatron.progress import progress_bar
+from more_megatron.unfinished import unfinished_folder
 
 __all__ = ["FromHF", "from_hf"]
 
@@ -96,7 +97,7 @@ class _Source:
     """The parameters of a Hugging Face folder."""
 
     def __init__(self, folder: Path, dtype: str | None) -> None:
-        self.config = _config(folder)
+        self.config = read_config(folder)
         self.entries = entries(self.config)
         self._files = SafetensorsFolder(folder)
         self._dtype = DTYPES[dtype] if dtype is not None else None
@@ -109,14 +110,19 @@ class _Source:
         return self._dtype or self._files.dtype(entry.names[0])
 
     def read(self, entry: Entry) -> torch.Tensor:
-        """Return a parameter in Megatron's layout."""
-        return entry.merge([self._files.read(name) for name in entry.names]).to(self.dtype(entry))
+        """Return a parameter in Megatron's layout.
+
+        Raises:
+            MoREError: If it is not finite.
+        """
+        merged = entry.merge([self._files.read(name) for name in entry.names])
+        return cast_finite(merged, self.dtype(entry), f"{entry.names[0]} of {self._files.folder}")
 
     def _check(self, folder: Path) -> None:
         shapes = {name: shape for entry in self.entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
         for name, shape in shapes.items():
             if name not in self._files.names:
-                raise MoREError(f"{folder} lacks the parameter {name}")
+                raise MoREError(f"{folder} lacks the parameter {name}, which its config.json asks for")
             if self._files.shape(name) != shape:
                 found = list(self._files.shape(name))
                 raise MoREError(f"{folder} holds {name} in shape {found} instead of {list(shape)}")
@@ -126,28 +132,20 @@ class _Source:
             raise MoREError(f"{folder} holds parameters that the mapping has no row for: {names}")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise MoREError(f"--load {folder} holds no config.json: name the folder of a Hugging Face model") from error
-    except ValueError as error:
-        raise MoREError(f"{path} is damaged: export the model again") from error
-    if config.get("model_type") != "more":
-        raise MoREError(f"--load {folder} is a model of type {config.get('model_type')}, not more")
-    try:
-        args_from_config(config)
-    except KeyError as error:
-        raise MoREError(f"{path} does not say {error.args[0]}: export the model again") from error
-    return config
-
-
 def _arguments(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the run that a model was exported from, or those that its configuration stands for."""
-    stored = read_args(folder)
-    if stored:
+    """Return the arguments of the run that a model was exported from, or those that its configuration stands for.
+
+    Raises:
+        MoREError: If Megatron cannot express the model, or the arguments are not those of a run.
+    """
+    derived, stored = args_from_config(config), read_args(folder)
+    if not stored:
+        return derived
+    try:
         described = config_from_args(argparse.Namespace(**stored), config["vocab_size"])
-        if all(config.get(name) == value for name, value in described.items()):
-            return stored
-    return {**stored, **args_from_config(config)}
+    except (MoREError, AttributeError, TypeError, KeyError) as error:
+        raise MoREError(
+            f"{args_path(folder)} does not hold the arguments of a run ({error}): remove it, and they are derived from "
+            "config.json"
+        ) from error
+    return stored if all(config.get(name) == value for name, value in described.items()) else {**stored, **derived}

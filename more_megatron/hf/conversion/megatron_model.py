@@ -72,12 +72,15 @@ _HERE = {
 
 
 @torch.no_grad()
-def megatron_logits(checkpoint: MegatronCheckpoint, tokens: torch.Tensor) -> torch.Tensor | str:
+def megatron_logits(
+    checkpoint: MegatronCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor | str:
     """Return the logits of Megatron's model in evaluation, or why it cannot be built here.
 
     Args:
         checkpoint: The checkpoint.
         tokens: Input, [b, s].
+        dtype: What the weights are rounded to before; None: they stay as they are.
 
     Returns:
         Logits with padding, [b, s, V], or the reason.
@@ -97,6 +100,8 @@ def megatron_logits(checkpoint: MegatronCheckpoint, tokens: torch.Tensor) -> tor
     metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": parallel_state.get_data_parallel_group()}
     state = {"model": model.sharded_state_dict(metadata=metadata)}
     model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.path))["model"])
+    for parameter in model.parameters() if dtype is not None else ():
+        parameter.copy_(parameter.to(dtype))
     positions = torch.arange(tokens.size(1)).expand_as(tokens)
     return model.eval()(tokens, positions, None)
 

@@ -7,15 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from more_megatron.flags import flag
+from more_megatron.systems import get_system
+
 __all__ = ["model_card"]
 
-_SYSTEMS = {
-    "moe": "a mixture of experts, the baseline",
-    "recurrent_experts": "each expert is a recurrent block of its own",
-    "shared_block": "experts are projections around one recurrent block",
-    "shared_block_ffn": "light experts, combined, then one recurrent block over the sequence",
-    "recurrent_moe": "the mixture of experts iterated, its router seeing each state",
-}
 _LOSSES = {"lm loss": "training loss", "lm loss validation": "validation loss"}
 _TRAINING = (
     "seq_length",
@@ -38,16 +34,6 @@ _TRAINING = (
     "moe_aux_loss_coeff",
     "moe_z_loss_coeff",
     "moe_expert_capacity_factor",
-    "recurrence_sampling",
-    "recurrence_sampling_unit",
-    "recurrence_steps",
-    "recurrence_min_steps",
-    "recurrence_max_steps",
-    "recurrence_backprop_steps",
-    "recurrence_curriculum",
-    "router_min_entropy",
-    "projection_orthogonality_coeff",
-    "projection_dropout",
     "bf16",
     "fp16",
     "seed",
@@ -66,46 +52,53 @@ def model_card(
         parameters: Number of parameters.
         has_tokenizer: Whether there are files of a tokenizer.
     """
-    name = config["variant"]
+    system = get_system(config["variant"])
     sizes = {
         "parameters": f"{parameters:,}",
         "layers": f"{config['num_hidden_layers']}, of which {sum(config['moe_layers'])} with experts",
         "hidden size": config["hidden_size"],
         "attention": f"{config['num_attention_heads']} heads of {config['head_dim']}, "
         f"{config['num_key_value_heads']} of keys and values",
-        "experts": f"{config['num_experts']}, {config['num_experts_per_tok']} for each token",
-        "shared expert": config["shared_expert_intermediate_size"] or "none",
+        **(_experts(config) if any(config["moe_layers"]) else {}),
         "vocabulary, with padding": config["vocab_size"],
         "dtype": config["dtype"],
     }
-    if name != "moe":
+    if system.recurrent:
         sizes["recurrence steps in evaluation"] = config["mean_recurrence"]
     samples = getattr(args, "consumed_train_samples", None)
     state: dict[str, Any] = {"iteration": iteration}
     if samples:
         state |= {"sequences seen": f"{samples:,}", "tokens seen": f"{samples * args.seq_length:,}"}
     state |= _losses(getattr(args, "tensorboard_dir", None), iteration)
-    training = {f"`--{key.replace('_', '-')}`": getattr(args, key, None) for key in _TRAINING}
+    names = (*_TRAINING, *sorted(system.reads), *system.own_flags())
+    training = {f"`{flag(key)}`": getattr(args, key, None) for key in names}
     shown = {key: value for key, value in training.items() if value not in (None, False)}
     return "\n".join(
         [
             "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [more, moe, recurrent-depth]\n---\n",
-            f"# MoRE `{name}`: {_SYSTEMS[name]}\n",
+            f"# MoRE `{system.name}`: {system.summary}\n",
             "Trained with MoRE (Mixture of Recurrent Experts) on Megatron, converted from a `torch_dist` checkpoint.\n",
             *_section("Model", sizes),
             *_section("Training", state),
             *_section("Flags of the run", shown),
-            _usage(name, has_tokenizer),
+            _usage(system.recurrent, has_tokenizer),
         ]
     )
+
+
+def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "experts": f"{config['num_experts']}, {config['num_experts_per_tok']} for each token",
+        "shared expert": config["shared_expert_intermediate_size"] or "none",
+    }
 
 
 def _section(title: str, rows: Mapping[str, Any]) -> list[str]:
     return [f"## {title}\n", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
 
 
-def _usage(variant: str, has_tokenizer: bool) -> str:
-    depth = "" if variant == "moe" else ", num_steps=8"
+def _usage(is_recurrent: bool, has_tokenizer: bool) -> str:
+    depth = ", num_steps=8" if is_recurrent else ""
     lines = ["from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""), ""]
     lines.append("model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)")
     if has_tokenizer:
@@ -118,7 +111,11 @@ def _usage(variant: str, has_tokenizer: bool) -> str:
 
 
 def _losses(folder: str | None, iteration: int) -> dict[str, str]:
-    """Return the last losses up to an iteration from the TensorBoard files of the run, if they are here."""
+    """Return the last losses up to an iteration from the TensorBoard files of the run, if they are here.
+
+    Runs used to write the loss on the test split under the same tag and iteration as the last on the validation split,
+    after it.
+    """
     if folder is None or not any(Path(folder).glob("**/events.out.tfevents.*")):
         return {}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -130,5 +127,6 @@ def _losses(folder: str | None, iteration: int) -> dict[str, str]:
         if tag in accumulator.Tags()["scalars"]:
             values = [event for event in accumulator.Scalars(tag) if event.step <= iteration]
             if values:
-                found[name] = f"{values[-1].value:.4f} nats a token (iteration {values[-1].step})"
+                last = next(event for event in values if event.step == values[-1].step)
+                found[name] = f"{last.value:.4f} nats a token (iteration {last.step})"
     return found

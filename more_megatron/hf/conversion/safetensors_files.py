@@ -1,7 +1,12 @@
-"""Safetensors files of a model: planned beforehand, written and read a tensor at a time."""
+"""Safetensors files of a model: planned beforehand, written and read a tensor at a time.
+
+The header of a file holds the SHA-256 of each tensor, so that a bit that has flipped since is noticed. Whoever saves
+the model anew writes headers without them.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,11 +19,12 @@ from safetensors import SafetensorError, safe_open
 
 from more_megatron.errors import MoREError
 
-__all__ = ["Group", "SafetensorsFolder", "plan_files", "tensor_bytes", "write_files"]
+__all__ = ["Group", "SafetensorsFolder", "plan_files", "sha256", "tensor_bytes", "write_files"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _INDEX = "model.safetensors.index.json"
+_HASHES = "sha256"
 
 
 @dataclass(frozen=True)
@@ -88,22 +94,36 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
+def sha256(tensor: torch.Tensor) -> str:
+    """Return the hash of the bytes of a tensor."""
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
 def _write(path: Path, groups: Sequence[Group], read: Callable[[Group], Sequence[torch.Tensor]]) -> None:
     # https://huggingface.co/docs/safetensors: length of the header, the header, the tensors without gaps.
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    hashes = {name: "0" * 64 for group in groups for name in group.names}
+    with open(path, "wb") as stream:
+        stream.write(_header(groups, hashes))
+        for group in groups:
+            for name, tensor in zip(group.names, read(group), strict=True):
+                stream.write(tensor_bytes(tensor))
+                hashes[name] = sha256(tensor)
+        # The same again, now that they are known.
+        stream.seek(0)
+        stream.write(_header(groups, hashes))
+
+
+def _header(groups: Sequence[Group], hashes: dict[str, str]) -> bytes:
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", _HASHES: json.dumps(hashes)}}
     offset = 0
     for group in groups:
         for name, shape in zip(group.names, group.shapes, strict=True):
             end = offset + group.dtype.itemsize * prod(shape)
-            header[name] = {"dtype": _NAMES[group.dtype], "shape": list(shape), "data_offsets": [offset, end]}
+            content[name] = {"dtype": _NAMES[group.dtype], "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for group in groups:
-            for tensor in read(group):
-                stream.write(tensor_bytes(tensor))
+    return len(text).to_bytes(8, "little") + text
 
 
 class SafetensorsFolder:
@@ -118,6 +138,7 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._hashes: dict[str, str] = {}
         self._files = {name: file for file in self._list() for name in self._names(file)}
 
     @property
@@ -139,25 +160,48 @@ class SafetensorsFolder:
         return _DTYPES[code]
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor."""
+        """Return a tensor.
+
+        Raises:
+            MoREError: If it is not the one that was written.
+        """
+        path = self.folder / self._files[name]
         with self._open(self._files[name]) as file:
             # The file is mapped: a copy lets go of it.
-            return file.get_tensor(name).clone()
+            tensor = file.get_tensor(name).clone()
+        if name in self._hashes and self._hashes[name] != sha256(tensor):
+            raise MoREError(f"{path} is damaged: {name} is not what was written; copy the folder or export it again")
+        return tensor
 
     def _list(self) -> list[str]:
         index = self.folder / _INDEX
         if index.is_file():
-            try:
-                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError) as error:
-                raise MoREError(f"{index} is damaged: export the model again") from error
+            return self._listed(index)
         if not (self.folder / "model.safetensors").is_file():
             raise MoREError(f"{self.folder} holds no model.safetensors: name a folder with a Hugging Face model")
         return ["model.safetensors"]
 
+    def _listed(self, index: Path) -> list[str]:
+        """Return the files that an index names."""
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise MoREError(f"{index} is damaged: export the model again") from error
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or name == "..":
+                raise MoREError(f"{index} names the file {name}, which is not in its folder: export the model again")
+        return sorted(names)
+
     def _names(self, file: str) -> Iterator[str]:
         with self._open(file) as opened:
+            self._hashes |= self._written_hashes(file, (opened.metadata() or {}).get(_HASHES, "{}"))
             yield from opened.keys()
+
+    def _written_hashes(self, file: str, text: str) -> dict[str, str]:
+        try:
+            return dict(json.loads(text))
+        except (ValueError, TypeError) as error:
+            raise MoREError(f"{self.folder / file} is damaged: its hashes cannot be read; copy it again") from error
 
     def _open(self, file: str) -> Any:
         path = self.folder / file

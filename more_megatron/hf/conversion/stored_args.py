@@ -11,7 +11,7 @@ import torch
 
 from more_megatron.errors import MoREError
 
-__all__ = ["read_args", "write_args"]
+__all__ = ["args_path", "read_args", "write_args"]
 
 _FILE = "megatron_args.json"
 # Where the run stood and on which machine: nothing that describes the model.
@@ -39,8 +39,15 @@ _OF_THE_MACHINE = frozenset(
         "consumed_valid_samples",
         "skipped_train_samples",
         "num_floating_point_operations_so_far",
+        # Whether code of others may run is said on a command line.
+        "trust_remote_code",
     }
 )
+
+
+def args_path(folder: Path) -> Path:
+    """Return the place of the arguments in a folder."""
+    return folder / _FILE
 
 
 def write_args(folder: Path, args: argparse.Namespace) -> None:
@@ -50,7 +57,7 @@ def write_args(folder: Path, args: argparse.Namespace) -> None:
         for name, value in vars(args).items()
         if name not in _OF_THE_MACHINE and (_is_plain(value) or isinstance(value, torch.dtype))
     }
-    (folder / _FILE).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    args_path(folder).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def read_args(folder: Path) -> dict[str, Any]:
@@ -59,13 +66,13 @@ def read_args(folder: Path) -> dict[str, Any]:
     Raises:
         MoREError: If they are damaged.
     """
-    path = folder / _FILE
+    path = args_path(folder)
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text())
-        return {name: _dtype(value) for name, value in found.items()}
-    except (ValueError, AttributeError, KeyError) as error:
+        return {name: _dtype(value) for name, value in found.items() if name not in _OF_THE_MACHINE}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise MoREError(f"{path} is damaged: remove it, and the arguments are derived from config.json") from error
 
 
@@ -81,4 +88,9 @@ def _dtype_name(value: Any) -> Any:
 
 
 def _dtype(value: Any) -> Any:
-    return getattr(torch, value["dtype"]) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    found = getattr(torch, value["dtype"])
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{value} is no dtype")
+    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import logging
 import os
@@ -17,10 +16,10 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
-from more_megatron.hf.conversion.progress import progress_bar
-from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder, tensor_bytes
+from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder, sha256
 from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
 from more_megatron.hf.mapping import Entry
+from more_megatron.progress import progress_bar
 
 __all__ = ["compare_logits", "compare_tensors"]
 
@@ -57,21 +56,24 @@ def compare_tensors(
             ours = read(entry)
             theirs = [files.read(name).to(ours.dtype) for name in entry.names]
             for name, expected, found in zip(entry.names, entry.split(ours), theirs, strict=True):
-                if _sha256(expected) != _sha256(found):
+                if sha256(expected) != sha256(found):
                     raise MoREError(f"what was written cannot be trusted: {name} differs from its source")
-            if _sha256(entry.merge(theirs)) != _sha256(ours):
+            if sha256(entry.merge(theirs)) != sha256(ours):
                 raise MoREError(f"what was written cannot be trusted: {entry.key} does not come back the same")
             bar.update()
     return f"verified: {len(entries)} parameters have the same hashes on both sides, in both layouts"
 
 
-def compare_logits(folder: Path, checkpoint: MegatronCheckpoint, entries: Sequence[Entry]) -> str:
+def compare_logits(
+    folder: Path, checkpoint: MegatronCheckpoint, entries: Sequence[Entry], dtype: torch.dtype | None
+) -> str:
     """Compare the logits of both sides on a text, in float32 on the CPU, where this machine can hold both.
 
     Args:
         folder: The Hugging Face model.
         checkpoint: Megatron's.
         entries: Their parameters.
+        dtype: What the weights were rounded to on their way; None: they were not.
 
     Returns:
         How far they are apart, or why they were not compared.
@@ -90,7 +92,7 @@ def compare_logits(folder: Path, checkpoint: MegatronCheckpoint, entries: Sequen
         os.environ.setdefault("MORE_PLATFORM", "cpu")
         from more_megatron.hf.conversion.megatron_model import megatron_logits
 
-        ours = megatron_logits(checkpoint, tokens)
+        ours = megatron_logits(checkpoint, tokens, dtype)
         if isinstance(ours, str):
             return f"logits not compared: {ours}"
         theirs = _huggingface_logits(folder, tokens)
@@ -131,7 +133,3 @@ def _huggingface_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     disable_progress_bar()
     model = MoREForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model(tokens).logits
-
-
-def _sha256(tensor: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor_bytes(tensor)).digest()

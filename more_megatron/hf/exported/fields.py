@@ -30,6 +30,7 @@ class Field:
         above: Number that it must exceed.
         choices: Words allowed; empty: all.
         optional: Whether it may be None.
+        of_calls: Whether it is about calls of the model, and not about the model.
     """
 
     kind: type
@@ -40,6 +41,7 @@ class Field:
     above: float | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
+    of_calls: bool = False
 
     def fault(self, value: Any) -> str | None:
         """Return what is wrong with a value, None if nothing is."""
@@ -128,8 +130,8 @@ FIELDS: dict[str, Field] = {
     "noise_seed": Field(int, 1234, "Seed of initial states: the seed of the training run."),
     "initializer_range": Field(float, 0.02, "Standard deviation of new weights outside recurrent blocks.", low=0.0),
     "router_aux_loss_coef": Field(float, 0.001, "Coefficient of the load-balancing loss.", low=0.0),
-    "output_router_logits": _switch(False, "Whether calls return router logits and load-balancing loss by default."),
-    "use_cache": _switch(True, "Whether calls return a cache by default."),
+    "output_router_logits": Field(bool, False, "Whether calls return router logits and their loss.", of_calls=True),
+    "use_cache": Field(bool, True, "Whether calls return a cache.", of_calls=True),
     "tie_word_embeddings": _switch(False, "Whether input and output embeddings are one."),
 }
 

@@ -1,4 +1,4 @@
-"""The progress bar of a conversion."""
+"""Progress bars on standard error."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from tqdm import tqdm
 __all__ = ["progress_bar"]
 
 
-def progress_bar(total: int, unit: str, name: str, show: bool) -> tqdm:
+def progress_bar(total: int | None, unit: str, name: str, show: bool) -> tqdm:
     """Return a bar that is redrawn rarely where nobody watches.
 
     Args:
-        total: What is to be done.
+        total: What is to be done; None if that is not known.
         unit: In which unit; bytes are scaled.
         name: What is being done.
         show: Whether to draw it.

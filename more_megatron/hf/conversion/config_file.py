@@ -1,0 +1,68 @@
+"""`config.json` of a Hugging Face model of ours, checked against the description of its fields."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from more_megatron.errors import MoREError
+from more_megatron.hf.exported.fields import FIELDS, Field, check_fields
+from more_megatron.hf.exported.system import find_system
+from more_megatron.systems import names
+
+__all__ = ["check_config", "known_fields", "read_config"]
+
+_REMEDY = "correct it, or export the model again"
+
+
+def known_fields(variant: str) -> dict[str, Field]:
+    """Return the fields that a model of a system has."""
+    return {**FIELDS, **find_system(variant).fields}
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Check that every field is there, has the right type and range, and agrees with the others.
+
+    Args:
+        config: Content of `config.json`.
+
+    Raises:
+        MoREError: If not.
+    """
+    variant = config.get("variant")
+    if variant not in names():
+        raise MoREError(f"system {variant} cannot be converted: there are {', '.join(names())}")
+    fields = {name: field for name, field in known_fields(variant).items() if name in config or not field.of_calls}
+    missing = [name for name in fields if name not in config]
+    if missing:
+        raise MoREError(f"it does not say {missing[0]}")
+    try:
+        check_fields(fields, config)
+        find_system(variant).check(config)
+    except ValueError as error:
+        raise MoREError(str(error)) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of `config.json` in a folder.
+
+    Raises:
+        MoREError: If it is not there, not of a model of ours, or not as the description of its fields says.
+    """
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise MoREError(f"--load {folder} holds no config.json: name the folder of a Hugging Face model") from error
+    except ValueError as error:
+        raise MoREError(f"{path} is damaged: export the model again") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "more":
+        raise MoREError(f"--load {folder} is a model of type {kind}, not more")
+    try:
+        check_config(config)
+    except MoREError as error:
+        raise MoREError(f"{path}: {error}; {_REMEDY}") from error
+    return config

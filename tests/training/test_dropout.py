@@ -1,0 +1,58 @@
+"""With dropout on, recomputation draws the masks of the first pass again: losses and gradients stay as they were."""
+
+from __future__ import annotations
+
+import pytest
+
+from more_megatron.systems import systems
+from tests.helpers.corpus import write_corpus
+from tests.helpers.ranks import run_ranks
+from tests.helpers.reuse import train_all
+from tests.helpers.training import TINY_ON_FILES, History
+
+_RUN = (
+    f"{TINY_ON_FILES} --num-layers 2 --train-iters 2 --split 90,10,0 --attention-dropout 0.2 --hidden-dropout 0.2 "
+    "--recurrence-steps 3 --recurrence-backprop-steps 2"
+)
+_RECOMPUTATION = {
+    "off": "",
+    "attention": "--recompute-granularity selective",
+    "moe": "--recompute-granularity selective --recompute-modules moe",
+    "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+    "block": "--recompute-granularity full --recompute-method block --recompute-num-layers 1",
+}
+_LAYOUTS = {
+    "one process": (1, ""),
+    "TP2+SP": (2, "--tensor-model-parallel-size 2"),
+    "TP2+SP x EP2": (
+        2,
+        "--tensor-model-parallel-size 2 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], History]:
+    """Return what runs report, by layout, system and recomputation."""
+    corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+    keys = [(system, recomputation) for system in systems() for recomputation in _RECOMPUTATION]
+    found = {}
+    for layout, (ranks, flags) in _LAYOUTS.items():
+        lines = [
+            f"{_RUN} --data-path {corpus} --more-variant {system} {flags} {_RECOMPUTATION[recomputation]}"
+            for system, recomputation in keys
+        ]
+        for key, history in zip(keys, run_ranks(ranks, train_all, lines, timeout=900.0)[0], strict=True):
+            found[layout, *key] = history
+    return found
+
+
+@pytest.mark.parametrize("recomputation", [kind for kind in _RECOMPUTATION if kind != "off"])
+@pytest.mark.parametrize("system", systems())
+@pytest.mark.parametrize("layout", _LAYOUTS)
+def test_recomputation_changes_nothing(
+    histories: dict[tuple[str, str, str], History], layout: str, system: str, recomputation: str
+) -> None:
+    kept, recomputed = histories[layout, system, "off"], histories[layout, system, recomputation]
+    assert recomputed.losses == pytest.approx(kept.losses, rel=1e-5)
+    assert recomputed.grad_norms == pytest.approx(kept.grad_norms, rel=1e-5)
