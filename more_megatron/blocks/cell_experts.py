@@ -38,10 +38,10 @@ from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.truncation import iterate_residual
-from more_megatron.monitoring.figures import are_reported
 from more_megatron.monitoring.refinement import Refinement
 
 __all__ = [
+    "CellExperts",
     "CellMoELayer",
     "GRUExperts",
     "SequentialExperts",
@@ -181,7 +181,7 @@ class SequentialExperts(CellExperts):
         groups = padding.groups
         bias, gate_of = self.lstm.row_bias(x, groups), self.gate.for_rows(x, groups)
         # A pass that is recomputed runs without gradient first.
-        watched = Refinement() if self.training and torch.is_grad_enabled() and are_reported() else None
+        watched = Refinement() if self.training and torch.is_grad_enabled() and Refinement.is_reported() else None
 
         def step(refined: torch.Tensor, cell: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
             products = self.lstm.product(gather_columns(refined, self.placement), groups)

@@ -25,7 +25,7 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
-from more_megatron.monitoring.figures import are_reported, record_figure
+from more_megatron.monitoring.figures import is_reported, record_figure
 
 __all__ = ["BRANCH_FIGURES", "ParallelExperts", "parallel_experts_cost"]
 
@@ -74,7 +74,7 @@ class ParallelExperts(Experts):
         gates = padding.unpad(self.lstm.gates(x, padded.groups))
         weights = padding.unpad(self.gate(x, padded.groups))
         # A pass that is recomputed runs without gradient first.
-        if self.training and torch.is_grad_enabled() and are_reported():
+        if self.training and torch.is_grad_enabled() and is_reported(BRANCH_FIGURES[0]):
             figures = weights[:, 1], torch.special.entr(weights.detach().float()).sum(1)
             for name, values in zip(BRANCH_FIGURES, figures, strict=True):
                 record_figure(name, values)

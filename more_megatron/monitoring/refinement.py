@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from more_megatron.monitoring.figures import record_figure
+from more_megatron.monitoring.figures import is_reported, record_figure
 
 __all__ = ["REFINEMENT_FIGURES", "Refinement"]
 
@@ -25,6 +25,11 @@ class Refinement:
         self._gates: list[torch.Tensor] = []
         self._products: list[torch.Tensor] = []
         self._former: torch.Tensor | None = None
+
+    @staticmethod
+    def is_reported() -> bool:
+        """Return whether a run reports these figures."""
+        return is_reported(REFINEMENT_FIGURES[0])
 
     @torch.no_grad()
     def add(self, before: torch.Tensor, after: torch.Tensor, gate: torch.Tensor) -> None:
@@ -60,6 +65,7 @@ class Refinement:
             torch.distributed.all_reduce(products, group=group)
         state, change, agreement = of_rows(products).unbind(-1)
         lengths = change.clamp(min=_EPS).sqrt()
-        record_figure("refinement gate", of_rows(torch.stack(self._gates, dim=1)))
-        record_figure("refinement size", lengths / state.clamp(min=_EPS).sqrt())
-        record_figure("refinement consistency", agreement[:, 1:] / (lengths[:, 1:] * lengths[:, :-1]))
+        gates, sizes = of_rows(torch.stack(self._gates, dim=1)), lengths / state.clamp(min=_EPS).sqrt()
+        cosines = agreement[:, 1:] / (lengths[:, 1:] * lengths[:, :-1])
+        for name, values in zip(REFINEMENT_FIGURES, (gates, sizes, cosines), strict=True):
+            record_figure(name, values)
