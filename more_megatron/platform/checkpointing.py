@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from more_megatron.checkpoint_files import clear_for_save
+from more_megatron.checkpoint_files import clear_for_save, newest_complete_iteration
+from more_megatron.checkpoint_lock import check_still_held
 from more_megatron.errors import MoREError, last_line
 from more_megatron.pickles import load_strictly, read_metadata
 from more_megatron.platform.finite import check_parameters
@@ -69,6 +72,7 @@ def _load_schedule(self: OptimizerParamScheduler, state_dict: dict[str, Any]) ->
 
 
 _LOAD_CHECKPOINT, _SAVE_CHECKPOINT = training.load_checkpoint, training.save_checkpoint
+_FINALIZE = training.maybe_finalize_async_save
 
 
 def _load_checkpoint(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,11 +110,34 @@ def _save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> A
     """Save as Megatron does: finite parameters only, into a folder that is new."""
     arguments = get_args()
     check_parameters(model, f"the model of iteration {iteration}")
+    check_still_held()
     _withhold_interval(arguments)
     # Other ranks write only after they have exchanged plans with rank 0.
     if arguments.rank == 0 and arguments.ckpt_format == "torch_dist" and not kwargs.get("non_persistent_ckpt"):
         clear_for_save(Path(arguments.save), iteration)
-    return _SAVE_CHECKPOINT(iteration, model, *args, **kwargs)
+    with _one_line_on_failure(f"the checkpoint of iteration {iteration}"):
+        return _SAVE_CHECKPOINT(iteration, model, *args, **kwargs)
+
+
+def _finalize(*args: Any, **kwargs: Any) -> Any:
+    """Finish what was written in the background as Megatron does, or end with one line."""
+    with _one_line_on_failure("a checkpoint in the background"):
+        return _FINALIZE(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _one_line_on_failure(what: str) -> Iterator[None]:
+    try:
+        yield
+    except MoREError:
+        raise
+    except (Exception, CheckpointException) as error:
+        folder = get_args().save
+        complete = newest_complete_iteration(Path(folder))
+        kept = "none is complete yet" if complete is None else f"that of iteration {complete} is complete"
+        raise MoREError(
+            f"{what} cannot be saved in {folder}: {last_line(error)}; {kept}; make room, start the same command again"
+        ) from error
 
 
 CHECKPOINTING = (
@@ -153,6 +180,14 @@ CHECKPOINTING = (
         "errors of reading are tracebacks of all ranks, and parameters that are not finite are taken",
         "training/checkpointing.py",
         "module.load_state_dict(state_dict, strict=strict)",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "maybe_finalize_async_save",
+        _finalize,
+        "errors of writing are tracebacks of all ranks",
+        "training/training.py",
+        "maybe_finalize_async_save(blocking=True, terminate=True)",
     ),
     StandIn(
         "megatron.training.training",

@@ -15,6 +15,7 @@ from megatron.training import get_args, training
 
 from more_megatron.platform.checkpoint_writer import async_loop, results_queue
 from more_megatron.platform.checkpointing import CHECKPOINTING
+from more_megatron.platform.failed_writes import CALLERS, WRITERS
 from more_megatron.platform.finite import FINITE
 from more_megatron.platform.param_groups import take_saved_schedule, with_current_schedule
 from more_megatron.platform.reports import REPORTS
@@ -153,4 +154,6 @@ WHEEL_REPAIRS = (
     *REPORTS,
     *CHECKPOINTING,
     *FINITE,
+    *WRITERS,
+    *CALLERS,
 )

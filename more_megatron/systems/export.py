@@ -10,8 +10,10 @@ A system may add sizes of its own (`System.sizes`), and features that rows ask f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 __all__ = [
     "ATTENTION",
@@ -19,13 +21,16 @@ __all__ = [
     "FEED_FORWARD",
     "MODEL",
     "MOE",
+    "SANDWICH",
     "STATES_OF_ATTENTION",
     "STATES_OF_DENSE",
     "STATES_OF_FEED_FORWARD",
     "STATES_OF_MODEL",
     "STATES_OF_MOE",
+    "STATES_OF_SANDWICH",
     "Layout",
     "Row",
+    "adapter_rows",
 ]
 
 
@@ -144,3 +149,29 @@ STATES_OF_ATTENTION = (
 STATES_OF_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
 STATES_OF_MOE = ("pre_mlp_layernorm", "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 STATES_OF_FEED_FORWARD = ("N mlp.experts.experts.linear_fc1", "N mlp.experts.experts.linear_fc2")
+
+# The norms of a sandwich layer behind its two parts.
+SANDWICH = (
+    Row("post_attention_norm.weight", "attention_output_norm.weight", "h"),
+    Row("post_attention_norm.bias", "attention_output_norm.bias", "h", when="layernorm"),
+    Row("post_mlp_norm.weight", "mlp_output_norm.weight", "h"),
+    Row("post_mlp_norm.bias", "mlp_output_norm.bias", "h", when="layernorm"),
+)
+STATES_OF_SANDWICH = ("post_attention_norm", "post_mlp_norm")
+
+
+def adapter_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Return the rows of the adapters of looped groups, which Megatron's keys number among all groups of a stack.
+
+    Args:
+        config: Content of config.json; without `group_layers` there is one looped group.
+    """
+    if config["injection"] != "linear":
+        return ()
+    prelude, core = config["prelude_layers"], config["num_hidden_layers"] - config["coda_layers"]
+    core -= prelude
+    groups, first = core // (config.get("group_layers") or core), int(prelude > 0)
+    return tuple(
+        Row(f"decoder.loops.{first + number}.adapter", f"model.loops.{number}.adapter.weight", "h 2*h")
+        for number in range(groups)
+    )

@@ -147,7 +147,8 @@ def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> ar
     if args.more_variant != asked and not is_described_by_checkpoint:
         _set_defaults(args, given | flag_names())
     check_flags(args)
-    for fault in get_system(args.more_variant).without_effect(MoREFlags.of(args), given & flag_names()):
+    system = get_system(args.more_variant)
+    for fault in system.without_effect(system.flags(args), given & flag_names()):
         raise MoREError(fault)
     _complete(args)
     return args

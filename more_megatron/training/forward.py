@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator
 import torch
 from megatron.core import mpu
 from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
 from more_megatron.config import MoREConfig
+from more_megatron.model.attached_loss import scale_attached_losses
 from more_megatron.model.depth import DepthSampler
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
@@ -40,6 +42,8 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
         batch = next_batch(data_iterator, gpt.config, gpt.vp_stage)
     timers("batch-generator").stop()
     micro_batch = _micro_batch(gpt)
+    if gpt.config.num_moe_experts is None:
+        scale_attached_losses(gpt.config, get_num_microbatches())
     with _straggler_timer:
         output = model(
             batch.tokens,

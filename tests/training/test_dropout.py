@@ -8,12 +8,11 @@ from more_megatron.systems import systems
 from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
+from tests.helpers.systems import flags_of
 from tests.helpers.training import TINY_ON_FILES, History
 
-_RUN = (
-    f"{TINY_ON_FILES} --num-layers 2 --train-iters 2 --split 90,10,0 --attention-dropout 0.2 --hidden-dropout 0.2 "
-    "--recurrence-steps 3 --recurrence-backprop-steps 2"
-)
+_RUN = f"{TINY_ON_FILES} --num-layers 2 --train-iters 2 --split 90,10,0 --attention-dropout 0.2 --hidden-dropout 0.2"
+_DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
 _RECOMPUTATION = {
     "off": "",
     "attention": "--recompute-granularity selective",
@@ -39,7 +38,7 @@ def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, 
     found = {}
     for layout, (ranks, flags) in _LAYOUTS.items():
         lines = [
-            f"{_RUN} --data-path {corpus} --more-variant {system} {flags} {_RECOMPUTATION[recomputation]}"
+            f"{_RUN} --data-path {corpus} {flags_of(system, _DEPTH)} {flags} {_RECOMPUTATION[recomputation]}"
             for system, recomputation in keys
         ]
         for key, history in zip(keys, run_ranks(ranks, train_all, lines, timeout=900.0)[0], strict=True):

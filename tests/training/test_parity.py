@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
-from tests.helpers.training import TINY, TINY_ON_FILES, History
+from tests.helpers.training import TINY, TINY_ON_FILES, History, dense
 
 _TOLERANCE = 1e-5
 _RUN = f"{TINY_ON_FILES} --split 1,0,0"
@@ -57,7 +57,24 @@ LAYOUTS = {
         4, f"{_TP2} {_EP2} --expert-tensor-parallel-size 1 {_ALLGATHER} {_SELECTIVE}"
     ),
     "pp2 ep2": Layout(4, f"{_PP2} {_EP2}"),
+    # For systems whose layers are one group: embeddings and layers on one stage, the output layer on the other.
+    "pp2 whole group": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Et*4|L"),
+    "pp2 whole group full": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t*4L {_FULL}"),
+    "pp2 whole group interleaved": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t*4||L"),
+    "tp2 selective": Layout(2, f"{_TP2} --recompute-granularity selective --recompute-modules moe core_attn"),
 }
+_ALL = tuple(LAYOUTS)
+# Stages that do not cut a group of the two layers in the middle.
+_CODA_WITH_THE_HEAD = {
+    "pp2 3|1": Layout(2, f"{_PP2} --decoder-first-pipeline-num-layers 3"),
+    "pp2 1|3 full": Layout(2, f"{_PP2} --decoder-first-pipeline-num-layers 1 {_FULL}"),
+    "pp2 interleaved 0|1|2|1": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t|tt|tL"),
+    "pp2 interleaved 0|1|2|1 full": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t|tt|tL {_FULL}"),
+}
+_AROUND_THE_CORE = _CODA_WITH_THE_HEAD | {
+    "pp2 interleaved 1|2|1|0": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Et|tt|t|L"),
+}
+LAYOUTS |= _AROUND_THE_CORE
 
 
 # Layouts that between them have every kind of parallelism, dispatcher and recomputation.
@@ -75,17 +92,27 @@ _SPREAD = (
 )
 # Layouts that take the micro-batches of a single process.
 _SAME_MICRO_BATCHES = ("1 full", "tp2", "tp2 allgather full", "pp2", "pp2 interleaved")
+# Layouts of systems whose layers are one group.
+_ONE_GROUP = (
+    *(name for name in _SPREAD if not name.startswith("pp2")),
+    "tp2 selective",
+    "pp2 whole group",
+    "pp2 whole group full",
+    "pp2 whole group interleaved",
+)
+_FIXED = "--recurrence-steps 3"
 _MICRO_BATCH = "--recurrence-sampling-unit micro-batch"
 _POISSON = "--recurrence-sampling poisson-lognormal --recurrence-max-steps 6"
 
 
 @dataclass(frozen=True)
 class System:
-    """Flags, the layouts that are tried, and whether the depth varies."""
+    """Flags, the layouts that are tried, whether the depth varies and whether there are experts."""
 
     flags: str
     layouts: tuple[str, ...]
     varies: bool = True
+    experts: bool = True
 
 
 def _uniform(lowest: int) -> str:
@@ -94,15 +121,13 @@ def _uniform(lowest: int) -> str:
 
 
 SYSTEMS = {
-    "moe": System("--more-variant moe", tuple(LAYOUTS), varies=False),
+    "moe": System("--more-variant moe", _ALL, varies=False),
     "recurrent_moe fixed": System(
         "--more-variant recurrent_moe --recurrence-steps 3 --recurrence-backprop-steps 2",
         (*_SPREAD, "pp2"),
         varies=False,
     ),
-    "recurrent_moe uniform": System(
-        f"--more-variant recurrent_moe {_uniform(2)} --recurrence-backprop-steps 2", tuple(LAYOUTS)
-    ),
+    "recurrent_moe uniform": System(f"--more-variant recurrent_moe {_uniform(2)} --recurrence-backprop-steps 2", _ALL),
     "recurrent_moe micro-batch top-2": System(
         f"--more-variant recurrent_moe --moe-router-topk 2 --router-logit-ema 0.5 --recurrence-steps 2 {_POISSON} "
         f"{_MICRO_BATCH}",
@@ -143,6 +168,43 @@ SYSTEMS = {
         f"--more-variant sequential_experts --moe-router-topk 2 --recurrence-steps 2 {_POISSON} {_MICRO_BATCH}",
         _SAME_MICRO_BATCHES,
     ),
+    "loop in place": System(
+        f"--more-variant loop --moe-router-topk 2 --router-logit-ema 0.5 {_uniform(1)} "
+        "--recurrence-backprop-steps 2 --recurrence-prelude-layers 1 --recurrence-group-layers 1",
+        _SPREAD,
+    ),
+    "loop core": System(
+        f"--more-variant loop {_uniform(1)} {_MICRO_BATCH} --recurrence-prelude-layers 1 --recurrence-coda-layers 1",
+        ("1 full", "tp2", *_AROUND_THE_CORE),
+        experts=False,
+    ),
+    "loop core linear": System(
+        "--more-variant loop --recurrence-steps 3 --recurrence-backprop-steps 2 "
+        "--recurrence-prelude-layers 1 --recurrence-coda-layers 1 --recurrence-injection linear",
+        ("1 full", "tp2 allgather full", "ep2", "tp2 ep2", *_AROUND_THE_CORE),
+        varies=False,
+    ),
+    "huginn": System(
+        f"--more-variant huginn {_uniform(1)} {_MICRO_BATCH} --recurrence-backprop-steps 2",
+        ("1 full", "tp2", *_CODA_WITH_THE_HEAD),
+        experts=False,
+    ),
+    "huginn top-2": System(
+        f"--more-variant huginn --moe-router-topk 2 --router-logit-ema 0.5 {_uniform(1)} --recurrence-backprop-steps 2",
+        (
+            *("1 full", "1 selective", "dp2", "tp2", "tp2 allgather full", "ep2 allgather", "ep2 optimizer off"),
+            *("tp2 ep2", *_CODA_WITH_THE_HEAD),
+        ),
+    ),
+    **{
+        f"moeut {experts} {sampling.split()[1]}": System(
+            f"--more-variant moeut --switchhead-num-experts {experts} --moe-router-topk 2 --moeut-balance-coeff 0.1 "
+            f"{sampling} --recurrence-backprop-steps 2",
+            _ONE_GROUP,
+            varies=sampling != _FIXED,
+        )
+        for experts, sampling in ((1, _FIXED), (4, _uniform(1)))
+    },
 }
 _CASES = [(name, layout) for name, system in SYSTEMS.items() for layout in system.layouts]
 
@@ -169,11 +231,15 @@ class Runs:
     def reference(self, system: str) -> History:
         """Return the uninterrupted run of a single process, which saves after its first step."""
         lines = [
-            f"{self._run} {SYSTEMS[system].flags} {optimizer} --save {self._checkpoint(system, optimizer)} "
+            f"{self._line(system)} {optimizer} --save {self._checkpoint(system, optimizer)} "
             "--save-interval 1 --exit-interval 1"
             for optimizer in (_OFF, Layout.optimizer)
         ]
-        return run_ranks(1, train_all, [*lines, f"{self._run} {SYSTEMS[system].flags}"])[0][-1]
+        return run_ranks(1, train_all, [*lines, self._line(system)])[0][-1]
+
+    def _line(self, system: str) -> str:
+        run = self._run if SYSTEMS[system].experts else dense(self._run)
+        return f"{run} {SYSTEMS[system].flags}"
 
     def of(self, system: str, layout: str) -> History:
         """Return the run of a layout that loads the reference's checkpoint, as the last rank reports it."""
@@ -189,7 +255,7 @@ class Runs:
     def _outcome(self, system: str, ranks: int) -> list[History] | AssertionError:
         self.reference(system)
         lines = [
-            f"{self._run} {SYSTEMS[system].flags} {layout.flags} {layout.optimizer} "
+            f"{self._line(system)} {layout.flags} {layout.optimizer} "
             f"--load {self._checkpoint(system, layout.optimizer)}"
             for layout in map(LAYOUTS.__getitem__, SYSTEMS[system].layouts)
             if layout.ranks == ranks

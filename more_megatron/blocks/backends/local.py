@@ -117,7 +117,7 @@ class LocalAttention(DotProductAttention):
 
     def _random_state(self) -> Any:
         # As in Megatron: heads are split over ranks, so each rank draws its own dropout. Under sequence parallelism the
-        # layer's state differs from rank to rank already; recomputation would not find its way back from another.
+        # decoder has forked already, and recomputation, which forks once, would draw other numbers in a second fork.
         if self.config.sequence_parallel:
             return contextlib.nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
