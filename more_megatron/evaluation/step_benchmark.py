@@ -153,15 +153,18 @@ def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int
         return system_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
 
     matched = copy.copy(config)
-    base, slope = flops(_WIDTH_MULTIPLE), (flops(2 * _WIDTH_MULTIPLE) - flops(_WIDTH_MULTIPLE)) / _WIDTH_MULTIPLE
-    width = _WIDTH_MULTIPLE + (target - base) / slope
-    width = round(width / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    if width < _WIDTH_MULTIPLE:
+    base = flops(_WIDTH_MULTIPLE)
+    if base > target:
         raise MoREError(
             f"{config.more_variant} costs {base / 1e6:.1f} MFLOP a token at the least, more than {target / 1e6:.1f}: "
             "raise the target or take fewer recurrence steps"
         )
-    flops(width)
+    width = _WIDTH_MULTIPLE
+    # Costs rise with the width, but not all in proportion.
+    while flops(width) < target:
+        width += _WIDTH_MULTIPLE
+    if width > _WIDTH_MULTIPLE and target - flops(width - _WIDTH_MULTIPLE) < flops(width) - target:
+        flops(width - _WIDTH_MULTIPLE)
     return matched
 
 

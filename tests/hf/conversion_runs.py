@@ -44,6 +44,9 @@ RUNS: dict[str, str] = {
     "shared_block, tp2": f"--more-variant shared_block {_TP2} {_TOP2}",
     "shared_block_ffn, ep2": f"--more-variant shared_block_ffn {_EP2} --moe-shared-expert-intermediate-size 0",
     "shared_block_ffn, tp2": f"--more-variant shared_block_ffn {_TP2} {_TOP2} --normalization LayerNorm",
+    "gru_experts, ep2": f"--more-variant gru_experts {_EP2} {_TOP2}",
+    "sequential_experts, tp2": f"--more-variant sequential_experts {_TP2}",
+    "parallel_experts, tp2": f"--more-variant parallel_experts {_TP2} {_TOP2}",
 }
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"

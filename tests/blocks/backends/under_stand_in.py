@@ -5,6 +5,7 @@ To be imported in a process of its own, after `stand_in.install()` and `initiali
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -13,11 +14,12 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
+from more_megatron.blocks.cell_experts import CellExperts
 from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_linear_weights, sharded_parameters
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
-from more_megatron.systems import systems
+from more_megatron.systems import get_system, systems
 from more_megatron.systems.export import FEED_FORWARD
 from tests.blocks.backends import stand_in
 from tests.blocks.backends.compare import (
@@ -149,8 +151,10 @@ def _routed(model: GPTModel, counts: list[int]) -> dict[str, torch.Tensor]:
     probs, tokens = torch.full((number,), 0.5), torch.tensor(counts)
     coordinates = torch.tensor([[place % BATCH, place // BATCH, 3] for place in range(number)])
     coordinates = coordinates.view(-1, 3).long()
-    if variant_of(model) == "shared_block_ffn":
-        output, _ = moe.experts(hidden, tokens, probs)
+    if not get_system(variant_of(model)).mixes_tokens:
+        iterates = isinstance(moe.experts, CellExperts)
+        with moe.experts.to_depth(DEPTH) if iterates else contextlib.nullcontext():
+            output, _ = moe.experts(hidden, tokens, probs)
     else:
         rows, order = Rows.sort(coordinates, tokens, BATCH, LENGTH, model.rotary_pos_emb(LENGTH))
         output = moe._compute_experts(hidden, probs, rows, order, DEPTH)
