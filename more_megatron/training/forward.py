@@ -54,8 +54,20 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
             packed_seq_params=batch.packed_seq_params,
             extra_block_kwargs=micro_batch.block_kwargs(),
         )
-    reported_depth = micro_batch.depth if gpt.training and get_system(gpt.config.more_variant).recurrent else None
-    return output, functools.partial(language_model_loss, batch.loss_mask, reported_depth)
+    is_reported = gpt.training and get_system(gpt.config.more_variant).recurrent
+    return output, functools.partial(
+        language_model_loss, batch.loss_mask, _reported_steps(gpt, micro_batch) if is_reported else None
+    )
+
+
+def _reported_steps(gpt: GPTModel, micro_batch: MicroBatch) -> float:
+    """Return the recurrence steps of a micro-batch, or their mean in this training step.
+
+    A stage without layers does not know which micro-batch it computes, and must not: the mean of the means is the same.
+    """
+    if len(gpt.decoder.layers) > 0:
+        return micro_batch.depth.steps
+    return sum(DepthSampler(gpt.config).means(get_args().curr_iteration, get_num_microbatches()))
 
 
 def _micro_batch(gpt: GPTModel) -> MicroBatch:
