@@ -69,7 +69,7 @@ def build(flags: argparse.Namespace) -> dict:
     from megatron.training import global_vars
     from megatron.training.initialize import initialize_megatron
 
-    from more_megatron.evaluation.step_benchmark import StepBenchmark, match_flops, system_cost
+    from more_megatron.evaluation.step_benchmark import StepBenchmark, at_equal_cost, system_cost
     from more_megatron.platform import Platform, initialize_platform
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.model import model_config_from_args
@@ -89,7 +89,7 @@ def build(flags: argparse.Namespace) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
         initialize_megatron(allow_no_cuda=platform is Platform.CPU)
     for system, config in configs.items():
-        config.transformer = match_flops(config.transformer, target, depth, args.padded_vocab_size, flags.seq_length)
+        config = at_equal_cost(config, target, depth, args.padded_vocab_size, flags.seq_length)
         benchmarks[system] = StepBenchmark(config, flags.seq_length, flags.batch_size)
     return benchmarks
 

@@ -61,20 +61,22 @@ MOE_ARGS=(
     --moe-grouped-gemm
 )
 
+DEPTH_ARGS=(
+    --recurrence-sampling uniform
+    --recurrence-min-steps 2
+    --recurrence-max-steps 6
+    # Memory is that of two steps at any depth.
+    --recurrence-backprop-steps 2
+    --recurrence-eval-steps 4
+)
 RECURRENCE_ARGS=(--more-variant "$SYSTEM")
-if [[ $SYSTEM != moe ]]; then
-    RECURRENCE_ARGS+=(
-        --recurrence-sampling uniform
-        --recurrence-min-steps 2
-        --recurrence-max-steps 6
-        # Memory is that of two steps at any depth.
-        --recurrence-backprop-steps 2
-        --recurrence-eval-steps 4
-    )
-fi
-if [[ $SYSTEM == recurrent_moe ]]; then
-    RECURRENCE_ARGS+=(--router-min-entropy 0.8 --router-logit-ema 0.9)
-fi
+case $SYSTEM in
+    moe | parallel_experts) ;; # no recurrence in depth
+    # Each position stops by itself.
+    universal) RECURRENCE_ARGS+=(--recurrence-max-steps 6 --recurrence-eval-steps 6) ;;
+    recurrent_moe) RECURRENCE_ARGS+=("${DEPTH_ARGS[@]}" --router-min-entropy 0.8 --router-logit-ema 0.9) ;;
+    *) RECURRENCE_ARGS+=("${DEPTH_ARGS[@]}") ;;
+esac
 
 DATA_ARGS=(
     --data-path "${DATA_PREFIX:-data/train_text_document}"

@@ -49,6 +49,9 @@ RUNS: dict[str, str] = {
         f"--more-variant universal {_PP2} --pipeline-model-parallel-layout Etttt|L --moe-layer-freq [0]+[1]*3 "
         "--universal-post-norm --universal-time-signal sinusoid --halting none"
     ),
+    "gru_experts, ep2": f"--more-variant gru_experts {_EP2} {_TOP2}",
+    "sequential_experts, tp2": f"--more-variant sequential_experts {_TP2}",
+    "parallel_experts, tp2": f"--more-variant parallel_experts {_TP2} {_TOP2}",
 }
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"
