@@ -53,7 +53,9 @@ def megatron_command_line(flags: argparse.Namespace, ponder_coeff: float) -> lis
 
 
 def build(flags: argparse.Namespace, ponder_coeff: float) -> Any:
-    """Return the model."""
+    """Return the model, with the same first weights whatever the coefficient."""
+    import torch
+    from megatron.core import tensor_parallel
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import global_vars
@@ -63,13 +65,16 @@ def build(flags: argparse.Namespace, ponder_coeff: float) -> Any:
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.model import model_config_from_args
 
-    platform = initialize_platform()
     sys.argv = ["benchmark_halting.py", *megatron_command_line(flags, ponder_coeff)]
-    global_vars.destroy_global_vars()
-    unset_num_microbatches_calculator()
     with contextlib.redirect_stdout(io.StringIO()):  # the listing of 800 arguments
+        platform = initialize_platform()
+        global_vars.destroy_global_vars()
+        unset_num_microbatches_calculator()
         config = model_config_from_args(parse_arguments(platform))
-        initialize_megatron(allow_no_cuda=platform is Platform.CPU)
+        if not torch.distributed.is_initialized():
+            initialize_megatron(allow_no_cuda=platform is Platform.CPU)
+    torch.manual_seed(flags.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(flags.seed, force_reset_rng=True)
     return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
