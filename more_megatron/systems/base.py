@@ -160,6 +160,10 @@ class System:
 
     # What its weights are called outside. `config` is the content of config.json.
 
+    def architecture(self, args: Any) -> dict[str, Any]:
+        """Return what decides, besides what all models have, which tensors there are: values by flag."""
+        return {}
+
     def config_fields(self, args: Any) -> dict[str, Any]:
         """Return the fields of config.json that it alone has, given a run's arguments."""
         return {}

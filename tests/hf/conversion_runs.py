@@ -44,6 +44,11 @@ RUNS: dict[str, str] = {
     "shared_block, tp2": f"--more-variant shared_block {_TP2} {_TOP2}",
     "shared_block_ffn, ep2": f"--more-variant shared_block_ffn {_EP2} --moe-shared-expert-intermediate-size 0",
     "shared_block_ffn, tp2": f"--more-variant shared_block_ffn {_TP2} {_TOP2} --normalization LayerNorm",
+    "universal, tp2": f"--more-variant universal {_TP2} {_TOP2} --halting-output basic --router-logit-ema 0.5",
+    "universal, pp2": (
+        f"--more-variant universal {_PP2} --pipeline-model-parallel-layout Etttt|L --moe-layer-freq [0]+[1]*3 "
+        "--universal-post-norm --universal-time-signal sinusoid --halting none"
+    ),
     "gru_experts, ep2": f"--more-variant gru_experts {_EP2} {_TOP2}",
     "sequential_experts, tp2": f"--more-variant sequential_experts {_TP2}",
     "parallel_experts, tp2": f"--more-variant parallel_experts {_TP2} {_TOP2}",
