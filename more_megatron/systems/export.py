@@ -10,6 +10,7 @@ A system may add sizes of its own (`System.sizes`), and features that rows ask f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,6 +19,7 @@ from typing import Any
 __all__ = [
     "ATTENTION",
     "DENSE",
+    "DENSE_WITH_BIASES",
     "FEED_FORWARD",
     "MODEL",
     "MOE",
@@ -110,6 +112,9 @@ DENSE = (
     Row("mlp.linear_fc2.weight", "mlp.down_proj.weight", "h f"),
     Row("mlp.linear_fc2.bias", "mlp.down_proj.bias", "h", when="bias"),
 )
+
+# The same where the MLP has biases whatever other linear maps have.
+DENSE_WITH_BIASES = tuple(dataclasses.replace(row, when=row.when.removesuffix("bias").strip()) for row in DENSE)
 
 # What every layer with experts has, whatever its experts are.
 MOE = (

@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import training
 
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import DepthSampler
+from more_megatron.platform.reports import count_flops_with
 from more_megatron.systems import get_system
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]
@@ -21,12 +21,11 @@ def count_recurrence(config: MoREConfig) -> None:
 
     Megatron's own count knows its architectures only, and no recurrence. The baseline keeps it.
     """
-    if get_system(config.more_variant).recurrent:
 
-        def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
-            return step_flops(config, args, batch_size)
+    def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
+        return step_flops(config, args, batch_size)
 
-        training.num_floating_point_operations = count
+    count_flops_with(count if get_system(config.more_variant).recurrent else None)
 
 
 def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) -> float:

@@ -13,6 +13,7 @@ from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
 from more_megatron.config import MoREConfig
+from more_megatron.model.attached_loss import scale_attached_losses
 from more_megatron.model.depth import DepthSampler
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
@@ -41,6 +42,8 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
         batch = next_batch(data_iterator, gpt.config, gpt.vp_stage)
     timers("batch-generator").stop()
     micro_batch = _micro_batch(gpt)
+    if gpt.config.num_moe_experts is None:
+        scale_attached_losses(gpt.config, get_num_microbatches())
     with _straggler_timer:
         output = model(
             batch.tokens,
@@ -74,8 +77,22 @@ def _micro_batch(gpt: GPTModel) -> MicroBatch:
     sampler = DepthSampler(config)
     if not gpt.training:
         return MicroBatch(sampler.evaluation())
-    # Megatron's schedules number the micro-batch on each layer of the stage. A stage without layers has no use for it.
-    index = gpt.decoder.layers[0].current_microbatch if len(gpt.decoder.layers) > 0 else 0
+    index = _number_in_step(gpt)
     replica = mpu.get_data_parallel_rank()
     first = args.consumed_train_samples + (index * args.data_parallel_size + replica) * args.micro_batch_size
     return MicroBatch(sampler.draw(args.curr_iteration, index), tuple(range(first, first + args.micro_batch_size)))
+
+
+def _number_in_step(gpt: GPTModel) -> int:
+    """Return the number of the micro-batch within its step, from 0.
+
+    Megatron's schedules number it on each layer of the stage. A stage without layers counts for itself: every stage
+    takes the micro-batches in their order.
+    """
+    if len(gpt.decoder.layers) > 0:
+        return gpt.decoder.layers[0].current_microbatch
+    step = get_args().curr_iteration
+    former_step, count = getattr(gpt, "micro_batches_seen", (None, 0))
+    count = count if step == former_step else 0
+    gpt.micro_batches_seen = (step, count + 1)
+    return count % get_num_microbatches()

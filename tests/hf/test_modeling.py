@@ -270,7 +270,7 @@ def test_new_models_start_as_in_training(variant: str) -> None:
     weights = dict(model.named_parameters())
     takase = (2 / (5 * HIDDEN)) ** 0.5
     everywhere = variant == "huginn"
-    std = 0.987 * takase if everywhere else 0.02
+    std = 0.987 * takase if everywhere else HIDDEN**-0.5 if variant == "universal" else 0.02
     assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(std, rel=0.1)
     if variant == "shared_block":
         matrix = weights["model.layers.1.mlp.experts.proj_in"][2]
@@ -287,6 +287,10 @@ def test_new_models_start_as_in_training(variant: str) -> None:
         assert fc1.std().item() == pytest.approx(0.987 * takase, rel=0.05)
         assert fc2.std().item() == pytest.approx(0.987 * takase / (2 * LAYERS * 3) ** 0.5, rel=0.05)
         assert weights[f"model.layers.0.mlp.{part}.norm_3"].eq(1.0).all()
+    if variant == "universal":
+        matrix = weights["model.layers.1.self_attn.q_proj.weight"]
+        assert matrix.abs().max().item() == pytest.approx((6 / (2 * HIDDEN)) ** 0.5, rel=0.05)
+        assert weights["model.loops.0.halting.bias"].item() == 1.0
     assert model(tokens(), labels=tokens()).loss.item() == pytest.approx(np.log(VOCABULARY), abs=0.3)
 
 
