@@ -15,7 +15,7 @@ from tests.helpers.training import TINY, History
 # Gradient steps vary from 1 to 3. Small buckets: several of them are reduced before the backward pass ends.
 _DEPTH = (
     "--recurrence-sampling uniform --recurrence-min-steps 1 --recurrence-max-steps 4 --recurrence-backprop-steps 3 "
-    "--recurrence-sampling-unit micro-batch"
+    "--recurrence-sampling-unit micro-batch --halting none"
 )
 _RUN = f"{TINY} --train-iters 4 --num-layers 2 --global-batch-size 8 --ddp-bucket-size 4000"
 _RECOMPUTATION = {
