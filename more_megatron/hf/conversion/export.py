@@ -44,6 +44,7 @@ class ToHF:
         max_shard_size: Largest size of a weights file in bytes.
         tokenizer: Whether the tokenizer is exported.
         tokenizer_model: Where the tokenizer is now; None: where it was.
+        trust_remote_code: Whether the tokenizer may run code of its own.
         verify: Whether what was written is read again and compared.
         progress: Whether to draw a progress bar.
     """
@@ -55,6 +56,7 @@ class ToHF:
     max_shard_size: int = 5 * 10**9
     tokenizer: bool = True
     tokenizer_model: str | None = None
+    trust_remote_code: bool = False
     verify: bool = False
     progress: bool = True
 
@@ -75,7 +77,7 @@ def to_hf(job: ToHF) -> list[str]:
     with unfinished_folder(job.save) as folder:
         checkpoint = MegatronCheckpoint(job.load, job.step)
         source = _Source(checkpoint, job.dtype)
-        tokenizer = plan_tokenizer(checkpoint.args, job.tokenizer_model) if job.tokenizer else None
+        tokenizer = _plan_tokenizer(source, job) if job.tokenizer else None
         _write_weights(folder, source, job)
         _write_texts(folder, source, tokenizer)
         if tokenizer is not None and tokenizer.write is not None:
@@ -133,6 +135,11 @@ def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
         raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
 
 
+def _plan_tokenizer(source: _Source, job: ToHF) -> ExportedTokenizer:
+    rows = source.config["vocab_size"]
+    return plan_tokenizer(source.checkpoint.args, rows, job.tokenizer_model, job.trust_remote_code)
+
+
 def _write_weights(folder: Path, source: _Source, job: ToHF) -> None:
     groups = [Group(entry.names, entry.shapes, source.dtype(entry)) for entry in source.entries]
     by_name = {entry.names: entry for entry in source.entries}
@@ -150,9 +157,7 @@ def _write_texts(folder: Path, source: _Source, tokenizer: ExportedTokenizer | N
     args = source.checkpoint.args
     ids = {} if tokenizer is None else _token_ids(tokenizer)
     _write_json(folder / "config.json", {**source.config, **ids})
-    used = tokenizer.vocab_size if tokenizer is not None else getattr(args, "vocab_size", None)
-    padding = list(range(used, source.config["vocab_size"])) if used else []
-    _write_json(folder / "generation_config.json", {**ids, **({"suppress_tokens": padding} if padding else {})})
+    _write_json(folder / "generation_config.json", ids)
     write_args(folder, args)
     has_tokenizer = tokenizer is not None and tokenizer.write is not None
     card = model_card(source.config, args, source.checkpoint.iteration, source.parameters, has_tokenizer)
