@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from more_megatron.flags import MoREFlags, flag
 from more_megatron.model.depth import Depth
 from more_megatron.systems import get_system, systems
 from more_megatron.training.model import check_system
-from tests.helpers.models import HIDDEN, gpt_model, logits, small_config, start_ranks
+from tests.helpers.models import EXPERTS, HIDDEN, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
 _LENGTH, _BATCH = 10, 2
@@ -34,7 +35,8 @@ _FLOOR = {"router_min_entropy": 0.5}
 _SCALE = {"recurrence_residual_scale": 0.5}
 _PADDED = {"moe_pad_expert_input_to_capacity": True, "moe_expert_capacity_factor": 1.0}
 _RECURRENT = [name for name, variant in systems().items() if variant.recurrent]
-_MODES = list(itertools.product((True, False), (1, 2)))
+# In training or not, and experts of a token; None: without experts, where that is the default.
+_MODES = list(itertools.product((True, False), (1, 2, None)))
 
 
 @pytest.mark.parametrize("variant", systems())
@@ -43,7 +45,8 @@ def test_a_token_reaches_neither_the_past_nor_other_sequences(variant: str) -> N
     for (training, topk), (gradients, perturbations) in modes.items():
         where = f"{variant}, training {training}, top-{topk}"
         _check(gradients, largest_leak=0.0, where=f"gradient: {where}")
-        _check(perturbations, largest_leak=1e-6, where=f"perturbation: {where}")
+        # Rounding only: which rows share a product depends on what other tokens choose.
+        _check(perturbations, largest_leak=3e-6, where=f"perturbation: {where}")
 
 
 @torch.no_grad()
@@ -101,14 +104,16 @@ def test_a_setting_that_cannot_be_served_is_refused_by_name(
 
 @pytest.mark.parametrize("variant", systems())
 def test_a_flag_that_a_system_never_reads_is_refused_if_it_is_given(variant: str) -> None:
-    system, flags = get_system(variant), MoREFlags(recurrence_sampling="uniform", router_min_entropy=0.5)
+    system = get_system(variant)
+    flags = system.flags(Namespace(recurrence_sampling="uniform", router_min_entropy=0.5))
     shared = {field.name for field in dataclasses.fields(MoREFlags)} - {"more_variant"}
     own = {name for other in systems().values() for name in other.own_flags()}
-    faults = list(system.without_effect(flags, shared | own))
+    faults = [fault for fault in system.without_effect(flags, shared | own) if "never reads" in fault]
     assert len(faults) == len((shared | own) - system.reads - set(system.own_flags()))
     for name in (shared | own) - system.reads - set(system.own_flags()):
         assert f"--more-variant {variant} never reads {flag(name)}: leave it out" in faults
     assert not list(system.without_effect(flags, set()))
+    assert not list(system.without_effect(system.flags(Namespace()), set()))
 
 
 def test_a_flag_without_effect_under_these_settings_is_refused() -> None:
@@ -156,7 +161,7 @@ def _states_follow_samples() -> None:
         torch.testing.assert_close(unasked[0], first, rtol=1e-5, atol=1e-5)
         model.train()
         first, second = logits(model, twice, _DEPTH, (4, 5))
-        has_state = name in ("recurrent_experts", "shared_block", "shared_block_ffn")
+        has_state = "recurrence_state_std" in get_system(name).reads
         assert (float((first - second).abs().max()) > 1e-3) == has_state
         # The same sample in other company, at another place of the batch.
         again = logits(model, mixed, _DEPTH, (9, 4))[1]
@@ -182,21 +187,20 @@ def _check(influence: torch.Tensor, largest_leak: float, where: str) -> None:
     assert influence[allowed].min() > 1e-4, f"no influence where there must be one: {where}"
 
 
-def _influences(variant: str) -> dict[tuple[bool, int], tuple[torch.Tensor, torch.Tensor]]:
+def _influences(variant: str) -> dict[tuple[bool, int | None], tuple[torch.Tensor, torch.Tensor]]:
     start_ranks()
     found = {}
     for training, topk in _MODES:
-        config = small_config(
-            variant,
-            num_layers=2,
-            moe_router_topk=topk,
-            moe_shared_expert_intermediate_size=HIDDEN,
-            # A norm magnifies the rounding of a small state.
-            recurrence_state_std=1.0,
-        )
+        if topk is None and get_system(variant).defaults.get("num_experts", EXPERTS) is not None:
+            continue
+        experts = {"moe_router_topk": topk, "moe_shared_expert_intermediate_size": HIDDEN}
+        # A layer more where there can be a prelude and a coda. A norm magnifies the rounding of a small state.
+        fields = {"num_layers": 3 if "recurrence_prelude_layers" in get_system(variant).reads else 2}
+        fields |= {"recurrence_state_std": 1.0} | (experts if topk else {"num_moe_experts": None})
+        config = small_config(variant, **fields)
         model = gpt_model(config, _LENGTH, weight_std=0.2).train(training)
         samples = _SAMPLES if training else ()
-        embeddings = torch.randn(_LENGTH, _BATCH, HIDDEN, generator=torch.Generator().manual_seed(topk))
+        embeddings = torch.randn(_LENGTH, _BATCH, HIDDEN, generator=torch.Generator().manual_seed(topk or 0))
         found[training, topk] = _gradients(model, embeddings, samples), _changes(model, embeddings, samples)
     return found
 

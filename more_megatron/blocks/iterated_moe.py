@@ -113,11 +113,13 @@ class RepeatedMoETransformerLayer(MicroBatchTransformerLayer):
             hidden_states: torch.Tensor, former_logits: torch.Tensor | None
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             weight = 1.0 / max(current.micro_batch.depth.grad_steps, 1)
-            step = RouterStep(current.index, weight, current.is_counted(), former_logits)
+            former_map = current.former.get((self.layer_number, "map"))
+            step = RouterStep(current.index, weight, current.is_counted(), former_logits, former_map, keeps_map=True)
             return self._moe_sub_layer(hidden_states, inputs, step), self.mlp.router.take_logits()
 
-        former_logits = current.former_logits.get(self.layer_number)
+        former_logits = current.former.get(self.layer_number)
         hidden_states, logits = self._recomputed(sub_layer, hidden_states, former_logits)
+        current.leave((self.layer_number, "map"), self.mlp.router.take_map())
         if logits is not None:
-            current.logits[self.layer_number] = logits if current.has_grad else logits.detach()
+            current.leave(self.layer_number, logits)
         return hidden_states

@@ -13,17 +13,65 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.blocks.backends import backend_of, final_norm, layer_submodules
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.iterated_moe import IteratedMoELayer, RepeatedMoETransformerLayer, RepeatedTransformerLayer
+from more_megatron.blocks.router import IteratedRouter
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.costs import Cost, attention_cost, linear_cost, mlp_cost
 from more_megatron.model.stack import Group, Layer, Stack
 
-__all__ = ["decoder_layers", "decoder_stack", "dense_layer", "ffn_experts_cost", "moe_layer"]
+__all__ = [
+    "decoder_layers",
+    "decoder_stack",
+    "dense_layer",
+    "ffn_experts_cost",
+    "moe_layer",
+    "plain_layers",
+    "repeated_layers",
+]
 
 
 def decoder_stack(config: MoREConfig, moe: Layer) -> Stack:
     """Return a stack without loops: layers with experts, and dense ones where `moe_layer_freq` says so."""
     return Stack(config, (Group(decoder_layers(config, moe, dense_layer(config))),), final_norm(config))
+
+
+def plain_layers(
+    config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer, additions: Cost | None = None
+) -> tuple[Layer, ...]:
+    """Return the layers of Megatron's model, dense or with experts.
+
+    Args:
+        config: Model configuration.
+        layer: Transformer layer.
+        additions: Cost of what the layer has besides Megatron's parts.
+    """
+    dense = dense_layer(config, layer, additions)
+    if config.num_moe_experts is None:
+        return decoder_layers(config, dense, dense)
+    return decoder_layers(config, moe_layer(config, layer=layer, additions=additions), dense)
+
+
+def repeated_layers(
+    config: MoREConfig,
+    layer: type[RepeatedTransformerLayer] = RepeatedTransformerLayer,
+    layer_with_experts: type[RepeatedMoETransformerLayer] = RepeatedMoETransformerLayer,
+    additions: Cost | None = None,
+) -> tuple[Layer, ...]:
+    """Return the layers of Megatron's model, dense or with experts, for groups that are repeated.
+
+    Args:
+        config: Model configuration.
+        layer: Transformer layer without experts.
+        layer_with_experts: Transformer layer with experts.
+        additions: Cost of what the layer has besides Megatron's parts.
+    """
+    dense = dense_layer(config, layer, additions)
+    if config.num_moe_experts is None:
+        return decoder_layers(config, dense, dense)
+    parts = {"router": IteratedRouter}
+    moe = moe_layer(config, layer=layer_with_experts, moe=IteratedMoELayer, parts=parts, additions=additions)
+    return decoder_layers(config, moe, dense)
 
 
 def decoder_layers(config: MoREConfig, moe: Layer, dense: Layer) -> tuple[Layer, ...]:
@@ -42,16 +90,20 @@ def decoder_layers(config: MoREConfig, moe: Layer, dense: Layer) -> tuple[Layer,
     return tuple(moe if is_moe else dense for is_moe in frequency)
 
 
-def dense_layer(config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer) -> Layer:
+def dense_layer(
+    config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer, additions: Cost | None = None
+) -> Layer:
     """Return a layer with an MLP.
 
     Args:
         config: Model configuration.
         layer: Transformer layer.
+        additions: Cost of what the layer has besides Megatron's parts.
     """
 
     def cost(seq_length: int) -> Cost:
-        return _attention_part_cost(config, seq_length) + mlp_cost(config, config.ffn_hidden_size)
+        mlp = mlp_cost(config, config.ffn_hidden_size)
+        return _attention_part_cost(config, seq_length) + mlp + (additions or Cost())
 
     return Layer(ModuleSpec(module=layer, submodules=layer_submodules(config, moe=False)), cost)
 
@@ -64,6 +116,7 @@ def moe_layer(
     parts: dict[str, Any] | None = None,
     experts_cost: Callable[[int], Cost] | None = None,
     repeated: bool = False,
+    additions: Cost | None = None,
 ) -> Layer:
     """Return a layer with experts.
 
@@ -75,6 +128,7 @@ def moe_layer(
         experts_cost: Cost of the routed experts and of what they share, given the length of a sequence. Default: that
             of Megatron's.
         repeated: Whether the MoE part runs in every step of a recurrence.
+        additions: Cost of what the layer has besides Megatron's parts and the experts.
     """
     submodules = layer_submodules(config, moe=True)
     # Megatron's submodules hold `functools.partial(MoELayer, submodules=...)`.
@@ -88,7 +142,8 @@ def moe_layer(
         part = experts + linear_cost(config.hidden_size, config.num_moe_experts)
         if config.moe_shared_expert_intermediate_size is not None:
             part += mlp_cost(config, config.moe_shared_expert_intermediate_size)
-        return _attention_part_cost(config, seq_length) + (part.in_every_step() if repeated else part)
+        part = part.in_every_step() if repeated else part
+        return _attention_part_cost(config, seq_length) + part + (additions or Cost())
 
     return Layer(spec, cost)
 

@@ -12,7 +12,10 @@ from megatron.core.fp8_utils import get_fp8_align_size
 from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.config import MoREConfig
 
-__all__ = ["expert_refusals", "mixing_refusals", "recurrence_refusals", "repetition_refusals"]
+__all__ = ["expert_refusals", "loop_refusals", "mixing_refusals", "recurrence_refusals", "repetition_refusals"]
+
+# Of `--recompute-modules`, those that hold parameters and are differentiated in a backward pass of their own.
+_RECOMPUTED_PARTS = ("layernorm", "mlp", "moe", "shared_experts")
 
 
 def recurrence_refusals(config: MoREConfig) -> Iterator[str]:
@@ -46,6 +49,34 @@ def repetition_refusals(config: MoREConfig, repeated: tuple[str, ...]) -> Iterat
             "gradient steps throughout: give --recompute-granularity full, or --recurrence-sampling fixed without a "
             "curriculum"
         )
+
+
+def loop_refusals(config: MoREConfig) -> Iterator[str]:
+    """Yield what cannot be done where whole layers are repeated, dense or with experts."""
+    yield from recurrence_refusals(config)
+    yield from repetition_refusals(config, _RECOMPUTED_PARTS)
+    if config.cpu_offloading:
+        yield "runs a layer several times, which --cpu-offloading-num-layers does not count: leave it out"
+    if config.mtp_num_layers:
+        yield "has no layer that runs once to predict further tokens with: leave out --mtp-num-layers"
+    balancing = config.moe_router_load_balancing_type
+    kinds = [balancing] if isinstance(balancing, str) else balancing
+    if config.recompute_granularity == "full" and "global_aux_loss" in kinds:
+        yield (
+            "would count recomputed passes in --moe-router-load-balancing-type global_aux_loss: give "
+            "--recompute-granularity selective, or aux_loss"
+        )
+    if config.num_moe_experts is None:
+        yield from _without_routers(config)
+
+
+def _without_routers(config: MoREConfig) -> Iterator[str]:
+    for flag, is_set in (
+        ("--router-logit-ema", config.router_logit_ema > 0.0),
+        ("--router-min-entropy", config.router_min_entropy > 0.0),
+    ):
+        if is_set:
+            yield f"has no routers without --num-experts: give it, or leave out {flag}"
 
 
 def _recomputed_modules(config: MoREConfig) -> set[str]:

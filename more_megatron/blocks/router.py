@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, z_loss_func
+from megatron.core.transformer.moe.moe_utils import z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 
 from more_megatron.blocks.statistics import record_loss, record_routing, routing_entropy
 from more_megatron.config import MoREConfig
+from more_megatron.model.attached_loss import attach_mean
 
 __all__ = ["IteratedRouter", "RouterStep"]
 
@@ -25,12 +26,16 @@ class RouterStep:
         loss_weight: Factor on the losses of this step.
         counted: Whether the step enters the statistics: once, however often it is recomputed.
         former_logits: Logits that routed the step before, [s, b, experts]; None at the first.
+        former_map: Where the tokens went in the step before, [tokens, experts]; None if it was not kept.
+        keeps_map: Whether `take_map` is to return where they go in this step.
     """
 
     index: int = 0
     loss_weight: float = 1.0
     counted: bool = True
     former_logits: torch.Tensor | None = None
+    former_map: torch.Tensor | None = None
+    keeps_map: bool = False
 
 
 class IteratedRouter(TopKRouter):
@@ -44,6 +49,7 @@ class IteratedRouter(TopKRouter):
     config: MoREConfig
     _step = RouterStep()
     _logits: torch.Tensor | None = None
+    _map: torch.Tensor | None = None
 
     @contextlib.contextmanager
     def at(self, step: RouterStep) -> Iterator[None]:
@@ -74,12 +80,18 @@ class IteratedRouter(TopKRouter):
         logits, self._logits = self._logits, None
         return logits
 
+    def take_map(self) -> torch.Tensor | None:
+        """Return where the last call sent the tokens, [tokens, experts], and forget it; None if it was not kept."""
+        routing_map, self._map = self._map, None
+        return routing_map
+
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """Route as Megatron does, with the entropy penalty and the statistics of the step."""
         logits = self._apply_entropy_floor(logits, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         if self.training and self._step.counted:
-            record_routing(self, self._step.index, logits, routing_map)
+            record_routing(self._step.index, logits, routing_map, self._step.former_map)
+        self._map = routing_map if self._step.keeps_map else None
         return probs, routing_map
 
     def attach_and_log_load_balancing_loss(
@@ -131,12 +143,13 @@ class IteratedRouter(TopKRouter):
         """Attach a mean over this rank's tokens to the backward pass, and log it: the way of Megatron's z-loss."""
         loss = loss * self._step.loss_weight
         record_loss(name, loss, self)
-        ranks = self.tp_cp_group.size()
-        loss = loss * (coefficient / ranks)
-        if self.calculate_per_token_loss:
-            rows = activation.numel() // activation.size(-1)
-            loss = loss * (rows if padding_mask is None else (~padding_mask).sum()) * ranks
-        return MoEAuxLossAutoScaler.apply(activation, loss)
+        rows = activation.numel() // activation.size(-1) if padding_mask is None else (~padding_mask).sum()
+        return attach_mean(
+            activation,
+            loss * coefficient,
+            ranks=self.tp_cp_group.size(),
+            tokens=rows if self.calculate_per_token_loss else None,
+        )
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Count the tokens of each expert for the update of its bias, in every step once."""

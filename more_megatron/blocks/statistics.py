@@ -1,13 +1,15 @@
-"""How well a repeated router balances the load, for each step of the iteration.
+"""How a repeated router routes, for each step of the iteration.
 
-Two figures: the entropy of the routing distribution in nats (log of the number of experts if it is uniform), and the
-coefficient of variation of the load (0 if all experts receive the same number of tokens). They go to TensorBoard and
-Weights & Biases as `router entropy/step N` and `expert load cv/step N`, averaged over layers and ranks.
+Three figures: the entropy of the routing distribution in nats (log of the number of experts if it is uniform); the
+coefficient of variation of the load (0 if all experts receive the same number of tokens); and, where whole layers are
+repeated, the share of tokens that go to other experts than in the step before. They go to TensorBoard and Weights &
+Biases as `router entropy/step N`, `expert load cv/step N` and `expert change/step N`, averaged over layers and ranks.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 __all__ = ["IterationTracker", "record_loss", "record_routing", "routing_entropy"]
 
-_FIGURES = ("router entropy", "expert load cv")
+_FIGURES = ("router entropy", "expert load cv", "expert change")
 
 
 def routing_entropy(logits: torch.Tensor) -> torch.Tensor:
@@ -27,14 +29,16 @@ def routing_entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def record_routing(router: TopKRouter, step: int, logits: torch.Tensor, routing_map: torch.Tensor) -> None:
+def record_routing(
+    step: int, logits: torch.Tensor, routing_map: torch.Tensor, former_map: torch.Tensor | None = None
+) -> None:
     """Record one routing decision, if an `IterationTracker` is in place.
 
     Args:
-        router: The router that decided.
         step: Number of the step of the iteration, from 0.
         logits: [s, b, experts].
         routing_map: True where a token goes to an expert, [tokens, experts].
+        former_map: The same of the step before; None if there is none, or none that was kept.
     """
     tracker = get_moe_metrics_tracker()
     if not isinstance(tracker, IterationTracker):
@@ -42,7 +46,10 @@ def record_routing(router: TopKRouter, step: int, logits: torch.Tensor, routing_
     entropy = routing_entropy(logits).mean()
     load = routing_map.sum(dim=0).float()
     variation = load.std(correction=0) / load.mean().clamp(min=1e-9)
-    tracker.record_step(step, torch.stack((entropy, variation)))
+    figures = [entropy, variation]
+    if former_map is not None:
+        figures.append((routing_map != former_map).any(dim=-1).float().mean())
+    tracker.record_step(step, torch.stack(figures))
 
 
 def record_loss(name: str, loss: torch.Tensor, router: TopKRouter) -> None:
@@ -73,16 +80,21 @@ class IterationTracker(MoEMetricsTracker):
 
     @functools.cached_property
     def _steps(self) -> torch.Tensor:
-        """Sums of the figures and, in the last row, how many there are.
+        """Sums of the figures and how many there are, [2, figures, steps].
 
         Made when first used: only then a rank has chosen its device.
         """
-        return torch.zeros(len(_FIGURES) + 1, self._max_steps, device=torch.cuda.current_device())
+        return torch.zeros(2, len(_FIGURES), self._max_steps, device=torch.cuda.current_device())
 
     def record_step(self, step: int, figures: torch.Tensor) -> None:
-        """Add the figures of one routing decision, [2]."""
-        self._steps[:-1, step] += figures
-        self._steps[-1, step] += 1
+        """Add the figures of one routing decision, the first ones of those there are."""
+        self._steps[0, : len(figures), step] += figures
+        self._steps[1, : len(figures), step] += 1
+
+    def means(self) -> dict[str, torch.Tensor]:
+        """Return the mean of each figure on this rank, by step; not a number where nothing was recorded."""
+        sums, counts = self._steps
+        return dict(zip(_FIGURES, sums / counts, strict=True))
 
     def report(self, loss_scale: float, iteration: int, *args: Any, **kwargs: Any) -> str:
         """Report as Megatron does, and the figures of the steps to the writers."""
@@ -99,10 +111,9 @@ class IterationTracker(MoEMetricsTracker):
         torch.distributed.all_reduce(
             self._steps, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         )
-        counts = self._steps[-1].clamp(min=1)
-        for name, means in zip(_FIGURES, (self._steps[:-1] / counts).tolist(), strict=True):
-            for step, (mean, count) in enumerate(zip(means, self._steps[-1].tolist(), strict=True), start=1):
-                if count == 0:
+        for name, means in self.means().items():
+            for step, mean in enumerate(means.tolist(), start=1):
+                if math.isnan(mean):
                     continue
                 if writer:
                     writer.add_scalar(f"{name}/step {step}", mean, iteration)

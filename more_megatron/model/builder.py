@@ -37,8 +37,10 @@ class MoREModelBuilder(GPTModelBuilder):
             args: As for Megatron's builder.
             kwargs: As for Megatron's builder.
         """
-        model = super().build_model(pg_collection, *args, **kwargs)
         stack = self._model_config.transformer_layer_spec
+        if isinstance(stack, Stack) and stack.initialization is not None:
+            stack.initialization.apply(self._model_config.transformer)
+        model = super().build_model(pg_collection, *args, **kwargs)
         if isinstance(stack, Stack):
             if not stack.is_plain:
                 repeat_groups(model.decoder, stack)
@@ -49,7 +51,13 @@ class MoREModelBuilder(GPTModelBuilder):
 
 def _add_bias(output_layer: Any) -> None:
     """Give Megatron's output layer, which is built without one, a bias for its part of the vocabulary."""
-    weight: torch.Tensor = output_layer.weight
-    bias = torch.nn.Parameter(torch.zeros(weight.size(0), dtype=weight.dtype, device=weight.device))
+    config, size = output_layer.config, output_layer.output_size_per_partition
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    # Drawn whole: outside of Megatron's regions for it, the random state is the same on all tensor-parallel ranks.
+    whole = torch.zeros(size * output_layer.tp_group.size(), device=device)
+    if config.perform_initialization:
+        config.init_method(whole)
+    own = whole.chunk(output_layer.tp_group.size())[output_layer.tp_group.rank()]
+    bias = torch.nn.Parameter(own.to(config.params_dtype, copy=True))
     set_tensor_model_parallel_attributes(bias, True, 0, 1)
     output_layer.bias = bias

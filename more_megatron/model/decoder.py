@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from megatron.core.typed_torch import apply_module
 from megatron.core.utils import make_viewless_tensor
 from torch.utils.checkpoint import checkpoint
 
+from more_megatron.errors import MoREError
 from more_megatron.model.loops import TokenGrid
 from more_megatron.model.micro_batch import MicroBatch, Pass
 from more_megatron.model.stack import Stack
@@ -62,9 +63,10 @@ def repeat_groups(decoder: TransformerBlock, stack: Stack) -> None:
     # A child module: what hangs on the decoder itself would be left out of checkpoints.
     decoder.loops = torch.nn.ModuleDict(loops)
     decoder.runs = tuple(runs)
-    decoder.norm_after_run = None
+    decoder.coda = None
     if stack.norms_core_output and decoder.final_layernorm is not None:
-        decoder.norm_after_run = max(index for index, run in enumerate(runs) if run.loop is not None)
+        # The stage may begin behind the last looped group.
+        decoder.coda = max((index + 1 for index, run in enumerate(runs) if run.loop is not None), default=0)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ class RepeatingDecoder(TransformerBlock):
     loops: torch.nn.ModuleDict
     runs: tuple[_Run, ...]
     embedding_scale: float
-    norm_after_run: int | None
+    coda: int | None
+    """Index of the run in front of which the final norm is applied as well; None: nowhere."""
 
     def forward(self, hidden_states: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the layers of this stage.
@@ -110,22 +113,29 @@ class RepeatingDecoder(TransformerBlock):
             kwargs: As for Megatron's decoder; the record of the micro-batch is among them.
         """
         assert not args, "arguments of a repeating decoder are given by name"
+        if kwargs.get("extract_layer_indices"):
+            raise MoREError("layers that are repeated have no one output: leave out extract_layer_indices")
         if not self.pre_process:
             hidden_states = self.input_tensor
         elif self.embedding_scale != 1.0:
             hidden_states = hidden_states * self.embedding_scale
         micro_batch = MicroBatch.of_layer(kwargs, self.config, self.training)
         for index, run in enumerate(self.runs):
+            if index == self.coda:
+                hidden_states = self._normed(hidden_states)
             if run.loop is None:
                 hidden_states = self._run_once(run.layers, hidden_states, attention_mask, **kwargs)
             else:
                 grid = TokenGrid.of(hidden_states, micro_batch, self.config, self.tp_group)
                 passes = _Passes(self, run.layers, micro_batch, attention_mask, kwargs)
                 hidden_states = self.loops[run.loop](hidden_states, passes, micro_batch.depth, grid)
-            if index == self.norm_after_run:
-                hidden_states = self._normed(hidden_states)
+        if self.coda == len(self.runs):
+            hidden_states = self._normed(hidden_states)
         if self.final_layernorm is not None:
             hidden_states = self._normed(hidden_states)
+        elif not self.runs:
+            # Pipeline schedules free the output of a stage, which must not be its input.
+            hidden_states = hidden_states.clone()
         return make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
 
     def _run_once(self, layers: range, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -152,7 +162,7 @@ class _Passes:
         self._mask = attention_mask
         self._kwargs = {name: value for name, value in kwargs.items() if name != "context_mask"}
         self._in_graph = torch.is_grad_enabled()
-        self._former_logits: dict[int, torch.Tensor] = {}
+        self._former: dict[Hashable, torch.Tensor] = {}
         self._parts = list(_parts(decoder, layers))
 
     def __call__(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
@@ -162,16 +172,16 @@ class _Passes:
             hidden_states: [s, b, h].
             index: Number of the pass, from 0.
         """
-        logits: dict[int, torch.Tensor] = {}
+        left: dict[Hashable, torch.Tensor] = {}
         for layers, recomputed in self._parts:
             recomputed = recomputed and torch.is_grad_enabled()
-            run = _Part(self._decoder, layers, self._pass(index, logits), self._mask, self._kwargs)
+            run = _Part(self._decoder, layers, self._pass(index, left), self._mask, self._kwargs)
             hidden_states = _recomputed(run, hidden_states, self._decoder) if recomputed else run(hidden_states)
-        self._former_logits = logits
+        self._former = left
         return hidden_states
 
-    def _pass(self, index: int, logits: dict[int, torch.Tensor]) -> Pass:
-        return Pass(self._micro_batch, index, self._former_logits, logits, self._in_graph)
+    def _pass(self, index: int, left: dict[Hashable, torch.Tensor]) -> Pass:
+        return Pass(self._micro_batch, index, self._former, left, self._in_graph)
 
 
 class _Part:

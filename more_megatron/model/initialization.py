@@ -1,21 +1,62 @@
-"""Initial weights of recurrent blocks, as Huginn draws them.
+"""Initial weights, as Huginn and as MoEUT draw them.
 
 Takase et al. (arXiv 2312.16903) as used in Huginn (arXiv 2502.05171, section 4): truncated normal with variance 2/(5h);
 projections back into the stream are divided by sqrt(2 L), where L is the depth after unrolling the recurrence.
-Everything else in a model keeps Megatron's initialization.
+MoEUT (arXiv 2405.16039): normal, each deviation over the root of the inputs times sqrt(2 / L).
+Everything else in a model keeps Megatron's initialization, unless its stack has one of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["BlockInitializer"]
+__all__ = ["BlockInitializer", "DepthScaledInitializer", "Initialization", "takase", "uniform_head"]
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How Megatron's modules draw their weights: functions that fill a tensor.
+
+    Attributes:
+        inward: Of projections out of the stream, an output layer of its own among them.
+        outward: Of projections back into the stream.
+        embedding: Of embeddings; None: as inward.
+    """
+
+    inward: Callable[[torch.Tensor], Any]
+    outward: Callable[[torch.Tensor], Any]
+    embedding: Callable[[torch.Tensor], Any] | None = None
+
+    def apply(self, config: MoREConfig) -> None:
+        """Make modules that are built from the configuration draw so."""
+        config.init_method, config.embedding_init_method = self.inward, self.embedding or self.inward
+        config.output_layer_init_method = self.outward
+
+
+def takase(config: MoREConfig, unrolled_depth: int) -> Initialization:
+    """Return the initialization of Takase et al. for a model of so many layers, counting repetitions."""
+    std = math.sqrt(2.0 / (5.0 * config.hidden_size))
+    return Initialization(_normal(std), _normal(std / math.sqrt(2.0 * unrolled_depth)))
+
+
+def uniform_head(config: MoREConfig) -> Initialization:
+    """Return MoEUT's initialization of what its layers do not draw: embeddings of variance 1/h, a uniform head."""
+    bound = config.hidden_size**-0.5
+    normal = functools.partial(torch.nn.init.normal_, std=bound)
+    return Initialization(functools.partial(torch.nn.init.uniform_, a=-bound, b=bound), normal, embedding=normal)
+
+
+def _normal(std: float) -> Callable[[torch.Tensor], Any]:
+    return functools.partial(torch.nn.init.trunc_normal_, std=std, a=-3 * std, b=3 * std)
 
 
 @dataclass(frozen=True)
@@ -55,6 +96,16 @@ class BlockInitializer:
         generator = self.generator(name, weight.device)
         return torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
 
+    def normal(self, shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+        """Return a weight in float32, normally distributed."""
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        return weight.normal_(std=std, generator=self.generator(name, weight.device))
+
+    def glorot(self, shape: tuple[int, int], name: str) -> torch.Tensor:
+        """Return a matrix in float32, uniform as Glorot and Bengio draw it (AISTATS 2010)."""
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        return torch.nn.init.xavier_uniform_(weight, generator=self.generator(name, weight.device))
+
     def orthogonal(self, shape: tuple[int, int], name: str) -> torch.Tensor:
         """Return a matrix with orthonormal rows or columns in float32 (Saxe et al., arXiv 1312.6120)."""
         weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
@@ -65,3 +116,29 @@ class BlockInitializer:
         key = f"{self.config.seed}/{self.layer_number}/{name}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
         return torch.Generator(device=device).manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class DepthScaledInitializer(BlockInitializer):
+    """Draws the weights of one layer as MoEUT does."""
+
+    def std(self, inputs: int) -> float:
+        """Return the standard deviation of a map of so many inputs."""
+        return math.sqrt(2.0 / (self.config.num_layers * self.config.mean_steps)) / math.sqrt(inputs)
+
+    def scaled_normal(self, shape: tuple[int, ...], name: str, inputs: int) -> torch.Tensor:
+        """Return a weight in float32.
+
+        Args:
+            shape: Shape of the whole weight.
+            name: Name of the weight, unique within the layer.
+            inputs: Number of inputs of the map.
+        """
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        return weight.normal_(0.0, self.std(inputs), generator=self.generator(name, weight.device))
+
+    def rows_of_equal_norm(self, shape: tuple[int, int], name: str) -> torch.Tensor:
+        """Return a weight in float32 whose rows have one norm: no expert is preferred at the start."""
+        weight = self.scaled_normal(shape, name, inputs=shape[1])
+        rows = weight / weight.norm(dim=1, keepdim=True)
+        return rows * (weight.std() / rows.std())

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.config import MoREConfig
-from more_megatron.errors import MoREError
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
+from more_megatron.model.halting import Halting
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.model.noise import local_coordinates, state_noise
+from more_megatron.model.signals import Signals
 from more_megatron.model.stack import Loop
 from more_megatron.model.truncation import iterate_residual, iterate_state
 
@@ -38,7 +40,6 @@ class TokenGrid:
         shape: Of the hidden states, [s, b, h]; s is this rank's part of the sequence.
         coordinates: Sequence, position and sample id of each token, int64 [s * b, 3].
         seed: Seed of the run.
-        is_training: Whether the model is.
     """
 
     shape: torch.Size
@@ -94,40 +95,68 @@ class ResidualLoop(Loop):
 
     Attributes:
         adds_input: Whether the input of the group is added before every pass but the first.
+        signals: Position and time signals that are added before every pass.
+        halting: When positions end; None: they all take all passes.
     """
 
     adds_input: bool = False
+    signals: Signals | None = None
+    halting: Halting | None = None
 
     def build(self, config: MoREConfig, group: int, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
         """Return the module that repeats the group."""
-        return _ResidualLoop(self.adds_input)
+        signals = None if self.signals is None else self.signals.build(config, group)
+        halting = None if self.halting is None else self.halting.build(config, group, pg_collection)
+        return _ResidualLoop(self.adds_input, signals, halting)
+
+    def cost(self, config: MoREConfig) -> Cost:
+        """Return the cost of signals and halting."""
+        return sum((part.cost(config) for part in (self.signals, self.halting) if part is not None), Cost())
 
 
 class _ResidualLoop(torch.nn.Module):
-    def __init__(self, adds_input: bool) -> None:
+    def __init__(self, adds_input: bool, signals: Any, halting: Any) -> None:
         super().__init__()
         self._adds_input = adds_input
+        self.signals, self.halting = signals, halting
 
     def forward(self, inputs: torch.Tensor, run: RunGroup, depth: Depth, grid: TokenGrid) -> torch.Tensor:
+        enter = self._entrance(inputs, grid)
+        if self.halting is not None:
+            return self.halting(inputs, enter, run, depth)
+
         def step(state: torch.Tensor, carried: None, index: int) -> tuple[torch.Tensor, None]:
-            return run(state + inputs if self._adds_input and index > 0 else state, index), carried
+            return run(enter(state, index), index), carried
 
         return iterate_residual(step, inputs, depth)
+
+    def _entrance(self, inputs: torch.Tensor, grid: TokenGrid) -> RunGroup:
+        """Return what turns a state into what enters a pass."""
+        of_positions = None if self.signals is None else self.signals.positions(grid.positions, inputs.dtype)
+
+        def enter(state: torch.Tensor, index: int) -> torch.Tensor:
+            if self._adds_input and index > 0:
+                state = state + inputs
+            return state if of_positions is None else self.signals(state, of_positions, index)
+
+        return enter
 
 
 @dataclass(frozen=True)
 class InjectedLoop(Loop):
-    """Repeats a group on a random state into which the input is injected in every step (arXiv 2502.05171, section 3).
+    """Repeats a group on a state into which the input is injected in every step (arXiv 2502.05171, section 3).
 
     Attributes:
-        injection: "linear": `A [s; e]`, with A h x 2h and its first half for the state; "add": `s + e`; "none": `s`.
+        injection: "linear": `A [s; e]`, with A h x 2h and its first half for the state; "add": `s + e`.
+        random_state: Whether the state is random at first; else it is the input.
     """
 
     injection: str
+    random_state: bool = True
 
     def build(self, config: MoREConfig, group: int, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
         """Return the module that repeats the group."""
-        return _InjectedLoop(config, self.injection, group)
+        return _InjectedLoop(config, self, group)
 
     def cost(self, config: MoREConfig) -> Cost:
         """Return the cost of the adapter: the half that sees the input is computed once."""
@@ -140,12 +169,10 @@ class InjectedLoop(Loop):
 class _InjectedLoop(MegatronModule):
     """The adapter is a matrix of the stage that every tensor-parallel rank holds, as norms are."""
 
-    def __init__(self, config: MoREConfig, injection: str, group: int) -> None:
+    def __init__(self, config: MoREConfig, loop: InjectedLoop, group: int) -> None:
         super().__init__(config=config)
-        if injection not in ("linear", "add", "none"):
-            raise MoREError(f"--recurrence-injection {injection} does not exist: choose linear, add or none")
-        self._injection, self._group = injection, group
-        if injection == "linear":
+        self._injection, self._random_state, self._group = loop.injection, loop.random_state, group
+        if loop.injection == "linear":
             self.adapter = self._new_adapter(config)
 
     def _new_adapter(self, config: MoREConfig) -> torch.nn.Parameter:
@@ -159,13 +186,13 @@ class _InjectedLoop(MegatronModule):
         return adapter
 
     def forward(self, inputs: torch.Tensor, run: RunGroup, depth: Depth, grid: TokenGrid) -> torch.Tensor:
-        state = grid.noise(self._group + 1, self.config.recurrence_state_std).to(inputs.dtype)
+        state = inputs
+        if self._random_state:
+            state = grid.noise(self._group + 1, self.config.recurrence_state_std).to(inputs.dtype)
         inject, passes = self._injector(inputs), iter(range(depth.steps))
         return iterate_state(lambda state: run(inject(state), next(passes)), state, depth)
 
     def _injector(self, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        if self._injection == "none":
-            return lambda state: state
         if self._injection == "add":
             return lambda state: state + inputs
         of_state, of_input = self.adapter.split(self.config.hidden_size, dim=1)

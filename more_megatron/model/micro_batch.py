@@ -9,6 +9,7 @@ decoder-only model has no other use for it; `MicroBatch.block_kwargs` puts the r
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,16 +77,16 @@ class Pass:
     Attributes:
         micro_batch: The micro-batch.
         index: Number of the pass, from 0.
-        former_logits: Logits of the routers in the pass before, by number of the layer.
-        logits: Where the routers leave theirs.
+        former: What parts of layers left in the pass before, by who they are: numbers of layers, or more.
+        left: Where they leave it in this one.
         in_graph: Whether the decoder itself was called with gradient.
         is_replay: Whether the pass was computed before and is recomputed.
     """
 
     micro_batch: MicroBatch
     index: int
-    former_logits: dict[int, torch.Tensor]
-    logits: dict[int, torch.Tensor]
+    former: dict[Hashable, torch.Tensor]
+    left: dict[Hashable, torch.Tensor]
     in_graph: bool
     is_replay: bool = False
 
@@ -100,10 +101,19 @@ class Pass:
         """Whether the pass is one of those with gradient."""
         return self.index >= self.micro_batch.depth.no_grad_steps
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no pass follows."""
+        return self.index + 1 == self.micro_batch.depth.steps
+
     def is_counted(self) -> bool:
         """Return whether what is computed now enters statistics: each pass once, however often it is recomputed."""
         return not self.is_replay and (torch.is_grad_enabled() if self.has_grad else self.in_graph)
 
     def replayed(self) -> Pass:
-        """Return the same pass, recomputed: what routers leave is not kept."""
-        return dataclasses.replace(self, logits={}, is_replay=True)
+        """Return the same pass, recomputed: what is left is not kept."""
+        return dataclasses.replace(self, left={}, is_replay=True)
+
+    def leave(self, key: Hashable, value: torch.Tensor) -> None:
+        """Leave something for the next pass; out of a pass without gradient it is a constant."""
+        self.left[key] = value if self.has_grad else value.detach()

@@ -6,6 +6,7 @@ that the builder, the decoder and the cost formulas know of a system.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -20,6 +22,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
+from more_megatron.model.initialization import Initialization
 
 __all__ = ["Group", "Layer", "Loop", "Stack"]
 
@@ -75,18 +78,20 @@ class Stack:
     Attributes:
         config: Model configuration.
         groups: Groups of layers, in order.
-        norm: Builder of the norm after the last layer.
+        norm: Builder of the norm after the last layer; None: there is none.
         norms_core_output: Whether that norm is applied, with the same weight, behind the last looped group as well.
         embedding_scale: Factor on the embeddings.
         head_bias: Whether the output layer has a bias.
+        initialization: How weights are drawn; None: as Megatron's flags say.
     """
 
     config: MoREConfig
     groups: tuple[Group, ...]
-    norm: LayerNormBuilder
+    norm: LayerNormBuilder | None
     norms_core_output: bool = False
     embedding_scale: float = 1.0
     head_bias: bool = False
+    initialization: Initialization | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -107,6 +112,13 @@ class Stack:
 
     def stage(self, vp_stage: int | None = None, pp_rank: int | None = None) -> range:
         """Return the numbers of the layers of a pipeline stage, from 0. Default: those of this rank."""
+        layout = self.config.pipeline_model_parallel_layout
+        if layout is not None and pp_rank is not None:
+            # Megatron's own way asks for this rank's place, which before process groups are formed nobody knows.
+            stages = [(rank, chunk) for chunk in range(len(layout.layout[0])) for rank in range(len(layout.layout))]
+            counts = [layout.layout[rank][chunk].count(LayerType.decoder) for rank, chunk in stages]
+            place = stages.index((pp_rank, vp_stage or 0))
+            return range(sum(counts[:place]), sum(counts[: place + 1]))
         first = get_transformer_layer_offset(self.config, vp_stage, pp_rank)
         return range(first, first + get_num_layers_to_build(self.config, vp_stage, pp_rank))
 
@@ -118,24 +130,39 @@ class Stack:
         )
 
     def cut_group(self) -> str | None:
-        """Return what is wrong with a pipeline layout that cuts a looped group; None if no stage cuts one."""
-        config = self.config
-        chunks = config.virtual_pipeline_model_parallel_size or 1
-        stages = [
-            self.stage(chunk if chunks > 1 else None, rank)
-            for rank in range(config.pipeline_model_parallel_size)
-            for chunk in range(chunks)
-        ]
+        """Return what is wrong with a pipeline layout that cuts what must lie on one stage; None if it cuts nothing."""
         for group, layers in self.places():
-            if group.loop is None or any(layers[0] in stage and layers[-1] in stage for stage in stages):
-                continue
-            sizes = [len(stage) for stage in sorted(stages, key=lambda stage: stage.start)]
+            if group.loop is not None and not any(_is_within(layers, stage) for stage in self._stages()):
+                return (
+                    f"repeats layers {layers[0] + 1} to {layers[-1] + 1}, which {self._stage_sizes()} cut: a group "
+                    "must lie on one stage; give --pipeline-model-parallel-layout or "
+                    "--decoder-first-pipeline-num-layers so that it does, smaller groups, or fewer stages"
+                )
+        looped = [layers.stop for group, layers in self.places() if group.loop is not None]
+        coda = range(max(looped, default=0), len(self.layers))
+        if self.norms_core_output and len(coda) > 0 and not _is_within(coda, self._stages()[-1]):
             return (
-                f"repeats layers {layers[0] + 1} to {layers[-1] + 1}, which the pipeline stages of {sizes} layers cut: "
-                "a group must lie on one stage; give --pipeline-model-parallel-layout or "
-                "--decoder-first-pipeline-num-layers so that it does, smaller groups, or fewer stages"
+                f"applies its last norm in front of layers {coda[0] + 1} to {coda[-1] + 1} as well, which "
+                f"{self._stage_sizes()} part from it: these layers must lie on the last stage; give "
+                "--pipeline-model-parallel-layout or --decoder-last-pipeline-num-layers so that they do, a smaller "
+                "--recurrence-coda-layers, or fewer stages"
             )
         return None
+
+    def _stages(self) -> list[range]:
+        """Return the layers of each pipeline stage, in the order in which they are computed."""
+        config, layout = self.config, self.config.pipeline_model_parallel_layout
+        chunks = config.virtual_pipeline_model_parallel_size or 1
+        places = list(itertools.product(range(chunks), range(config.pipeline_model_parallel_size)))
+        if layout is None:
+            return [self.stage(chunk if chunks > 1 else None, rank) for chunk, rank in places]
+        # Megatron's own functions ask the process groups, which are not formed yet when flags are checked.
+        sizes = [layout.layout[rank][chunk].count(LayerType.decoder) for chunk, rank in places]
+        ends = itertools.accumulate(sizes)
+        return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    def _stage_sizes(self) -> str:
+        return f"the pipeline stages of {[len(stage) for stage in self._stages()]} layers"
 
     def cost(self, seq_length: int) -> Cost:
         """Return the cost of all layers."""
@@ -148,3 +175,7 @@ class Stack:
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """Return the layers of a stage: what Megatron calls a layer specification."""
         return self.submodules(vp_stage)
+
+
+def _is_within(layers: range, stage: range) -> bool:
+    return layers[0] in stage and layers[-1] in stage

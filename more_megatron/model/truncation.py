@@ -56,11 +56,12 @@ def iterate_residual(
     carried = None
     if depth.no_grad_steps > 0:
         with torch.no_grad():
-            state = hidden_states
+            state = hidden_states.detach()
             for index in range(depth.no_grad_steps):
                 state, carried = step(state, carried, index)
-        # Megatron adds residuals with gradient whatever the mode, hence the detachment.
-        hidden_states = detached_increments(hidden_states, state.detach())
+                # Megatron adds residuals with gradient whatever the mode.
+                state = state.detach()
+        hidden_states = detached_increments(hidden_states, state)
         carried = None if carried is None else carried.detach()
     for index in range(depth.no_grad_steps, depth.steps):
         hidden_states, carried = step(hidden_states, carried, index)
@@ -79,7 +80,7 @@ def iterate_state(step: Callable[[torch.Tensor], torch.Tensor], state: torch.Ten
     """
     with torch.no_grad():
         for _ in range(depth.no_grad_steps):
-            state = step(state)
+            state = step(state).detach()
     for _ in range(depth.grad_steps):
         state = step(state)
     return state

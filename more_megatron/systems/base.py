@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from more_megatron.model.costs import Cost
     from more_megatron.model.stack import Stack
 
-__all__ = ["DEPTH", "REPEATED_ROUTER", "System"]
+__all__ = ["DEPTH", "DIVISION", "REPEATED_ROUTER", "System"]
 
 # Flags of `MoREFlags` that every recurrence reads.
 DEPTH = frozenset(
@@ -40,6 +40,8 @@ DEPTH = frozenset(
         *("backprop_steps", "eval_steps", "curriculum"),
     )
 )
+# Those that divide the layers of a model into groups.
+DIVISION = frozenset(f"recurrence_{name}_layers" for name in ("prelude", "coda", "group"))
 # Those that a router reads which is asked in every step.
 REPEATED_ROUTER = frozenset(("router_logit_ema", "router_min_entropy", "router_min_entropy_coeff"))
 
@@ -53,6 +55,9 @@ class System:
     summary: ClassVar[str]
     """What it is, in one line."""
 
+    is_default: ClassVar[bool] = False
+    """Whether it is the one that is trained if none is named."""
+
     reads: ClassVar[frozenset[str]] = frozenset()
     """Fields of `MoREFlags` that have an effect on it, `more_variant` aside."""
 
@@ -64,6 +69,9 @@ class System:
 
     block_width: ClassVar[int | None] = None
     """Default width of the MLP in its recurrent block, in hidden sizes; None without such a block."""
+
+    activation: ClassVar[str] = "gelu"
+    """Activation function, by its name in transformers, where no flag of Megatron's names another."""
 
     mixes_tokens: ClassVar[bool] = False
     """Whether the tokens that were sent to an expert depend on each other."""
@@ -88,11 +96,17 @@ class System:
         """Return the names of the flags that it alone reads."""
         return () if self.Flags is None else tuple(field.name for field in dataclasses.fields(self.Flags))
 
+    def flags(self, args: Any) -> MoREFlags:
+        """Return its flags among a run's arguments, those included that it alone reads."""
+        bases = (MoREFlags,) if self.Flags is None else (self.Flags, MoREFlags)
+        kind: Any = dataclasses.make_dataclass("Flags", [], bases=bases)
+        return kind.of(args)
+
     def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
         """Yield what is wrong with flags that were given and that the system, under these settings, never reads.
 
         Args:
-            flags: The settings.
+            flags: The settings, from `flags`.
             given: Fields that the user set, among those of `MoREFlags` and of all systems' own flags.
         """
         read = {"more_variant", *self.reads, *self.own_flags()}

@@ -2,7 +2,7 @@
 
 A row names one parameter in both worlds. The sizes in the table:
 
-    V vocabulary   P positions   h hidden   q heads x d   k groups x d   qkv q + 2 k   d head size
+    V vocabulary   P positions   h hidden   q heads x d   k groups x d   qkv q + 2 k   d head size   n heads
     f dense MLP    N experts     m expert MLP             e shared expert              R MLP of a recurrent block
 
 A system may add sizes of its own (`System.sizes`), and features that rows ask for (`System.features`).
@@ -10,22 +10,29 @@ A system may add sizes of its own (`System.sizes`), and features that rows ask f
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Any
 
 __all__ = [
     "ATTENTION",
     "DENSE",
+    "DENSE_WITH_BIASES",
     "FEED_FORWARD",
     "MODEL",
     "MOE",
+    "SANDWICH",
     "STATES_OF_ATTENTION",
     "STATES_OF_DENSE",
     "STATES_OF_FEED_FORWARD",
     "STATES_OF_MODEL",
     "STATES_OF_MOE",
+    "STATES_OF_SANDWICH",
     "Layout",
     "Row",
+    "adapter_rows",
 ]
 
 
@@ -40,6 +47,15 @@ class Layout(Enum):
 
     QKV = auto()
     """Three tensors interleaved: for each query group its queries, then its key, then its value."""
+
+    QKV_IN_ONE = auto()
+    """One tensor: all queries, then all keys, then all values."""
+
+    QK_BIAS = auto()
+    """One tensor, [2, 1, heads, d]: the biases of queries and of keys; those of values are zero."""
+
+    TWICE = auto()
+    """The same tensor under each name; to read, one of them is enough."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +113,9 @@ DENSE = (
     Row("mlp.linear_fc2.bias", "mlp.down_proj.bias", "h", when="bias"),
 )
 
+# The same where the MLP has biases whatever other linear maps have.
+DENSE_WITH_BIASES = tuple(dataclasses.replace(row, when=row.when.removesuffix("bias").strip()) for row in DENSE)
+
 # What every layer with experts has, whatever its experts are.
 MOE = (
     Row("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "h"),
@@ -144,3 +163,29 @@ STATES_OF_ATTENTION = (
 STATES_OF_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
 STATES_OF_MOE = ("pre_mlp_layernorm", "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
 STATES_OF_FEED_FORWARD = ("N mlp.experts.experts.linear_fc1", "N mlp.experts.experts.linear_fc2")
+
+# The norms of a sandwich layer behind its two parts.
+SANDWICH = (
+    Row("post_attention_norm.weight", "attention_output_norm.weight", "h"),
+    Row("post_attention_norm.bias", "attention_output_norm.bias", "h", when="layernorm"),
+    Row("post_mlp_norm.weight", "mlp_output_norm.weight", "h"),
+    Row("post_mlp_norm.bias", "mlp_output_norm.bias", "h", when="layernorm"),
+)
+STATES_OF_SANDWICH = ("post_attention_norm", "post_mlp_norm")
+
+
+def adapter_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
+    """Return the rows of the adapters of looped groups, which Megatron's keys number among all groups of a stack.
+
+    Args:
+        config: Content of config.json; without `group_layers` there is one looped group.
+    """
+    if config["injection"] != "linear":
+        return ()
+    prelude, core = config["prelude_layers"], config["num_hidden_layers"] - config["coda_layers"]
+    core -= prelude
+    groups, first = core // (config.get("group_layers") or core), int(prelude > 0)
+    return tuple(
+        Row(f"decoder.loops.{first + number}.adapter", f"model.loops.{number}.adapter.weight", "h 2*h")
+        for number in range(groups)
+    )

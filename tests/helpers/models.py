@@ -15,7 +15,18 @@ from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
 
-__all__ = ["EXPERTS", "HIDDEN", "RECOMPUTATION", "build_model", "gpt_model", "logits", "small_config", "start_ranks"]
+__all__ = [
+    "EXPERTS",
+    "HIDDEN",
+    "RECOMPUTATION",
+    "VOCABULARY",
+    "build_model",
+    "gpt_model",
+    "logits",
+    "redraw",
+    "small_config",
+    "start_ranks",
+]
 
 HIDDEN, EXPERTS, VOCABULARY = 16, 4, 24
 
@@ -45,11 +56,11 @@ def start_ranks(*, tensor: int = 1, expert: int = 1, expert_tensor: int | None =
 
 
 def small_config(variant: str, **fields: Any) -> MoREConfig:
-    """Return the configuration of a one-layer model without dropout, shared experts and balance losses.
+    """Return the configuration of a one-layer model without dropout, shared experts and losses of layers.
 
     Args:
         variant: Name of the system.
-        fields: What differs.
+        fields: What differs; without experts if `num_moe_experts` is None.
     """
     topk = fields.setdefault("moe_router_topk", 1)
     defaults: dict[str, Any] = {
@@ -74,6 +85,10 @@ def small_config(variant: str, **fields: Any) -> MoREConfig:
         "persist_layer_norm": False,
         "bias_dropout_fusion": False,
     }
+    if fields.get("num_moe_experts", EXPERTS) is None:
+        del defaults["moe_ffn_hidden_size"]
+    # Losses that a system alone has.
+    defaults |= {name: 0.0 for name in get_system(variant).own_flags() if name.endswith("_coeff")}
     return config_class(get_system(variant).Flags)(more_variant=variant, **{**defaults, **fields})
 
 
@@ -99,7 +114,7 @@ def build_model(config: MoREConfig, seq_length: int, vocabulary: int, **fields: 
     return MoREModelBuilder(model_config).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
-def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = None) -> GPTModel:
+def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = None, **fields: Any) -> GPTModel:
     """Return a whole model.
 
     Args:
@@ -107,20 +122,22 @@ def gpt_model(config: MoREConfig, seq_length: int, weight_std: float | None = No
         seq_length: Length of a sequence.
         weight_std: Standard deviation of weights drawn anew, the same in every model of these sizes: large ones, so
             that every part has its say in the output, and norms that are not the identity. None: as initialized.
+        fields: Further fields of Megatron's model configuration.
     """
-    model = build_model(config, seq_length, VOCABULARY)
+    model = build_model(config, seq_length, VOCABULARY, **fields)
     if weight_std is not None:
-        _redraw(model, weight_std)
+        redraw(model, weight_std)
     return model
 
 
 @torch.no_grad()
-def _redraw(module: torch.nn.Module, std: float) -> None:
-    """Draw all parameters anew: norms around 1, everything else around 0."""
+def redraw(module: torch.nn.Module, std: float) -> None:
+    """Draw all parameters anew: norms around 1, everything else around 0, but that positions do not halt at once."""
     generator = torch.Generator().manual_seed(7)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * std
-        parameter.copy_(noise + 1.0 if "norm" in name else noise)
+        mean = 1.0 if "norm" in name else -3.0 if name.endswith("halting.bias") else 0.0
+        parameter.copy_(noise + mean)
 
 
 def logits(model: GPTModel, embeddings: torch.Tensor, depth: Depth, sample_ids: tuple[int, ...] = ()) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from more_megatron.training.model import model_config_from_args
 from more_megatron.training.reporting import report_figures
 from tests.helpers.corpus import shared_corpus
 
-__all__ = ["TINY", "TINY_ON_FILES", "History", "train"]
+__all__ = ["TINY", "TINY_ON_FILES", "History", "dense", "train"]
 
 # A model that trains in milliseconds a step, large enough for every layout: 4 layers, 4 heads, 4 experts. The caller
 # names the data with --data-path.
@@ -33,6 +34,11 @@ TINY_ON_FILES = (
 
 # The same on random tokens.
 TINY = f"{TINY_ON_FILES} --data-path {shared_corpus()} --split 90,10,0"
+
+
+def dense(command_line: str) -> str:
+    """Return a command line without the flags of experts."""
+    return re.sub(r"--(num-experts|moe-\S+) \S+ ?", "", command_line)
 
 
 @dataclass

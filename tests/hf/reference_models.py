@@ -18,6 +18,7 @@ from more_megatron.hf.exported.system import system_names
 from more_megatron.hf.mapping import entries
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.systems import get_system
 from tests.helpers.models import build_model, small_config, start_ranks
 
 __all__ = [
@@ -81,7 +82,7 @@ def _top2(variant: str) -> Case:
             "moe_shared_expert_intermediate_size": 24,
             "moe_shared_expert_gate": True,
             "recurrence_state_std": 0.5,
-            "recurrence_ffn_hidden_size": 40 if variant not in ("moe", "recurrent_moe") else None,
+            "recurrence_ffn_hidden_size": None if get_system(variant).block_width is None else 40,
             "seed": 77,
         },
         {"rotary_percent": 0.5, "rotary_base": 500},
@@ -117,6 +118,23 @@ def _layernorm(variant: str) -> Case:
         },
     )
 
+
+_UNIVERSAL = {
+    "num_moe_experts": None,
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-6,
+    "gated_linear_unit": False,
+    "activation_func": torch.nn.functional.gelu,
+}
+_UNIVERSAL_IN_TRANSFORMERS = {
+    "moe_layers": [False] * LAYERS,
+    "norm_type": "layernorm",
+    "norm_eps": 1e-6,
+    "gated_mlp": False,
+    "hidden_act": "relu",
+    "position_embedding": "none",
+    "tie_word_embeddings": True,
+}
 
 CASES = (
     *(make(variant) for variant in SYSTEMS for make in (_top1, _top2)),
@@ -173,6 +191,110 @@ CASES = (
             "rope_scaling_factor": 4.0,
         },
     ),
+    Case(
+        "whole, dense",
+        "loop",
+        {"num_layers": 2, "num_moe_experts": None},
+        hf={"moe_layers": [False, False]},
+    ),
+    Case(
+        "in place",
+        "loop",
+        {"num_layers": 3, "router_logit_ema": 0.5, "recurrence_prelude_layers": 1, "recurrence_group_layers": 1},
+        hf={
+            "num_hidden_layers": 3,
+            "router_pre_softmax": True,
+            "router_logit_ema": 0.5,
+            "prelude_layers": 1,
+            "group_layers": 1,
+        },
+    ),
+    *(
+        Case(
+            f"core, {injection}",
+            variant,
+            {
+                "num_layers": 4,
+                "num_moe_experts": None,
+                "recurrence_prelude_layers": prelude,
+                "recurrence_coda_layers": 1 - prelude,
+                "recurrence_injection": injection,
+                "recurrence_state_std": 0.632,
+                "rotary_interleaved": True,
+                "add_qkv_bias": True,
+                "layernorm_epsilon": 1e-6,
+            },
+            {"share_embeddings_and_output_weights": True, "rotary_base": 50000},
+            {
+                "num_hidden_layers": 4,
+                "moe_layers": [False] * 4,
+                "prelude_layers": prelude,
+                "coda_layers": 1 - prelude,
+                "injection": injection,
+                "state_std": 0.632,
+                "rotary_interleaved": True,
+                "attention_bias": True,
+                "norm_eps": 1e-6,
+                "rope_theta": 50000,
+                "tie_word_embeddings": True,
+            },
+        )
+        for variant in ("loop", "huginn")
+        for injection, prelude in (("linear", 1), ("add", 0))
+    ),
+    Case(
+        "prelude, core, coda",
+        "huginn",
+        {"num_layers": 4, "moe_router_topk": 2, "moe_layer_freq": [0, 1, 1, 0], "router_logit_ema": 0.5},
+        {"position_embedding_type": "learned_absolute"},
+        {
+            "num_hidden_layers": 4,
+            "num_experts_per_tok": 2,
+            "moe_layers": [False, True, True, False],
+            "router_logit_ema": 0.5,
+            "prelude_layers": 1,
+            "coda_layers": 1,
+            "position_embedding": "learned",
+        },
+    ),
+    Case(
+        "nothing injected",
+        "huginn",
+        {"num_layers": 3, "recurrence_injection": "none", "normalization": "LayerNorm"},
+        hf={
+            "num_hidden_layers": 3,
+            "router_pre_softmax": True,
+            "prelude_layers": 1,
+            "coda_layers": 1,
+            "injection": "none",
+            "norm_type": "layernorm",
+        },
+    ),
+    *(
+        Case(
+            f"{time}, {'behind' if post_norm else 'in front'}, {halting}",
+            "universal",
+            {
+                **_UNIVERSAL,
+                "universal_time_signal": time,
+                "universal_post_norm": post_norm,
+                **({"halting": "none"} if halting == "none" else {"halting_output": halting}),
+            },
+            {"position_embedding_type": "none", "share_embeddings_and_output_weights": True},
+            {
+                **_UNIVERSAL_IN_TRANSFORMERS,
+                "time_signal": time,
+                "post_norm": post_norm,
+                **({"halting": "none"} if halting == "none" else {"halting_output": halting}),
+            },
+        )
+        for time, post_norm, halting in (
+            ("learned", False, "accumulated"),
+            ("learned", True, "none"),
+            ("sinusoid", True, "accumulated"),
+            ("sinusoid", False, "basic"),
+        )
+    ),
     _layernorm("shared_block"),
     _layernorm("shared_block_ffn"),
 )
@@ -195,7 +317,8 @@ def compute(names: list[tuple[str, str]]) -> list[Result]:
 
 
 def _compute(case: Case) -> Result:
-    config = small_config(case.variant, **{"hidden_size": HIDDEN, "num_layers": LAYERS, **case.megatron})
+    defaults = {"hidden_size": HIDDEN, "num_layers": LAYERS, "recurrence_steps": max(STEPS)}
+    config = small_config(case.variant, **{**defaults, **case.megatron})
     model = build_model(config, LENGTH, VOCABULARY, **case.gpt).eval()
     _redraw(model, 0.2)
     ids = tokens()
@@ -215,7 +338,9 @@ def _redraw(module: torch.nn.Module, std: float) -> None:
     buffers = [(name, buffer) for name, buffer in module.named_buffers() if name.endswith("expert_bias")]
     for name, tensor in [*module.named_parameters(), *buffers]:
         noise = torch.randn(tensor.shape, generator=generator) * std
-        tensor.copy_(noise + 1.0 if "norm" in name and not name.endswith("bias") else noise)
+        is_norm = "norm" in name and not name.endswith("bias")
+        # Positions that halt late, some never.
+        tensor.copy_(noise + (1.0 if is_norm else -2.0 if name.endswith("halting.bias") else 0.0))
 
 
 @torch.no_grad()

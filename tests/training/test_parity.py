@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
-from tests.helpers.training import TINY, TINY_ON_FILES, History
+from tests.helpers.training import TINY, TINY_ON_FILES, History, dense
 
 _TOLERANCE = 1e-5
 _RUN = f"{TINY_ON_FILES} --split 1,0,0"
@@ -42,6 +43,7 @@ LAYOUTS = {
     "dp2": Layout(2),
     "dp2 optimizer off": Layout(2, optimizer=_OFF),
     "tp2": Layout(2, _TP2),
+    "tp2 full": Layout(2, f"{_TP2} {_FULL}"),
     "tp2 allgather full": Layout(2, f"{_TP2} {_ALLGATHER} {_FULL}"),
     "tp2 optimizer off": Layout(2, _TP2, optimizer=_OFF),
     "pp2": Layout(2, _PP2),
@@ -57,7 +59,29 @@ LAYOUTS = {
         4, f"{_TP2} {_EP2} --expert-tensor-parallel-size 1 {_ALLGATHER} {_SELECTIVE}"
     ),
     "pp2 ep2": Layout(4, f"{_PP2} {_EP2}"),
+    # For systems whose layers are one group: embeddings and layers on one stage, the output layer on the other.
+    "pp2 whole group": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Et*4|L"),
+    "pp2 whole group full": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t*4L {_FULL}"),
+    "pp2 whole group interleaved": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t*4||L"),
+    "tp2 selective": Layout(2, f"{_TP2} --recompute-granularity selective --recompute-modules moe core_attn"),
 }
+_ALL = tuple(LAYOUTS)
+# Stages that do not cut a group of the two layers in the middle.
+_CODA_WITH_THE_HEAD = {
+    "pp2 3|1": Layout(2, f"{_PP2} --decoder-first-pipeline-num-layers 3"),
+    "pp2 1|3 full": Layout(2, f"{_PP2} --decoder-first-pipeline-num-layers 1 {_FULL}"),
+    "pp2 interleaved 0|1|2|1": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t|tt|tL"),
+    "pp2 interleaved 0|1|2|1 full": Layout(2, f"{_PP2} --pipeline-model-parallel-layout E|t|tt|tL {_FULL}"),
+}
+_AROUND_THE_CORE = _CODA_WITH_THE_HEAD | {
+    "pp2 interleaved 1|2|1|0": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Et|tt|t|L"),
+}
+# All layers are one group, which lies on the first stage.
+_HEAD_ALONE = {
+    "pp2 4|0": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Etttt|L"),
+    "pp2 4|0 full": Layout(2, f"{_PP2} --pipeline-model-parallel-layout Etttt|L {_FULL}"),
+}
+LAYOUTS |= _AROUND_THE_CORE | _HEAD_ALONE
 
 
 # Layouts that between them have every kind of parallelism, dispatcher and recomputation.
@@ -75,17 +99,27 @@ _SPREAD = (
 )
 # Layouts that take the micro-batches of a single process.
 _SAME_MICRO_BATCHES = ("1 full", "tp2", "tp2 allgather full", "pp2", "pp2 interleaved")
+# Layouts of systems whose layers are one group.
+_ONE_GROUP = (
+    *(name for name in _SPREAD if not name.startswith("pp2")),
+    "tp2 selective",
+    "pp2 whole group",
+    "pp2 whole group full",
+    "pp2 whole group interleaved",
+)
+_FIXED = "--recurrence-steps 3"
 _MICRO_BATCH = "--recurrence-sampling-unit micro-batch"
 _POISSON = "--recurrence-sampling poisson-lognormal --recurrence-max-steps 6"
 
 
 @dataclass(frozen=True)
 class System:
-    """Flags, the layouts that are tried, and whether the depth varies."""
+    """Flags, the layouts that are tried, whether the depth varies and whether there are experts."""
 
     flags: str
     layouts: tuple[str, ...]
     varies: bool = True
+    experts: bool = True
 
 
 def _uniform(lowest: int) -> str:
@@ -94,15 +128,13 @@ def _uniform(lowest: int) -> str:
 
 
 SYSTEMS = {
-    "moe": System("--more-variant moe", tuple(LAYOUTS), varies=False),
+    "moe": System("--more-variant moe", _ALL, varies=False),
     "recurrent_moe fixed": System(
         "--more-variant recurrent_moe --recurrence-steps 3 --recurrence-backprop-steps 2",
         (*_SPREAD, "pp2"),
         varies=False,
     ),
-    "recurrent_moe uniform": System(
-        f"--more-variant recurrent_moe {_uniform(2)} --recurrence-backprop-steps 2", tuple(LAYOUTS)
-    ),
+    "recurrent_moe uniform": System(f"--more-variant recurrent_moe {_uniform(2)} --recurrence-backprop-steps 2", _ALL),
     "recurrent_moe micro-batch top-2": System(
         f"--more-variant recurrent_moe --moe-router-topk 2 --router-logit-ema 0.5 --recurrence-steps 2 {_POISSON} "
         f"{_MICRO_BATCH}",
@@ -129,8 +161,81 @@ SYSTEMS = {
     "shared_block_ffn micro-batch": System(
         f"--more-variant shared_block_ffn --recurrence-steps 2 {_POISSON} {_MICRO_BATCH}", _SAME_MICRO_BATCHES
     ),
+    "loop in place": System(
+        f"--more-variant loop --moe-router-topk 2 --router-logit-ema 0.5 {_uniform(1)} "
+        "--recurrence-backprop-steps 2 --recurrence-prelude-layers 1 --recurrence-group-layers 1",
+        _SPREAD,
+    ),
+    "loop core": System(
+        f"--more-variant loop {_uniform(1)} {_MICRO_BATCH} --recurrence-prelude-layers 1 --recurrence-coda-layers 1",
+        ("1 full", "tp2", *_AROUND_THE_CORE),
+        experts=False,
+    ),
+    "loop core linear": System(
+        "--more-variant loop --recurrence-steps 3 --recurrence-backprop-steps 2 "
+        "--recurrence-prelude-layers 1 --recurrence-coda-layers 1 --recurrence-injection linear",
+        ("1 full", "tp2 allgather full", "ep2", "tp2 ep2", *_AROUND_THE_CORE),
+        varies=False,
+    ),
+    "huginn": System(
+        f"--more-variant huginn {_uniform(1)} {_MICRO_BATCH} --recurrence-backprop-steps 2",
+        ("1 full", "tp2", *_CODA_WITH_THE_HEAD),
+        experts=False,
+    ),
+    "huginn top-2": System(
+        f"--more-variant huginn --moe-router-topk 2 --router-logit-ema 0.5 {_uniform(1)} --recurrence-backprop-steps 2",
+        (
+            *("1 full", "1 selective", "dp2", "tp2", "tp2 allgather full", "ep2 allgather", "ep2 optimizer off"),
+            *("tp2 ep2", *_CODA_WITH_THE_HEAD),
+        ),
+    ),
+    "universal": System(
+        "--more-variant universal --recurrence-max-steps 3 --recurrence-backprop-steps 2 --ponder-coeff 0.05",
+        ("1 full", "dp2", "tp2", "tp2 full", *_HEAD_ALONE),
+        varies=False,
+        experts=False,
+    ),
+    "universal top-2": System(
+        "--more-variant universal --moe-router-topk 2 --recurrence-max-steps 3 --ponder-coeff 0.05 "
+        "--halting-output basic --universal-post-norm --router-logit-ema 0.5",
+        (*_SPREAD[:5], "ep2 allgather", "ep2 optimizer off", "tp2 ep2", "pp2 4|0"),
+        varies=False,
+    ),
+    "universal without halting": System(
+        f"--more-variant universal --halting none --universal-time-signal sinusoid {_uniform(1)} {_MICRO_BATCH}",
+        ("1 full", "tp2", "pp2 4|0 full"),
+        experts=False,
+    ),
+    **{
+        f"moeut {experts} {sampling.split()[1]}": System(
+            f"--more-variant moeut --switchhead-num-experts {experts} --moe-router-topk 2 --moeut-balance-coeff 0.1 "
+            f"{sampling} --recurrence-backprop-steps 2",
+            _ONE_GROUP,
+            varies=sampling != _FIXED,
+        )
+        for experts, sampling in ((1, _FIXED), (4, _uniform(1)))
+    },
 }
-_CASES = [(name, layout) for name, system in SYSTEMS.items() for layout in system.layouts]
+_TRIED_ALWAYS = 3
+
+
+def _spread_over_layouts() -> set[tuple[str, str]]:
+    """Return some layouts of each system so that each layout is among them: what is tried without the whole matrix."""
+    tried: collections.Counter[str] = collections.Counter()
+    chosen = set()
+    for name, system in SYSTEMS.items():
+        for layout in sorted(system.layouts, key=lambda layout: (tried[layout], LAYOUTS[layout].ranks))[:_TRIED_ALWAYS]:
+            tried[layout] += 1
+            chosen.add((name, layout))
+    return chosen
+
+
+_ALWAYS = _spread_over_layouts()
+_CASES = [
+    pytest.param(name, layout, marks=[] if (name, layout) in _ALWAYS else pytest.mark.matrix)
+    for name, system in SYSTEMS.items()
+    for layout in system.layouts
+]
 
 
 @pytest.fixture(scope="module")
@@ -149,37 +254,45 @@ class Runs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._run = f"{_RUN} --data-path {write_corpus(folder / 'corpus')}"
-        self._worlds: dict[tuple[str, int], list[History] | AssertionError] = {}
+        self._worlds: dict[tuple[str, tuple[str, ...]], list[History] | AssertionError] = {}
 
     @functools.cache  # noqa: B019
     def reference(self, system: str) -> History:
         """Return the uninterrupted run of a single process, which saves after its first step."""
         lines = [
-            f"{self._run} {SYSTEMS[system].flags} {optimizer} --save {self._checkpoint(system, optimizer)} "
+            f"{self._line(system)} {optimizer} --save {self._checkpoint(system, optimizer)} "
             "--save-interval 1 --exit-interval 1"
             for optimizer in (_OFF, Layout.optimizer)
         ]
-        return run_ranks(1, train_all, [*lines, f"{self._run} {SYSTEMS[system].flags}"])[0][-1]
+        return run_ranks(1, train_all, [*lines, self._line(system)])[0][-1]
+
+    def _line(self, system: str) -> str:
+        run = self._run if SYSTEMS[system].experts else dense(self._run)
+        return f"{run} {SYSTEMS[system].flags}"
 
     def of(self, system: str, layout: str) -> History:
         """Return the run of a layout that loads the reference's checkpoint, as the last rank reports it."""
-        ranks = LAYOUTS[layout].ranks
-        names = [name for name in SYSTEMS[system].layouts if LAYOUTS[name].ranks == ranks]
-        if (system, ranks) not in self._worlds:
-            self._worlds[system, ranks] = self._outcome(system, ranks)
-        outcome = self._worlds[system, ranks]
+        ranks, is_always = LAYOUTS[layout].ranks, (system, layout) in _ALWAYS
+        names = tuple(
+            name
+            for name in SYSTEMS[system].layouts
+            if LAYOUTS[name].ranks == ranks and ((system, name) in _ALWAYS) == is_always
+        )
+        if (system, names) not in self._worlds:
+            self._worlds[system, names] = self._outcome(system, names)
+        outcome = self._worlds[system, names]
         if isinstance(outcome, AssertionError):
             raise outcome
         return outcome[names.index(layout)]
 
-    def _outcome(self, system: str, ranks: int) -> list[History] | AssertionError:
+    def _outcome(self, system: str, names: tuple[str, ...]) -> list[History] | AssertionError:
         self.reference(system)
         lines = [
-            f"{self._run} {SYSTEMS[system].flags} {layout.flags} {layout.optimizer} "
+            f"{self._line(system)} {layout.flags} {layout.optimizer} "
             f"--load {self._checkpoint(system, layout.optimizer)}"
-            for layout in map(LAYOUTS.__getitem__, SYSTEMS[system].layouts)
-            if layout.ranks == ranks
+            for layout in map(LAYOUTS.__getitem__, names)
         ]
+        ranks = LAYOUTS[names[0]].ranks
         try:
             return run_ranks(ranks, train_all, lines)[-1]
         except AssertionError as failure:  # said by each test of this world, and not tried again
@@ -197,6 +310,9 @@ def test_losses_and_gradient_norms_equal_the_single_process(runs: Runs, system: 
     assert history.losses == pytest.approx(reference.losses[1:], rel=_TOLERANCE)
     assert history.grad_norms == pytest.approx(reference.grad_norms[1:], rel=_TOLERANCE)
     assert history.steps == reference.steps[1:]
+    # The first line of a run counts towards its second, as in Megatron's log.
+    for figures, expected in zip(history.figures[2:], reference.figures[3:], strict=True):
+        assert figures == pytest.approx(expected, rel=_TOLERANCE)
 
 
 def test_a_world_that_is_used_again_trains_as_a_fresh_one() -> None:

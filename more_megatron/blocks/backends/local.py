@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -115,7 +116,10 @@ class LocalAttention(DotProductAttention):
         )
 
     def _random_state(self) -> Any:
-        # As in Megatron: heads are split over ranks, so each rank draws its own dropout.
+        # As in Megatron: heads are split over ranks, so each rank draws its own dropout. Under sequence parallelism the
+        # decoder has forked already, and recomputation, which forks once, would draw other numbers in a second fork.
+        if self.config.sequence_parallel:
+            return contextlib.nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
 
 

@@ -53,7 +53,12 @@ class MoREMoE(nn.Module):
     Args:
         config: Model configuration.
         layer_idx: Index of the layer, from 0.
+
+    Attributes:
+        reads_former: Whether routing depends on the logits of the pass before, in a layer that is repeated.
     """
+
+    reads_former = False
 
     def __init__(self, config: Config, layer_idx: int) -> None:
         super().__init__()
@@ -68,19 +73,24 @@ class MoREMoE(nn.Module):
         """Create the routed experts."""
         self.experts: nn.Module = FeedForwardExperts(self.config)
 
-    def forward(self, x: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> tuple[Tensor, Tensor]:
         """Route, compute and combine.
 
         Args:
             x: Normed hidden states, [b, s, h].
             context: What the layer knows about the call.
             memory: The layer's part of the cache.
+            former: Router logits of the pass before, in a layer that is repeated.
 
         Returns:
             Output, [b, s, h], and router logits, [b, s, N].
         """
-        logits = self.gate(x)
+        logits = self.decide(x, *former)
         return self.mix(x, logits, context, memory), logits
+
+    def decide(self, x: Tensor, *former: Tensor) -> Tensor:
+        """Return the router logits, [b, s, N], given those of the pass before if there was one."""
+        return self.gate(x)
 
     def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
         """Return the output, [b, s, h], of the experts that the logits, [b, s, N], choose."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FIELDS", "Config", "Field", "check_fields", "complete_fields"]
+__all__ = ["FIELDS", "LOGIT_EMA", "Config", "Field", "check_fields", "complete_fields"]
 
 Config = Any
 """A `MoREConfig`, or whatever has its fields as attributes. The class itself imports the systems."""
@@ -134,6 +134,10 @@ FIELDS: dict[str, Field] = {
     "use_cache": Field(bool, True, "Whether calls return a cache.", of_calls=True),
     "tie_word_embeddings": _switch(False, "Whether input and output embeddings are one."),
 }
+
+
+# Of systems whose routers are asked in every step.
+LOGIT_EMA = Field(float, 0.0, "Weight of the former logits in the routing of a step.", low=0.0, high=1.0)
 
 
 def complete_fields(fields: Mapping[str, Field], given: Mapping[str, Any]) -> dict[str, Any]:

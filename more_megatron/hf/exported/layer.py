@@ -42,22 +42,27 @@ class MoRELayer(GradientCheckpointingLayer):
         """Return the attention."""
         return MoREAttention(self.config)
 
-    def forward(self, hidden_states: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, ...]:
+    def forward(
+        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
+    ) -> tuple[Tensor, ...]:
         """Return hidden states, [b, s, h], and the logits of each routing decision, [b, s, N].
 
         Args:
             hidden_states: Input, [b, s, h].
             context: What the layer knows about the call.
             memory: The layer's part of the cache, in a loop that of this pass.
+            former: The logits that the layer returned in the pass before, if there was one.
         """
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, memory)
-        return self.transform(hidden_states, context, memory)
+        return self.transform(hidden_states, context, memory, *former)
 
-    def transform(self, hidden_states: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, ...]:
+    def transform(
+        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
+    ) -> tuple[Tensor, ...]:
         """Return what follows attention: hidden states and the logits of each routing decision."""
-        output, *logits = self.feed_forward(self.post_attention_layernorm(hidden_states), context, memory)
+        output, *logits = self.feed_forward(self.post_attention_layernorm(hidden_states), context, memory, *former)
         return (hidden_states + output, *logits)
 
-    def feed_forward(self, x: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, ...]:
+    def feed_forward(self, x: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> tuple[Tensor, ...]:
         """Return the output of MLP or experts, and the logits of the routing decision where there is one."""
-        return self.mlp(x, context, memory) if self.is_moe else (self.mlp(x),)
+        return self.mlp(x, context, memory, *former) if self.is_moe else (self.mlp(x),)

@@ -161,13 +161,13 @@ class MoREModel(MoREPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        scale = self.system.embedding_scale(self.config)
-        hidden_states = hidden_states if scale == 1.0 else hidden_states * scale
         num_steps = self.config.mean_recurrence if num_steps is None else _checked_steps(num_steps)
         cache = self._cache(past_key_values if cache is None else cache, use_cache, num_steps)
         context = self._context(hidden_states, attention_mask, position_ids, cache, num_steps, input_states, init_scale)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(context.positions)
+        scale = self.system.embedding_scale(self.config)
+        hidden_states = hidden_states if scale == 1.0 else hidden_states * scale
         context = dataclasses.replace(context, embeddings=hidden_states)
         trace = Trace(*self._asked(output_hidden_states, output_router_logits))
         groups = self.system.groups(self.config)

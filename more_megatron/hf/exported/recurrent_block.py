@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +14,12 @@ from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config, Field
 from .grouped import grouped_linear
+from .initialization import layers_passed, takase_normal
 from .norms import rms_norm
 from .rotary import Rotation, rotate
 from .routing import Routing
 
-__all__ = ["BlockRows", "MixingMoE", "RecurrentBlock", "block_width", "takase_normal"]
+__all__ = ["BlockRows", "MixingMoE", "RecurrentBlock", "block_width"]
 
 
 def block_width(hidden_sizes: int) -> Field:
@@ -29,20 +29,6 @@ def block_width(hidden_sizes: int) -> Field:
         return hidden_sizes * found["hidden_size"]
 
     return Field(int, default, "Width of the MLP in a recurrent block.", low=1)
-
-
-def takase_normal(config: Config, weight: Tensor, into_stream: bool) -> None:
-    """Draw a weight as Takase et al. (arXiv 2312.16903), as used in Huginn (arXiv 2502.05171, section 4).
-
-    Args:
-        config: Model configuration.
-        weight: What is drawn.
-        into_stream: Whether its output is added to the state, so that its size depends on the depth.
-    """
-    std = math.sqrt(2.0 / (5.0 * config.hidden_size))
-    if into_stream:
-        std /= math.sqrt(2.0 * config.num_hidden_layers * config.mean_recurrence)
-    nn.init.trunc_normal_(weight, std=std, a=-3.0 * std, b=3.0 * std)
 
 
 @dataclass(frozen=True)
@@ -113,7 +99,7 @@ class RecurrentBlock(nn.Module):
         elif name.startswith("norm"):
             weight.fill_(1.0)
         else:
-            takase_normal(self.config, weight, into_stream=name in ("proj", "fc2"))
+            takase_normal(self.config, weight, layers_passed(self.config) if name in ("proj", "fc2") else None)
 
     def forward(self, x: Tensor, state: Tensor, rows: BlockRows, num_steps: int) -> Tensor:
         """Return the last state, [rows, h], given what is injected in every step and the first, [rows, h] each."""

@@ -7,9 +7,10 @@ from torch import Tensor
 from .cache import Memory
 from .context import CallContext
 from .experts import MoREMoE
-from .fields import Field
+from .fields import LOGIT_EMA, Field
 from .interface import System
 from .layer import MoRELayer
+from .routing import averaged_logits
 
 __all__ = ["SYSTEM"]
 
@@ -19,7 +20,9 @@ class IteratedLayer(MoRELayer):
 
     mlp: MoREMoE
 
-    def transform(self, hidden_states: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, ...]:
+    def transform(
+        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
+    ) -> tuple[Tensor, ...]:
         """Return hidden states and the logits of each step."""
         if not self.is_moe:
             return super().transform(hidden_states, context, memory)
@@ -27,15 +30,10 @@ class IteratedLayer(MoRELayer):
         decisions: list[Tensor] = []
         for _ in range(context.num_steps):
             normed = self.post_attention_layernorm(hidden_states)
-            decisions.append(self._logits(normed, decisions))
+            decisions.append(averaged_logits(self.config, self.mlp.gate(normed), *decisions[-1:]))
             output = self.mlp.mix(normed, decisions[-1], context, memory)
             hidden_states = hidden_states + (output if scale == 1.0 else output * scale)
         return (hidden_states, *decisions)
-
-    def _logits(self, x: Tensor, before: list[Tensor]) -> Tensor:
-        """Return the router's logits, averaged over steps: l_t = beta l_{t-1} + (1 - beta) W s_t, and l_0 = W s_0."""
-        logits, beta = self.mlp.gate(x), self.config.router_logit_ema
-        return beta * before[-1] + (1.0 - beta) * logits if before and beta > 0.0 else logits
 
 
 class RecurrentMoE(System):
@@ -44,7 +42,7 @@ class RecurrentMoE(System):
     layer_class = IteratedLayer
     fields = {  # noqa: RUF012
         "residual_scale": Field(float, 1.0, "Factor on what a step adds to the residual stream."),
-        "router_logit_ema": Field(float, 0.0, "Weight of the former logits in the routing.", low=0.0, high=1.0),
+        "router_logit_ema": LOGIT_EMA,
     }
 
 

@@ -8,7 +8,19 @@ from torch.nn import functional as F
 
 from .fields import Config
 
-__all__ = ["MoRERouter", "Routing", "router_scores"]
+__all__ = ["MoRERouter", "Routing", "averaged_logits", "router_scores"]
+
+
+def averaged_logits(config: Config, logits: Tensor, *former: Tensor) -> Tensor:
+    """Return logits averaged over steps: l_t = beta l_{t-1} + (1 - beta) W s_t, and l_0 = W s_0.
+
+    Args:
+        config: Model configuration; `router_logit_ema` is beta.
+        logits: Those of this step, [b, s, N].
+        former: Those of the step before, if there was one.
+    """
+    beta = config.router_logit_ema
+    return beta * former[0] + (1.0 - beta) * logits if former and beta > 0.0 else logits
 
 
 def router_scores(config: Config, logits: Tensor) -> Tensor:

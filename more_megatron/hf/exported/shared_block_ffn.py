@@ -11,8 +11,9 @@ from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config
 from .grouped import grouped_linear
+from .initialization import layers_passed, takase_normal
 from .interface import System
-from .recurrent_block import BlockRows, RecurrentBlock, block_width, takase_normal
+from .recurrent_block import BlockRows, RecurrentBlock, block_width
 from .routing import Routing
 
 __all__ = ["SYSTEM"]
@@ -30,7 +31,7 @@ class LightExperts(nn.Module):
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
         """Draw a new weight as the training code does."""
-        takase_normal(self.config, weight, into_stream=name == "fc2")
+        takase_normal(self.config, weight, layers_passed(self.config) if name == "fc2" else None)
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h]."""

@@ -93,14 +93,19 @@ def run_stack(
         if group.norm_first:
             hidden_states = norm(hidden_states)
 
-        def run_pass(hidden_states: Tensor, step: int, group: Group = group) -> Tensor:
+        former: dict[int, list[Tensor]] = {}
+
+        def run_pass(
+            hidden_states: Tensor, step: int, group: Group = group, former: dict[int, list[Tensor]] = former
+        ) -> Tensor:
             for layer_idx in group.layers:
                 trace.see_states(hidden_states)
                 layer: Any = layers[layer_idx]
                 place = memory.at(f"layers.{layer_idx}")
                 place = place if group.loop is None else place.at(f"pass.{step}")
-                hidden_states, *logits = layer(hidden_states, context, place)
-                trace.see_logits(logits, layer_idx, step, layer.routers)
+                before = former.get(layer_idx, ()) if getattr(layer.mlp, "reads_former", False) else ()
+                hidden_states, *former[layer_idx] = layer(hidden_states, context, place, *before)
+                trace.see_logits(former[layer_idx], layer_idx, step, layer.routers)
             return hidden_states
 
         hidden_states = (

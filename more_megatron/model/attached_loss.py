@@ -1,0 +1,45 @@
+"""Losses that are attached to the backward pass where they arise, on whatever pipeline stage that is.
+
+Megatron's way for the losses of its routers. It scales them where a model has experts only, so that a model without
+any asks for the scale itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+from more_megatron.config import MoREConfig
+
+__all__ = ["attach_mean", "scale_attached_losses"]
+
+
+def attach_mean(
+    activation: torch.Tensor, loss: torch.Tensor, *, ranks: int, tokens: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Return the activation, whose backward pass is one of the loss as well.
+
+    Args:
+        activation: Anything that the language-modelling loss depends on.
+        loss: A mean over this rank's tokens times its coefficient, a scalar.
+        ranks: Number of tensor- and context-parallel ranks between which the tokens of a micro-batch are split.
+        tokens: Number of this rank's tokens where the run calculates its loss by token; None where it does not.
+    """
+    loss = loss / ranks
+    if tokens is not None:
+        # Megatron divides all gradients by the tokens of the batch: what is a mean already is multiplied by them.
+        loss = loss * tokens * ranks
+    return MoEAuxLossAutoScaler.apply(activation, loss)
+
+
+def scale_attached_losses(config: MoREConfig, micro_batches: int) -> None:
+    """Scale what is attached as Megatron scales the language-modelling loss of a micro-batch.
+
+    Args:
+        config: Model configuration.
+        micro_batches: Number of micro-batches of the step.
+    """
+    scale = torch.ones(1, device=torch.cuda.current_device())
+    if config.grad_scale_func is not None:
+        scale = config.grad_scale_func(scale)
+    MoEAuxLossAutoScaler.set_loss_scale(scale if config.calculate_per_token_loss else scale / micro_batches)

@@ -1,0 +1,183 @@
+"""MoEUT: a group of layers repeated, SwitchHead attention and sigma-MoE in peri-layernorm layers.
+
+Csordas et al., arXiv 2405.16039. `--num-layers` is the size of the group, `--recurrence-steps` how often it runs.
+"""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from more_megatron.errors import MoREError
+from more_megatron.flags import MoREFlags, flag
+from more_megatron.systems.base import DEPTH, System
+
+if TYPE_CHECKING:
+    from more_megatron.config import MoREConfig
+    from more_megatron.model.stack import Layer, Stack
+
+__all__ = ["SYSTEM"]
+
+
+@dataclass
+class MoEUTFlags:
+    """The experts of attention heads, and how the use of all experts is balanced."""
+
+    switchhead_num_experts: int = 8
+    """Experts of each attention head for its values, and as many for its outputs. 1: dense, with gated heads."""
+
+    switchhead_topk: int = 2
+    """Experts for values, and for outputs, that a head uses for a token."""
+
+    switchhead_balance_coeff: float = 0.001
+    """Coefficient of the entropy of the routers of attention heads, of values and of outputs each."""
+
+    switchhead_expert_dropout: float = 0.0
+    """Probability that an attention head cannot choose an expert for a token."""
+
+    moeut_balance_coeff: float = 0.01
+    """Coefficient of the entropy of the routers of MoE layers."""
+
+    moeut_expert_dropout: float = 0.0
+    """Probability that a token cannot choose an expert of an MoE layer."""
+
+    def check(self) -> None:
+        """Check the fields.
+
+        Raises:
+            MoREError: If one is out of range.
+        """
+        if self.switchhead_num_experts < 1:
+            raise MoREError(f"--switchhead-num-experts {self.switchhead_num_experts} must be at least 1")
+        if not self._is_dense and not 1 <= self.switchhead_topk <= self.switchhead_num_experts:
+            raise MoREError(
+                f"--switchhead-topk {self.switchhead_topk} must be from 1 to --switchhead-num-experts "
+                f"{self.switchhead_num_experts}"
+            )
+        for name in ("switchhead_balance_coeff", "moeut_balance_coeff"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise MoREError(f"{flag(name)} {getattr(self, name)} must be at least 0")
+        for name in ("switchhead_expert_dropout", "moeut_expert_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise MoREError(f"{flag(name)} {getattr(self, name)} must be from 0 to below 1")
+
+    @property
+    def _is_dense(self) -> bool:
+        return self.switchhead_num_experts == 1
+
+
+class MoEUT(System):
+    """A group of peri-layernorm layers repeated; its increments of the first steps are constants."""
+
+    name = "moeut"
+    summary = "a group of layers repeated: SwitchHead attention, sigma-MoE"
+    reads = DEPTH
+    Flags = MoEUTFlags
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "normalization": "LayerNorm",
+        "rotary_percent": 0.5,
+        "moe_ffn_hidden_size": 128,
+        "moe_shared_expert_intermediate_size": 0,
+        "moe_router_score_function": "sigmoid",
+    }
+
+    @property
+    def repeats_router(self) -> bool:
+        """Whether its routers are asked in every step."""
+        return True
+
+    def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
+        """Yield what is wrong with flags that were given and that the system, under these settings, never reads."""
+        yield from super().without_effect(flags, given)
+        if getattr(flags, "switchhead_num_experts", None) != 1:
+            return
+        for name in sorted(given & {name for name in self.own_flags() if name.startswith("switchhead")}):
+            if name != "switchhead_num_experts":
+                yield f"{flag(name)} has no effect while --switchhead-num-experts is 1: leave it out"
+
+    def refusals(self, config: "MoREConfig") -> Iterator[str]:
+        """Yield what the system cannot do of what `config` asks for."""
+        from more_megatron.blocks.refusals import expert_refusals, loop_refusals
+
+        yield from loop_refusals(config)
+        yield from expert_refusals(config, ffn_hidden_size=None)
+        yield from _layer_refusals(config)
+
+    def losses(self, config: "MoREConfig") -> tuple[str, ...]:
+        """Return the names of losses that are logged: minus the entropies, at least -log of the number of experts."""
+        heads = () if config.switchhead_num_experts == 1 else ("value_balance_loss", "output_balance_loss")
+        return ("expert_balance_loss", *heads)
+
+    def figures(self, config: "MoREConfig") -> tuple[str, ...]:
+        """Return the names of figures that its parts record."""
+        from more_megatron.blocks.head_experts import head_figures
+
+        return () if config.switchhead_num_experts == 1 else head_figures(config.max_steps)
+
+    def stack(self, config: "MoREConfig") -> "Stack":
+        """Return the layers of the whole model."""
+        from more_megatron.blocks.backends import final_norm
+        from more_megatron.model.initialization import uniform_head
+        from more_megatron.model.loops import ResidualLoop
+        from more_megatron.model.stack import Group, Stack
+
+        layers = (_layer(config),) * config.num_layers
+        groups = (Group(layers, ResidualLoop()),)
+        return Stack(config, groups, final_norm(config), head_bias=True, initialization=uniform_head(config))
+
+
+def _layer(config: "MoREConfig") -> "Layer":
+    from more_megatron.blocks.peri_layer import peri_layer_spec
+    from more_megatron.blocks.sigma_moe import SigmaExperts, SigmaRouter, sigma_experts_cost
+    from more_megatron.blocks.switchhead import switchhead_cost
+    from more_megatron.model.costs import Cost, linear_cost, mlp_cost
+    from more_megatron.model.stack import Layer
+
+    experts, topk = config.switchhead_num_experts, config.switchhead_topk
+    attention: dict[str, Any] = {
+        "num_experts": experts,
+        "topk": topk,
+        "balance_coeff": config.switchhead_balance_coeff,
+        "expert_dropout": config.switchhead_expert_dropout,
+    }
+    router = functools.partial(SigmaRouter, expert_dropout=config.moeut_expert_dropout)
+    spec = peri_layer_spec(
+        config,
+        attention=attention,
+        moe_parts={"router": router, "experts": SigmaExperts},
+        balance_coeff=config.moeut_balance_coeff,
+    )
+
+    def cost(seq_length: int) -> Cost:
+        norms = (4 if config.normalization == "LayerNorm" else 2) * config.hidden_size
+        moe = sigma_experts_cost(config) + linear_cost(config.hidden_size, config.num_moe_experts)
+        if config.moe_shared_expert_intermediate_size is not None:
+            moe += mlp_cost(config, config.moe_shared_expert_intermediate_size)
+        return switchhead_cost(config, experts, topk, seq_length) + moe + Cost(norms, norms)
+
+    return Layer(spec, cost)
+
+
+def _layer_refusals(config: "MoREConfig") -> Iterator[str]:
+    if config.num_moe_experts is None:
+        yield "is a mixture of experts: give --num-experts"
+    if config.moe_layer_freq not in (1, [1] * config.num_layers):
+        yield "has experts in every layer: leave out --moe-layer-freq"
+    if config.num_query_groups != config.num_attention_heads:
+        yield "gives every head keys and values of its own: leave out --group-query-attention"
+    recomputed = config.recompute_modules if config.recompute_granularity == "selective" else None
+    if "layernorm" in (recomputed or ()):
+        yield "keeps its norms, which several parts read: leave layernorm out of --recompute-modules"
+    for name, is_set in (
+        ("--qk-layernorm", config.qk_layernorm),
+        ("--qk-l2-norm", config.qk_l2_norm),
+        ("--add-qkv-bias", config.add_qkv_bias),
+        ("--attention-output-gate", config.attention_output_gate),
+        ("--fine-grained-activation-offloading", config.fine_grained_activation_offloading),
+    ):
+        if is_set:
+            yield f"has an attention of its own, which does not know {name}: leave it out"
+
+
+SYSTEM = MoEUT()

@@ -1,0 +1,237 @@
+"""Universal Transformer (Dehghani et al., arXiv 1807.03819) as a causal language model, as Tensor2Tensor computes it.
+
+    s <- s + Pos + Time_t,   s <- s + MHA(LN s),   s <- s + FFN(LN s)
+
+One group of layers is repeated, with position and time signals in front of every pass. Each position halts by itself.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from more_megatron.errors import MoREError
+from more_megatron.flags import MoREFlags, flag
+from more_megatron.systems.base import DEPTH, REPEATED_ROUTER, System
+from more_megatron.systems.export import (
+    ATTENTION,
+    DENSE_WITH_BIASES,
+    MODEL,
+    MOE,
+    SANDWICH,
+    STATES_OF_MODEL,
+    STATES_OF_SANDWICH,
+    Row,
+)
+
+if TYPE_CHECKING:
+    from more_megatron.config import MoREConfig
+    from more_megatron.model.stack import Stack
+
+__all__ = ["SYSTEM"]
+
+# Read only while positions halt.
+_OF_HALTING = ("halting_epsilon", "halting_output", "ponder_coeff")
+
+
+@dataclass
+class UniversalFlags:
+    """How positions halt, and the forms of the layer."""
+
+    halting: Literal["act", "none"] = "act"
+    """How positions of a Universal Transformer end: each by itself, after at most --recurrence-max-steps (default:
+    --recurrence-steps) in training and --recurrence-eval-steps in evaluation; or none, all after as many steps as other
+    recurrences take."""
+
+    halting_epsilon: float = 0.01
+    """A position halts when the sum of its halting probabilities exceeds one minus this."""
+
+    halting_output: Literal["accumulated", "basic"] = "accumulated"
+    """Output of a position: the sum of its states, weighted by the halting probabilities; or, as in Tensor2Tensor, in
+    every step moved by the weight towards the new state."""
+
+    ponder_coeff: float = 0.01
+    """Coefficient of the ponder cost: steps until a position halts plus the remainder of its probabilities."""
+
+    universal_post_norm: bool = False
+    """Norms behind the residual sums, as in the paper, not in front of attention and feed-forward part."""
+
+    universal_time_signal: Literal["learned", "sinusoid"] = "learned"
+    """Signal of the number of the step: a learned table, or the sinusoid, which has no largest step."""
+
+    @property
+    def mean_steps(self) -> int:
+        """Number of steps in training: the limit, where positions halt by themselves."""
+        flags: Any = self
+        if self.halting == "act" and flags.recurrence_max_steps is not None:
+            return flags.recurrence_max_steps
+        return super().mean_steps  # type: ignore[misc]
+
+    def check(self) -> None:
+        """Check the fields, and settle what Megatron has no flag for.
+
+        Raises:
+            MoREError: If one is out of range.
+        """
+        import torch
+        from megatron.core.utils import init_method_normal
+
+        if not 0.0 <= self.halting_epsilon < 1.0:
+            raise MoREError(f"--halting-epsilon {self.halting_epsilon} must be from 0 to below 1")
+        if not 0.0 <= self.ponder_coeff < float("inf"):
+            raise MoREError(f"--ponder-coeff {self.ponder_coeff} must be at least 0")
+        config: Any = self
+        # What Megatron takes where no flag names another.
+        if config.activation_func is torch.nn.functional.gelu:
+            config.activation_func = torch.nn.functional.relu
+        if config.embedding_init_method_std == config.init_method_std:
+            config.embedding_init_method = init_method_normal(config.hidden_size**-0.5)
+
+
+class UniversalTransformer(System):
+    """A group of layers of the original transformer, repeated until each position has halted."""
+
+    name = "universal"
+    summary = "Universal Transformer: a shared layer with position and time signals, ACT halting"
+    reads = DEPTH | REPEATED_ROUTER
+    Flags = UniversalFlags
+    activation = "relu"
+    defaults: ClassVar[Mapping[str, Any]] = {
+        "num_experts": None,
+        "untie_embeddings_and_output_weights": False,
+        "position_embedding_type": "none",
+        "normalization": "LayerNorm",
+        "norm_epsilon": 1e-6,
+        "swiglu": False,
+    }
+
+    def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
+        """Yield what is wrong with flags that were given and that the system, under these settings, never reads."""
+        own: Any = flags
+        if own.halting == "none":
+            for name in sorted(given & set(_OF_HALTING)):
+                yield f"{flag(name)} has no effect while --halting is none: give act, or leave the flag out"
+        else:
+            yield from _without_effect_on_halting(own, given)
+            given = given - {"recurrence_max_steps"}
+        yield from super().without_effect(flags, given)
+
+    def refusals(self, config: "MoREConfig") -> Iterator[str]:
+        """Yield what the system cannot do of what `config` asks for."""
+        from more_megatron.blocks.refusals import loop_refusals
+
+        own: Any = config
+        yield from loop_refusals(config)
+        if config.add_bias_linear:
+            yield "has biases in its feed-forward part as it is, and none elsewhere: leave out --enable-bias-linear"
+        if config.hidden_size % 2 != 0:
+            yield f"has as many sines as cosines in its signals: --hidden-size {config.hidden_size} must be even"
+        if own.universal_time_signal == "learned" and config.evaluation_steps > config.max_steps:
+            yield (
+                f"learns a time signal for the {config.max_steps} steps of training: lower --recurrence-eval-steps "
+                f"{config.evaluation_steps}, train with more, or give --universal-time-signal sinusoid"
+            )
+
+    def stack(self, config: "MoREConfig") -> "Stack":
+        """Return the layers of the whole model."""
+        from more_megatron.blocks.backends import final_norm
+        from more_megatron.blocks.classic_layers import classic_layers
+        from more_megatron.model.halting import Halting
+        from more_megatron.model.loops import ResidualLoop
+        from more_megatron.model.signals import Signals
+        from more_megatron.model.stack import Group, Stack
+
+        own: Any = config
+        halting = Halting(own.halting_epsilon, own.halting_output == "accumulated", own.ponder_coeff)
+        loop = ResidualLoop(
+            signals=Signals(config.max_steps if own.universal_time_signal == "learned" else None),
+            halting=halting if own.halting == "act" else None,
+        )
+        return Stack(
+            config,
+            (Group(classic_layers(config, post_norm=own.universal_post_norm), loop),),
+            norm=None if own.universal_post_norm else final_norm(config),
+            embedding_scale=math.sqrt(config.hidden_size),
+        )
+
+    def figures(self, config: "MoREConfig") -> tuple[str, ...]:
+        """Return the names of figures that its parts record."""
+        from more_megatron.model.halting import HALTING_FIGURES
+
+        own: Any = config
+        return HALTING_FIGURES if own.halting == "act" else ()
+
+    def config_fields(self, args: Any) -> dict[str, Any]:
+        """Return the fields of config.json that it alone has, given a run's arguments."""
+        flags: Any = self.flags(args)
+        return {
+            "halting": flags.halting,
+            "halting_epsilon": flags.halting_epsilon,
+            "halting_output": flags.halting_output,
+            "ponder_coef": flags.ponder_coeff,
+            "time_signal": flags.universal_time_signal,
+            "training_steps": flags.max_steps,
+            "post_norm": flags.universal_post_norm,
+        }
+
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that `config_fields` were made from."""
+        return {
+            "halting": config["halting"],
+            "halting_epsilon": config["halting_epsilon"],
+            "halting_output": config["halting_output"],
+            "ponder_coeff": config["ponder_coef"],
+            "universal_time_signal": config["time_signal"],
+            "universal_post_norm": config["post_norm"],
+            "recurrence_steps": config["training_steps"],
+        }
+
+    def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows outside of layers."""
+        rows = [row for row in MODEL if not (config["post_norm"] and "final_layernorm" in row.megatron)]
+        if config["time_signal"] == "learned":
+            rows.append(Row("decoder.loops.0.signals.time", "model.loops.0.time", "T h"))
+        if config["halting"] == "act":
+            rows.append(Row("decoder.loops.0.halting.weight", "model.loops.0.halting.weight", "1 h"))
+            rows.append(Row("decoder.loops.0.halting.bias", "model.loops.0.halting.bias", "1"))
+        return tuple(rows)
+
+    def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
+        """Return the rows of a layer, numbered from 0."""
+        feed_forward = (*MOE, *self.expert_rows) if config["moe_layers"][layer] else DENSE_WITH_BIASES
+        rows = (*ATTENTION, *feed_forward)
+        return (*filter(_is_no_norm_in_front, rows), *SANDWICH) if config["post_norm"] else rows
+
+    def model_states(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the modules outside of layers that ask a checkpoint for a state beside their parameters."""
+        return () if config["post_norm"] else STATES_OF_MODEL
+
+    def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
+        """Return the modules of a layer that ask a checkpoint for a state beside their parameters."""
+        states = super().layer_states(config, layer)
+        if not config["post_norm"]:
+            return states
+        return (*(name for name in states if name != "pre_mlp_layernorm"), *STATES_OF_SANDWICH)
+
+    def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Return sizes of its own that rows name."""
+        return {"T": config["training_steps"]}
+
+
+def _is_no_norm_in_front(row: Row) -> bool:
+    return not row.hf.startswith(("input_layernorm.", "post_attention_layernorm."))
+
+
+def _without_effect_on_halting(flags: Any, given: Set[str]) -> Iterator[str]:
+    """Yield the flags of depth that were given and mean nothing where each position chooses its own."""
+    unread = {"recurrence_sampling"} if flags.recurrence_sampling != "fixed" else set()
+    if flags.recurrence_max_steps is not None:
+        unread |= {"recurrence_steps", "recurrence_curriculum"}
+    for name in sorted(unread & given):
+        yield (
+            f"{flag(name)} has no effect while each position halts by itself, after at most --recurrence-max-steps: "
+            "leave it out, or give --halting none"
+        )
+
+
+SYSTEM = UniversalTransformer()
