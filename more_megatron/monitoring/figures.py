@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import torch
 
-__all__ = ["Figures", "record_figure", "report_to"]
+__all__ = ["Figures", "are_recorded", "record_figure", "report_to"]
 
 
 class Figures:
@@ -77,6 +77,11 @@ def report_to(figures: Figures | None) -> None:
     """Make `record_figure` add to these figures from now on; None: to none."""
     global _figures
     _figures = figures
+
+
+def are_recorded() -> bool:
+    """Return whether the run reports figures: what is computed for them alone need not be if it does not."""
+    return _figures is not None
 
 
 def record_figure(name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:

@@ -41,7 +41,14 @@ def _state_dict_with_steps(self: DistributedOptimizer) -> dict[str, Any]:
         self.init_state_fn(self.optimizer, self.config)
         for state in self.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
-    return _STATE_DICT(self)
+    if HAVE_APEX_OR_TE or len(self.optimizer.state) > 0:
+        return _STATE_DICT(self)
+    # A pipeline stage without experts has an optimizer of none of their parameters, and may be the one that saves.
+    self.optimizer.state["no parameter"] = {"step": torch.tensor(getattr(get_args(), "curr_iteration", -1) + 1.0)}
+    try:
+        return _STATE_DICT(self)
+    finally:
+        del self.optimizer.state["no parameter"]
 
 
 def _load_state_dict_with_own_steps(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
