@@ -1,5 +1,6 @@
 # make quickstart   text, tokenizer, data, training, resume: the whole way, in minutes, on two cores
-# make test         the tests
+# make test         the tests, with each layout tried on some systems and each system under some layouts
+# make test-all     the whole matrix of systems and layouts besides
 # make lint         ruff and mypy
 # make clean        remove what these made, except the virtual environment; `make distclean` removes that too
 
@@ -14,13 +15,16 @@ IS_NEW_ENOUGH = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_inf
 TOO_OLD = MoRE needs Python 3.12 or newer, $(or $(PYTHON),python3) is $(or $(PYTHON_VERSION),not there): \
 install Python 3.12, or name it with `make PYTHON=/path/to/python3.12`
 
-.PHONY: quickstart test lint clean distclean
+.PHONY: quickstart test test-all lint clean distclean
 
 quickstart: $(STAMP)
 	@$(BIN)/python tools/quickstart.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --all
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

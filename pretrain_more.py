@@ -1,11 +1,17 @@
 """Pretrain a MoRE model: `torchrun pretrain_more.py ...`, with Megatron's flags and the MoRE group."""
 
 import time
+from contextlib import ExitStack
 
 _PROGRAM_START = time.time()
 
 # The processes that write checkpoints read this file as well, and need nothing of it.
 if __name__ == "__main__":
+    from more_megatron.lifetime import end_with_launcher, forks_end_with_this
+
+    end_with_launcher()
+    forks_end_with_this()
+
     from more_megatron.errors import one_line_errors
     from more_megatron.platform import initialize_platform
 
@@ -17,12 +23,12 @@ if __name__ == "__main__":
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from more_megatron.training.arguments import parse_arguments
-    from more_megatron.training.checkpoints import check_checkpoint, guard_checkpoints
+    from more_megatron.training.checkpoints import check_checkpoint
     from more_megatron.training.data_checks import check_data
     from more_megatron.training.datasets import DatasetsProvider
     from more_megatron.training.forward import forward_step
     from more_megatron.training.model import model_config_from_args
-    from more_megatron.training.output_folders import check_output_folders
+    from more_megatron.training.output_folders import check_output_folders, lock_save_folder
     from more_megatron.training.reporting import prepare_reports
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
@@ -30,12 +36,13 @@ if __name__ == "__main__":
         args = parse_arguments(platform)
         model_config = model_config_from_args(args)
         check_data(args)
-        check_checkpoint(args)
         check_output_folders(args)
+        save_folder = ExitStack()
+        save_folder.enter_context(lock_save_folder(args))
+        check_checkpoint(args)
         prepare_reports(model_config.transformer, args)
-    guard_checkpoints()
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    with one_line_errors("pretrain_more.py"):
+    with one_line_errors("pretrain_more.py"), save_folder:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             DatasetsProvider(model_config.transformer),

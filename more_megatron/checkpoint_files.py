@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import json
 import os
-import pickle
 import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
 from more_megatron.errors import MoREError
+from more_megatron.pickles import read_metadata
 
 __all__ = [
     "checkpoint_to_load",
@@ -19,8 +22,10 @@ __all__ = [
     "content_fault",
     "fault",
     "is_whole",
+    "newest_clean_iteration",
     "newest_complete_iteration",
     "repair_tracker",
+    "unnamed_iteration",
 ]
 
 _TRACKER = "latest_checkpointed_iteration.txt"
@@ -28,7 +33,7 @@ _RELEASE = "release"
 
 
 def checkpoint_to_load(folder: Path, step: int | None) -> Path | None:
-    """Return the checkpoint that Megatron loads from a folder, None if there is none.
+    """Return the checkpoint that a run loads from a folder, None if there is none.
 
     Args:
         folder: The folder that `--load` names.
@@ -36,10 +41,41 @@ def checkpoint_to_load(folder: Path, step: int | None) -> Path | None:
     """
     if step is not None:
         return _iteration_folder(folder, step)
+    unnamed = unnamed_iteration(folder)
+    return _named_checkpoint(folder) if unnamed is None else _iteration_folder(folder, unnamed)
+
+
+def unnamed_iteration(folder: Path) -> int | None:
+    """Return the iteration of a checkpoint that was complete when a kill kept its name out of the tracker file.
+
+    It is later than the one that is named there, and was completed later: one that was not is of a run that
+    `--ckpt-step` left behind.
+    """
+    named = _named_checkpoint(folder)
+    for iteration in sorted(_iterations(folder), reverse=True):
+        checkpoint = _iteration_folder(folder, iteration)
+        if checkpoint == named:
+            return None
+        if named is not None and named.name != _RELEASE and checkpoint.name < named.name:
+            return None
+        if fault(checkpoint) is None and _completion_time(checkpoint) >= _completion_time(named):
+            return iteration
+    return None
+
+
+def _named_checkpoint(folder: Path) -> Path | None:
     entry = _read_tracker(folder)
     if entry == _RELEASE:
         return folder / _RELEASE
     return _iteration_folder(folder, int(entry)) if entry is not None and entry.isdecimal() else None
+
+
+def _completion_time(checkpoint: Path | None) -> int:
+    # metadata.json is written last.
+    try:
+        return (checkpoint / "metadata.json").stat().st_mtime_ns if checkpoint is not None else 0
+    except OSError:
+        return 0
 
 
 def newest_complete_iteration(folder: Path, before: int | None = None) -> int | None:
@@ -53,6 +89,31 @@ def newest_complete_iteration(folder: Path, before: int | None = None) -> int | 
         if (before is None or iteration < before) and fault(_iteration_folder(folder, iteration)) is None:
             return iteration
     return None
+
+
+def newest_clean_iteration(folder: Path, before: int | None = None) -> int | None:
+    """Return the iteration of the newest complete checkpoint whose parameters are all finite, None if there is none.
+
+    It reads them.
+    """
+    complete = newest_complete_iteration(folder, before)
+    while complete is not None and not _is_finite(_iteration_folder(folder, complete)):
+        complete = newest_complete_iteration(folder, before=complete)
+    return complete
+
+
+def _is_finite(checkpoint: Path) -> bool:
+    metadata = read_metadata(checkpoint)
+    for index, info in (metadata.storage_data or {}).items():
+        is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
+        if not is_tensor or index.fqn.startswith(("optimizer.", "chained_")):
+            continue
+        with open(checkpoint / info.relative_path, "rb") as file:
+            file.seek(info.offset)
+            tensor = torch.load(io.BytesIO(file.read(info.length)), weights_only=True, map_location="cpu")
+        if not bool(tensor.isfinite().all()):
+            return False
+    return True
 
 
 def repair_tracker(folder: Path) -> None:
@@ -108,6 +169,8 @@ def fault(checkpoint: Path) -> str | None:
         return "metadata.json is missing or not JSON, as after a save that did not finish"
     try:
         sizes = _expected_sizes(checkpoint)
+    except MoREError as error:
+        return str(error)
     except Exception:  # whatever a damaged pickle raises
         return ".metadata is missing or cannot be read"
     for name, size in sorted(sizes.items()):
@@ -160,10 +223,8 @@ def _expected_sizes(checkpoint: Path) -> dict[str, int]:
 
 def _pieces(checkpoint: Path) -> dict[str, list[Any]]:
     """Return by data file where each tensor of it begins and how long it is, as the checkpoint's index says."""
-    with open(checkpoint / ".metadata", "rb") as file:
-        metadata = pickle.load(file)
     pieces: dict[str, list[Any]] = {}
-    for info in metadata.storage_data.values():
+    for info in (read_metadata(checkpoint).storage_data or {}).values():
         pieces.setdefault(info.relative_path, []).append(info)
     return pieces
 

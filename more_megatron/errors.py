@@ -9,13 +9,19 @@ import time
 import traceback
 from collections.abc import Iterator
 
-__all__ = ["MoREError", "one_line_errors"]
+__all__ = ["MoREError", "last_line", "one_line_errors"]
 
 _PATIENCE_SECONDS = 10.0
 
 
 class MoREError(ValueError):
     """A wrong flag, file, checkpoint or layout. The message says what, where and how to mend it."""
+
+
+def last_line(error: BaseException) -> str:
+    """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else 'no further message'}"
 
 
 def _message(error: BaseException) -> str:

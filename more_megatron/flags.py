@@ -29,7 +29,7 @@ def flag(name: str) -> str:
 class MoREFlags:
     """What a MoRE system adds to a Megatron model: which system it is, and how its recurrence runs."""
 
-    more_variant: str = "recurrent_moe"
+    more_variant: str = ""
     """System to train: a name from the systems table of README.md."""
 
     recurrence_steps: int | None = None

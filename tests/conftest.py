@@ -23,6 +23,21 @@ initialize_platform()
 _WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext-2"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the switch to the whole matrix of systems and layouts."""
+    parser.addoption("--all", action="store_true", help="also the tests that `make test-all` adds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `matrix`, unless all is asked for or it is named."""
+    if config.getoption("--all") or any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("matrix") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked `gpu` where there is no GPU."""
     if item.get_closest_marker("gpu") is not None and not torch.cuda.is_available():

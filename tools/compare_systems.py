@@ -132,7 +132,7 @@ def _report(args: argparse.Namespace, results: list[Result]) -> str:
                 f"{result.parameters[0]:.2f}",
                 f"{result.parameters[1]:.2f}",
                 f"{result.flops:.2f}",
-                f"{result.log.tokens_per_second(128):,.0f}",
+                f"{result.log.tokens_per_second():,.0f}",
                 f"{validations[-1]:.3f}",
                 f"{result.log.iterations[0].loss - validations[-1]:.3f}",
                 *(f"{result.losses[depth]:.3f}" if depth in result.losses else "-" for depth in args.depths),

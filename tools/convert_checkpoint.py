@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.systems.forms import names
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -24,6 +25,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     to_hf.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of the checkpoint (default: the newest)")
     to_hf.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weights file (default: 5GB)"
+    )
+    to_hf.add_argument(
+        "--format", default="more", metavar="F", help=f"more, or a form that others publish: {', '.join(names())}"
     )
     tokenizer = to_hf.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer-model", metavar="M", help="where the tokenizer is, if it has moved")
@@ -76,6 +80,7 @@ def _run(args: argparse.Namespace) -> list[str]:
             tokenizer_model=args.tokenizer_model,
             verify=args.verify,
             progress=not args.no_progress,
+            form=None if args.format == "more" else args.format,
         )
     )
 

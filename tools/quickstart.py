@@ -231,7 +231,7 @@ def _reason(lines: list[str]) -> str:
 def _summary(logs: list[TrainingLog], folder: Path, source: str) -> str:
     first, second = logs
     start, last, validation = first.iterations[0], second.iterations[-1], second.validations[-1]
-    speeds = [f"{log.tokens_per_second(_SEQUENCE_LENGTH):,.0f}" for log in logs]
+    speeds = [f"{log.tokens_per_second():,.0f}" for log in logs]
     rows = {
         "text": source,
         "first training loss": f"{start.loss:.3f}",

@@ -18,7 +18,11 @@ _MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 _SEQUENCES = re.compile(r"global batch size: +(\d+)")
 _LOSS = re.compile(r"lm loss: (\S+)")
 _STEPS = re.compile(r"recurrence steps: (\S+)")
-_VALIDATION = re.compile(r"validation loss at iteration (\d+).*?lm loss value: (\S+) \| lm loss PPL: (\S+)")
+_VALIDATION = re.compile(
+    # Logs of Megatron itself call the loss on the test set validation, too.
+    r"validation loss at iteration (\d+)\b(?! on test set).*?lm loss value: (\S+) \| lm loss PPL: (\S+)"
+)
+_SEQUENCE_LENGTH = re.compile(r"(?<!\w)seq_length \.+ (\d+)")
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,22 @@ class Validation:
 
 @dataclass
 class TrainingLog:
-    """The iteration and validation lines of a run, in order."""
+    """What a run says, in order.
+
+    Attributes:
+        iterations: Iteration lines.
+        validations: Validation lines; not those of the test set.
+        sequence_length: Tokens of a sequence, 0 where the log does not list the run's arguments.
+    """
 
     iterations: list[Iteration] = field(default_factory=list)
     validations: list[Validation] = field(default_factory=list)
+    sequence_length: int = 0
 
-    def tokens_per_second(self, sequence_length: int) -> float:
+    def tokens_per_second(self) -> float:
         """Return the median over the lines; the first stands aside, since the first step of a process warms up."""
         lines = self.iterations[1:] or self.iterations
-        return statistics.median(1000 * line.sequences * sequence_length / line.milliseconds for line in lines)
+        return statistics.median(1000 * line.sequences * self.sequence_length / line.milliseconds for line in lines)
 
 
 def read_iteration(line: str) -> Iteration | None:
@@ -102,4 +113,6 @@ def read_log(lines: Iterable[str]) -> TrainingLog:
             log.iterations.append(iteration)
         if validation:
             log.validations.append(validation)
+        if listed := _SEQUENCE_LENGTH.search(line):
+            log.sequence_length = int(listed[1])
     return log

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import signal
 from multiprocessing.managers import SyncManager
 from typing import Any
 
+from more_megatron.lifetime import end_with_starter
 from more_megatron.platform import Platform, select_platform
 from more_megatron.platform.packages import silence_absent_package_warnings
 
@@ -44,7 +44,7 @@ class PickledQueue:
 
 
 def results_queue(mp_mode: str = "spawn") -> PickledQueue:
-    """Return the queue over which writers report, kept by a process that does not end at a SIGTERM.
+    """Return the queue over which writers report, kept by a process that ends with this one, and not at a SIGTERM.
 
     Args:
         mp_mode: How that process is started.
@@ -52,7 +52,7 @@ def results_queue(mp_mode: str = "spawn") -> PickledQueue:
     global _queue
     if _queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-        manager.start(initializer=signal.signal, initargs=(signal.SIGTERM, signal.SIG_IGN))
+        manager.start(initializer=end_with_starter)
         # What a manager hands out holds on to it, and with it to its process.
         _queue = PickledQueue(manager.Queue())
     return _queue
@@ -63,13 +63,17 @@ def async_loop(*args: Any) -> None:
 
     It runs in a process that starts anew, without the stand-ins of the one that started it.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_starter()
+    from more_megatron.platform.stand_in import install
+
     if select_platform() is Platform.CPU:
         silence_absent_package_warnings()
         from more_megatron.platform.cuda_stand_ins import TORCH_CUDA
-        from more_megatron.platform.stand_in import install
 
         install(TORCH_CUDA)
+    from more_megatron.platform.failed_writes import WRITERS
+
+    install(WRITERS)
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     PersistentAsyncCaller.async_loop(*args)

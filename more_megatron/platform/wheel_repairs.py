@@ -14,6 +14,11 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.training import get_args, training
 
 from more_megatron.platform.checkpoint_writer import async_loop, results_queue
+from more_megatron.platform.checkpointing import CHECKPOINTING
+from more_megatron.platform.failed_writes import CALLERS, WRITERS
+from more_megatron.platform.finite import FINITE
+from more_megatron.platform.param_groups import take_saved_schedule, with_current_schedule
+from more_megatron.platform.reports import REPORTS
 from more_megatron.platform.stand_in import StandIn
 
 __all__ = ["WHEEL_REPAIRS"]
@@ -36,24 +41,32 @@ _FILTER_PARAM_GROUPS = MegatronOptimizer._filter_and_reorder_param_groups
 
 
 def _state_dict_with_steps(self: DistributedOptimizer) -> dict[str, Any]:
-    """Return the state dict, giving an optimizer that has not stepped yet the state it is about to load into."""
-    if not HAVE_APEX_OR_TE and len(self.optimizer.state) == 0:
+    """Return the state dict, giving an optimizer without any state a step count.
+
+    One that has not stepped yet gets the state it is about to load into. One without parameters, as that of experts
+    on a pipeline stage without any, never steps: its count is the number of training steps.
+    """
+    if HAVE_APEX_OR_TE or len(self.optimizer.state) > 0:
+        return _STATE_DICT(self)
+    if any(group["params"] for group in self.optimizer.param_groups):
         self.init_state_fn(self.optimizer, self.config)
         for state in self.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
-    if HAVE_APEX_OR_TE or len(self.optimizer.state) > 0:
         return _STATE_DICT(self)
-    # A pipeline stage without experts has an optimizer of none of their parameters, and may be the one that saves.
-    self.optimizer.state["no parameter"] = {"step": torch.tensor(getattr(get_args(), "curr_iteration", -1) + 1.0)}
+    taken = getattr(get_args(), "curr_iteration", -1) + 1
+    self.optimizer.state["of no parameter"] = {"step": torch.tensor(float(taken))}
     try:
         return _STATE_DICT(self)
     finally:
-        del self.optimizer.state["no parameter"]
+        del self.optimizer.state["of no parameter"]
 
 
 def _load_state_dict_with_own_steps(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
-    """Load, then give each parameter a step of its own instead of one tensor that all of them count up."""
-    _LOAD_STATE_DICT(self, state_dict)
+    """Load under any schedule, then give each parameter a step of its own, not one tensor that all count up."""
+    saved = state_dict["optimizer"]["param_groups"]
+    groups = with_current_schedule(self.optimizer.param_groups, saved)
+    _LOAD_STATE_DICT(self, {**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
+    take_saved_schedule(self.optimizer.param_groups, saved)
     if not HAVE_APEX_OR_TE:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
@@ -65,8 +78,9 @@ def _set_states_but_step(self: DistributedOptimizer, model_param: torch.Tensor, 
 
 
 def _filter_param_groups(current_groups: list[dict], saved_groups: list[dict]) -> list[dict]:
-    """Match groups as Megatron does, but number the parameters of this rank, not of the rank that saved."""
-    groups = _FILTER_PARAM_GROUPS(current_groups, saved_groups)
+    """Match groups under any schedule, and number the parameters of this rank, not of the rank that saved."""
+    groups = _FILTER_PARAM_GROUPS(current_groups, with_current_schedule(current_groups, saved_groups))
+    take_saved_schedule(groups, saved_groups)
     first = 0
     for group, current in zip(groups, current_groups, strict=True):
         group["params"] = list(range(first, first + len(current["params"])))
@@ -82,17 +96,6 @@ def _training_log(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -
     iteration = args[3]
     comes_anyway = iteration % get_args().log_interval == 0
     return _TRAINING_LOG(*args, is_first_iteration=is_first_iteration and not comes_anyway, **kwargs)
-
-
-_EVALUATE_AND_PRINT_RESULTS = training.evaluate_and_print_results
-
-
-def _evaluate_and_print_results(*args: Any, **kwargs: Any) -> Any:
-    """Evaluate as Megatron does, with the length of a single full validation set in a list as it expects."""
-    arguments = get_args()
-    if arguments.full_validation and isinstance(arguments.eval_iters, int):
-        arguments.eval_iters = [arguments.eval_iters]
-    return _EVALUATE_AND_PRINT_RESULTS(*args, **kwargs)
 
 
 WHEEL_REPAIRS = (
@@ -132,7 +135,7 @@ WHEEL_REPAIRS = (
         "megatron.core.optimizer.optimizer:MegatronOptimizer",
         "_filter_and_reorder_param_groups",
         staticmethod(_filter_param_groups),
-        "parameters keep the numbers of the rank that saved, which are others under another layout",
+        "parameters keep the numbers of the rank that saved, and groups are matched by their learning rates",
         "core/optimizer/optimizer.py",
         "group['params'] = params",
     ),
@@ -143,14 +146,6 @@ WHEEL_REPAIRS = (
         "losses of the first line are averaged into the second: a resumed run prints others than an uninterrupted one",
         "training/training.py",
         "should_reset = not is_first_iteration",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "evaluate_and_print_results",
-        _evaluate_and_print_results,
-        "full validation takes the number of iterations for a list, which it is only with several validation sets",
-        "training/training.py",
-        "args.eval_iters = eval_iters[0] if not args.multiple_validation_sets else eval_iters",
     ),
     StandIn(
         "megatron.core.dist_checkpointing.strategies.filesystem_async",
@@ -168,4 +163,9 @@ WHEEL_REPAIRS = (
         "core/dist_checkpointing/strategies/async_utils.py",
         "torch.cuda.set_device(rank % torch.cuda.device_count())",
     ),
+    *REPORTS,
+    *CHECKPOINTING,
+    *FINITE,
+    *WRITERS,
+    *CALLERS,
 )

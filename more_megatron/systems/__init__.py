@@ -6,16 +6,18 @@ PyTorch, nor does a `System` until it is asked for its layers.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import pkgutil
 
 from more_megatron.errors import MoREError
+from more_megatron.flags import MoREFlags
 from more_megatron.systems.base import System
 
-__all__ = ["System", "get_system", "names", "systems"]
+__all__ = ["System", "default_name", "flag_names", "get_system", "names", "systems"]
 
-_INTERFACE = ("base", "export")
+_INTERFACE = ("base", "export", "forms")
 
 
 @functools.cache
@@ -35,6 +37,17 @@ def get_system(name: str) -> System:
         raise MoREError(f"--more-variant {name} does not exist: choose one of {', '.join(names())}")
     system: System = importlib.import_module(f"{__name__}.{name}").SYSTEM
     return system
+
+
+def default_name() -> str:
+    """Return the name of the system that is trained if none is named."""
+    return next((name for name, system in systems().items() if system.is_default), names()[0])
+
+
+def flag_names() -> frozenset[str]:
+    """Return the fields of the MoRE group: those that systems share, and those that each alone reads."""
+    shared = frozenset(field.name for field in dataclasses.fields(MoREFlags))
+    return shared.union(*(system.own_flags() for system in systems().values()))
 
 
 def systems() -> dict[str, System]:

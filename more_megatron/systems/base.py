@@ -55,6 +55,9 @@ class System:
     summary: ClassVar[str]
     """What it is, in one line."""
 
+    is_default: ClassVar[bool] = False
+    """Whether it is the one that is trained if none is named."""
+
     reads: ClassVar[frozenset[str]] = frozenset()
     """Fields of `MoREFlags` that have an effect on it, `more_variant` aside."""
 
@@ -66,6 +69,9 @@ class System:
 
     block_width: ClassVar[int | None] = None
     """Default width of the MLP in its recurrent block, in hidden sizes; None without such a block."""
+
+    activation: ClassVar[str] = "gelu"
+    """Activation function, by its name in transformers, where no flag of Megatron's names another."""
 
     mixes_tokens: ClassVar[bool] = False
     """Whether the tokens that were sent to an expert depend on each other."""

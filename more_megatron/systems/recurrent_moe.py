@@ -22,6 +22,7 @@ class RecurrentMoE(System):
 
     name = "recurrent_moe"
     summary = "the MoE sub-layer iterated: `h <- h + scale * MoE(norm(h))`, the router sees each state"
+    is_default = True
     reads = DEPTH | REPEATED_ROUTER | {"recurrence_residual_scale"}
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -13,11 +12,12 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args
 
 from more_megatron.errors import MoREError
-from more_megatron.flags import MoREFlags, flag
+from more_megatron.flags import MoREFlags
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
-from more_megatron.systems import get_system, systems
+from more_megatron.systems import default_name, flag_names, get_system, systems
 from more_megatron.training.flag_checks import check_flags
+from more_megatron.training.stored_flags import given_flags, take_stored_flags
 
 __all__ = ["parse_arguments"]
 
@@ -88,7 +88,6 @@ def parse_arguments(platform: Platform) -> argparse.Namespace:
 
 def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argparse.ArgumentParser:
     group = _add_group(parser)
-    own = frozenset(action.dest for action in group._group_actions)
     for option, (dest, value) in _WAYS_BACK.items():
         group.add_argument(option, dest=dest, action="store_const", const=value, help=f"Set {dest} to {value}.")
     parser.set_defaults(**_SHARED_DEFAULTS, **_PLATFORM_DEFAULTS[platform])
@@ -98,8 +97,8 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
     for action in parser._actions:
         action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
     parser.error = _error  # type: ignore[method-assign]
-    parser.set_defaults(**get_system(_asked_system()).defaults)
-    parse = functools.partial(_parse, parser.parse_args, own)
+    parser.set_defaults(more_variant=default_name())
+    parse = functools.partial(_parse, parser.parse_args)
     parser.parse_args = parse  # type: ignore[method-assign, assignment]
     return parser
 
@@ -114,12 +113,11 @@ def _add_group(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return group
 
 
-def _asked_system() -> str:
-    """Return the system that the command line names, or the default: other defaults depend on it."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--more-variant", default=MoREFlags.more_variant)
-    parser.error = _error  # type: ignore[method-assign]
-    return parser.parse_known_args()[0].more_variant
+def _set_defaults(args: argparse.Namespace, given: set[str]) -> None:
+    """Give arguments that the command line does not set the defaults of the system."""
+    for name, value in get_system(args.more_variant).defaults.items():
+        if name not in given:
+            setattr(args, name, value)
 
 
 def _installed_defaults() -> dict[str, Any]:
@@ -139,19 +137,18 @@ def _error(message: str) -> NoReturn:
     raise MoREError(message)
 
 
-def _parse(parse_args: Callable[..., argparse.Namespace], own: frozenset[str], *arguments: Any) -> argparse.Namespace:
-    """Parse, check, and complete the flags whose default depends on another flag.
-
-    Args:
-        parse_args: The parser's own method.
-        own: Fields of the MoRE group.
-        arguments: Of the call.
-    """
+def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
+    """Parse, check, and complete the flags whose default depends on a system, a checkpoint or another flag."""
     args = parse_args(*arguments)
+    given = given_flags(parse_args.__self__)  # type: ignore[attr-defined]
+    asked, is_described_by_checkpoint = args.more_variant, args.use_checkpoint_args
+    _set_defaults(args, given)
+    take_stored_flags(args, given)
+    if args.more_variant != asked and not is_described_by_checkpoint:
+        _set_defaults(args, given | flag_names())
     check_flags(args)
-    given = {name for name in own if any(word.partition("=")[0] == flag(name) for word in sys.argv[1:])}
     system = get_system(args.more_variant)
-    for fault in system.without_effect(system.flags(args), given):
+    for fault in system.without_effect(system.flags(args), given & flag_names()):
         raise MoREError(fault)
     _complete(args)
     return args

@@ -1,20 +1,15 @@
-"""Checkpoints around a run: checked before any rank loads one, saved where nothing is in the way."""
+"""Checkpoints checked before any rank loads one."""
 
 from __future__ import annotations
 
 import argparse
-import warnings
-from collections.abc import Callable
+import re
 from pathlib import Path
-from typing import Any
 
-from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-from megatron.training import training
-from torch.distributed.checkpoint import CheckpointException
+from megatron.training import get_tokenizer
 
 from more_megatron.checkpoint_files import (
     checkpoint_to_load,
-    clear_for_save,
     content_fault,
     fault,
     newest_complete_iteration,
@@ -22,8 +17,11 @@ from more_megatron.checkpoint_files import (
 )
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
+from more_megatron.systems import flag_names
+from more_megatron.training.data_checks import tokenizer_hash
+from more_megatron.training.stored_flags import checkpoint_source, stored_arguments
 
-__all__ = ["check_checkpoint", "guard_checkpoints"]
+__all__ = ["check_checkpoint"]
 
 # Arguments that decide which tensors a model has, and of which shape.
 _ARCHITECTURE = (
@@ -51,75 +49,49 @@ _ARCHITECTURE = (
 )
 
 
+# Fields of Megatron's configuration that say how something is computed, not what.
+_HOW = re.compile(
+    r"backend|capacity_factor_c|checkpoint|comm|cuda_graph|deepep|dispatcher|fusi|fuse|gemm|hybridep|impl|inference|log"
+    r"|ncclep|num_query_groups|offload|overlap|pad_|padding|parallel|pipeline|quantizer|recompute|saved_act|stash|test_mode"
+)
+_ALSO_WHAT = ("seed", "seq_length", "rotary_base", "rotary_percent")
+
+
 def check_checkpoint(args: argparse.Namespace) -> None:
-    """Check the checkpoint that `--load` names, if there is one.
+    """Check the checkpoint that `--load` names, or else `--pretrained-checkpoint`, if there is one.
 
     Rank 0 checks that all of it is there and that it is of this run. Each rank checks the content of some files. A
     tracker file that a kill left empty or unwritten is mended.
 
     Args:
-        args: Validated arguments.
+        args: Validated arguments. They get the tokenizer's hash and size, which checkpoints hold from now on.
 
     Raises:
-        MoREError: If the checkpoint is damaged or incomplete, or is one of another architecture; or if there is none
-            and `--load` is not where the run saves.
+        MoREError: If the checkpoint is damaged or incomplete, or is one of another architecture or tokenizer; or if
+            there is none and `--load` is not where the run saves.
     """
-    if args.load is None or args.ckpt_format != "torch_dist":
+    args.tokenizer_sha256 = tokenizer_hash(args)
+    args.tokenizer_vocab_size = get_tokenizer().vocab_size
+    if args.ckpt_format != "torch_dist":
         return
-    folder = Path(args.load)
-    if args.ckpt_step is None and args.rank == 0:
-        repair_tracker(folder)
-    checkpoint = checkpoint_to_load(folder, args.ckpt_step)
-    if args.rank == 0:
-        _check_whole(args, folder, checkpoint)
-    if checkpoint is not None:
-        _refuse(folder, checkpoint, content_fault(checkpoint, args.rank, args.world_size))
-
-
-def _check_whole(args: argparse.Namespace, folder: Path, checkpoint: Path | None) -> None:
-    if checkpoint is None:
+    if args.load is not None and args.ckpt_step is None and args.rank == 0:
+        repair_tracker(Path(args.load))
+    source = checkpoint_source(args)
+    if source is None:
         # The same command starts a run and resumes it.
-        if args.load != args.save:
-            raise MoREError(f"there is no checkpoint in --load {folder}: name another folder, or leave it out")
+        if args.load is not None and args.load != args.save:
+            raise MoREError(f"there is no checkpoint in --load {args.load}: name another folder, or leave it out")
         return
-    _refuse(folder, checkpoint, fault(checkpoint))
-    saved = _saved_arguments(checkpoint)
-    if saved is not None:
-        _check_architecture(checkpoint, saved, args)
-        _check_optimizer(checkpoint, saved, args)
-
-
-def guard_checkpoints() -> None:
-    """Make `pretrain` end with one line where it cannot read a checkpoint, and save only into folders that are new."""
-    training.load_checkpoint = _one_line_on_failure(training.load_checkpoint)
-    training.save_checkpoint = _into_a_new_folder(training.save_checkpoint)
-
-
-def _one_line_on_failure(load: Callable[..., Any]) -> Callable[..., Any]:
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return load(*args, **kwargs)
-        except (Exception, CheckpointException, SystemExit) as error:
-            detail = _last_line(error)
-            remedy = "load an older one with --ckpt-step, or MORE_TRACEBACK=1 shows where it failed"
-            if "OptimizerParamScheduler" in detail:
-                remedy = "--override-opt-param-scheduler takes the schedule that the flags describe"
-            raise MoREError(
-                f"the checkpoint in {training.get_args().load} cannot be loaded: {detail}; {remedy}"
-            ) from error
-
-    return load_checkpoint
-
-
-def _into_a_new_folder(save: Callable[..., Any]) -> Callable[..., Any]:
-    def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        arguments = training.get_args()
-        # Other ranks write only after they have exchanged plans with rank 0.
-        if arguments.rank == 0 and arguments.ckpt_format == "torch_dist" and not kwargs.get("non_persistent_ckpt"):
-            clear_for_save(Path(arguments.save), iteration)
-        return save(iteration, *args, **kwargs)
-
-    return save_checkpoint
+    folder, checkpoint = source
+    if args.rank == 0:
+        _refuse(folder, checkpoint, fault(checkpoint))
+        saved = stored_arguments(checkpoint)
+        if saved is not None:
+            _check_architecture(checkpoint, saved, args)
+            _check_tokenizer(checkpoint, saved, args)
+            _check_optimizer(checkpoint, saved, args)
+            _warn_of_changes(checkpoint, saved, args)
+    _refuse(folder, checkpoint, content_fault(checkpoint, args.rank, args.world_size))
 
 
 def _refuse(folder: Path, checkpoint: Path, found: str | None) -> None:
@@ -135,25 +107,6 @@ def _refuse(folder: Path, checkpoint: Path, found: str | None) -> None:
         else f"--ckpt-step {complete} loads the newest complete one beside it"
     )
     raise MoREError(f"checkpoint {checkpoint} is damaged: {found}; {remedy}")
-
-
-def _last_line(error: BaseException) -> str:
-    """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no further message'}"
-
-
-def _saved_arguments(checkpoint: Path) -> argparse.Namespace | None:
-    try:
-        with warnings.catch_warnings():
-            # That it loads on one rank is meant.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            return load_common_state_dict(str(checkpoint)).get("args")
-    except (Exception, CheckpointException) as error:  # whatever damaged content raises
-        raise MoREError(
-            f"checkpoint {checkpoint} is damaged: its arguments cannot be read ({_last_line(error)}); "
-            "load an older one with --ckpt-step"
-        ) from error
 
 
 def _check_architecture(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:
@@ -183,3 +136,35 @@ def _check_optimizer(checkpoint: Path, saved: argparse.Namespace, args: argparse
                 f"the optimizer state of checkpoint {checkpoint} does not fit: {former}; "
                 "give it the former value, or --no-load-optim to start without that state"
             )
+
+
+def _check_tokenizer(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Refuse another tokenizer: its ids would be read with the embeddings of others, or cut the embedding."""
+    was, now = getattr(saved, "tokenizer_vocab_size", None), args.tokenizer_vocab_size
+    if was is None:  # A checkpoint that does not say it, from its padded size: at most so many, at least so many.
+        padded = getattr(saved, "padded_vocab_size", None) or now
+        multiple = getattr(saved, "make_vocab_size_divisible_by", 1) * getattr(saved, "tensor_model_parallel_size", 1)
+        was = now if padded - multiple < now <= padded else padded
+    was_file, now_file = getattr(saved, "tokenizer_sha256", None), args.tokenizer_sha256
+    if was == now and (None in (was_file, now_file) or was_file == now_file):
+        return
+    model = f"{getattr(saved, 'tokenizer_type', None)} {getattr(saved, 'tokenizer_model', None) or ''}".rstrip()
+    raise MoREError(
+        f"checkpoint {checkpoint} was trained with another tokenizer: {model} of {was} tokens, and now "
+        f"{args.tokenizer_type} {args.tokenizer_model or ''} of {now}; give it the former tokenizer or another --load"
+    )
+
+
+def _warn_of_changes(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Say what the model computes otherwise than when it was saved, and what the schedule counts otherwise."""
+    fields = [name for name in sorted(flag_names()) if not _HOW.search(name)]
+    changes = [
+        f"{flag(name.removeprefix('layer'))} was {getattr(saved, name)} and is {getattr(args, name)} now"
+        for name in (*fields, *_ALSO_WHAT)
+        if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
+    ]
+    was, now = getattr(saved, "global_batch_size", None), args.global_batch_size
+    if was is not None and was != now and checkpoint.name != "release" and not args.finetune:
+        changes.append(f"--global-batch-size was {was} and is {now} now, and the schedule counts samples")
+    for change in dict.fromkeys(changes):
+        print(f"WARNING: {checkpoint}: {change}", flush=True)

@@ -17,7 +17,7 @@ from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from more_megatron.errors import MoREError
 from more_megatron.training.datasets import data_blends
 
-__all__ = ["check_data"]
+__all__ = ["check_data", "tokenizer_hash"]
 
 _SPLITS = ("training", "validation", "test")
 _REMOTE = ("s3://", "msc://")
@@ -40,13 +40,14 @@ def check_data(args: argparse.Namespace) -> None:
         raise MoREError("there are no data to train on: give --data-path, or --mock-data for random tokens")
     local = [[prefix for prefix in blend if not prefix.startswith(_REMOTE)] for blend in blends]
     for prefixes in local:
-        check_datasets(prefixes, vocab_size=get_tokenizer().vocab_size, tokenizer_sha256=_tokenizer_hash(args))
+        check_datasets(prefixes, vocab_size=get_tokenizer().vocab_size, tokenizer_sha256=tokenizer_hash(args))
     if args.split is not None:
         for prefix in local[0]:
             _check_split(prefix, args)
 
 
-def _tokenizer_hash(args: argparse.Namespace) -> str | None:
+def tokenizer_hash(args: argparse.Namespace) -> str | None:
+    """Return the hash of the files of the run's tokenizer, None if it has none."""
     options = TokenizerOptions(
         args.tokenizer_type, args.tokenizer_model, vocab_file=args.vocab_file, merge_file=args.merge_file
     )

@@ -55,7 +55,9 @@ def check_flags(args: argparse.Namespace) -> None:
         MoREError: If a flag is wrong; the message names it and says how to mend it.
     """
     get_system(args.more_variant)
-    if args.use_checkpoint_args or args.yaml_cfg is not None:  # The flags are not all there yet.
+    if args.use_checkpoint_args:
+        raise MoREError("--use-checkpoint-args needs a checkpoint in --load: leave it out, or name another folder")
+    if args.yaml_cfg is not None:  # The flags are not all there yet.
         return
     for check in (_positive, _required, _shapes, _experts, _layout, _backend, _files, _unsupported):
         for fault in check(args):

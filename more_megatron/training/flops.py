@@ -6,11 +6,11 @@ import argparse
 from typing import Any
 
 from megatron.core.num_microbatches_calculator import get_num_microbatches
-from megatron.training import training
 
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import DepthSampler
+from more_megatron.platform.reports import count_flops_with
 from more_megatron.systems import get_system
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]
@@ -21,12 +21,11 @@ def count_recurrence(config: MoREConfig) -> None:
 
     Megatron's own count knows its architectures only, and no recurrence. The baseline keeps it.
     """
-    if get_system(config.more_variant).recurrent:
 
-        def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
-            return step_flops(config, args, batch_size)
+    def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
+        return step_flops(config, args, batch_size)
 
-        training.num_floating_point_operations = count
+    count_flops_with(count if get_system(config.more_variant).recurrent else None)
 
 
 def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) -> float:
@@ -37,12 +36,8 @@ def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) ->
         args: Megatron's arguments; `curr_iteration` says which step it is.
         batch_size: Sequences of the step.
     """
-    sampler = DepthSampler(config)
-    per_step = config.recurrence_sampling_unit == "step"
-    micro_batches = range(1 if per_step else get_num_microbatches())
-    depths = [sampler.draw(getattr(args, "curr_iteration", 0), index) for index in micro_batches]
-    no_grad_steps = sum(depth.no_grad_steps for depth in depths) / len(depths)
-    grad_steps = sum(depth.grad_steps for depth in depths) / len(depths)
+    step = getattr(args, "curr_iteration", 0)
+    no_grad_steps, grad_steps = DepthSampler(config).means(step, get_num_microbatches())
     return batch_size * args.seq_length * _cost(config, args).training_flops(no_grad_steps, grad_steps)
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import tempfile
 from pathlib import Path
 
+from more_megatron.checkpoint_lock import only_trainer
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
 
-__all__ = ["check_output_folders"]
+__all__ = ["check_output_folders", "lock_save_folder"]
 
 _FOLDERS = ("save", "tensorboard_dir", "data_cache_path", "wandb_save_dir")
 
@@ -35,3 +37,13 @@ def check_output_folders(args: argparse.Namespace) -> None:
                 f"{flag(name)} {folder} is not a folder that can be written to ({error.strerror}): "
                 "name another or change its permissions"
             ) from error
+
+
+def lock_save_folder(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Keep other runs out of the folder that `--save` names. Rank 0 does so for all.
+
+    Raises:
+        MoREError: If another run writes into it.
+    """
+    saves = args.rank == 0 and args.save and not args.skip_train
+    return only_trainer(Path(args.save)) if saves else contextlib.nullcontext()

@@ -19,6 +19,8 @@ _SECOND = (
 _VALIDATION = (
     " validation loss at iteration 120 on validation set | lm loss value: 5.5E+00 | lm loss PPL: 2.446919E+02 | "
 )
+_TEST = _VALIDATION.replace("validation", "test").replace("5.5E", "9.5E")
+_OLD_TEST = _VALIDATION.replace("on validation set", "on test set").replace("5.5E", "9.5E")
 
 
 def test_iteration_line() -> None:
@@ -40,7 +42,8 @@ def test_lines_that_begin_inside_another_and_lines_of_others() -> None:
 
 
 def test_whole_log() -> None:
-    log = read_log(["> platform: cpu\n", _FIRST, _SECOND, "----", _VALIDATION])
+    arguments = ["  decoder_seq_length .............................. None", "  seq_length ...................... 64"]
+    log = read_log(["> platform: cpu\n", *arguments, _FIRST, _SECOND, "----", _VALIDATION, "----", _TEST, _OLD_TEST])
     assert [iteration.number for iteration in log.iterations] == [1, 10]
     assert (log.validations[-1].iteration, log.validations[-1].loss) == (120, 5.5)
-    assert log.tokens_per_second(128) == 8 * 128 / 0.5
+    assert log.tokens_per_second() == 8 * 64 / 0.5

@@ -119,6 +119,23 @@ def _layernorm(variant: str) -> Case:
     )
 
 
+_UNIVERSAL = {
+    "num_moe_experts": None,
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-6,
+    "gated_linear_unit": False,
+    "activation_func": torch.nn.functional.gelu,
+}
+_UNIVERSAL_IN_TRANSFORMERS = {
+    "moe_layers": [False] * LAYERS,
+    "norm_type": "layernorm",
+    "norm_eps": 1e-6,
+    "gated_mlp": False,
+    "hidden_act": "relu",
+    "position_embedding": "none",
+    "tie_word_embeddings": True,
+}
+
 CASES = (
     *(make(variant) for variant in SYSTEMS for make in (_top1, _top2)),
     Case(
@@ -253,6 +270,31 @@ CASES = (
             "norm_type": "layernorm",
         },
     ),
+    *(
+        Case(
+            f"{time}, {'behind' if post_norm else 'in front'}, {halting}",
+            "universal",
+            {
+                **_UNIVERSAL,
+                "universal_time_signal": time,
+                "universal_post_norm": post_norm,
+                **({"halting": "none"} if halting == "none" else {"halting_output": halting}),
+            },
+            {"position_embedding_type": "none", "share_embeddings_and_output_weights": True},
+            {
+                **_UNIVERSAL_IN_TRANSFORMERS,
+                "time_signal": time,
+                "post_norm": post_norm,
+                **({"halting": "none"} if halting == "none" else {"halting_output": halting}),
+            },
+        )
+        for time, post_norm, halting in (
+            ("learned", False, "accumulated"),
+            ("learned", True, "none"),
+            ("sinusoid", True, "accumulated"),
+            ("sinusoid", False, "basic"),
+        )
+    ),
     _layernorm("shared_block"),
     _layernorm("shared_block_ffn"),
 )
@@ -275,7 +317,8 @@ def compute(names: list[tuple[str, str]]) -> list[Result]:
 
 
 def _compute(case: Case) -> Result:
-    config = small_config(case.variant, **{"hidden_size": HIDDEN, "num_layers": LAYERS, **case.megatron})
+    defaults = {"hidden_size": HIDDEN, "num_layers": LAYERS, "recurrence_steps": max(STEPS)}
+    config = small_config(case.variant, **{**defaults, **case.megatron})
     model = build_model(config, LENGTH, VOCABULARY, **case.gpt).eval()
     _redraw(model, 0.2)
     ids = tokens()
@@ -295,7 +338,9 @@ def _redraw(module: torch.nn.Module, std: float) -> None:
     buffers = [(name, buffer) for name, buffer in module.named_buffers() if name.endswith("expert_bias")]
     for name, tensor in [*module.named_parameters(), *buffers]:
         noise = torch.randn(tensor.shape, generator=generator) * std
-        tensor.copy_(noise + 1.0 if "norm" in name and not name.endswith("bias") else noise)
+        is_norm = "norm" in name and not name.endswith("bias")
+        # Positions that halt late, some never.
+        tensor.copy_(noise + (1.0 if is_norm else -2.0 if name.endswith("halting.bias") else 0.0))
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from more_megatron import pickles
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags
-from more_megatron.hf.conversion import pickles
 from more_megatron.hf.conversion.architecture import args_from_config, config_from_args
 from more_megatron.hf.conversion.export import ToHF, to_hf
 from more_megatron.hf.conversion.importer import FromHF, from_hf

@@ -268,7 +268,8 @@ def test_new_models_start_as_in_training(variant: str) -> None:
     config = random_model(variant).config
     model = MoREForCausalLM(config)
     weights = dict(model.named_parameters())
-    assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    std = HIDDEN**-0.5 if variant == "universal" else 0.02
+    assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(std, rel=0.1)
     if variant == "shared_block":
         matrix = weights["model.layers.1.mlp.experts.proj_in"][2]
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(HIDDEN), atol=1e-5, rtol=0)
@@ -280,6 +281,10 @@ def test_new_models_start_as_in_training(variant: str) -> None:
         assert fc1.std().item() == pytest.approx(0.987 * std, rel=0.05)
         assert fc2.std().item() == pytest.approx(0.987 * std / (2 * LAYERS * 3) ** 0.5, rel=0.05)
         assert weights[f"model.layers.0.mlp.{part}.norm_3"].eq(1.0).all()
+    if variant == "universal":
+        matrix = weights["model.layers.1.self_attn.q_proj.weight"]
+        assert matrix.abs().max().item() == pytest.approx((6 / (2 * HIDDEN)) ** 0.5, rel=0.05)
+        assert weights["model.loops.0.halting.bias"].item() == 1.0
     assert model(tokens(), labels=tokens()).loss.item() == pytest.approx(np.log(VOCABULARY), abs=0.3)
 
 

@@ -12,11 +12,12 @@ import torch
 from more_megatron.platform import stand_in
 from more_megatron.platform.cuda_stand_ins import NO_COMPILER, TORCH_CUDA
 from more_megatron.platform.megatron_stand_ins import MEGATRON_ON_CPU
+from more_megatron.platform.reports import TEST_SPLIT
 from more_megatron.platform.stand_in import StandIn, install
 from more_megatron.platform.uneven_collectives import UNEVEN_COLLECTIVES
 from more_megatron.platform.wheel_repairs import WHEEL_REPAIRS
 
-_ALL = NO_COMPILER + TORCH_CUDA + UNEVEN_COLLECTIVES + MEGATRON_ON_CPU + WHEEL_REPAIRS
+_ALL = NO_COMPILER + TORCH_CUDA + UNEVEN_COLLECTIVES + MEGATRON_ON_CPU + WHEEL_REPAIRS + TEST_SPLIT
 
 
 def _wheel() -> Path:

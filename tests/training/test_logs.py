@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from more_megatron.evaluation.training_log import read_log
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.training import TINY
 
 _RUN = (
-    f"{TINY} --train-iters 3 --num-layers 2 --recurrence-steps 3 --eval-iters 1 "
+    f"{TINY} --split 80,10,10 --train-iters 3 --num-layers 2 --recurrence-steps 3 --eval-iters 1 "
     "--eval-interval 2 --wandb-project more --wandb-exp-name tiny"
 )
 
@@ -48,14 +49,31 @@ def test_tensorboard_has_the_curves(run: tuple[Path, Ended]) -> None:
     events = EventAccumulator(str(run[0] / "tensorboard"))
     events.Reload()
     scalars = events.Tags()["scalars"]
-    for name in ("lm loss", "recurrence steps", "grad-norm", "lm loss validation"):
+    for name in ("lm loss", "recurrence steps", "grad-norm", "lm loss validation", "lm loss test"):
         assert name in scalars
+    # The last point of each is the last line of its kind.
+    for split in ("validation", "test"):
+        line = [line for line in run[1].stdout.splitlines() if line.startswith(f" {split} loss at iteration")][-1]
+        value = float(line.split("lm loss value: ")[1].split(" ")[0])
+        assert events.Scalars(f"lm loss {split}")[-1].value == pytest.approx(value, rel=1e-5)
     assert [event.step for event in events.Scalars("lm loss")] == [1, 2, 3]
 
 
 def test_wandb_keeps_the_run_offline(run: tuple[Path, Ended]) -> None:
     [folder] = (run[0] / "wandb").glob("offline-run-*")
     assert list(folder.glob("*.wandb"))
+
+
+def test_validation_is_quoted_and_not_the_test(run: tuple[Path, Ended]) -> None:
+    log = read_log(run[1].stdout.splitlines())
+    assert [validation.iteration for validation in log.validations] == [2, 3]
+    assert log.sequence_length == 16
+    assert " test loss at iteration 3 on test set |" in run[1].stdout
+
+
+def test_no_memory_of_a_plain_model_is_claimed(run: tuple[Path, Ended]) -> None:
+    assert "heoretical memory" not in run[1].stdout
+    assert "(after 2 iterations) memory (MB) | allocated" in run[1].stdout
 
 
 def test_nothing_is_said_about_absent_packages(run: tuple[Path, Ended]) -> None:

@@ -36,13 +36,13 @@ FLAGS = {
     "--distributed-backend nccl": "--distributed-backend nccl needs a GPU",
     "--cuda-graph-impl local": "--cuda-graph-impl local needs a GPU",
     "--fp8-format hybrid": "--fp8-format needs --transformer-impl transformer_engine",
-    "--overlap-moe-expert-parallel-comm": "leave out --overlap-moe-expert-parallel-comm",
+    "--overlap-moe-expert-parallel-comm": "only supported with expert model parallelism",
     "--enable-bias-linear": "shared experts have no biases",
     "--enable-bias-linear --moe-shared-expert-intermediate-size 0": "needs --transformer-impl transformer_engine",
     "--optimizer sgd": "--no-use-distributed-optimizer",
     "--recompute-granularity full": "recompute_method",
     f"{_UNIFORM} --overlap-grad-reduce --recompute-granularity selective --recompute-modules moe": (
-        "--overlap-grad-reduce with --more-variant recurrent_moe and --recompute-modules moe needs the same"
+        "--more-variant recurrent_moe with --overlap-grad-reduce and --recompute-modules moe needs the same"
     ),
     "--multi-latent-attention": "--multi-latent-attention is not supported",
     "--save /tmp/somewhere": "--save needs --save-interval",

@@ -58,7 +58,7 @@ def _killed(command: str, trap: Callable[[], None]) -> None:
         (interruptions.kill_in_index_cache, 0),
         (interruptions.kill_in_data_file, 2),
         (interruptions.kill_before_checkpoint_is_complete, 2),
-        (interruptions.kill_before_tracker, 2),
+        (interruptions.kill_before_tracker, 4),
         (interruptions.kill_in_tracker, 4),
     ],
 )

@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from more_megatron import pickles
 from more_megatron.checkpoint_files import checkpoint_to_load, fault, is_whole, newest_complete_iteration
 from more_megatron.errors import MoREError
-from more_megatron.hf.conversion import pickles
 from more_megatron.hf.mapping import LAYERS, Entry
 
 __all__ = ["MegatronCheckpoint", "layer_key"]
@@ -47,7 +47,7 @@ class MegatronCheckpoint:
     def __init__(self, folder: Path, step: int | None = None) -> None:
         self.path = _find(folder, step)
         self._reader = FileSystemReader(self.path)
-        metadata = self._reader.read_metadata()
+        metadata = pickles.read_metadata(self.path)
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self._storage = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {

@@ -1,0 +1,58 @@
+"""Processes end with the one that started them, however that ended."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+__all__ = ["end_with_launcher", "end_with_starter", "forks_end_with_this"]
+
+_SECONDS = 0.5
+
+
+def end_with_launcher() -> None:
+    """End this rank when torchrun is gone: ranks without it train on, beside those that the next one starts.
+
+    What else may have started a rank, a shell above all, may end before it.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_parent(os.getppid())
+
+
+def forks_end_with_this() -> None:
+    """Let what is forked from this process from now on, such as writers of checkpoints, end with it."""
+    here = os.getpid()
+
+    def after_fork() -> None:
+        if os.getppid() == here:  # Not in a fork of a fork, which its own parent looks after.
+            _end_with_parent(here)
+
+    os.register_at_fork(after_in_child=after_fork)
+
+
+def end_with_starter() -> None:
+    """End this process of `multiprocessing` with the one that asked for it, not at a SIGTERM that both receive."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+    _end_after(starter.join)
+
+
+def _end_with_parent(parent: int) -> None:
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(_SECONDS)
+
+    _end_after(wait)
+
+
+def _end_after(wait: Callable[[], object]) -> None:
+    def watch() -> None:
+        wait()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()

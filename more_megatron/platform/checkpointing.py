@@ -1,0 +1,200 @@
+"""Loading and saving around Megatron's own: nothing in a checkpoint is run, and what is wrong ends in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
+from megatron.training import checkpointing, get_args, global_vars, print_rank_0, training
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+from more_megatron.checkpoint_files import clear_for_save, newest_complete_iteration
+from more_megatron.checkpoint_lock import check_still_held
+from more_megatron.errors import MoREError, last_line
+from more_megatron.pickles import load_strictly, read_metadata
+from more_megatron.platform.finite import check_parameters
+from more_megatron.platform.stand_in import StandIn
+
+__all__ = ["CHECKPOINTING"]
+
+
+def _read_metadata(self: FileSystemReader, *args: Any, rank: int | None = None, **kwargs: Any) -> Metadata:
+    """Read the index of a checkpoint as PyTorch does, but build only what belongs into one."""
+    metadata = read_metadata(Path(self.path), Path(self._get_metadata_path(rank)).name)
+    if getattr(metadata, "storage_meta", None) is None:
+        metadata.storage_meta = StorageMeta()
+    assert metadata.storage_meta is not None
+    metadata.storage_meta.load_id = self.load_id
+    return metadata
+
+
+def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+    """Load an object that is no tensor as PyTorch does, but build only what Megatron declares safe."""
+    name = read_item.dest_index.fqn
+    try:
+        content = load_strictly(value)
+    except MoREError as error:
+        raise MoREError(f"{name} in the checkpoint is not loaded: {error}") from error
+    if self.flatten_state_dict:
+        set_element(self.original_state_dict, self.mappings[name], content)
+    else:
+        self.state_dict[name] = content
+
+
+_TRACKER_ENTRY = checkpointing.read_metadata
+
+
+def _tracker_entry(tracker_filename: str) -> tuple[int, bool]:
+    """Return what the tracker file names, unless `--ckpt-step` names another: a release does not stand above it."""
+    arguments = global_vars._GLOBAL_ARGS  # None while arguments are read from a checkpoint
+    step = arguments.ckpt_step if arguments is not None else None
+    return (step, False) if step else _TRACKER_ENTRY(tracker_filename)
+
+
+_LOAD_SCHEDULE = OptimizerParamScheduler.load_state_dict
+
+
+def _load_schedule(self: OptimizerParamScheduler, state_dict: dict[str, Any]) -> None:
+    """Load as Megatron does, and say so where the learning rate does not go on from where it was."""
+    before = get_canonical_lr_for_logging(self.optimizer.param_groups)
+    _LOAD_SCHEDULE(self, state_dict)
+    after = get_canonical_lr_for_logging(self.optimizer.param_groups)
+    if before is not None and after is not None and abs(after - before) > 1e-6 * abs(before):
+        print_rank_0(f"WARNING: the learning rate goes from {before:.6E} in the checkpoint to {after:.6E}")
+
+
+_LOAD_CHECKPOINT, _SAVE_CHECKPOINT = training.load_checkpoint, training.save_checkpoint
+_FINALIZE = training.maybe_finalize_async_save
+
+
+def _load_checkpoint(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load as Megatron does, or end with one line."""
+    try:
+        loaded = _LOAD_CHECKPOINT(model, *args, **kwargs)
+    except MoREError:
+        raise
+    except (Exception, CheckpointException, SystemExit) as error:
+        detail = last_line(error)
+        remedy = "load an older one with --ckpt-step, or MORE_TRACEBACK=1 shows where it failed"
+        if "OptimizerParamScheduler" in detail:
+            remedy = "--override-opt-param-scheduler takes the schedule that the flags describe"
+        raise MoREError(f"the checkpoint in {get_args().load} cannot be loaded: {detail}; {remedy}") from error
+    check_parameters(model, f"the checkpoint in {get_args().load}")
+    return loaded
+
+
+_withheld_interval: int | None = None
+
+
+def _withhold_interval(arguments: Any) -> None:
+    """Keep `--save-retain-interval` from Megatron while the tracker file names no iteration, as after a conversion.
+
+    It would take the entry for the number of a checkpoint to delete.
+    """
+    global _withheld_interval
+    arguments.save_retain_interval = arguments.save_retain_interval or _withheld_interval
+    tracker = Path(checkpointing.get_checkpoint_tracker_filename(arguments.save))
+    if tracker.is_file() and not tracker.read_text(errors="replace").strip().isdecimal():
+        _withheld_interval, arguments.save_retain_interval = arguments.save_retain_interval, None
+
+
+def _save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Save as Megatron does: finite parameters only, into a folder that is new."""
+    arguments = get_args()
+    check_parameters(model, f"the model of iteration {iteration}")
+    check_still_held()
+    _withhold_interval(arguments)
+    # Other ranks write only after they have exchanged plans with rank 0.
+    if arguments.rank == 0 and arguments.ckpt_format == "torch_dist" and not kwargs.get("non_persistent_ckpt"):
+        clear_for_save(Path(arguments.save), iteration)
+    with _one_line_on_failure(f"the checkpoint of iteration {iteration}"):
+        return _SAVE_CHECKPOINT(iteration, model, *args, **kwargs)
+
+
+def _finalize(*args: Any, **kwargs: Any) -> Any:
+    """Finish what was written in the background as Megatron does, or end with one line."""
+    with _one_line_on_failure("a checkpoint in the background"):
+        return _FINALIZE(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _one_line_on_failure(what: str) -> Iterator[None]:
+    try:
+        yield
+    except MoREError:
+        raise
+    except (Exception, CheckpointException) as error:
+        folder = get_args().save
+        complete = newest_complete_iteration(Path(folder))
+        kept = "none is complete yet" if complete is None else f"that of iteration {complete} is complete"
+        raise MoREError(
+            f"{what} cannot be saved in {folder}: {last_line(error)}; {kept}; make room, start the same command again"
+        ) from error
+
+
+CHECKPOINTING = (
+    StandIn(
+        "torch.distributed.checkpoint:FileSystemReader",
+        "read_metadata",
+        _read_metadata,
+        "it runs whatever a pickle names, and believes the file names in it",
+        "core/dist_checkpointing/strategies/torch.py",
+        "return FileSystemReader(checkpoint_dir)",
+    ),
+    StandIn(
+        "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner",
+        "load_bytes",
+        _load_bytes,
+        "it runs whatever a pickle names",
+        "core/dist_checkpointing/strategies/torch.py",
+        "class MCoreLoadPlanner(DefaultLoadPlanner):",
+    ),
+    StandIn(
+        "megatron.training.checkpointing",
+        "read_metadata",
+        _tracker_entry,
+        "where the tracker file names a release, --ckpt-step is read and not obeyed",
+        "training/checkpointing.py",
+        "checkpoint_name = get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)",
+    ),
+    StandIn(
+        "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler",
+        "load_state_dict",
+        _load_schedule,
+        "it counts samples: with another batch size or schedule the learning rate jumps without a word",
+        "training/training.py",
+        "lr_decay_steps = args.lr_decay_iters * args.global_batch_size",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "load_checkpoint",
+        _load_checkpoint,
+        "errors of reading are tracebacks of all ranks, and parameters that are not finite are taken",
+        "training/checkpointing.py",
+        "module.load_state_dict(state_dict, strict=strict)",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "maybe_finalize_async_save",
+        _finalize,
+        "errors of writing are tracebacks of all ranks",
+        "training/training.py",
+        "maybe_finalize_async_save(blocking=True, terminate=True)",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "save_checkpoint",
+        _save_checkpoint,
+        "it writes into what an older run or a kill left, and parameters that are not finite",
+        "training/checkpointing.py",
+        "# TODO Handle non-empty directories (e.g., after a crash during saving).",
+    ),
+)

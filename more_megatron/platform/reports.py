@@ -1,0 +1,144 @@
+"""What Megatron's trainer reports, under its right name, and only what is true of the systems here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron.training import get_args, training
+
+from more_megatron.platform.stand_in import StandIn, install
+
+__all__ = ["REPORTS", "TEST_SPLIT", "count_flops_with"]
+
+_NUM_FLOATING_POINT_OPERATIONS = training.num_floating_point_operations
+_count_flops: Callable[..., float] | None = None
+
+
+def count_flops_with(count: Callable[..., float] | None) -> None:
+    """Let Megatron's throughput line count the operations of a step with a function of our own.
+
+    Args:
+        count: Takes Megatron's arguments and the sequences of the step. None: Megatron's count.
+    """
+    global _count_flops
+    _count_flops = count
+
+
+def _num_floating_point_operations(*args: Any, **kwargs: Any) -> float:
+    return (_count_flops or _NUM_FLOATING_POINT_OPERATIONS)(*args, **kwargs)
+
+
+def _no_theoretical_memory(*args: Any, **kwargs: Any) -> None:
+    """Say nothing: what the process really uses is on the next line."""
+
+
+_EVALUATE_AND_PRINT_RESULTS = training.evaluate_and_print_results
+
+
+def _evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
+    """Evaluate as Megatron does, with the loss of the test split under its own name."""
+    arguments = get_args()
+    # With a single full validation set Megatron expects its length in a list.
+    if arguments.full_validation and isinstance(arguments.eval_iters, int):
+        arguments.eval_iters = [arguments.eval_iters]
+    restore = install(TEST_SPLIT) if prefix.endswith("test set") else lambda: None
+    try:
+        return _EVALUATE_AND_PRINT_RESULTS(prefix, *args, **kwargs)
+    finally:
+        restore()
+
+
+def _of_the_test(name: str) -> str:
+    return name.replace(" validation", " test", 1)
+
+
+class _Renaming:
+    """A writer whose curves are those of the test split.
+
+    Args:
+        writer: Of TensorBoard or Weights & Biases.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def add_scalar(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Write a point of TensorBoard's."""
+        self._writer.add_scalar(_of_the_test(name), *args, **kwargs)
+
+    def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Write points of Weights & Biases'."""
+        self._writer.log({_of_the_test(name): value for name, value in values.items()}, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+
+_TENSORBOARD, _WANDB, _PRINT = training.get_tensorboard_writer, training.get_wandb_writer, training.print_rank_last
+
+
+def _renaming(get_writer: Callable[[], Any]) -> Callable[[], Any]:
+    def get() -> Any:
+        writer = get_writer()
+        return writer and _Renaming(writer)
+
+    return get
+
+
+_NAMES_ALL_VALIDATION = "every evaluation is named after the validation set, that of the test set too"
+
+# In place while the test split is evaluated.
+TEST_SPLIT = (
+    StandIn(
+        "megatron.training.training",
+        "get_tensorboard_writer",
+        _renaming(_TENSORBOARD),
+        _NAMES_ALL_VALIDATION,
+        "training/training.py",
+        "writer.add_scalar('{} validation{}'.format(key, suffix)",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "get_wandb_writer",
+        _renaming(_WANDB),
+        _NAMES_ALL_VALIDATION,
+        "training/training.py",
+        "{'{} validation{}'.format(key, suffix): total_loss_dict[key].item()}, iteration",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "print_rank_last",
+        lambda text: _PRINT(_of_the_test(text)),
+        _NAMES_ALL_VALIDATION,
+        "training/training.py",
+        "string = f' validation{suffix} loss at {prefix} | '",
+    ),
+)
+
+REPORTS = (
+    StandIn(
+        "megatron.training.training",
+        "evaluate_and_print_results",
+        _evaluate_and_print_results,
+        "the test set is reported as validation, and full validation takes a number of iterations for a list",
+        "training/training.py",
+        "args.eval_iters = eval_iters[0] if not args.multiple_validation_sets else eval_iters",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "num_floating_point_operations",
+        _num_floating_point_operations,
+        "it knows Megatron's architectures only, and no recurrence",
+        "training/training.py",
+        "num_floating_point_operations(",
+    ),
+    StandIn(
+        "megatron.training.training",
+        "report_theoretical_memory",
+        _no_theoretical_memory,
+        "it knows plain models in bf16 only: no recurrent state, no repeated activations, no other experts",
+        "training/training.py",
+        "report_theoretical_memory(args, num_microbatches=num_microbatches, verbose=True)",
+    ),
+)

@@ -1,0 +1,107 @@
+"""What a run takes from the checkpoint that it goes on from, where the command line does not say it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+from megatron.training.checkpointing import load_args_from_checkpoint
+from torch.distributed.checkpoint import CheckpointException
+
+from more_megatron.checkpoint_files import checkpoint_to_load, fault, unnamed_iteration
+from more_megatron.errors import MoREError, last_line
+from more_megatron.flags import flag
+from more_megatron.systems import flag_names
+
+__all__ = ["checkpoint_source", "given_flags", "stored_arguments", "take_stored_flags"]
+
+
+class _Absent(list):
+    """Stands in a namespace where no flag was given; a list, since some flags append to what is there."""
+
+
+def given_flags(parser: argparse.ArgumentParser, command_line: list[str] | None = None) -> set[str]:
+    """Return the names of the arguments that a command line sets, by default that of the program."""
+    absent = {action.dest: _Absent() for action in parser._actions if action.dest != argparse.SUPPRESS}
+    # The class's own, which this program's parser has replaced.
+    found = argparse.ArgumentParser.parse_args(parser, command_line, namespace=argparse.Namespace(**absent))
+    return {name for name, value in vars(found).items() if value is not absent.get(name)}
+
+
+def take_stored_flags(args: argparse.Namespace, given: set[str]) -> None:
+    """Take from the checkpoint that `--load` names what was not given: MoRE's fields, and which checkpoint it is.
+
+    They change what a model computes, mostly without changing a shape. With `--use-checkpoint-args` Megatron takes its
+    own arguments as well.
+
+    Args:
+        args: Parsed arguments, which change.
+        given: Names of arguments that the command line sets.
+
+    Raises:
+        MoREError: If the arguments of the checkpoint cannot be read.
+    """
+    source = checkpoint_source(args)
+    if source is None or args.ckpt_format != "torch_dist":
+        return
+    folder, checkpoint = source
+    unnamed = unnamed_iteration(folder) if args.ckpt_step is None else None
+    if unnamed is not None:
+        _say(f"> {checkpoint} is complete, and the tracker file of {folder} does not name it yet: continuing from it")
+        args.ckpt_step = unnamed
+    if fault(checkpoint) is not None:  # said by `check_checkpoint`
+        return
+    if args.use_checkpoint_args:
+        _take_megatron_arguments(args)
+    stored = stored_arguments(checkpoint)
+    if "more_variant" in given and getattr(stored, "more_variant", None) != args.more_variant:
+        return  # Of another system, which `check_checkpoint` refuses where it has to.
+    for name in sorted(flag_names() - given):
+        value = getattr(stored, name, None)
+        if hasattr(stored, name) and value != getattr(args, name):
+            _say(f"> {flag(name)} {value}, as in {checkpoint}")
+            setattr(args, name, value)
+
+
+def stored_arguments(checkpoint: Path) -> argparse.Namespace | None:
+    """Return the arguments of the run that saved a checkpoint.
+
+    Raises:
+        MoREError: If they cannot be read, or hold more than data.
+    """
+    try:
+        with warnings.catch_warnings():
+            # That it loads on one rank is meant.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            return load_common_state_dict(str(checkpoint)).get("args")
+    except (Exception, CheckpointException) as error:  # whatever damaged content raises
+        raise MoREError(
+            f"checkpoint {checkpoint} is damaged: its arguments cannot be read ({last_line(error)}); "
+            "load an older one with --ckpt-step"
+        ) from error
+
+
+def checkpoint_source(args: argparse.Namespace) -> tuple[Path, Path] | None:
+    """Return the folder that a run loads from and the checkpoint in it, None if there is no checkpoint."""
+    for folder in (args.load, args.pretrained_checkpoint):
+        checkpoint = checkpoint_to_load(Path(folder), args.ckpt_step) if folder is not None else None
+        if checkpoint is not None:
+            return Path(folder), checkpoint
+    return None
+
+
+def _take_megatron_arguments(args: argparse.Namespace) -> None:
+    """Take what Megatron takes, but not the name of code to import, and only once."""
+    spec: Any = args.spec
+    for name in ("pretrained_checkpoint", "load"):
+        load_args_from_checkpoint(args, load_arg=name)
+    args.spec, args.use_checkpoint_args = spec, False
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)
