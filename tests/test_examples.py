@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
+from tools.sample_text import write_sample_text
 from more_megatron.variants import VARIANTS
 from tests.helpers.shell import PROJECT, calls_of, linter, parse, train_call
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
+from tools.sample_text import write_sample_text
 from tests.helpers.shell import PROJECT
 
 _TEXT_BYTES = 400_000

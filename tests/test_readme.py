@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from more_megatron.config import flag, own_field_names
-from more_megatron.data.sample_text import write_sample_text
+from tools.sample_text import write_sample_text
 from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
 from more_megatron.variants import VARIANTS
 from tests.helpers.ranks import run_ranks

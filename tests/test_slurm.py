@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
+from tools.sample_text import write_sample_text
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import losses_by_iteration
 from tests.helpers.ranks import run_ranks

@@ -1,5 +1,7 @@
 """What is in a dataset: counts, lengths, ratios, and some of its text."""
 
+from __future__ import annotations
+
 import math
 import os
 from typing import Any
@@ -7,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from more_megatron.data.check import check_dataset
+from more_megatron.data.check import check_dataset, check_hashes
+from more_megatron.data.encoders import build_decoder
 from more_megatron.data.indexed import IndexFile, bin_path, idx_path, read_index
 from more_megatron.data.manifest import read_manifest
-from more_megatron.data.tokenizers import TokenizerOptions, build_decoder
+from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 
 __all__ = ["describe"]
 
@@ -18,27 +21,34 @@ _BAR = 40
 
 
 def describe(
-    prefix: str, options: TokenizerOptions | None = None, document: int = 0, sample_tokens: int = 100
+    prefix: str,
+    options: TokenizerOptions | None = None,
+    document: int = 0,
+    sample_tokens: int = 100,
+    hashes: bool = False,
 ) -> list[str]:
     """Describe a dataset.
 
     Args:
-        prefix: its prefix.
-        options: tokenizer to decode with; None takes the manifest's.
-        document: the document to show.
-        sample_tokens: how much of it to show.
+        prefix: Its prefix.
+        options: Tokenizer to decode with; None takes the manifest's if it lies beside the dataset.
+        document: The document to show.
+        sample_tokens: How much of it to show.
+        hashes: Whether the files are read whole and compared with the manifest's hashes.
 
     Returns:
         Lines to print.
 
     Raises:
-        DatasetError: the dataset is missing or damaged.
+        DatasetError: The dataset is missing or damaged.
     """
     check_dataset(prefix)
     index = read_index(idx_path(prefix))
     manifest = read_manifest(prefix)
     lines = _counts(prefix, index) + _ratios(manifest) + _histogram(index)
-    options = options or _options(manifest)
+    if hashes:
+        lines.append(f"files      {check_hashes(prefix)}")
+    options = options or _options(prefix, manifest)
     return lines + _sample(prefix, index, options, document, sample_tokens)
 
 
@@ -57,10 +67,10 @@ def _counts(prefix: str, index: IndexFile) -> list[str]:
 
 
 def _ratios(manifest: dict[str, Any] | None) -> list[str]:
-    if manifest is None or not manifest.get("text_bytes"):
+    tokens, size, words = ((manifest or {}).get(name) for name in ("tokens", "text_bytes", "words"))
+    if manifest is None or not (tokens and size and words):
         return ["manifest   none: token/byte and word/byte ratios are unknown"]
-    tokens, size, words = manifest["tokens"], manifest["text_bytes"], manifest["words"]
-    tokenizer = manifest["tokenizer"]
+    tokenizer = {"model": None, "vocab_size": 0, "eod": None, **manifest["tokenizer"]}
     return [
         f"tokenizer  {tokenizer['type']} {tokenizer['model'] or ''}",
         f"ids        {tokenizer['vocab_size']:,}, end of document {tokenizer['eod']}",
@@ -85,13 +95,23 @@ def _histogram(index: IndexFile) -> list[str]:
     return lines
 
 
-def _options(manifest: dict[str, Any] | None) -> TokenizerOptions | None:
-    if manifest is None:
+def _options(prefix: str, manifest: dict[str, Any] | None) -> TokenizerOptions | None:
+    """The manifest's tokenizer if it lies beside the dataset: a manifest may come from anyone, and name anything.
+
+    It never allows a tokenizer to run code.
+    """
+    stored = (manifest or {}).get("options", {}).get("tokenizer")
+    if not isinstance(stored, dict) or not isinstance(stored.get("tokenizer_model"), str):
         return None
-    stored = manifest.get("options", {}).get("tokenizer", {})
-    known = {name: value for name, value in stored.items() if name in TokenizerOptions.__dataclass_fields__}
-    special = known.get("special_tokens")
-    return TokenizerOptions(**{**known, "special_tokens": tuple(special) if special else None})
+    kind, model = str(stored.get("tokenizer_type")), stored["tokenizer_model"]
+    folder = os.path.dirname(os.path.realpath(prefix))
+    if not os.path.exists(model) or os.path.commonpath([os.path.realpath(model), folder]) != folder:
+        return None
+    known = {name for name in TokenizerOptions.__dataclass_fields__ if name.startswith("tokenizer_")}
+    flags: dict[str, Any] = {name: True for name, value in stored.items() if value is True and name in known}
+    options = TokenizerOptions(kind, model, **flags)
+    assert manifest is not None
+    return options if tokenizer_sha256(options) == manifest["tokenizer"].get("sha256") else None
 
 
 def _sample(

@@ -1,5 +1,7 @@
 """Reading a finished dataset back with Megatron and comparing it with its source."""
 
+from __future__ import annotations
+
 import logging
 import warnings
 from collections.abc import Iterator
@@ -7,37 +9,39 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.data.check import check_dataset
+from more_megatron.data.check import check_dataset, check_hashes
 from more_megatron.data.errors import DatasetError
 from more_megatron.data.preprocess import Job
-from more_megatron.data.tasks import plan_tasks, read_batches, task_bytes
+from more_megatron.data.reading import read_blocks, read_documents
 from more_megatron.data.tokenizers import build_megatron
 
 __all__ = ["verify"]
 
 
-def verify(job: Job, manifest: dict[str, Any], samples: int = 200) -> str:
+def verify(job: Job, prefix: str, manifest: dict[str, Any], samples: int = 200) -> str:
     """Check a dataset against the inputs it was made from.
 
     Args:
-        job: what was done.
-        manifest: what it returned.
-        samples: documents to encode again with Megatron's own tokenizer, evenly spaced, the first and last among them.
+        job: What was done.
+        prefix: Where it was written.
+        manifest: What it returned.
+        samples: Documents to encode again with Megatron's own tokenizer, evenly spaced, the first and last among them.
 
     Returns:
         What was found, in one line.
 
     Raises:
-        DatasetError: a count or a document differs.
+        DatasetError: A hash, a count or a document differs.
     """
     tokenizer = job.tokenizer
-    check_dataset(job.prefix, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
-    dataset = _open_with_megatron(job.prefix)
+    check_dataset(prefix, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
+    hashes = check_hashes(prefix)
+    dataset = _open_with_megatron(prefix)
     documents = len(dataset.document_indices) - 1
     tokens = int(dataset.sequence_lengths.sum(dtype=np.int64))
     for name, found in (("documents", documents), ("tokens", tokens)):
         if found != manifest[name]:
-            raise DatasetError(f"dataset {job.prefix} has {found} {name}, its manifest says {manifest[name]}")
+            raise DatasetError(f"dataset {prefix} has {found} {name}, its manifest says {manifest[name]}")
     megatron = build_megatron(tokenizer.options)
     wanted = set(np.linspace(0, documents - 1, min(samples, documents), dtype=np.int64).tolist())
     seen = exact = 0
@@ -47,13 +51,13 @@ def verify(job: Job, manifest: dict[str, Any], samples: int = 200) -> str:
             continue
         ids = [int(id) for id in megatron.tokenize(text)]
         ends = [tokenizer.eod] if ids and job.append_eod and tokenizer.eod is not None else []
-        _compare(job.prefix, dataset, number, ids + ends)
+        _compare(prefix, dataset, number, ids + ends)
         exact += megatron.detokenize(ids) == text if ids else text == ""
     if seen != documents:
-        raise DatasetError(f"dataset {job.prefix} has {documents} documents, its inputs have {seen}")
+        raise DatasetError(f"dataset {prefix} has {documents} documents, its inputs have {seen}")
     return (
-        f"verified: {documents} documents, {tokens} tokens; {len(wanted)} documents encoded again by Megatron's "
-        f"tokenizer are the same, {exact} of them decode to their exact text"
+        f"verified: {hashes}; {documents} documents, {tokens} tokens; {len(wanted)} documents encoded again by "
+        f"Megatron's tokenizer are the same, {exact} of them decode to their exact text"
     )
 
 
@@ -68,11 +72,10 @@ def _open_with_megatron(prefix: str) -> Any:
 
 def _documents(job: Job) -> Iterator[tuple[int, str]]:
     number = 0
-    for task in plan_tasks(job.sources, task_bytes(job.sources, job.workers)):
-        for batch in read_batches(task, job.detokenize):
-            for document in batch.documents:
-                yield number, document.decode()
-                number += 1
+    for block in read_blocks(job.sources):
+        for document in read_documents(block, job.detokenize, job.skip_bad_lines).texts:
+            yield number, document.decode()
+            number += 1
 
 
 def _compare(prefix: str, dataset: Any, number: int, expected: list[int]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from more_megatron.data.sample_text import write_sample_text
+from tools.sample_text import write_sample_text
 from more_megatron.hf.conversion.architecture import config_from_args
 from more_megatron.hf.conversion.export import ToHF, to_hf
 from more_megatron.hf.conversion.tokenizer_files import open_tokenizer

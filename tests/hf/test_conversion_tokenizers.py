@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from more_megatron.data.sample_text import write_sample_text
+from tools.sample_text import write_sample_text
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.tokenizer_files import open_tokenizer, plan_tokenizer
 
