@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tools.sample_text import write_sample_text
 from tests.helpers.shell import PROJECT
+from tools.sample_text import write_sample_text
 
 _TEXT_BYTES = 400_000
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from more_megatron.config import flag, own_field_names
-from tools.sample_text import write_sample_text
 from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
 from more_megatron.variants import VARIANTS
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, convert, parse, train_call
+from tools.sample_text import write_sample_text
 
 _README = (PROJECT / "README.md").read_text()
 _SMALLER = (

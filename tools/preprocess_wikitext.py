@@ -4,8 +4,9 @@
 import argparse
 import os
 import sys
-from contextlib import closing
 from pathlib import Path
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -13,10 +14,12 @@ from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import Layout
 from more_megatron.data.output import Output
 from more_megatron.data.preprocess import Job, preprocess
-from more_megatron.data.progress import Progress
 from more_megatron.data.sources import Source, expand_inputs, open_source
 from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions, TokenizerType, load
 from more_megatron.errors import MoREError, one_line_errors
+
+# Seconds between two looks of the progress bar; a log needs few.
+_PAUSE = 0.2 if sys.stderr.isatty() else 10.0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -164,8 +167,13 @@ def _run(args: argparse.Namespace) -> None:
         )
         sizes = [source.text_size for source in sources]
         total = None if None in sizes else sum(size for size in sizes if size)
-        with closing(Progress(total, not args.no_progress)) as progress:
-            manifest = preprocess(job, output, progress)
+        with tqdm(total=total, unit="B", unit_scale=True, disable=args.no_progress, mininterval=_PAUSE) as bar:
+
+            def report(size: int, tokens: int) -> None:
+                bar.set_postfix_str(f"{tokens / 1e6:.2f}M tokens", refresh=False)
+                bar.update(size)
+
+            manifest = preprocess(job, output, lambda text: bar.write(text, sys.stderr), report)
     skipped = f", {manifest['skipped']} bad lines left out" if manifest["skipped"] else ""
     counts = f"{manifest['documents']} documents, {manifest['tokens']} tokens{skipped}"
     print(f"{output.prefix}: {counts}", file=sys.stderr)

@@ -27,16 +27,7 @@ __all__ = ["IndexFile", "bin_path", "idx_path", "read_index", "token_dtype", "wr
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _HEADER_BYTES = _HEADER.size
-_DTYPES: dict[int, np.dtype] = {
-    1: np.dtype(np.uint8),
-    2: np.dtype(np.int8),
-    3: np.dtype(np.int16),
-    4: np.dtype(np.int32),
-    5: np.dtype(np.int64),
-    6: np.dtype(np.float64),
-    7: np.dtype(np.float32),
-    8: np.dtype(np.uint16),
-}
+_DTYPES = dict(enumerate(map(np.dtype, ["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"]), 1))
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # From this vocabulary size on Megatron stores int32 (DType.optimal_dtype).
 _UINT16_VOCABULARY = 65500

@@ -13,7 +13,10 @@ __all__ = ["MANIFEST_VERSION", "manifest_path", "read_manifest"]
 MANIFEST_VERSION = 2
 """Version 1 had no hashes of the files and no count of skipped lines."""
 
-_COUNTS = ("documents", "tokens", "text_bytes", "words")
+# Fields on whose types the checks and tools rely.
+_FIELDS: dict[str, type] = {"documents": int, "tokens": int, "text_bytes": int, "words": int, "dtype": str}
+_GROUPS: dict[str, type] = {"tokenizer": dict, "options": dict, "sha256": dict}
+_TOKENIZER: dict[str, type] = {"type": str, "model": str, "sha256": str, "vocab_size": int, "eod": int}
 
 
 def manifest_path(prefix: str | os.PathLike[str]) -> str:
@@ -41,29 +44,18 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise DatasetError(f"{path} is damaged: {error}; preprocess again, or remove it to skip its checks") from error
-    fault = _fault(manifest)
-    if fault:
-        raise DatasetError(f"{path} is no manifest of a dataset: {fault}; preprocess again, or remove it")
+    wrong: list[str] | None = None
+    if isinstance(manifest, dict) and "tokenizer" in manifest:
+        wrong = _wrong(manifest, _FIELDS | _GROUPS) or _wrong(manifest["tokenizer"], _TOKENIZER)
+    if wrong or wrong is None:
+        fields = f" ({', '.join(wrong)})" if wrong else ""
+        raise DatasetError(f"{path} is no manifest of a dataset{fields}; preprocess again, or remove it")
     return dict(manifest)
 
 
-def _fault(manifest: Any) -> str | None:
-    """Which field is absent or of another type than the checks and tools rely on."""
-    if not isinstance(manifest, dict):
-        return "it is no object"
-    groups = {name: manifest.get(name, {}) for name in ("tokenizer", "options", "sha256")}
-    wrong = [name for name, group in groups.items() if not isinstance(group, dict)]
-    if wrong:
-        return f"'{wrong[0]}' is no object"
-    tokenizer = groups["tokenizer"]
-    numbers = {name: manifest.get(name) for name in _COUNTS}
-    numbers |= {f"tokenizer.{name}": tokenizer.get(name) for name in ("vocab_size", "eod")}
-    texts = {f"tokenizer.{name}": tokenizer.get(name) for name in ("type", "model", "sha256")}
-    texts |= {"dtype": manifest.get("dtype")} | {f"sha256.{name}": value for name, value in groups["sha256"].items()}
-    if "type" not in tokenizer:
-        return "'tokenizer.type' is absent"
-    for kind, named in ((int, numbers), (str, texts)):
-        for name, value in named.items():
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                return f"'{name}' is {value!r:.40}"
-    return None
+def _wrong(values: dict[str, Any], types: dict[str, type]) -> list[str]:
+    return [
+        f"{name}: {values[name]!r:.40}"
+        for name, kind in types.items()
+        if type(values.get(name, kind())) is not kind and values[name] is not None
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -16,13 +16,16 @@ from more_megatron.data.encoders import EncoderPlan, plan_encoder
 from more_megatron.data.errors import DataError, DocumentError, ResumableError
 from more_megatron.data.manifest import MANIFEST_VERSION
 from more_megatron.data.output import Counts, Output
-from more_megatron.data.progress import Progress
 from more_megatron.data.reading import BLOCK_BYTES, Block, read_blocks, read_documents
 from more_megatron.data.sources import Source, sha256_of
 from more_megatron.data.tokenizers import Tokenizer
 from more_megatron.data.workers import Work, encode_blocks
 
 __all__ = ["Job", "preprocess"]
+
+
+Report = Callable[[int, int], None]
+"""Told of bytes that are done, and of all tokens so far."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,14 @@ class Job:
     allow_fast: bool = True
 
 
-def preprocess(job: Job, output: Output, progress: Progress) -> dict[str, Any]:
+def preprocess(job: Job, output: Output, say: Callable[[str], None], report: Report) -> dict[str, Any]:
     """Write `<prefix>.bin`, `<prefix>.idx` and the manifest `<prefix>.json`.
 
     Args:
         job: What to do.
         output: Where to, held by this run.
-        progress: Told of every block.
+        say: Told which encoder was chosen.
+        report: Told of every block.
 
     Returns:
         The manifest.
@@ -70,12 +74,12 @@ def preprocess(job: Job, output: Output, progress: Progress) -> dict[str, Any]:
     blocks = read_blocks(job.sources)
     first = list(islice(blocks, 1))
     encoder = plan_encoder(job.tokenizer, job.append_eod, _texts(job, first), job.allow_fast)
-    progress.say(f"encoding by {encoder.name} ({encoder.reason})")
+    say(f"encoding by {encoder.name} ({encoder.reason})")
     done = output.start(_plan(job, encoder), job.resume)
     hashing = ThreadPoolExecutor(1)
     hashes = [hashing.submit(sha256_of, source.path) for source in job.sources]
     try:
-        total = _write(job, encoder, chain(first, blocks), output, done, progress)
+        total = _write(job, encoder, chain(first, blocks), output, done, report)
         manifest = _manifest(job, total, [future.result() for future in hashes])
         return output.publish(manifest)
     finally:
@@ -88,18 +92,16 @@ def _texts(job: Job, blocks: Sequence[Block]) -> Iterator[bytes]:
 
 
 def _write(
-    job: Job, encoder: EncoderPlan, blocks: Iterator[Block], output: Output, total: Counts, progress: Progress
+    job: Job, encoder: EncoderPlan, blocks: Iterator[Block], output: Output, total: Counts, report: Report
 ) -> Counts:
     """Encode and write the blocks that are not written yet, and return the counts of all."""
-    begun = total.blocks
-    for block in islice(blocks, begun):
-        progress.add(len(block.data), 0)
-    progress.add(0, total.tokens)
+    for block in islice(blocks, total.blocks):
+        report(len(block.data), total.tokens)
     try:
         for encoded, counts in encode_blocks(Work(encoder, job.detokenize, job.skip_bad_lines), blocks, job.workers):
             total += counts
             output.append(encoded, total)
-            progress.add(counts.text_bytes, counts.tokens)
+            report(counts.text_bytes, total.tokens)
     except ResumableError:
         raise
     except DocumentError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -147,16 +148,18 @@ def load(options: TokenizerOptions) -> Tokenizer:
     sha256 = tokenizer_sha256(options)
     if is_direct_sentencepiece(options):
         processor = open_sentencepiece(options)
-        eod = processor.eos_id() if processor.eos_id() >= 0 else None
-        return Tokenizer(options, processor.get_piece_size(), eod, sha256)
+        end = processor.eos_id()
+        return Tokenizer(options, processor.get_piece_size(), end if end >= 0 else None, sha256)
     generic = _generic_huggingface(options)
     if generic is not None:
         return Tokenizer(options, len(generic), generic.eos_token_id, sha256, _serialized(generic))
     megatron = build_megatron(options)
     inner = getattr(getattr(megatron, "_tokenizer", None), "tokenizer", None)
     direct = not (options.tokenizer_hf_no_include_special_tokens or options.metadata_path)
-    backend = _serialized(inner) if direct else None
-    return Tokenizer(options, int(megatron.vocab_size), _eod(megatron), sha256, backend)
+    eod: int | None = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        eod = megatron.eod
+    return Tokenizer(options, int(megatron.vocab_size), eod, sha256, _serialized(inner) if direct else None)
 
 
 def _generic_huggingface(options: TokenizerOptions) -> Any | None:
@@ -182,12 +185,11 @@ def _generic_huggingface(options: TokenizerOptions) -> Any | None:
     except Exception:  # said by Megatron, which is asked next
         return None
     # What Megatron's wrapper fills in.
-    names = {name: getattr(tokenizer, f"{name}_token") for name in ("eos", "sep", "bos", "cls")}
     filled: dict[str, Any] = {"additional_special_tokens": []}
-    for one, other in (("eos", "sep"), ("bos", "cls")):
-        if bool(names[one]) != bool(names[other]):
-            absent = other if names[one] else one
-            filled[f"{absent}_token"] = names[one] or names[other]
+    for one, other in (("eos_token", "sep_token"), ("bos_token", "cls_token")):
+        first, second = getattr(tokenizer, one), getattr(tokenizer, other)
+        if bool(first) != bool(second):
+            filled[other if first else one] = first or second
     tokenizer.add_special_tokens(filled)
     return tokenizer
 
@@ -195,11 +197,8 @@ def _generic_huggingface(options: TokenizerOptions) -> Any | None:
 def _serialized(tokenizer: Any) -> str | None:
     """The Rust tokenizer inside a Hugging Face one, if calling the latter does nothing but call it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return None
-    text: str = backend.to_str()
-    settings = json.loads(text)
-    return None if settings.get("truncation") or settings.get("padding") else text
+    bare = backend is not None and backend.truncation is None and backend.padding is None
+    return str(backend.to_str()) if bare else None
 
 
 def build_megatron(options: TokenizerOptions) -> Any:
@@ -208,36 +207,23 @@ def build_megatron(options: TokenizerOptions) -> Any:
     Raises:
         DataError: Megatron cannot build it.
     """
-    build_tokenizer = _import_megatron()
-    special = list(options.special_tokens) if options.special_tokens else None
-    flags = {**asdict(options), "special_tokens": special}
-    trainer_only = {
-        "chat_template": None,
-        "null_tokenizer_pad_id": None,
-        "pad_vocab_size": False,
-        "tokenizer_prompt_format": None,
-        "image_tag_type": None,
-        "force_system_message": False,
-        "sft_tokenizer_prompt_format": "default",
-        "rank": 0,
-    }
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return build_tokenizer(SimpleNamespace(**flags, **trainer_only))
-    except Exception as error:
-        what = options.tokenizer_model or options.vocab_file or options.tokenizer_type
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"{options.tokenizer_type} cannot be built from {what}: {reason}") from error
-
-
-def _import_megatron() -> Any:
     # Megatron's remarks on absent GPU libraries say nothing about text.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    absent = ("chat_template", "null_tokenizer_pad_id", "tokenizer_prompt_format", "image_tag_type")
+    trainer_only: dict[str, Any] = dict.fromkeys(absent)
+    trainer_only |= {"pad_vocab_size": False, "force_system_message": False, "rank": 0}
+    trainer_only |= {"sft_tokenizer_prompt_format": "default"}
+    flags = {**asdict(options), "special_tokens": list(options.special_tokens or ()) or None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    return build_tokenizer
+
+        try:
+            return build_tokenizer(SimpleNamespace(**flags, **trainer_only))
+        except Exception as error:
+            what = options.tokenizer_model or options.vocab_file or options.tokenizer_type
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(f"{options.tokenizer_type} cannot be built from {what}: {reason}") from error
 
 
 def tokenizer_sha256(options: TokenizerOptions) -> str | None:
@@ -249,21 +235,17 @@ def tokenizer_sha256(options: TokenizerOptions) -> str | None:
     Returns:
         SHA-256 of the model file, or of the names and contents of several; None if there is no local file.
     """
-    files: list[Path] = []
-    model = Path(options.tokenizer_model) if options.tokenizer_model else None
-    if model is not None and model.is_dir():
-        files += sorted({path for pattern in _FOLDER_FILES for path in model.glob(pattern) if path.is_file()})
-    elif model is not None and model.is_file():
-        files.append(model)
-    files += [Path(name) for name in (options.vocab_file, options.merge_file) if name and os.path.isfile(name)]
-    if not files:
-        return None
-    if len(files) == 1:
-        return hashlib.sha256(files[0].read_bytes()).hexdigest()
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+    model = Path(options.tokenizer_model or "")
+    files = [Path(name) for name in (options.vocab_file, options.merge_file) if name and os.path.isfile(name)]
+    if options.tokenizer_model and model.is_dir():
+        files = sorted({path for pattern in _FOLDER_FILES for path in model.glob(pattern) if path.is_file()}) + files
+    elif options.tokenizer_model and model.is_file():
+        files = [model, *files]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    if len(files) < 2:
+        return hashes[0] if hashes else None
+    lines = [f"{path.name}\0{sha256}\n" for path, sha256 in zip(files, hashes, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def is_direct_sentencepiece(options: TokenizerOptions) -> bool:
@@ -300,11 +282,3 @@ def open_backend(serialized: str) -> Any:
     import tokenizers
 
     return tokenizers.Tokenizer.from_str(serialized)
-
-
-def _eod(megatron: Any) -> int | None:
-    try:
-        eod = megatron.eod
-    except (AttributeError, NotImplementedError):
-        return None
-    return None if eod is None else int(eod)
