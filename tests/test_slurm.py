@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import losses_by_iteration
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, linter
 from tests.helpers.slurm import JOB_ID, job_variables, submit, write_slurm
+from tools.sample_text import write_sample_text
 
 _SCRIPTS = sorted((PROJECT / "examples" / "slurm").glob("*.sbatch"))
 _SYSTEMS = ("recurrent_experts", "shared_block", "recurrent_moe", "loop", "huginn")
