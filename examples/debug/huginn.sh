@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Ten steps of `huginn`: a prelude, a core of two layers repeated from a random state, a coda.
-# Further flags are passed on: bash examples/debug/huginn.sh --num-experts 8 --moe-router-topk 2
+# Ten steps of `huginn`: prelude, core and coda of a layer each, the core repeated from a random state.
+# With experts: bash examples/debug/huginn.sh --num-experts 8 --moe-router-topk 2
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
@@ -10,4 +10,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 MOE_ARGS=()
 MODEL_PARALLEL_ARGS=()
 
-pretrain_recurrent huginn --num-layers 4 "$@"
+pretrain_recurrent huginn --num-layers 3 "$@"

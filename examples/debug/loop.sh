@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Ten steps of `loop` with experts (looped MoE): one layer in front, then two that are repeated together.
-# Further flags are passed on: bash examples/debug/loop.sh --recurrence-group-layers 1
+# Ten steps of `loop`: groups of one layer, each repeated in place before the next begins.
+# Looped MoE: bash examples/debug/loop.sh --num-experts 8 --moe-router-topk 2
 set -euo pipefail
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-pretrain_recurrent loop --num-layers 3 --recurrence-prelude-layers 1 "$@"
+# Dense unless it is given experts.
+MOE_ARGS=()
+MODEL_PARALLEL_ARGS=()
+
+pretrain_recurrent loop --recurrence-group-layers 1 "$@"

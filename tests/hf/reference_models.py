@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 
 from more_megatron.hf.exported.configuration_more import MoREConfig
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
-from more_megatron.hf.exported.system import system_names
+from more_megatron.hf.exported.system import find_system, system_names
 from more_megatron.hf.mapping import entries
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
@@ -32,6 +32,7 @@ __all__ = [
     "Case",
     "Result",
     "compute",
+    "free",
     "load",
     "random_model",
     "tokens",
@@ -68,38 +69,50 @@ def _top1(variant: str) -> Case:
     return Case("top-1", variant, {"moe_router_topk": 1}, hf={"router_pre_softmax": True})
 
 
+def free(variant: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a configuration in transformers without those that a system knows under one value only."""
+    return {name: value for name, value in fields.items() if name not in find_system(variant).fixed}
+
+
+# Fields of the training code, by those in transformers of the same meaning.
+_SAME = {"num_key_value_heads": "num_query_groups", "qk_norm": "qk_layernorm"}
+
+
 def _top2(variant: str) -> Case:
     """Two experts a token, and everything else different from the default too."""
+    fixed = {_SAME.get(name) for name in find_system(variant).fixed}
+    megatron = {
+        "moe_router_topk": 2,
+        "num_query_groups": 2,
+        "kv_channels": 12,
+        "qk_layernorm": True,
+        "rotary_interleaved": True,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_shared_expert_gate": True,
+        "recurrence_state_std": 0.5,
+        "recurrence_ffn_hidden_size": None if get_system(variant).block_width is None else 40,
+        "seed": 77,
+    }
+    in_transformers = {
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "qk_norm": True,
+        "rotary_interleaved": True,
+        "rotary_percent": 0.5,
+        "rope_theta": 500,
+        "shared_expert_intermediate_size": 24,
+        "shared_expert_gate": True,
+        "recurrent_intermediate_size": 40,
+        "state_std": 0.5,
+        "noise_seed": 77,
+    }
     return Case(
         "top-2",
         variant,
-        {
-            "moe_router_topk": 2,
-            "num_query_groups": 2,
-            "kv_channels": 12,
-            "qk_layernorm": True,
-            "rotary_interleaved": True,
-            "moe_shared_expert_intermediate_size": 24,
-            "moe_shared_expert_gate": True,
-            "recurrence_state_std": 0.5,
-            "recurrence_ffn_hidden_size": None if get_system(variant).block_width is None else 40,
-            "seed": 77,
-        },
+        {name: value for name, value in megatron.items() if name not in fixed},
         {"rotary_percent": 0.5, "rotary_base": 500},
-        {
-            "num_experts_per_tok": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 12,
-            "qk_norm": True,
-            "rotary_interleaved": True,
-            "rotary_percent": 0.5,
-            "rope_theta": 500,
-            "shared_expert_intermediate_size": 24,
-            "shared_expert_gate": True,
-            "recurrent_intermediate_size": 40,
-            "state_std": 0.5,
-            "noise_seed": 77,
-        },
+        free(variant, in_transformers),
     )
 
 
@@ -214,7 +227,7 @@ CASES = (
             f"core, {injection}",
             variant,
             {
-                "num_layers": 4,
+                "num_layers": 3,
                 "num_moe_experts": None,
                 "recurrence_prelude_layers": prelude,
                 "recurrence_coda_layers": 1 - prelude,
@@ -226,8 +239,8 @@ CASES = (
             },
             {"share_embeddings_and_output_weights": True, "rotary_base": 50000},
             {
-                "num_hidden_layers": 4,
-                "moe_layers": [False] * 4,
+                "num_hidden_layers": 3,
+                "moe_layers": [False] * 3,
                 "prelude_layers": prelude,
                 "coda_layers": 1 - prelude,
                 "injection": injection,
@@ -294,6 +307,22 @@ CASES = (
             ("sinusoid", True, "accumulated"),
             ("sinusoid", False, "basic"),
         )
+    ),
+    *(
+        Case(
+            f"{experts} experts a head",
+            "moeut",
+            {"moe_router_topk": 2, "switchhead_num_experts": experts, "kv_channels": 12, "normalization": "LayerNorm"},
+            {"rotary_percent": 0.5},
+            {
+                "num_experts_per_tok": 2,
+                "num_head_experts": experts,
+                "head_dim": 12,
+                "norm_type": "layernorm",
+                "rotary_percent": 0.5,
+            },
+        )
+        for experts in (1, 4)
     ),
     _layernorm("shared_block"),
     _layernorm("shared_block_ffn"),
@@ -394,6 +423,8 @@ def _hf_config(variant: str, **fields: Any) -> MoREConfig:
         # As in `small_config`.
         "intermediate_size": 32,
         "moe_intermediate_size": 16,
+        "norm_type": "rmsnorm",
+        "rotary_percent": 1.0,
         "max_position_embeddings": LENGTH,
     }
     return MoREConfig(variant=variant, **{**defaults, **fields})
@@ -407,6 +438,6 @@ def random_model(variant: str, **fields: Any) -> MoREForCausalLM:
         fields: What differs in its configuration.
     """
     defaults = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "mean_recurrence": 3, "state_std": 0.5}
-    model = MoREForCausalLM(_hf_config(variant, **{**defaults, **fields})).eval()
+    model = MoREForCausalLM(_hf_config(variant, **free(variant, {**defaults, **fields}))).eval()
     _redraw(model, 0.15)
     return model

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import sentencepiece
 
-from more_megatron.data.sample_text import write_sample_text
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.tokenizer_files import open_tokenizer, plan_tokenizer
+from tools.sample_text import write_sample_text
 
 _TEXT_BYTES = 150_000
 _EXACT = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}

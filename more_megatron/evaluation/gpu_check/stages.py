@@ -87,6 +87,7 @@ def _environment(plan: Plan) -> list[Case]:
     return [
         Case("packages", f"{_WORK}.environment:packages"),
         Case("defaults", f"{_WORK}.environment:defaults", (flags,)),
+        *([Case("attention", f"{_WORK}.environment:attention")] if plan.has_te else []),
         Case("ceilings", f"{_WORK}.environment:ceilings", (plan.sizes.matmul, plan.sizes.copy_bytes, str(plan.folder))),
     ]
 

@@ -69,7 +69,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Form | None]:
         if form is not None:
             config = _from_form(form, config)
         check_config(config)
-    except (MoREError, TypeError) as error:
+    except MoREError as error:
         raise MoREError(f"{path}: {error}; {_REMEDY}") from error
     return config, form
 

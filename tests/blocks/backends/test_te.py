@@ -49,7 +49,6 @@ _LINEARS: dict[str, list[tuple[int, int, int]]] = {
     "parallel_experts": [*_FEED_FORWARD, _GATES, (EXPERTS, HIDDEN, 64)],
 }
 # Systems whose experts attend to each other's rows.
-_ATTENDING = ("recurrent_experts", "shared_block")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from more_megatron.evaluation.gpu_check.outcomes import Finding
 from more_megatron.evaluation.gpu_check.work.runs import configure
 from more_megatron.platform import Platform, initialize_platform
 
-__all__ = ["ceilings", "defaults", "packages"]
+__all__ = ["attention", "ceilings", "defaults", "packages"]
 
 _PACKAGES = ("megatron-core", "transformer_engine", "apex", "triton", "transformers", "numpy")
 # What a run's defaults decide by what is there.
@@ -75,6 +75,19 @@ def defaults(flags: str) -> Finding:
     """Say what a run takes that leaves the choice to us."""
     args, _ = configure(flags)
     return Finding({name: getattr(args, name) for name in _CHOICES})
+
+
+def attention() -> Finding:
+    """Say which kernel Transformer Engine attends with: unfused, it stores all scores."""
+    from transformer_engine.pytorch import DotProductAttention
+    from transformer_engine.pytorch.attention.dot_product_attention import dot_product_attention as module
+
+    attend = DotProductAttention(16, 128, attention_dropout=0.0, qkv_format="sbhd", attn_mask_type="causal")
+    shape, device = (512, 2, 16, 128), torch.cuda.current_device()
+    attend(*(torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)))
+    # Which one it takes is kept there, and nowhere else.
+    chosen = [kind for kind in ("flash", "fused") if module._attention_backends[f"use_{kind}_attention"]]
+    return Finding({"attention": next(iter(chosen), "unfused: NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why")})
 
 
 def ceilings(size: int, copy_bytes: int, folder: str) -> Finding:

@@ -4,19 +4,20 @@ The last is CPython's own reference (`pydoc_data.topics`) and the docstrings of 
 WikiText: articles under ` = Title = `, sections under ` = = Section = = `, one line a paragraph.
 """
 
+from __future__ import annotations
+
 import ast
 import inspect
 import os
 import re
-import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from more_megatron.data.errors import DataError
 from more_megatron.data.hub import download
-from more_megatron.data.parts import writing
-from more_megatron.data.sources import expand_inputs, open_source, open_text
+from more_megatron.data.output import writing
+from more_megatron.data.sources import expand_inputs, open_source, text_chunks
 
 __all__ = ["obtain_text", "write_sample_text"]
 
@@ -68,25 +69,21 @@ def write_sample_text(path: str | os.PathLike[str]) -> str:
         if size >= _ENOUGH:
             break
     text = "".join(articles)
-    _write(path, text.encode())
+    _write(path, [text.encode()])
     return f"English from Python's own documentation, {len(articles)} articles, {len(text) / 1e6:.1f} MB"
 
 
 def _copy(source_path: str, path: str | os.PathLike[str]) -> None:
     source = open_source(source_path, "text", None)
-    with open_text(source) as stream, writing(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(f"{os.fspath(path)}.tmp")
-        with open(unfinished, "wb") as target:
-            shutil.copyfileobj(stream, target, 1 << 20)
-        os.replace(unfinished, path)
+    _write(path, text_chunks(source))
 
 
-def _write(path: str | os.PathLike[str], data: bytes) -> None:
+def _write(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
     with writing(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         unfinished = Path(f"{os.fspath(path)}.tmp")
-        unfinished.write_bytes(data)
+        with open(unfinished, "wb") as target:
+            target.writelines(chunks)
         os.replace(unfinished, path)
 
 
