@@ -21,7 +21,7 @@ _DIVISION = "--recurrence-prelude-layers 1 --recurrence-coda-layers 0 --recurren
 _INJECTION = "--recurrence-injection linear"
 _SYSTEMS = names()
 # Those whose layers are one group: it lies on the first stage, the head on the second.
-_ONE_GROUP = ("universal",)
+_ONE_GROUP = ("moeut", "universal")
 _LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
     "tp2": "--tensor-model-parallel-size 2",
