@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
 from more_megatron.systems import systems
 from tests.helpers.shell import PROJECT, calls_of, linter, parse, train_call
+from tools.sample_text import write_sample_text
 
 _SCRIPTS = sorted([*PROJECT.glob("examples/**/*.sh"), PROJECT / ".ci" / "run"])
 _ON_TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}

@@ -9,6 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.systems.forms import names
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -25,9 +26,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     to_hf.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weights file (default: 5GB)"
     )
+    to_hf.add_argument(
+        "--format", default="more", metavar="F", help=f"more, or a form that others publish: {', '.join(names())}"
+    )
     tokenizer = to_hf.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer-model", metavar="M", help="where the tokenizer is, if it has moved")
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    to_hf.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run code of its own")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint that runs begin from")
     from_hf.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
     from_hf.add_argument("--save", type=Path, required=True, metavar="CKPT", help="folder that --load will name")
@@ -74,8 +79,10 @@ def _run(args: argparse.Namespace) -> list[str]:
             max_shard_size=args.max_shard_size,
             tokenizer=not args.no_tokenizer,
             tokenizer_model=args.tokenizer_model,
+            trust_remote_code=args.trust_remote_code,
             verify=args.verify,
             progress=not args.no_progress,
+            form=None if args.format == "more" else args.format,
         )
     )
 

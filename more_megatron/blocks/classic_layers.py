@@ -17,9 +17,9 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from more_megatron.blocks.backends import backend_of, sandwich_parts
+from more_megatron.blocks.backends import sandwich_parts
 from more_megatron.blocks.iterated_moe import (
     IteratedMoELayer,
     RepeatedMoETransformerLayer,
@@ -27,6 +27,7 @@ from more_megatron.blocks.iterated_moe import (
 )
 from more_megatron.blocks.layers import decoder_layers, dense_layer, moe_layer
 from more_megatron.blocks.router import IteratedRouter
+from more_megatron.blocks.sandwich import RepeatedMoESandwichLayer, RepeatedSandwichLayer
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
 from more_megatron.model.stack import Layer
@@ -41,43 +42,14 @@ def classic_layers(config: MoREConfig, *, post_norm: bool) -> tuple[Layer, ...]:
         config: Model configuration.
         post_norm: Whether norms stand behind the residual sums, as in the paper, and not in front of the parts.
     """
-    dense = dense_layer(config, _PostNormLayer if post_norm else RepeatedTransformerLayer)
-    dense = _classic(config, dense, post_norm)
+    # With its norms in front left out, a sandwich layer is a layer of the paper.
+    layer = RepeatedSandwichLayer if post_norm else RepeatedTransformerLayer
+    layer_with_experts = RepeatedMoESandwichLayer if post_norm else RepeatedMoETransformerLayer
+    dense = _classic(config, dense_layer(config, layer), post_norm)
     if config.num_moe_experts is None:
         return decoder_layers(config, dense, dense)
-    moe = moe_layer(
-        config,
-        layer=_PostNormMoELayer if post_norm else RepeatedMoETransformerLayer,
-        moe=IteratedMoELayer,
-        parts={"router": IteratedRouter},
-    )
+    moe = moe_layer(config, layer=layer_with_experts, moe=IteratedMoELayer, parts={"router": IteratedRouter})
     return decoder_layers(config, _classic(config, moe, post_norm, is_moe=True), dense)
-
-
-class _NormsBehind(TransformerLayer):
-    """A norm behind each residual sum of a transformer layer; those in front are left out of its specification."""
-
-    def __init__(self, config: MoREConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        norm = functools.partial(
-            backend_of(config).norm(), config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-        )
-        self.post_attention_norm, self.post_mlp_norm = norm(), norm()
-
-    def _forward_attention(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        hidden_states, context = super()._forward_attention(*args, **kwargs)
-        return self.post_attention_norm(hidden_states), context
-
-    def _forward_post_mlp(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self.post_mlp_norm(super()._forward_post_mlp(*args, **kwargs))
-
-
-class _PostNormLayer(_NormsBehind, RepeatedTransformerLayer):
-    pass
-
-
-class _PostNormMoELayer(_NormsBehind, RepeatedMoETransformerLayer):
-    pass
 
 
 class _Attention(SelfAttention):

@@ -31,19 +31,27 @@ def head_figures(max_steps: int) -> tuple[str, ...]:
     return tuple(f"{kind} {figure}/step {step}" for kind in _KINDS for figure in figures for step in steps)
 
 
+def _sum_of_rows(rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
+    """Return the sum over the rows of each item, [items, ...]."""
+    if rows.is_cuda:  # Where sums into one place would be atomic, and their order any.
+        return rows.index_select(0, places).unflatten(0, (-1, copies)).sum(dim=1)
+    items = (order // copies).unsqueeze(-1).expand_as(rows)
+    return rows.new_zeros(len(rows) // copies, rows.size(1)).scatter_add_(0, items, rows)
+
+
 class _Copy(torch.autograd.Function):
     """Each item as often as it has rows, in the order of the rows. Backward: the sum over an item's rows."""
 
     @staticmethod
     def forward(ctx, items: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
-        ctx.save_for_backward(places)
+        ctx.save_for_backward(order, places)
         ctx.copies = copies
         return items.index_select(0, order // copies)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (places,) = ctx.saved_tensors
-        return grad.index_select(0, places).unflatten(0, (-1, ctx.copies)).sum(dim=1), None, None, None
+        order, places = ctx.saved_tensors
+        return _sum_of_rows(grad, order, places, ctx.copies), None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -53,7 +61,7 @@ class _Sum(torch.autograd.Function):
     def forward(ctx, rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
         ctx.save_for_backward(order)
         ctx.copies = copies
-        return rows.index_select(0, places).unflatten(0, (-1, copies)).sum(dim=1)
+        return _sum_of_rows(rows, order, places, copies)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

@@ -147,7 +147,7 @@ class SigmaMoELayer(CapacityInTrainingMoELayer):
         """Route, dispatch, compute and combine.
 
         Args:
-            normed: What the router reads, [s, b, h].
+            normed: What router and shared expert read, [s, b, h].
             stream: What the experts read, [s, b, h].
             inputs: What the layer knows about the micro-batch.
             step: Which pass it is.
@@ -155,7 +155,8 @@ class SigmaMoELayer(CapacityInTrainingMoELayer):
         Returns:
             The sum of routed and shared experts, [s, b, h], and no bias.
         """
-        shared_output = self.shared_experts_compute(stream)
+        # A gated unit is no homogeneous function: on the stream itself it would grow with its square.
+        shared_output = self.shared_experts_compute(normed)
         with self.router.at(step):
             probs, routing_map = self.route(normed, inputs.token_padding_mask)
         dispatched, probs = self.dispatch(*self.preprocess(stream, probs, routing_map))

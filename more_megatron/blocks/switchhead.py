@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -30,10 +29,12 @@ from megatron.core.transformer.module import MegatronModule
 from more_megatron.blocks.backends import sandwich_parts
 from more_megatron.blocks.entropy_balance import EntropyBalance, sum_over_positions
 from more_megatron.blocks.head_experts import Choice, HeadExperts, HeadRouter, record_use
+from more_megatron.blocks.row_ops import rotate
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.initialization import DepthScaledInitializer
 from more_megatron.model.micro_batch import Pass
+from more_megatron.monitoring.figures import is_reported
 
 __all__ = ["SwitchHeadAttention", "switchhead_cost"]
 
@@ -166,9 +167,15 @@ class SwitchHeadAttention(MegatronModule):
         """Return both, [s, b, heads, head_dim]; in the weight each head's query is followed by its key."""
         both = self.query_key(normed)[0].unflatten(-1, (-1, self.config.kv_channels))
         if rotary_pos_emb is not None:
-            both = apply_rotary_pos_emb(both, rotary_pos_emb, config=self.config, cp_group=self._groups.cp)
+            both = rotate(both, *self._rotation(rotary_pos_emb, both.dtype), self.config.rotary_interleaved)
         query, key = both.unflatten(-2, (-1, 2)).unbind(-2)
         return query, key
+
+    def _rotation(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosine and sine of the angle of each plane, [s, 1, 1, planes]; Megatron lists that of each channel."""
+        planes = angles.size(-1) // 2
+        angles = angles[..., 0::2] if self.config.rotary_interleaved else angles[..., :planes]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _values(self, stream: torch.Tensor, choice: Choice | torch.Tensor | None) -> torch.Tensor:
         """Return [s, b, heads, head_dim]."""
@@ -208,7 +215,7 @@ class SwitchHeadAttention(MegatronModule):
         if self._is_dense:
             return local.sigmoid()
         choice = Choice.of(local.flatten(0, 1), self._topk, self._expert_dropout if self.training else 0.0)
-        if self.training and current.is_counted():
+        if self.training and current.is_counted() and is_reported(f"{kind} router entropy/step {current.index + 1}"):
             record_use(kind, current.index, logits, choice.loads(self._local_heads))
         return choice
 

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from more_megatron.errors import MoREError
 from more_megatron.systems import get_system
 from more_megatron.systems.export import Layout, Row
+from more_megatron.systems.forms import Form
 
 __all__ = ["LAYERS", "Entry", "entries", "extra_states"]
 
@@ -36,6 +38,7 @@ class Entry:
         shapes: Shape under each name.
         layout: How the tensors under these names are put together.
         groups: Number of query groups.
+        qkv: Rows of queries, keys and values.
         fp32: Whether it stays in float32, whatever the rest is cast to.
     """
 
@@ -46,46 +49,85 @@ class Entry:
     shapes: tuple[Shape, ...]
     layout: Layout
     groups: int
+    qkv: tuple[int, int, int]
     fp32: bool
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Return the Hugging Face tensors of Megatron's, in the order of `names`."""
+        """Return the Hugging Face tensors of Megatron's, in the order of `names`.
+
+        Raises:
+            MoREError: If they have no place for a part of it that is not zero.
+        """
         parts = [tensor]
         if self.layout is Layout.HALVES:
             parts = list(tensor.chunk(2))
-        elif self.layout is Layout.QKV:
-            rows = [shape[0] // self.groups for shape in self.shapes]
-            parts = list(tensor.unflatten(0, (self.groups, -1)).split(rows, dim=1))
+        elif self.layout is Layout.TWICE:
+            parts = [tensor] * len(self.names)
+        elif self.layout is not Layout.WHOLE:
+            parts = self._split_qkv(tensor)
         return [part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
+    def _split_qkv(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        rows = [size // self.groups for size in self.qkv]
+        parts = [part.flatten(0, 1) for part in tensor.unflatten(0, (self.groups, -1)).split(rows, dim=1)]
+        if self.layout is Layout.QKV_IN_ONE:
+            return [torch.cat(parts)]
+        if self.layout is Layout.QK_BIAS:
+            if parts.pop().any():
+                raise MoREError(f"{self.key} has biases of values that are not zero: the form has no place for them")
+            return [torch.stack(parts)]
+        return parts
+
     def merge(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return Megatron's tensor, given those under `names`."""
-        if self.layout is Layout.WHOLE:
+        """Return Megatron's tensor, given those under `names`.
+
+        Raises:
+            MoREError: If they should be the same and are not.
+        """
+        if self.layout is Layout.TWICE and not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+            raise MoREError(f"{' and '.join(self.names)} are one parameter, and they differ")
+        if self.layout in (Layout.WHOLE, Layout.TWICE):
             return tensors[0].reshape(self.shape)
         if self.layout is Layout.HALVES:
             return torch.cat(list(tensors))
+        return self._merge_qkv(tensors)
+
+    def _merge_qkv(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        if self.layout is Layout.QKV_IN_ONE:
+            tensors = tensors[0].split(self.qkv)
+        elif self.layout is Layout.QK_BIAS:
+            queries, keys = tensors[0].flatten(1)
+            tensors = (queries, keys, torch.zeros_like(keys))
         return torch.cat([tensor.unflatten(0, (self.groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
 
 
-def entries(config: Config) -> list[Entry]:
+def entries(config: Config, form: Form | None = None) -> list[Entry]:
     """Return every parameter of a model, in the order of its computation.
 
     Args:
-        config: Content of `config.json`.
+        config: Content of our `config.json`.
+        form: Whose names and layouts the Hugging Face side has; None: ours.
 
     Raises:
         MoREError: If there is no such system.
     """
     system = get_system(config["variant"])
+    source = form or system
     features, sizes = _features(config) | system.features(config), _sizes(config) | system.sizes(config)
-    rows = [(row, None) for row in system.model_rows(config)]
+    rows = [(row, None) for row in source.model_rows(config)]
     is_behind = [not row.megatron.startswith("embedding.") for row, _ in rows]
     first_behind = is_behind.index(True)
     of_layers = [
-        (row, layer) for layer in range(config["num_hidden_layers"]) for row in system.layer_rows(config, layer)
+        (row, layer) for layer in range(config["num_hidden_layers"]) for row in source.layer_rows(config, layer)
     ]
     ordered = [*rows[:first_behind], *of_layers, *rows[first_behind:]]
-    return [entry for row, layer in ordered for entry in _apply(row, layer, features, sizes)]
+
+    def prefix(layer: int | None) -> str:
+        if layer is None:
+            return ""
+        return f"model.layers.{layer}." if form is None else form.layer_prefix(config, layer)
+
+    return [entry for row, layer in ordered for entry in _apply(row, layer, prefix(layer), features, sizes)]
 
 
 def extra_states(config: Config) -> Iterator[tuple[str, int | None, bool]]:
@@ -104,23 +146,24 @@ def extra_states(config: Config) -> Iterator[tuple[str, int | None, bool]]:
             yield LAYERS + name.removeprefix("N "), layer, name.startswith("N ")
 
 
-def _apply(row: Row, layer: int | None, features: set[str], sizes: dict[str, int]) -> Iterator[Entry]:
+def _apply(row: Row, layer: int | None, prefix: str, features: set[str], sizes: dict[str, int]) -> Iterator[Entry]:
     """Yield the entry of a row, if the model has what the row is about."""
     if not all((word.removeprefix("!") in features) != word.startswith("!") for word in row.when.split()):
         return
     names = _names(row.hf)
     shape, view = _shape(row.shape, sizes), _shape(row.view or row.shape, sizes)
-    first = {Layout.WHOLE: view[:1], Layout.HALVES: (shape[0] // 2,) * 2, Layout.QKV: (sizes["q"], *[sizes["k"]] * 2)}
-    shapes = tuple((rows, *view[1:]) for rows in first[row.layout])
-    key, prefix = (row.megatron, "") if layer is None else (LAYERS + row.megatron, f"model.layers.{layer}.")
-    yield Entry(
-        key, layer, shape, tuple(prefix + name for name in names), shapes, row.layout, sizes["groups"], row.fp32
-    )
+    qkv = (sizes["q"], sizes["k"], sizes["k"])
+    # Rows under each name.
+    rows = {Layout.HALVES: (shape[0] // 2,) * 2, Layout.QKV: qkv}.get(row.layout, (view[0],) * len(names))
+    shapes = tuple((number, *view[1:]) for number in rows)
+    key = row.megatron if layer is None else LAYERS + row.megatron
+    names = tuple(prefix + name for name in names)
+    yield Entry(key, layer, shape, names, shapes, row.layout, sizes["groups"], qkv, row.fp32)
 
 
-def _names(pattern: str) -> list[str]:
+def _names(pattern: str) -> tuple[str, ...]:
     found = re.fullmatch(r"(.*)\{(.*)\}(.*)", pattern)
-    return [pattern] if found is None else [found[1] + name + found[3] for name in found[2].split(",")]
+    return (pattern,) if found is None else tuple(found[1] + name + found[3] for name in found[2].split(","))
 
 
 def _shape(text: str, sizes: dict[str, int]) -> Shape:
@@ -154,6 +197,7 @@ def _sizes(config: Config) -> dict[str, int]:
         "P": config["max_position_embeddings"],
         "h": config["hidden_size"],
         "d": head,
+        "n": heads,
         "q": heads * head,
         "k": groups * head,
         "qkv": (heads + 2 * groups) * head,

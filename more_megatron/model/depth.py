@@ -62,6 +62,13 @@ class DepthSampler:
         grad_steps = min(self._config.recurrence_backprop_steps or steps, steps)
         return Depth(no_grad_steps=steps - grad_steps, grad_steps=grad_steps)
 
+    def means(self, step: int, micro_batches: int) -> tuple[float, float]:
+        """Return the steps without and with gradient of a training step, averaged over its micro-batches."""
+        count = 1 if self._config.recurrence_sampling_unit == "step" else micro_batches
+        depths = [self.draw(step, index) for index in range(count)]
+        no_grad_steps, grad_steps = (depth.no_grad_steps for depth in depths), (depth.grad_steps for depth in depths)
+        return sum(no_grad_steps) / count, sum(grad_steps) / count
+
     def evaluation(self) -> Depth:
         """Return the depth in evaluation: fixed, and no step carries gradient."""
         return Depth(no_grad_steps=self._config.evaluation_steps, grad_steps=0)

@@ -6,6 +6,7 @@ that the builder, the decoder and the cost formulas know of a system.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -150,9 +151,15 @@ class Stack:
 
     def _stages(self) -> list[range]:
         """Return the layers of each pipeline stage, in the order in which they are computed."""
-        chunks = self.config.virtual_pipeline_model_parallel_size or 1
-        ranks = range(self.config.pipeline_model_parallel_size)
-        return [self.stage(chunk if chunks > 1 else None, rank) for chunk in range(chunks) for rank in ranks]
+        config, layout = self.config, self.config.pipeline_model_parallel_layout
+        chunks = config.virtual_pipeline_model_parallel_size or 1
+        places = list(itertools.product(range(chunks), range(config.pipeline_model_parallel_size)))
+        if layout is None:
+            return [self.stage(chunk if chunks > 1 else None, rank) for chunk, rank in places]
+        # Megatron's own functions ask the process groups, which are not formed yet when flags are checked.
+        sizes = [layout.layout[rank][chunk].count(LayerType.decoder) for chunk, rank in places]
+        ends = itertools.accumulate(sizes)
+        return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
     def _stage_sizes(self) -> str:
         return f"the pipeline stages of {[len(stage) for stage in self._stages()]} layers"

@@ -41,12 +41,24 @@ _FILTER_PARAM_GROUPS = MegatronOptimizer._filter_and_reorder_param_groups
 
 
 def _state_dict_with_steps(self: DistributedOptimizer) -> dict[str, Any]:
-    """Return the state dict, giving an optimizer that has not stepped yet the state it is about to load into."""
-    if not HAVE_APEX_OR_TE and len(self.optimizer.state) == 0:
+    """Return the state dict, giving an optimizer without any state a step count.
+
+    One that has not stepped yet gets the state it is about to load into. One without parameters, as that of experts
+    on a pipeline stage without any, never steps: its count is the number of training steps.
+    """
+    if HAVE_APEX_OR_TE or len(self.optimizer.state) > 0:
+        return _STATE_DICT(self)
+    if any(group["params"] for group in self.optimizer.param_groups):
         self.init_state_fn(self.optimizer, self.config)
         for state in self.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
-    return _STATE_DICT(self)
+        return _STATE_DICT(self)
+    taken = getattr(get_args(), "curr_iteration", -1) + 1
+    self.optimizer.state["of no parameter"] = {"step": torch.tensor(float(taken))}
+    try:
+        return _STATE_DICT(self)
+    finally:
+        del self.optimizer.state["of no parameter"]
 
 
 def _load_state_dict_with_own_steps(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:

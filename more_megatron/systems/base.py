@@ -70,6 +70,9 @@ class System:
     block_width: ClassVar[int | None] = None
     """Default width of the MLP in its recurrent block, in hidden sizes; None without such a block."""
 
+    activation: ClassVar[str] = "gelu"
+    """Activation function, by its name in transformers, where no flag of Megatron's names another."""
+
     mixes_tokens: ClassVar[bool] = False
     """Whether the tokens that were sent to an expert depend on each other."""
 
@@ -156,6 +159,10 @@ class System:
         return sizes.recurrence_ffn_hidden_size or self.block_width * sizes.hidden_size
 
     # What its weights are called outside. `config` is the content of config.json.
+
+    def architecture(self, args: Any) -> dict[str, Any]:
+        """Return what decides, besides what all models have, which tensors there are: values by flag."""
+        return {}
 
     def config_fields(self, args: Any) -> dict[str, Any]:
         """Return the fields of config.json that it alone has, given a run's arguments."""

@@ -2,7 +2,7 @@
 
 A row names one parameter in both worlds. The sizes in the table:
 
-    V vocabulary   P positions   h hidden   q heads x d   k groups x d   qkv q + 2 k   d head size
+    V vocabulary   P positions   h hidden   q heads x d   k groups x d   qkv q + 2 k   d head size   n heads
     f dense MLP    N experts     m expert MLP             e shared expert              R MLP of a recurrent block
 
 A system may add sizes of its own (`System.sizes`), and features that rows ask for (`System.features`).
@@ -10,6 +10,7 @@ A system may add sizes of its own (`System.sizes`), and features that rows ask f
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,6 +19,7 @@ from typing import Any
 __all__ = [
     "ATTENTION",
     "DENSE",
+    "DENSE_WITH_BIASES",
     "FEED_FORWARD",
     "MODEL",
     "MOE",
@@ -45,6 +47,15 @@ class Layout(Enum):
 
     QKV = auto()
     """Three tensors interleaved: for each query group its queries, then its key, then its value."""
+
+    QKV_IN_ONE = auto()
+    """One tensor: all queries, then all keys, then all values."""
+
+    QK_BIAS = auto()
+    """One tensor, [2, 1, heads, d]: the biases of queries and of keys; those of values are zero."""
+
+    TWICE = auto()
+    """The same tensor under each name; to read, one of them is enough."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,9 @@ DENSE = (
     Row("mlp.linear_fc2.weight", "mlp.down_proj.weight", "h f"),
     Row("mlp.linear_fc2.bias", "mlp.down_proj.bias", "h", when="bias"),
 )
+
+# The same where the MLP has biases whatever other linear maps have.
+DENSE_WITH_BIASES = tuple(dataclasses.replace(row, when=row.when.removesuffix("bias").strip()) for row in DENSE)
 
 # What every layer with experts has, whatever its experts are.
 MOE = (

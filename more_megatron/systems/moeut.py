@@ -12,12 +12,38 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
 from more_megatron.systems.base import DEPTH, System
+from more_megatron.systems.export import MODEL, MOE, STATES_OF_MOE, Row
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Layer, Stack
 
 __all__ = ["SYSTEM"]
+
+# H heads, E experts of a head.
+_ATTENTION = (
+    Row("input_layernorm.weight", "input_layernorm.weight", "h"),
+    Row("input_layernorm.bias", "input_layernorm.bias", "h", when="layernorm"),
+    Row("self_attention.query_key.weight", "self_attn.query_key.weight", "2*q h"),
+    Row("self_attention.value_router.weight", "self_attn.value_router.weight", "H*E h", when="head_experts"),
+    Row("self_attention.output_router.weight", "self_attn.output_router.weight", "H*E h"),
+    Row("self_attention.value.weight", "self_attn.value.weight", "H*E d h", when="head_experts"),
+    Row("self_attention.value.weight", "self_attn.value.weight", "q h", when="!head_experts"),
+    Row("self_attention.output.weight", "self_attn.output.weight", "H*E h d", when="head_experts"),
+    Row("self_attention.output.weight", "self_attn.output.weight", "h q", when="!head_experts"),
+)
+_EXPERTS = (
+    Row("mlp.experts.keys", "mlp.experts.keys", "N m h"),
+    Row("mlp.experts.values", "mlp.experts.values", "N h m"),
+)
+
+# Fields of config.json, and flags.
+_FIELDS = {
+    "num_head_experts": "switchhead_num_experts",
+    "num_head_experts_per_tok": "switchhead_topk",
+    "head_balance_coef": "switchhead_balance_coeff",
+    "balance_coef": "moeut_balance_coeff",
+}
 
 
 @dataclass
@@ -126,6 +152,36 @@ class MoEUT(System):
         groups = (Group(layers, ResidualLoop()),)
         return Stack(config, groups, final_norm(config), head_bias=True, initialization=uniform_head(config))
 
+    def config_fields(self, args: Any) -> dict[str, Any]:
+        """Return the fields of config.json that it alone has, given a run's arguments."""
+        flags: Any = self.flags(args)
+        return {field: getattr(flags, name) for field, name in _FIELDS.items()}
+
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that `config_fields` were made from."""
+        return {name: config[field] for field, name in _FIELDS.items()}
+
+    def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows outside of layers."""
+        return (*MODEL, Row("output_layer.bias", "lm_head.bias", "V"))
+
+    def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
+        """Return the rows of a layer."""
+        return (*_ATTENTION, *MOE, *_EXPERTS)
+
+    def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
+        """Return the modules of a layer that ask a checkpoint for a state beside their parameters."""
+        linear = ("query_key", "core_attention", *(("value", "output") if config["num_head_experts"] == 1 else ()))
+        return (*(f"self_attention.{name}" for name in linear), *STATES_OF_MOE)
+
+    def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Return sizes of its own that rows name."""
+        return {"H": config["num_attention_heads"], "E": config["num_head_experts"]}
+
+    def features(self, config: Mapping[str, Any]) -> set[str]:
+        """Return features of its own that rows ask for."""
+        return {"head_experts"} if config["num_head_experts"] > 1 else set()
+
 
 def _layer(config: "MoREConfig") -> "Layer":
     from more_megatron.blocks.peri_layer import peri_layer_spec
@@ -169,6 +225,8 @@ def _layer_refusals(config: "MoREConfig") -> Iterator[str]:
     recomputed = config.recompute_modules if config.recompute_granularity == "selective" else None
     if "layernorm" in (recomputed or ()):
         yield "keeps its norms, which several parts read: leave layernorm out of --recompute-modules"
+    if config.moe_shared_expert_overlap:
+        yield "has a shared expert that reads what the others do not: leave out --moe-shared-expert-overlap"
     for name, is_set in (
         ("--qk-layernorm", config.qk_layernorm),
         ("--qk-l2-norm", config.qk_l2_norm),

@@ -6,13 +6,23 @@ One group of layers is repeated, with position and time signals in front of ever
 """
 
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
 from more_megatron.systems.base import DEPTH, REPEATED_ROUTER, System
+from more_megatron.systems.export import (
+    ATTENTION,
+    DENSE_WITH_BIASES,
+    MODEL,
+    MOE,
+    SANDWICH,
+    STATES_OF_MODEL,
+    STATES_OF_SANDWICH,
+    Row,
+)
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
@@ -85,7 +95,8 @@ class UniversalTransformer(System):
     summary = "Universal Transformer: a shared layer with position and time signals, ACT halting"
     reads = DEPTH | REPEATED_ROUTER
     Flags = UniversalFlags
-    defaults: ClassVar[dict[str, Any]] = {
+    activation = "relu"
+    defaults: ClassVar[Mapping[str, Any]] = {
         "num_experts": None,
         "untie_embeddings_and_output_weights": False,
         "position_embedding_type": "none",
@@ -111,6 +122,8 @@ class UniversalTransformer(System):
 
         own: Any = config
         yield from loop_refusals(config)
+        if config.add_bias_linear:
+            yield "has biases in its feed-forward part as it is, and none elsewhere: leave out --enable-bias-linear"
         if config.hidden_size % 2 != 0:
             yield f"has as many sines as cosines in its signals: --hidden-size {config.hidden_size} must be even"
         if own.universal_time_signal == "learned" and config.evaluation_steps > config.max_steps:
@@ -147,6 +160,73 @@ class UniversalTransformer(System):
 
         own: Any = config
         return HALTING_FIGURES if own.halting == "act" else ()
+
+    def architecture(self, args: Any) -> dict[str, Any]:
+        """Return what decides, besides what all models have, which tensors there are: values by flag."""
+        flags: Any = self.flags(args)
+        names = ("halting", "universal_post_norm", "universal_time_signal")
+        learned = {"recurrence_max_steps": flags.max_steps} if flags.universal_time_signal == "learned" else {}
+        return {name: getattr(flags, name) for name in names} | learned
+
+    def config_fields(self, args: Any) -> dict[str, Any]:
+        """Return the fields of config.json that it alone has, given a run's arguments."""
+        flags: Any = self.flags(args)
+        return {
+            "halting": flags.halting,
+            "halting_epsilon": flags.halting_epsilon,
+            "halting_output": flags.halting_output,
+            "ponder_coef": flags.ponder_coeff,
+            "time_signal": flags.universal_time_signal,
+            "training_steps": flags.max_steps,
+            "post_norm": flags.universal_post_norm,
+        }
+
+    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments that `config_fields` were made from."""
+        return {
+            "halting": config["halting"],
+            "halting_epsilon": config["halting_epsilon"],
+            "halting_output": config["halting_output"],
+            "ponder_coeff": config["ponder_coef"],
+            "universal_time_signal": config["time_signal"],
+            "universal_post_norm": config["post_norm"],
+            "recurrence_steps": config["training_steps"],
+        }
+
+    def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
+        """Return the rows outside of layers."""
+        rows = [row for row in MODEL if not (config["post_norm"] and "final_layernorm" in row.megatron)]
+        if config["time_signal"] == "learned":
+            rows.append(Row("decoder.loops.0.signals.time", "model.loops.0.time", "T h"))
+        if config["halting"] == "act":
+            rows.append(Row("decoder.loops.0.halting.weight", "model.loops.0.halting.weight", "1 h"))
+            rows.append(Row("decoder.loops.0.halting.bias", "model.loops.0.halting.bias", "1"))
+        return tuple(rows)
+
+    def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
+        """Return the rows of a layer, numbered from 0."""
+        feed_forward = (*MOE, *self.expert_rows) if config["moe_layers"][layer] else DENSE_WITH_BIASES
+        rows = (*ATTENTION, *feed_forward)
+        return (*filter(_is_no_norm_in_front, rows), *SANDWICH) if config["post_norm"] else rows
+
+    def model_states(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the modules outside of layers that ask a checkpoint for a state beside their parameters."""
+        return () if config["post_norm"] else STATES_OF_MODEL
+
+    def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
+        """Return the modules of a layer that ask a checkpoint for a state beside their parameters."""
+        states = super().layer_states(config, layer)
+        if not config["post_norm"]:
+            return states
+        return (*(name for name in states if name != "pre_mlp_layernorm"), *STATES_OF_SANDWICH)
+
+    def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
+        """Return sizes of its own that rows name."""
+        return {"T": config["training_steps"]}
+
+
+def _is_no_norm_in_front(row: Row) -> bool:
+    return not row.hf.startswith(("input_layernorm.", "post_attention_layernorm."))
 
 
 def _without_effect_on_halting(flags: Any, given: Set[str]) -> Iterator[str]:

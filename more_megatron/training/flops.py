@@ -39,12 +39,8 @@ def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) ->
         args: Megatron's arguments; `curr_iteration` says which step it is.
         batch_size: Sequences of the step.
     """
-    sampler = DepthSampler(config)
-    per_step = config.recurrence_sampling_unit == "step"
-    micro_batches = range(1 if per_step else get_num_microbatches())
-    depths = [sampler.draw(getattr(args, "curr_iteration", 0), index) for index in micro_batches]
-    no_grad_steps = sum(depth.no_grad_steps for depth in depths) / len(depths)
-    grad_steps = sum(depth.grad_steps for depth in depths) / len(depths)
+    step = getattr(args, "curr_iteration", 0)
+    no_grad_steps, grad_steps = DepthSampler(config).means(step, get_num_microbatches())
     return batch_size * args.seq_length * _cost(config, args).training_flops(no_grad_steps, grad_steps)
 
 

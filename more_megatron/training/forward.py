@@ -54,8 +54,20 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
             packed_seq_params=batch.packed_seq_params,
             extra_block_kwargs=micro_batch.block_kwargs(),
         )
-    reported_depth = micro_batch.depth if gpt.training and get_system(gpt.config.more_variant).recurrent else None
-    return output, functools.partial(language_model_loss, batch.loss_mask, reported_depth)
+    is_reported = gpt.training and get_system(gpt.config.more_variant).recurrent
+    return output, functools.partial(
+        language_model_loss, batch.loss_mask, _reported_steps(gpt, micro_batch) if is_reported else None
+    )
+
+
+def _reported_steps(gpt: GPTModel, micro_batch: MicroBatch) -> float:
+    """Return the recurrence steps of a micro-batch, or their mean in this training step.
+
+    A stage without layers does not know which micro-batch it computes, and must not: the mean of the means is the same.
+    """
+    if len(gpt.decoder.layers) > 0:
+        return micro_batch.depth.steps
+    return sum(DepthSampler(gpt.config).means(get_args().curr_iteration, get_num_microbatches()))
 
 
 def _micro_batch(gpt: GPTModel) -> MicroBatch:
@@ -65,8 +77,22 @@ def _micro_batch(gpt: GPTModel) -> MicroBatch:
     sampler = DepthSampler(config)
     if not gpt.training:
         return MicroBatch(sampler.evaluation())
-    # Megatron's schedules number the micro-batch on each layer of the stage. A stage without layers has no use for it.
-    index = gpt.decoder.layers[0].current_microbatch if len(gpt.decoder.layers) > 0 else 0
+    index = _number_in_step(gpt)
     replica = mpu.get_data_parallel_rank()
     first = args.consumed_train_samples + (index * args.data_parallel_size + replica) * args.micro_batch_size
     return MicroBatch(sampler.draw(args.curr_iteration, index), tuple(range(first, first + args.micro_batch_size)))
+
+
+def _number_in_step(gpt: GPTModel) -> int:
+    """Return the number of the micro-batch within its step, from 0.
+
+    Megatron's schedules number it on each layer of the stage. A stage without layers counts for itself: every stage
+    takes the micro-batches in their order.
+    """
+    if len(gpt.decoder.layers) > 0:
+        return gpt.decoder.layers[0].current_microbatch
+    step = get_args().curr_iteration
+    former_step, count = getattr(gpt, "micro_batches_seen", (None, 0))
+    count = count if step == former_step else 0
+    gpt.micro_batches_seen = (step, count + 1)
+    return count % get_num_microbatches()

@@ -8,21 +8,19 @@ import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import get_args
 
-from more_megatron.model.depth import Depth
-
 __all__ = ["language_model_loss"]
 
 _SPIKE_FACTOR = 10
 
 
 def language_model_loss(
-    loss_mask: torch.Tensor | None, depth: Depth | None, losses: torch.Tensor
+    loss_mask: torch.Tensor | None, recurrence_steps: float | None, losses: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum the token losses of a micro-batch.
 
     Args:
         loss_mask: 1 for tokens that count, [b, s]; there on the last pipeline stage, which alone computes losses.
-        depth: Recurrence steps that were taken, to be reported; None reports nothing.
+        recurrence_steps: Steps that were taken, to be reported; None reports nothing.
         losses: Cross-entropy of each token in nats, [b, s].
 
     Returns:
@@ -34,8 +32,8 @@ def language_model_loss(
     tokens = mask.sum().detach().to(torch.int)
     _check(loss)
     report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
-    if depth is not None:
-        report["recurrence steps"] = torch.tensor([depth.steps, 1.0], device=loss.device)
+    if recurrence_steps is not None:
+        report["recurrence steps"] = torch.tensor([recurrence_steps, 1.0], device=loss.device)
     return loss, tokens, report
 
 

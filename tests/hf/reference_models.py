@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 
 from more_megatron.hf.exported.configuration_more import MoREConfig
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
-from more_megatron.hf.exported.system import system_names
+from more_megatron.hf.exported.system import find_system, system_names
 from more_megatron.hf.mapping import entries
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
@@ -32,6 +32,7 @@ __all__ = [
     "Case",
     "Result",
     "compute",
+    "free",
     "load",
     "random_model",
     "tokens",
@@ -68,38 +69,50 @@ def _top1(variant: str) -> Case:
     return Case("top-1", variant, {"moe_router_topk": 1}, hf={"router_pre_softmax": True})
 
 
+def free(variant: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields of a configuration in transformers without those that a system knows under one value only."""
+    return {name: value for name, value in fields.items() if name not in find_system(variant).fixed}
+
+
+# Fields of the training code, by those in transformers of the same meaning.
+_SAME = {"num_key_value_heads": "num_query_groups", "qk_norm": "qk_layernorm"}
+
+
 def _top2(variant: str) -> Case:
     """Two experts a token, and everything else different from the default too."""
+    fixed = {_SAME.get(name) for name in find_system(variant).fixed}
+    megatron = {
+        "moe_router_topk": 2,
+        "num_query_groups": 2,
+        "kv_channels": 12,
+        "qk_layernorm": True,
+        "rotary_interleaved": True,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_shared_expert_gate": True,
+        "recurrence_state_std": 0.5,
+        "recurrence_ffn_hidden_size": None if get_system(variant).block_width is None else 40,
+        "seed": 77,
+    }
+    in_transformers = {
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "qk_norm": True,
+        "rotary_interleaved": True,
+        "rotary_percent": 0.5,
+        "rope_theta": 500,
+        "shared_expert_intermediate_size": 24,
+        "shared_expert_gate": True,
+        "recurrent_intermediate_size": 40,
+        "state_std": 0.5,
+        "noise_seed": 77,
+    }
     return Case(
         "top-2",
         variant,
-        {
-            "moe_router_topk": 2,
-            "num_query_groups": 2,
-            "kv_channels": 12,
-            "qk_layernorm": True,
-            "rotary_interleaved": True,
-            "moe_shared_expert_intermediate_size": 24,
-            "moe_shared_expert_gate": True,
-            "recurrence_state_std": 0.5,
-            "recurrence_ffn_hidden_size": None if get_system(variant).block_width is None else 40,
-            "seed": 77,
-        },
+        {name: value for name, value in megatron.items() if name not in fixed},
         {"rotary_percent": 0.5, "rotary_base": 500},
-        {
-            "num_experts_per_tok": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 12,
-            "qk_norm": True,
-            "rotary_interleaved": True,
-            "rotary_percent": 0.5,
-            "rope_theta": 500,
-            "shared_expert_intermediate_size": 24,
-            "shared_expert_gate": True,
-            "recurrent_intermediate_size": 40,
-            "state_std": 0.5,
-            "noise_seed": 77,
-        },
+        free(variant, in_transformers),
     )
 
 
@@ -118,6 +131,23 @@ def _layernorm(variant: str) -> Case:
         },
     )
 
+
+_UNIVERSAL = {
+    "num_moe_experts": None,
+    "normalization": "LayerNorm",
+    "layernorm_epsilon": 1e-6,
+    "gated_linear_unit": False,
+    "activation_func": torch.nn.functional.gelu,
+}
+_UNIVERSAL_IN_TRANSFORMERS = {
+    "moe_layers": [False] * LAYERS,
+    "norm_type": "layernorm",
+    "norm_eps": 1e-6,
+    "gated_mlp": False,
+    "hidden_act": "relu",
+    "position_embedding": "none",
+    "tie_word_embeddings": True,
+}
 
 CASES = (
     *(make(variant) for variant in SYSTEMS for make in (_top1, _top2)),
@@ -197,7 +227,7 @@ CASES = (
             f"core, {injection}",
             variant,
             {
-                "num_layers": 4,
+                "num_layers": 3,
                 "num_moe_experts": None,
                 "recurrence_prelude_layers": prelude,
                 "recurrence_coda_layers": 1 - prelude,
@@ -209,8 +239,8 @@ CASES = (
             },
             {"share_embeddings_and_output_weights": True, "rotary_base": 50000},
             {
-                "num_hidden_layers": 4,
-                "moe_layers": [False] * 4,
+                "num_hidden_layers": 3,
+                "moe_layers": [False] * 3,
                 "prelude_layers": prelude,
                 "coda_layers": 1 - prelude,
                 "injection": injection,
@@ -253,6 +283,47 @@ CASES = (
             "norm_type": "layernorm",
         },
     ),
+    *(
+        Case(
+            f"{time}, {'behind' if post_norm else 'in front'}, {halting}",
+            "universal",
+            {
+                **_UNIVERSAL,
+                "universal_time_signal": time,
+                "universal_post_norm": post_norm,
+                **({"halting": "none"} if halting == "none" else {"halting_output": halting}),
+            },
+            {"position_embedding_type": "none", "share_embeddings_and_output_weights": True},
+            {
+                **_UNIVERSAL_IN_TRANSFORMERS,
+                "time_signal": time,
+                "post_norm": post_norm,
+                **({"halting": "none"} if halting == "none" else {"halting_output": halting}),
+            },
+        )
+        for time, post_norm, halting in (
+            ("learned", False, "accumulated"),
+            ("learned", True, "none"),
+            ("sinusoid", True, "accumulated"),
+            ("sinusoid", False, "basic"),
+        )
+    ),
+    *(
+        Case(
+            f"{experts} experts a head",
+            "moeut",
+            {"moe_router_topk": 2, "switchhead_num_experts": experts, "kv_channels": 12, "normalization": "LayerNorm"},
+            {"rotary_percent": 0.5},
+            {
+                "num_experts_per_tok": 2,
+                "num_head_experts": experts,
+                "head_dim": 12,
+                "norm_type": "layernorm",
+                "rotary_percent": 0.5,
+            },
+        )
+        for experts in (1, 4)
+    ),
     _layernorm("shared_block"),
     _layernorm("shared_block_ffn"),
 )
@@ -275,7 +346,8 @@ def compute(names: list[tuple[str, str]]) -> list[Result]:
 
 
 def _compute(case: Case) -> Result:
-    config = small_config(case.variant, **{"hidden_size": HIDDEN, "num_layers": LAYERS, **case.megatron})
+    defaults = {"hidden_size": HIDDEN, "num_layers": LAYERS, "recurrence_steps": max(STEPS)}
+    config = small_config(case.variant, **{**defaults, **case.megatron})
     model = build_model(config, LENGTH, VOCABULARY, **case.gpt).eval()
     _redraw(model, 0.2)
     ids = tokens()
@@ -295,7 +367,9 @@ def _redraw(module: torch.nn.Module, std: float) -> None:
     buffers = [(name, buffer) for name, buffer in module.named_buffers() if name.endswith("expert_bias")]
     for name, tensor in [*module.named_parameters(), *buffers]:
         noise = torch.randn(tensor.shape, generator=generator) * std
-        tensor.copy_(noise + 1.0 if "norm" in name and not name.endswith("bias") else noise)
+        is_norm = "norm" in name and not name.endswith("bias")
+        # Positions that halt late, some never.
+        tensor.copy_(noise + (1.0 if is_norm else -2.0 if name.endswith("halting.bias") else 0.0))
 
 
 @torch.no_grad()
@@ -349,6 +423,8 @@ def _hf_config(variant: str, **fields: Any) -> MoREConfig:
         # As in `small_config`.
         "intermediate_size": 32,
         "moe_intermediate_size": 16,
+        "norm_type": "rmsnorm",
+        "rotary_percent": 1.0,
         "max_position_embeddings": LENGTH,
     }
     return MoREConfig(variant=variant, **{**defaults, **fields})
@@ -362,6 +438,6 @@ def random_model(variant: str, **fields: Any) -> MoREForCausalLM:
         fields: What differs in its configuration.
     """
     defaults = {"num_experts_per_tok": 2, "num_key_value_heads": 2, "mean_recurrence": 3, "state_std": 0.5}
-    model = MoREForCausalLM(_hf_config(variant, **{**defaults, **fields})).eval()
+    model = MoREForCausalLM(_hf_config(variant, **free(variant, {**defaults, **fields}))).eval()
     _redraw(model, 0.15)
     return model

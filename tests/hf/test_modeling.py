@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -110,18 +111,18 @@ def test_number_of_steps(variant: str) -> None:
 @torch.no_grad()
 def test_initial_states(variant: str) -> None:
     model, ids = random_model(variant), tokens()
-    positions = torch.arange(ids.size(1)).expand_as(ids)
-    noises = [state_noise(positions, HIDDEN, 1234, layer + 1, 0.5) for layer in range(LAYERS)]
+    positions, number = torch.arange(ids.size(1)).expand_as(ids), find_system(variant).num_states(model.config)
+    noises = [state_noise(positions, HIDDEN, 1234, layer + 1, 0.5) for layer in range(number)]
     assert torch.equal(model(ids, input_states=torch.stack(noises)).logits, model(ids).logits)
-    zeros = torch.zeros(LAYERS, *ids.shape, HIDDEN)
+    zeros = torch.zeros(number, *ids.shape, HIDDEN)
     at_rest = model(ids, input_states=zeros).logits
     assert torch.equal(model(ids, init_scale=0.0).logits, at_rest)
     assert (model(ids).logits - at_rest).abs().max() > 1e-3
     doubled = model(ids, init_scale=2.0).logits
     model.config.state_std = 1.0
     assert torch.equal(model(ids).logits, doubled)
-    with pytest.raises(ValueError, match=r"input_states has shape \(1, 2, 24, 32\), and not \(2, 2, 24, 32\)"):
-        model(ids, input_states=zeros[:1])
+    with pytest.raises(ValueError, match=rf"input_states has shape \({number}, 1, 24, 32\), and not \({number}, 2, 24"):
+        model(ids, input_states=zeros[:, :1])
 
 
 @torch.no_grad()
@@ -242,9 +243,11 @@ def test_a_saved_model_is_the_same_again(variant: str, tmp_path: Path) -> None:
     assert again.state_dict().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
-    assert torch.equal(again(ids).logits, model(ids).logits)
+    # Weights are mapped from the file, and those that lie at odd addresses take another kernel.
+    close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=0)
+    close(again(ids).logits, model(ids).logits)
     base = MoREModel.from_pretrained(tmp_path)
-    assert torch.equal(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    close(base(ids).last_hidden_state, model.model(ids).last_hidden_state)
     assert MoREForCausalLM.from_pretrained(tmp_path, mean_recurrence=7).config.mean_recurrence == 7
 
 
@@ -268,19 +271,43 @@ def test_new_models_start_as_in_training(variant: str) -> None:
     config = random_model(variant).config
     model = MoREForCausalLM(config)
     weights = dict(model.named_parameters())
-    assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.1)
+    takase = (2 / (5 * HIDDEN)) ** 0.5
+    everywhere = variant == "huginn"
+    std = 0.987 * takase if everywhere else HIDDEN**-0.5 if variant in ("universal", "moeut") else 0.02
+    assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(std, rel=0.1)
     if variant == "shared_block":
         matrix = weights["model.layers.1.mlp.experts.proj_in"][2]
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(HIDDEN), atol=1e-5, rtol=0)
-    if variant in _WITH_STATES:
+    if everywhere:
+        outward = 0.987 * takase / (2 * LAYERS * 3) ** 0.5
+        assert weights["model.layers.0.self_attn.o_proj.weight"].std().item() == pytest.approx(outward, rel=0.1)
+        assert weights["model.layers.0.mlp.experts.down_proj"].std().item() == pytest.approx(outward, rel=0.1)
+        assert weights["model.loops.0.adapter.weight"].std().item() == pytest.approx(0.987 * takase, rel=0.1)
+    elif variant in _WITH_STATES:
         part = "experts" if variant == "recurrent_experts" else "recurrent_block"
-        std = (2 / (5 * HIDDEN)) ** 0.5
         fc1, fc2 = (weights[f"model.layers.0.mlp.{part}.{name}"] for name in ("fc1", "fc2"))
         # Cutting off at three standard deviations takes 1.4 % of it.
-        assert fc1.std().item() == pytest.approx(0.987 * std, rel=0.05)
-        assert fc2.std().item() == pytest.approx(0.987 * std / (2 * LAYERS * 3) ** 0.5, rel=0.05)
+        assert fc1.std().item() == pytest.approx(0.987 * takase, rel=0.05)
+        assert fc2.std().item() == pytest.approx(0.987 * takase / (2 * LAYERS * 3) ** 0.5, rel=0.05)
         assert weights[f"model.layers.0.mlp.{part}.norm_3"].eq(1.0).all()
-    assert model(tokens(), labels=tokens()).loss.item() == pytest.approx(np.log(VOCABULARY), abs=0.3)
+    if variant == "universal":
+        matrix = weights["model.layers.1.self_attn.q_proj.weight"]
+        assert matrix.abs().max().item() == pytest.approx((6 / (2 * HIDDEN)) ** 0.5, rel=0.05)
+        assert weights["model.loops.0.halting.bias"].item() == 1.0
+    if variant == "moeut":
+        bound = HIDDEN**-0.5
+        assert weights["lm_head.bias"].abs().max().item() == pytest.approx(bound, rel=0.1)
+        norms = weights["model.layers.0.mlp.gate.weight"].norm(dim=1)
+        assert norms.std().item() < 1e-5
+        std = (2 / (LAYERS * 3)) ** 0.5
+        for name, inputs in (
+            ("self_attn.output.weight", HIDDEN),
+            ("mlp.experts.keys", HIDDEN),
+            ("mlp.experts.values", 64),
+        ):
+            weight = next(weights[key] for key in weights if key.startswith(f"model.layers.1.{name}"))
+            assert weight.std().item() == pytest.approx(std * inputs**-0.5, rel=0.06), name
+    assert model(tokens(), labels=tokens()).loss.item() == pytest.approx(np.log(VOCABULARY), abs=0.5)
 
 
 @pytest.mark.parametrize(
@@ -344,3 +371,24 @@ def _auto_map() -> dict[str, str]:
         "AutoModel": "modeling_more.MoREModel",
         "AutoModelForCausalLM": "modeling_more.MoREForCausalLM",
     }
+
+
+@torch.no_grad()
+def test_entropy_loss_is_pooled_over_the_tokens_and_passes_of_a_sequence() -> None:
+    model, ids = random_model("moeut", balance_coef=0.5, head_balance_coef=0.25), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, 20:] = 0
+    output = model(ids, attention_mask=mask, labels=ids, output_router_logits=True, num_steps=2)
+    assert set(output.router_logits.routers) == {"router", "value", "output"}
+    expected = 0.0
+    for layer in range(LAYERS):
+        for router, coefficient in (("router", 0.5), ("value", 0.25), ("output", 0.25)):
+            passes = [output.router_logits.at(layer, step, router).softmax(-1) for step in range(2)]
+            entropies = []
+            for row, length in enumerate((24, 20)):
+                mean = sum(probs.unflatten(0, ids.shape)[row, :length].mean(0) for probs in passes) / 2
+                entropies.append(-(mean * mean.log()).sum(-1).mean())
+            expected -= coefficient * sum(entropies) / 2
+    assert output.aux_loss.item() == pytest.approx(float(expected), abs=1e-5)
+    plain = model(ids, attention_mask=mask, labels=ids, num_steps=2).loss
+    assert output.loss.item() == pytest.approx(plain.item() + float(expected), abs=1e-5)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import pytest
 
 from more_megatron.systems import systems
@@ -12,7 +15,10 @@ from tests.helpers.systems import flags_of
 from tests.helpers.training import TINY_ON_FILES, History
 
 _RUN = f"{TINY_ON_FILES} --num-layers 2 --train-iters 2 --split 90,10,0 --attention-dropout 0.2 --hidden-dropout 0.2"
-_DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
+_DEPTH = (
+    "--recurrence-steps 3 --recurrence-backprop-steps 2 "
+    "--recurrence-prelude-layers 1 --recurrence-coda-layers 0 --recurrence-group-layers 1"
+)
 _RECOMPUTATION = {
     "off": "",
     "attention": "--recompute-granularity selective",
@@ -31,27 +37,30 @@ _LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def histories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, str], History]:
-    """Return what runs report, by layout, system and recomputation."""
-    corpus = write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the prefix of a dataset."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
+
+
+@functools.cache
+def _histories(layout: str, corpus: Path) -> dict[tuple[str, str], History]:
+    """Return what runs under a layout report, by system and recomputation."""
+    ranks, flags = _LAYOUTS[layout]
     keys = [(system, recomputation) for system in systems() for recomputation in _RECOMPUTATION]
-    found = {}
-    for layout, (ranks, flags) in _LAYOUTS.items():
-        lines = [
-            f"{_RUN} --data-path {corpus} {flags_of(system, _DEPTH)} {flags} {_RECOMPUTATION[recomputation]}"
-            for system, recomputation in keys
-        ]
-        for key, history in zip(keys, run_ranks(ranks, train_all, lines, timeout=900.0)[0], strict=True):
-            found[layout, *key] = history
-    return found
+    lines = [
+        f"{_RUN} --data-path {corpus} {flags_of(system, _DEPTH)} {flags} {_RECOMPUTATION[recomputation]}"
+        for system, recomputation in keys
+    ]
+    return dict(zip(keys, run_ranks(ranks, train_all, lines, timeout=900.0)[0], strict=True))
 
 
 @pytest.mark.parametrize("recomputation", [kind for kind in _RECOMPUTATION if kind != "off"])
 @pytest.mark.parametrize("system", systems())
-@pytest.mark.parametrize("layout", _LAYOUTS)
-def test_recomputation_changes_nothing(
-    histories: dict[tuple[str, str, str], History], layout: str, system: str, recomputation: str
-) -> None:
-    kept, recomputed = histories[layout, system, "off"], histories[layout, system, recomputation]
+@pytest.mark.parametrize(
+    "layout", [pytest.param(name, marks=[] if name == "TP2+SP" else pytest.mark.matrix) for name in _LAYOUTS]
+)
+def test_recomputation_changes_nothing(corpus: Path, layout: str, system: str, recomputation: str) -> None:
+    histories = _histories(layout, corpus)
+    kept, recomputed = histories[system, "off"], histories[system, recomputation]
     assert recomputed.losses == pytest.approx(kept.losses, rel=1e-5)
     assert recomputed.grad_norms == pytest.approx(kept.grad_norms, rel=1e-5)

@@ -10,7 +10,7 @@ from more_megatron.systems import names
 from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
-from tests.helpers.systems import flags_of
+from tests.helpers.systems import flags_of, is_one_group
 from tests.helpers.training import TINY_ON_FILES, History
 
 _ITERATIONS = 6
@@ -20,6 +20,8 @@ _DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
 _DIVISION = "--recurrence-prelude-layers 1 --recurrence-coda-layers 0 --recurrence-group-layers 1"
 _INJECTION = "--recurrence-injection linear"
 _SYSTEMS = names()
+# Those whose layers are one group: it lies on the first stage, the head on the second.
+_ONE_GROUP = tuple(name for name in _SYSTEMS if is_one_group(name))
 _LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
     "tp2": "--tensor-model-parallel-size 2",
@@ -53,7 +55,10 @@ def systems(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, His
             saves = folder / system
             load = "" if source is None else f"--load {_save_folder(saves, source)} --ckpt-step {iteration}"
             save = f"--save {_save_folder(saves, name)}" if name in sources else ""
-            lines.append(f"{run} {flags_of(system, f'{_DEPTH} {_DIVISION} {_INJECTION}')} {layout} {load} {save}")
+            flags = flags_of(system, f"{_DEPTH} {_DIVISION} {_INJECTION}")
+            if system in _ONE_GROUP and _LAYOUTS["pp2"] in layout:
+                flags += " --pipeline-model-parallel-layout Ett|L"
+            lines.append(f"{run} {flags} {layout} {load} {save}")
         for system, history in zip(_SYSTEMS, run_ranks(ranks, train_all, lines)[-1], strict=True):
             histories[system][name] = history
     return histories

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from more_megatron.errors import MoREError
-from more_megatron.flags import MoREFlags, flag
+from more_megatron.flags import flag
 from more_megatron.hf.conversion.config_file import check_config, known_fields
 from more_megatron.systems import get_system, names
 
@@ -117,7 +117,7 @@ def config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any
         "position_embedding": _inverse(_POSITIONS)[args.position_embedding_type],
         "rope_scaling_factor": _ROPE_SCALING_FACTOR if args.use_rope_scaling else None,
         **_experts(args),
-        "mean_recurrence": MoREFlags.of(args).evaluation_steps,
+        "mean_recurrence": system.flags(args).evaluation_steps,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
     }
     if system.block_width is not None:
@@ -193,13 +193,18 @@ def _activation(args: argparse.Namespace) -> tuple[str, bool]:
         return "quick_gelu", True
     if args.squared_relu:
         return "relu2", False
+    activation = get_system(args.more_variant).activation
+    if activation != "gelu":
+        return activation, False
     # The fused bias and GELU is the tanh approximation: megatron/core/fusions/fused_bias_gelu.py.
     return ("gelu_pytorch_tanh" if args.add_bias_linear and args.bias_gelu_fusion else "gelu"), False
 
 
 def _activation_flags(config: Mapping[str, Any]) -> dict[str, bool]:
     activation, gated = config["hidden_act"], config["gated_mlp"]
-    known = {("silu", True), ("quick_gelu", True), ("relu2", False), ("gelu", False), ("gelu_pytorch_tanh", False)}
+    known = {("silu", True), ("quick_gelu", True), ("relu2", False), (get_system(config["variant"]).activation, False)}
+    if ("gelu", False) in known:
+        known.add(("gelu_pytorch_tanh", False))
     if (activation, gated) not in known:
         raise MoREError(f"hidden_act {activation} with gated_mlp {gated} has no counterpart in Megatron")
     return {

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.errors import MoREError
-from more_megatron.hf.exported.fields import FIELDS, Field, check_fields
+from more_megatron.hf.exported.fields import FIELDS, Field, check_fields, complete_fields
 from more_megatron.hf.exported.system import find_system
 from more_megatron.systems import names
+from more_megatron.systems.forms import Form, find_form, form_of_type
+from more_megatron.systems.forms import names as form_names
 
 __all__ = ["check_config", "known_fields", "read_config"]
 
@@ -45,8 +47,8 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise MoREError(str(error)) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of `config.json` in a folder.
+def read_config(folder: Path) -> tuple[dict[str, Any], Form | None]:
+    """Return the content of `config.json` in a folder, as ours has it, and the form that the folder has if not ours.
 
     Raises:
         MoREError: If it is not there, not of a model of ours, or not as the description of its fields says.
@@ -59,10 +61,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise MoREError(f"{path} is damaged: export the model again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "more":
-        raise MoREError(f"--load {folder} is a model of type {kind}, not more")
+    form = form_of_type(kind)
+    if kind != "more" and form is None:
+        known = ", ".join(("more", *(find_form(name).model_type for name in form_names())))
+        raise MoREError(f"--load {folder} is a model of type {kind}, not {known}")
     try:
+        if form is not None:
+            config = _from_form(form, config)
         check_config(config)
     except MoREError as error:
         raise MoREError(f"{path}: {error}; {_REMEDY}") from error
-    return config
+    return config, form
+
+
+def _from_form(form: Form, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of our `config.json`, given that of a form."""
+    fields = form.from_form(found)
+    return {"model_type": "more", "variant": form.system, **complete_fields(known_fields(form.system), fields)}

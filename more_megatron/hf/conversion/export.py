@@ -23,6 +23,7 @@ from more_megatron.hf.conversion.verification import compare_logits, compare_ten
 from more_megatron.hf.exported.code_files import write_code
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
+from more_megatron.systems.forms import Form, find_form
 from more_megatron.unfinished import unfinished_folder
 
 __all__ = ["DTYPES", "ToHF", "to_hf"]
@@ -44,8 +45,10 @@ class ToHF:
         max_shard_size: Largest size of a weights file in bytes.
         tokenizer: Whether the tokenizer is exported.
         tokenizer_model: Where the tokenizer is now; None: where it was.
+        trust_remote_code: Whether the tokenizer may run code of its own.
         verify: Whether what was written is read again and compared.
         progress: Whether to draw a progress bar.
+        form: Name of the published form to write; None: ours.
     """
 
     load: Path
@@ -55,8 +58,10 @@ class ToHF:
     max_shard_size: int = 5 * 10**9
     tokenizer: bool = True
     tokenizer_model: str | None = None
+    trust_remote_code: bool = False
     verify: bool = False
     progress: bool = True
+    form: str | None = None
 
 
 def to_hf(job: ToHF) -> list[str]:
@@ -74,8 +79,8 @@ def to_hf(job: ToHF) -> list[str]:
     """
     with unfinished_folder(job.save) as folder:
         checkpoint = MegatronCheckpoint(job.load, job.step)
-        source = _Source(checkpoint, job.dtype)
-        tokenizer = plan_tokenizer(checkpoint.args, job.tokenizer_model) if job.tokenizer else None
+        source = _Source(checkpoint, job.dtype, None if job.form is None else find_form(job.form))
+        tokenizer = _plan_tokenizer(source, job) if job.tokenizer else None
         _write_weights(folder, source, job)
         _write_texts(folder, source, tokenizer)
         if tokenizer is not None and tokenizer.write is not None:
@@ -83,21 +88,25 @@ def to_hf(job: ToHF) -> list[str]:
         lines = [f"{job.save}: {source.config['variant']} of {checkpoint.path}, {source.parameters:,} parameters"]
         if job.verify:
             lines.append(compare_tensors(folder, source.entries, source.read, job.progress))
-            rounded = DTYPES[job.dtype] if job.dtype is not None else None
-            lines.append(compare_logits(folder, checkpoint, source.entries, rounded))
+            if source.form is None:
+                rounded = DTYPES[job.dtype] if job.dtype is not None else None
+                lines.append(compare_logits(folder, checkpoint, source.entries, rounded))
     return lines
 
 
 class _Source:
     """The parameters of a checkpoint in the dtypes of the export."""
 
-    def __init__(self, checkpoint: MegatronCheckpoint, dtype: str | None) -> None:
+    def __init__(self, checkpoint: MegatronCheckpoint, dtype: str | None, form: Form | None) -> None:
         shapes = checkpoint.shapes()
         if _EMBEDDING not in shapes:
             raise MoREError(f"checkpoint {checkpoint.path} lacks the parameter {_EMBEDDING}")
         self.checkpoint = checkpoint
         self.config = _config(checkpoint, shapes[_EMBEDDING][0])
-        self.entries = entries(self.config)
+        self.form = form
+        if form is not None:
+            _check_form(form, self.config)
+        self.entries = entries(self.config, form)
         checkpoint.check(self.entries, self.config["num_hidden_layers"])
         self._dtype = DTYPES[dtype] if dtype is not None else None
         self.config["dtype"] = str(self.dtype(self.entries[0])).removeprefix("torch.")
@@ -133,14 +142,30 @@ def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
         raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
 
 
+def _plan_tokenizer(source: _Source, job: ToHF) -> ExportedTokenizer:
+    rows = source.config["vocab_size"]
+    return plan_tokenizer(source.checkpoint.args, rows, job.tokenizer_model, job.trust_remote_code)
+
+
+def _check_form(form: Form, config: dict[str, Any]) -> None:
+    if config["variant"] != form.system:
+        raise MoREError(f"--format {form.name} is one of {form.system}, and the checkpoint is of {config['variant']}")
+    for fault in form.faults(config):
+        raise MoREError(f"--format {form.name} cannot hold this model: {fault}; leave the flag out")
+
+
 def _write_weights(folder: Path, source: _Source, job: ToHF) -> None:
     groups = [Group(entry.names, entry.shapes, source.dtype(entry)) for entry in source.entries]
     by_name = {entry.names: entry for entry in source.entries}
+    buffers = {} if source.form is None else source.form.buffers(source.config)
+    groups += [Group((name,), (tuple(buffer.shape),), buffer.dtype) for name, buffer in buffers.items()]
     with progress_bar(sum(group.size for group in groups), "B", "weights", job.progress) as bar:
 
         def read(group: Group) -> Sequence[torch.Tensor]:
-            entry = by_name[group.names]
             bar.update(group.size)
+            if group.names not in by_name:
+                return [buffers[name] for name in group.names]
+            entry = by_name[group.names]
             return entry.split(source.read(entry))
 
         write_files(folder, plan_files(groups, job.max_shard_size), read)
@@ -149,15 +174,16 @@ def _write_weights(folder: Path, source: _Source, job: ToHF) -> None:
 def _write_texts(folder: Path, source: _Source, tokenizer: ExportedTokenizer | None) -> None:
     args = source.checkpoint.args
     ids = {} if tokenizer is None else _token_ids(tokenizer)
-    _write_json(folder / "config.json", {**source.config, **ids})
-    used = tokenizer.vocab_size if tokenizer is not None else getattr(args, "vocab_size", None)
-    padding = list(range(used, source.config["vocab_size"])) if used else []
-    _write_json(folder / "generation_config.json", {**ids, **({"suppress_tokens": padding} if padding else {})})
+    config = source.config if source.form is None else source.form.to_form(source.config, args)
+    _write_json(folder / "config.json", {**config, **ids})
+    _write_json(folder / "generation_config.json", ids)
     write_args(folder, args)
     has_tokenizer = tokenizer is not None and tokenizer.write is not None
-    card = model_card(source.config, args, source.checkpoint.iteration, source.parameters, has_tokenizer)
+    note = None if source.form is None else source.form.note
+    card = model_card(source.config, args, source.checkpoint.iteration, source.parameters, has_tokenizer, note)
     (folder / "README.md").write_text(card)
-    write_code(folder, source.config["variant"])
+    if source.form is None:
+        write_code(folder, source.config["variant"])
 
 
 def _token_ids(tokenizer: ExportedTokenizer) -> dict[str, int]:

@@ -22,6 +22,7 @@ from more_megatron.hf.conversion.stored_args import args_path, read_args
 from more_megatron.hf.conversion.verification import compare_tensors
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
+from more_megatron.systems.export import Layout
 from more_megatron.unfinished import unfinished_folder
 
 __all__ = ["FromHF", "from_hf"]
@@ -97,8 +98,8 @@ class _Source:
     """The parameters of a Hugging Face folder."""
 
     def __init__(self, folder: Path, dtype: str | None) -> None:
-        self.config = read_config(folder)
-        self.entries = entries(self.config)
+        self.config, self._form = read_config(folder)
+        self.entries = entries(self.config, self._form)
         self._files = SafetensorsFolder(folder)
         self._dtype = DTYPES[dtype] if dtype is not None else None
         self._check(folder)
@@ -107,7 +108,7 @@ class _Source:
         """Return the dtype of a parameter in the checkpoint."""
         if entry.fp32:
             return torch.float32
-        return self._dtype or self._files.dtype(entry.names[0])
+        return self._dtype or self._files.dtype(self._names(entry)[0])
 
     def read(self, entry: Entry) -> torch.Tensor:
         """Return a parameter in Megatron's layout.
@@ -115,18 +116,31 @@ class _Source:
         Raises:
             MoREError: If it is not finite.
         """
-        merged = entry.merge([self._files.read(name) for name in entry.names])
+        merged = entry.merge([self._files.read(name) for name in self._names(entry)])
         return cast_finite(merged, self.dtype(entry), f"{entry.names[0]} of {self._files.folder}")
 
+    def _names(self, entry: Entry) -> tuple[str, ...]:
+        """Return the names that a parameter has in the folder: one is enough where it may stand twice."""
+        if entry.layout is not Layout.TWICE:
+            return entry.names
+        return tuple(name for name in entry.names if name in self._files.names) or entry.names
+
     def _check(self, folder: Path) -> None:
-        shapes = {name: shape for entry in self.entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
+        shapes = {name: entry.shapes[0] for entry in self.entries for name in self._names(entry)}
+        shapes |= {
+            name: shape
+            for entry in self.entries
+            if entry.layout is not Layout.TWICE
+            for name, shape in zip(entry.names, entry.shapes, strict=True)
+        }
         for name, shape in shapes.items():
             if name not in self._files.names:
                 raise MoREError(f"{folder} lacks the parameter {name}, which its config.json asks for")
             if self._files.shape(name) != shape:
                 found = list(self._files.shape(name))
                 raise MoREError(f"{folder} holds {name} in shape {found} instead of {list(shape)}")
-        unknown = sorted(self._files.names - set(shapes))
+        buffers = set() if self._form is None else set(self._form.buffers(self.config))
+        unknown = sorted(self._files.names - set(shapes) - buffers)
         if unknown:
             names = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
             raise MoREError(f"{folder} holds parameters that the mapping has no row for: {names}")

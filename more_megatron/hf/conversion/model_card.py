@@ -41,7 +41,12 @@ _TRAINING = (
 
 
 def model_card(
-    config: Mapping[str, Any], args: argparse.Namespace, iteration: int, parameters: int, has_tokenizer: bool
+    config: Mapping[str, Any],
+    args: argparse.Namespace,
+    iteration: int,
+    parameters: int,
+    has_tokenizer: bool,
+    note: str | None = None,
 ) -> str:
     """Return the text.
 
@@ -51,6 +56,7 @@ def model_card(
         iteration: At which it was saved.
         parameters: Number of parameters.
         has_tokenizer: Whether there are files of a tokenizer.
+        note: What is to be known of the form, if it is not ours.
     """
     system = get_system(config["variant"])
     sizes = {
@@ -81,6 +87,7 @@ def model_card(
             *_section("Model", sizes),
             *_section("Training", state),
             *_section("Flags of the run", shown),
+            *([] if note is None else [f"{note}\n"]),
             _usage(system.recurrent, has_tokenizer),
         ]
     )

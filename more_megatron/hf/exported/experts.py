@@ -96,12 +96,16 @@ class MoREMoE(nn.Module):
         """Return the output, [b, s, h], of the experts that the logits, [b, s, N], choose."""
         routing = Routing(*self.gate.choose(logits), self.config.num_experts)
         output = routing.combine(self.apply_experts(x, routing, context, memory))
-        if self.shared_expert is not None:
-            shared = self.shared_expert(x)
-            if self.shared_expert_gate is not None:
-                shared = shared * self.shared_expert_gate(x).sigmoid()
-            output = output + shared
-        return self.finish(output, context, memory)
+        return self.finish(self.with_shared_expert(output, x), context, memory)
+
+    def with_shared_expert(self, output: Tensor, x: Tensor) -> Tensor:
+        """Return the output, [b, s, h], with that of the shared expert where there is one, given what it reads."""
+        if self.shared_expert is None:
+            return output
+        shared = self.shared_expert(x)
+        if self.shared_expert_gate is not None:
+            shared = shared * self.shared_expert_gate(x).sigmoid()
+        return output + shared
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return weighted outputs of the routed experts, [rows, h]."""

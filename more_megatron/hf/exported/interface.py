@@ -84,6 +84,7 @@ class System:
         head_bias: Whether the output layer has a bias.
         fields: Fields of `config.json` beside those of every model.
         defaults: Defaults of the others where they differ.
+        fixed: Fields of the others that have one value, or one that follows from the rest.
     """
 
     moe_class: type[MoREMoE] = MoREMoE
@@ -92,6 +93,7 @@ class System:
     head_bias: bool = False
     fields: Mapping[str, Field] = {}
     defaults: Mapping[str, Any] = {}
+    fixed: Mapping[str, Any] = {}
 
     def check(self, values: Mapping[str, Any]) -> None:
         """Check that the fields of a configuration agree with each other.
@@ -99,6 +101,10 @@ class System:
         Raises:
             ValueError: If they do not.
         """
+        for name, value in self.fixed.items():
+            wanted = value(values) if callable(value) else value
+            if values[name] != wanted:
+                raise ValueError(f"{name} {values[name]} must be {wanted} in this system")
 
     def groups(self, config: Config) -> Sequence[Group]:
         """Return the groups of the stack, in order; together they are all layers."""

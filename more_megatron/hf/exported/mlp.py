@@ -16,11 +16,12 @@ class MoREMLP(nn.Module):
     Args:
         config: Model configuration.
         width: Width between the two maps.
+        bias: Whether they have biases. Default: as all linear maps of the model.
     """
 
-    def __init__(self, config: Config, width: int) -> None:
+    def __init__(self, config: Config, width: int, bias: bool | None = None) -> None:
         super().__init__()
-        hidden, bias = config.hidden_size, config.linear_bias
+        hidden, bias = config.hidden_size, config.linear_bias if bias is None else bias
         self.gate_proj = nn.Linear(hidden, width, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=bias)

@@ -22,11 +22,13 @@ class RouterLogits(tuple):
         layers: Layer of each, from 0.
         steps: Recurrence step of each, from 0.
         routers: Name of the router of each.
+        batch: Number of sequences of the call.
     """
 
     layers: tuple[int, ...]
     steps: tuple[int, ...]
     routers: tuple[str, ...]
+    batch: int
 
     def __new__(
         cls,
@@ -34,10 +36,12 @@ class RouterLogits(tuple):
         layers: Iterable[int] = (),
         steps: Iterable[int] = (),
         routers: Iterable[str] = (),
+        batch: int = 1,
     ) -> RouterLogits:
         """Return the tuple."""
         made = super().__new__(cls, logits)
         made.layers, made.steps, made.routers = tuple(layers), tuple(steps), tuple(routers)
+        made.batch = batch
         return made
 
     def at(self, layer: int, step: int = 0, router: str | None = None) -> Tensor:

@@ -28,6 +28,7 @@ class Trace:
         self._keep_states, self._keep_logits = keep_states, keep_logits
         self._states: list[Tensor] = []
         self._decisions: list[tuple[Tensor, int, int, str]] = []
+        self._batch = 1
 
     def see_states(self, states: Tensor) -> None:
         """Keep hidden states, [b, s, h]."""
@@ -35,11 +36,12 @@ class Trace:
             self._states.append(states)
 
     def see_logits(self, logits: Iterable[Tensor], layer: int, step: int, routers: tuple[str, ...]) -> None:
-        """Keep the logits that one call of a layer returned, [b, s, N] each."""
+        """Keep the logits that one call of a layer returned, [b, s, N] each, or [b, s, heads, N]."""
         if not self._keep_logits:
             return
         for number, part in enumerate(logits):
             further, router = divmod(number, len(routers))
+            self._batch = part.size(0)
             self._decisions.append((part.flatten(0, 1), layer, step + further, routers[router]))
 
     @property
@@ -50,7 +52,10 @@ class Trace:
     @property
     def logits(self) -> RouterLogits | None:
         """The router logits; None if they were not to be kept."""
-        return RouterLogits(*zip(*self._decisions, strict=True)) if self._keep_logits else None
+        if not self._keep_logits:
+            return None
+        logits, layers, steps, routers = zip(*self._decisions, strict=True) if self._decisions else ((),) * 4
+        return RouterLogits(logits, layers, steps, routers, self._batch)
 
 
 def build_loops(config: Config, system: System) -> nn.ModuleList:

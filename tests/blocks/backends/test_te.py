@@ -21,7 +21,7 @@ from tests.helpers.models import EXPERTS, HIDDEN, RECOMPUTATION, small_config
 from tests.helpers.shell import PROJECT
 
 _ROOT = PROJECT
-_LAYERS, _STEPS = 2, 3
+_LAYERS = 2
 _OWN_EXPERTS = [name for name, system in systems().items() if system.expert_rows is not FEED_FORWARD]
 _SCRIPT = """
 import sys
@@ -49,7 +49,6 @@ _LINEARS: dict[str, list[tuple[int, int, int]]] = {
     "parallel_experts": [*_FEED_FORWARD, _GATES, (EXPERTS, HIDDEN, 64)],
 }
 # Systems whose experts attend to each other's rows.
-_ATTENDING = ("recurrent_experts", "shared_block")
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +110,6 @@ def test_experts_ask_for_grouped_linear_layers_and_norms(found: dict[str, Any], 
     norms = [request.arguments for request in requests if request.kind == "RMSNorm"]
     # One before the experts of each layer, one at the end; a block that experts share has four.
     assert len(norms) == _LAYERS + 1 + (4 * _LAYERS if variant.startswith("shared_block") else 0)
-    attention = [request.arguments for request in requests if request.arguments.get("qkv_format") == "thd"]
-    assert len(attention) == (_LAYERS if variant in _ATTENDING else 0)
-    for arguments in attention:
-        assert (arguments["num_attention_heads"], arguments["num_gqa_groups"], arguments["kv_channels"]) == (4, 2, 4)
-        assert arguments["attn_mask_type"] == "padding_causal"
-        assert arguments["attention_dropout"] == 0.0
 
 
 def test_a_run_goes_on_under_the_other_backend_with_its_optimizer_state(found: dict[str, Any]) -> None:
@@ -125,16 +118,9 @@ def test_a_run_goes_on_under_the_other_backend_with_its_optimizer_state(found: d
         assert found["resumed"][name] == pytest.approx(whole, rel=1e-5), name
 
 
-def test_attention_within_segments_equals_the_local_one(found: dict[str, Any]) -> None:
-    assert found["attention"] < 1e-12
-
-
 @pytest.mark.parametrize("variant", ["recurrent_experts", "shared_block"])
-def test_half_precision_attends_in_segments_of_any_length(found: dict[str, Any], variant: str) -> None:
-    outcome = found["bf16"][variant]
-    assert outcome["difference"] < 0.03
-    formats = collections.Counter(call.arguments["format"] for call in outcome["attention"])
-    assert formats == {"sbhd": 1, "thd": _STEPS}
+def test_half_precision_comes_to_the_same_on_both_backends(found: dict[str, Any], variant: str) -> None:
+    assert found["bf16"][variant] < 0.03
 
 
 @pytest.mark.parametrize("variant", systems())

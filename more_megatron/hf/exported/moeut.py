@@ -1,0 +1,288 @@
+"""`moeut`: a group of layers repeated, with SwitchHead attention and sigma-MoE in peri-layernorm layers.
+
+Csordas et al., arXiv 2405.16039: norms feed only what ends in a softmax or a sigmoid; values and experts read the
+stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .attention import attend
+from .cache import Memory
+from .context import CallContext
+from .experts import MoREMoE
+from .fields import Config, Field
+from .grouped import grouped_linear
+from .interface import Group, Loop, System
+from .layer import MoRELayer
+from .rotary import rotate
+from .router_logits import RouterLogits, load_balancing_loss
+from .routing import MoRERouter, Routing
+
+__all__ = ["SYSTEM"]
+
+
+def _normal(config: Config, weight: Tensor, inputs: int) -> None:
+    """Draw a weight as the training code does: by its inputs and the depth, counting repetitions."""
+    weight.normal_(0.0, math.sqrt(2.0 / (config.num_hidden_layers * config.mean_recurrence * inputs)))
+
+
+class SigmaRouter(MoRERouter):
+    """Weighs the chosen experts by their sigmoids, as they are."""
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights and the experts of each token, [b, s, k] each."""
+        scores = logits.float().sigmoid()
+        bias = 0.0 if self.expert_bias is None else self.expert_bias.float()
+        experts = self._topk(scores + bias)[1]
+        return (scores.gather(-1, experts) * (self.config.router_scaling_factor or 1.0)).to(logits.dtype), experts
+
+    def draw_weight(self, name: str, weight: Tensor) -> None:
+        """Draw rows of one norm: no expert is preferred at the start."""
+        if name == "weight":
+            _normal(self.config, weight, self.config.hidden_size)
+            std = weight.std()
+            weight /= weight.norm(dim=1, keepdim=True)
+            weight *= std / weight.std()
+
+
+class SigmaExperts(nn.Module):
+    """Expert j computes `relu(x K_j) V_j`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.keys = nn.Parameter(torch.empty(experts, width, hidden))
+        self.values = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def draw_weight(self, name: str, weight: Tensor) -> None:
+        """Draw a new weight; the values of all experts together are one matrix."""
+        all_channels = self.config.num_experts * self.config.moe_intermediate_size
+        _normal(self.config, weight, self.config.hidden_size if name == "keys" else all_channels)
+
+    def forward(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Return weighted outputs, [rows, h]."""
+        inner = torch.relu(grouped_linear(rows, self.keys, routing.ends))
+        return grouped_linear(routing.weigh(inner), self.values, routing.ends)
+
+
+class SigmaMoE(MoREMoE):
+    """Many small experts. Router and shared expert read a norm of what they read."""
+
+    def __init__(self, config: Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.gate = SigmaRouter(config)
+
+    def build_experts(self) -> None:
+        """Create the routed experts."""
+        self.experts = SigmaExperts(self.config)
+
+    def forward(self, normed: Tensor, context: CallContext, memory: Memory, *stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Route, compute and combine.
+
+        Args:
+            normed: What router and shared expert read, [b, s, h].
+            context: What the layer knows about the call.
+            memory: The layer's part of the cache.
+            stream: What the experts read, [b, s, h].
+
+        Returns:
+            Output, [b, s, h], and router logits, [b, s, N].
+        """
+        logits = self.gate(normed)
+        routing = Routing(*self.gate.choose(logits), self.config.num_experts)
+        output = routing.combine(self.apply_experts(stream[0], routing, context, memory))
+        return self.with_shared_expert(output, normed), logits
+
+
+class HeadWeight(nn.Module):
+    """A matrix for each expert of each head, or one for all heads."""
+
+    def __init__(self, config: Config, shape: tuple[int, ...], inputs: int) -> None:
+        super().__init__()
+        self.config, self.inputs = config, inputs
+        self.weight = nn.Parameter(torch.empty(shape))
+
+    def draw_weight(self, name: str, weight: Tensor) -> None:
+        """Draw a new weight."""
+        _normal(self.config, weight, self.inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x` times the one matrix."""
+        return nn.functional.linear(x, self.weight)
+
+
+class SwitchHead(nn.Module):
+    """Attention whose heads choose experts for their values and outputs; with one expert, heads with gates."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        hidden, size, heads, experts = config.hidden_size, config.head_dim, config.num_attention_heads, _experts(config)
+        width, is_dense = heads * size, _experts(config) == 1
+        self.query_key = HeadWeight(config, (2 * width, hidden), hidden)
+        self.output_router = HeadWeight(config, (heads * experts, hidden), hidden)
+        self.value_router = None if is_dense else HeadWeight(config, (heads * experts, hidden), hidden)
+        self.value = HeadWeight(config, (width, hidden) if is_dense else (heads * experts, size, hidden), hidden)
+        self.output = HeadWeight(config, (hidden, width) if is_dense else (heads * experts, hidden, size), width)
+
+    def forward(self, normed: Tensor, stream: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, ...]:
+        """Return what each token gathers, [b, s, h], and the logits of the routers, [b, s, heads, experts] each.
+
+        Args:
+            normed: What queries, keys and routers read, [b, s, h].
+            stream: What values are made of, [b, s, h].
+            context: What the layer knows about the call.
+            memory: The layer's part of the cache.
+        """
+        both = self.query_key(normed).unflatten(-1, (self.config.num_attention_heads, 2, -1))
+        query, key = (
+            rotate(part.transpose(1, 2), context.rotation, self.config.rotary_interleaved) for part in both.unbind(3)
+        )
+        output_logits = self._logits(self.output_router, normed)
+        if self.value_router is None:
+            value = self.value(stream).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+            key, value = memory.extend("attention", key, value)
+            gathered = attend(query, key, value, context.mask).transpose(1, 2)
+            return (self.output((gathered * output_logits.sigmoid().to(gathered.dtype)).flatten(2)),)
+        value_logits = self._logits(self.value_router, normed)
+        key, value = memory.extend("attention", key, self._values(stream, value_logits))
+        output = self._outputs(attend(query, key, value, context.mask), output_logits)
+        return output, value_logits, output_logits
+
+    def _logits(self, router: HeadWeight, normed: Tensor) -> Tensor:
+        return router(normed).float().unflatten(-1, (self.config.num_attention_heads, -1))
+
+    def _values(self, stream: Tensor, logits: Tensor) -> Tensor:
+        """Return [b, heads, s, d]."""
+        routing = self._routing(logits)
+        rows = routing.weigh(grouped_linear(routing.dispatch(stream), self.value.weight, routing.ends))
+        batch, choices, length = routing.shape
+        shape = (batch, self.config.num_attention_heads, choices // self.config.num_attention_heads, length)
+        return rows[routing.restore].unflatten(0, shape).sum(2)
+
+    def _outputs(self, gathered: Tensor, logits: Tensor) -> Tensor:
+        """Return [b, s, h], given [b, heads, s, d]."""
+        routing = self._routing(logits)
+        rows = gathered.repeat_interleave(self.config.num_head_experts_per_tok, dim=1).flatten(0, 2)[routing.order]
+        return routing.combine(grouped_linear(routing.weigh(rows), self.output.weight, routing.ends))
+
+    def _routing(self, logits: Tensor) -> Routing:
+        """Return the rows of all heads; each head has experts of its own."""
+        heads, experts = logits.shape[2:]
+        scores, chosen = logits.sigmoid().topk(self.config.num_head_experts_per_tok, dim=-1)
+        first = torch.arange(0, heads * experts, experts, device=logits.device).unsqueeze(-1)
+        return Routing(scores.flatten(2), (chosen + first).flatten(2), heads * experts)
+
+
+class PeriLayer(MoRELayer):
+    """A layer whose parts are told of the stream and of its norm."""
+
+    mlp: SigmaMoE
+
+    def __init__(self, config: Config, layer_idx: int, mlp: nn.Module) -> None:
+        super().__init__(config, layer_idx, mlp)
+        self.routers = ("router",) if _experts(config) == 1 else ("router", "value", "output")
+
+    def build_attention(self) -> nn.Module:
+        """Return the attention."""
+        return SwitchHead(self.config)
+
+    def forward(
+        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return hidden states, [b, s, h], and the logits of all routers of the layer."""
+        normed = self.input_layernorm(hidden_states)
+        output, *of_heads = self.self_attn(normed, hidden_states, context, memory)
+        hidden_states = hidden_states + output
+        normed = self.post_attention_layernorm(hidden_states)
+        output, logits = self.mlp(normed, context, memory, hidden_states)
+        return (hidden_states + output, logits, *of_heads)
+
+
+def _experts(config: Config) -> int:
+    return config.num_head_experts
+
+
+def _minus_entropy(logits: Sequence[Tensor], batch: int, mask: Tensor | None) -> Tensor:
+    """Return minus the entropy of the mean distribution over passes and tokens, the mean over sequences and heads."""
+    pooled = torch.stack([part.float().softmax(-1).unflatten(0, (batch, -1)) for part in logits]).mean(0)
+    if mask is None:
+        mean = pooled.mean(1)
+    else:
+        counted = mask[:, -pooled.size(1) :].to(pooled).view(batch, -1, *(1,) * (pooled.dim() - 2))
+        mean = (pooled * counted).sum(1) / counted.sum(1).clamp(min=1.0)
+    return torch.special.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum(-1).mean()
+
+
+class MoEUT(System):
+    """One group of peri-layernorm layers, repeated."""
+
+    moe_class = SigmaMoE
+    layer_class = PeriLayer
+    head_bias = True
+    fields = {  # noqa: RUF012
+        "num_head_experts": Field(int, 8, "Experts of a head for values, and for outputs; 1: gated heads.", low=1),
+        "num_head_experts_per_tok": Field(int, 2, "Experts that a head uses for a token.", low=1),
+        "head_balance_coef": Field(float, 0.001, "Coefficient of the entropy of the routers of heads.", low=0.0),
+        "balance_coef": Field(float, 0.01, "Coefficient of the entropy of the routers of experts.", low=0.0),
+    }
+    defaults = {  # noqa: RUF012
+        "norm_type": "layernorm",
+        "rotary_percent": 0.5,
+        "moe_intermediate_size": 128,
+        "router_score_function": "sigmoid",
+        "router_aux_loss_coef": 0.0,
+    }
+    fixed = {  # noqa: RUF012
+        "qk_norm": False,
+        "attention_bias": False,
+        "linear_bias": False,
+        "moe_layers": lambda found: [True] * found["num_hidden_layers"],
+        "num_key_value_heads": lambda found: found["num_attention_heads"],
+    }
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Check that a head has the experts that a token uses."""
+        super().check(values)
+        experts, topk = values["num_head_experts"], values["num_head_experts_per_tok"]
+        if 1 < experts < topk:
+            raise ValueError(f"num_head_experts_per_tok {topk} must be at most num_head_experts {experts}")
+
+    def groups(self, config: Config) -> Sequence[Group]:
+        """Return all layers as one group."""
+        return (Group(range(config.num_hidden_layers), Loop),)
+
+    def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the sum of the entropy losses, twice; Megatron's balance loss is in it if its coefficient is not 0."""
+        of_experts = [
+            part for part, router in zip(router_logits, router_logits.routers, strict=True) if part.dim() == 2
+        ]
+        total = load_balancing_loss(of_experts, config, mask) * config.router_aux_loss_coef
+        places = list(zip(router_logits.layers, router_logits.routers, strict=True))
+        for place in dict.fromkeys(places):
+            logits = [part for part, own in zip(router_logits, places, strict=True) if own == place]
+            coefficient = config.balance_coef if place[1] == "router" else config.head_balance_coef
+            total = total + coefficient * _minus_entropy(logits, router_logits.batch, mask).to(total.device)
+        return total, total
+
+    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
+        """Draw embeddings of variance 1/h and a uniform output layer, as the training code does."""
+        bound = config.hidden_size**-0.5
+        if isinstance(module, nn.Embedding):
+            weight.normal_(0.0, bound)
+        elif isinstance(module, nn.Linear) and module.bias is not None:
+            weight.uniform_(-bound, bound)
+        else:
+            return super().draw_weight(config, module, name, weight)
+        return True
+
+
+SYSTEM = MoEUT()

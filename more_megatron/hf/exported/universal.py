@@ -1,0 +1,203 @@
+"""`universal`: a group of layers repeated with position and time signals; positions halt by themselves.
+
+Dehghani et al., arXiv 1807.03819, as Tensor2Tensor computes it, as a causal language model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cache import Memory
+from .context import CallContext
+from .division import RepeatedMoE
+from .fields import LOGIT_EMA, Config, Field
+from .interface import Group, Loop, RunPass, System
+from .layer import MoRELayer
+from .mlp import MoREMLP
+from .norms import build_norm
+
+__all__ = ["SYSTEM"]
+
+_LONGEST = 1e4
+
+
+def _sinusoid(places: Tensor, channels: int) -> Tensor:
+    """Return the sines, then the cosines, of places at growing wavelengths, float32 [..., channels]."""
+    pairs = channels // 2
+    exponent = torch.arange(pairs, dtype=torch.float32, device=places.device) / max(pairs - 1, 1)
+    angles = places.float().unsqueeze(-1) * torch.exp(exponent * -math.log(_LONGEST))
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
+
+
+class _HaltingProbability(nn.Linear):
+    """Maps a state to the probability of halting, [b, s, h] -> [b, s, 1]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.hidden_size, 1)
+
+    def draw_weight(self, name: str, weight: Tensor) -> None:
+        """Draw a new weight; positions would rather halt early at first."""
+        if name == "bias":
+            weight.fill_(1.0)
+        else:
+            nn.init.xavier_uniform_(weight)
+
+    def forward(self, state: Tensor) -> Tensor:
+        """Return the probability, in float32."""
+        return nn.functional.linear(state.float(), self.weight.float(), self.bias.float()).sigmoid()
+
+
+class UniversalLoop(Loop):
+    """Adds the signals in front of every pass, and takes the mean of the states under the distribution of halting."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        shape = (config.training_steps, config.hidden_size)
+        self.time = nn.Parameter(torch.empty(shape)) if config.time_signal == "learned" else None
+        self.halting = _HaltingProbability(config) if config.halting == "act" else None
+
+    def draw_weight(self, name: str, weight: Tensor) -> None:
+        """Draw the time signals."""
+        weight.normal_(0.0, self.config.hidden_size**-0.5)
+
+    def forward(self, hidden_states: Tensor, run_pass: RunPass, context: CallContext) -> Tensor:
+        """Return what the group makes of its input, [b, s, h]."""
+        if self.time is not None and context.num_steps > len(self.time):
+            raise ValueError(
+                f"num_steps {context.num_steps} is above {len(self.time)}, the steps that the model learned a time "
+                "signal for: take at most these, or train with --universal-time-signal sinusoid"
+            )
+        positions = _sinusoid(context.positions, self.config.hidden_size).to(hidden_states.dtype)
+        if self.halting is not None:
+            return self._halted(hidden_states, positions, run_pass, context, self.halting)
+        for step in range(context.num_steps):
+            hidden_states = run_pass(hidden_states + positions + self._time(step, hidden_states), step)
+        return hidden_states
+
+    def _time(self, step: int, like: Tensor) -> Tensor:
+        if self.time is None:
+            return _sinusoid(torch.full((), float(step), device=like.device), like.size(-1)).to(like.dtype)
+        return (self.time[step] * math.sqrt(like.size(-1))).to(like)
+
+    def _halted(
+        self, state: Tensor, positions: Tensor, run_pass: RunPass, context: CallContext, halting: nn.Module
+    ) -> Tensor:
+        """Return the output of all positions. Those that have halted still take part in every pass."""
+        output, total = torch.zeros_like(state), state.new_zeros((*state.shape[:-1], 1), dtype=torch.float32)
+        steps, remainder, halted = total, total, torch.zeros_like(total, dtype=torch.bool)
+        for step in range(context.num_steps):
+            entering = state + positions + self._time(step, state)
+            probability = halting(entering)
+            ends = ~halted & (total + probability > 1.0 - self.config.halting_epsilon)
+            goes_on = (~halted & ~ends).float()
+            weight = goes_on * probability + ends * (1.0 - total)
+            remainder = remainder + ends * (1.0 - total)
+            total, steps, halted = total + goes_on * probability, steps + ~halted, halted | ends
+            state = run_pass(entering, step)
+            output = self._combined(output, state, weight.to(state.dtype))
+        if self.training:
+            context.losses.append(self.config.ponder_coef * _mean(steps + remainder, context))
+        return output
+
+    def _combined(self, output: Tensor, state: Tensor, weight: Tensor) -> Tensor:
+        if self.config.halting_output == "accumulated":
+            return output + weight * state
+        return weight * state + (1.0 - weight) * output
+
+
+def _mean(values: Tensor, context: CallContext) -> Tensor:
+    """Return the mean of [b, s, 1] over tokens that are no padding."""
+    if context.padding is None:
+        return values.mean()
+    counted = ~context.padding[:, context.past :].unsqueeze(-1)
+    return (values * counted).sum() / counted.sum().clamp(min=1)
+
+
+class UniversalLayer(MoRELayer):
+    """A layer with norms in front of its parts, or behind their residual sums as in the paper."""
+
+    def __init__(self, config: Config, layer_idx: int, mlp: nn.Module) -> None:
+        super().__init__(config, layer_idx, mlp)
+        behind = [build_norm(config, config.hidden_size) if config.post_norm else nn.Identity() for _ in range(2)]
+        self.attention_output_norm, self.mlp_output_norm = behind
+        if config.post_norm:
+            self.input_layernorm = self.post_attention_layernorm = nn.Identity()
+        for part in self.modules():
+            setattr(part, "is_drawn_by_size", True)  # noqa: B010
+
+    def transform(
+        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return hidden states and the logits of each routing decision."""
+        hidden_states = self.attention_output_norm(hidden_states)
+        hidden_states, *logits = super().transform(hidden_states, context, memory, *former)
+        return (self.mlp_output_norm(hidden_states), *logits)
+
+
+class UniversalTransformer(System):
+    """One group of layers of the original transformer."""
+
+    moe_class = RepeatedMoE
+    layer_class = UniversalLayer
+    fields = {  # noqa: RUF012
+        "halting": Field(str, "act", "How positions end: each by itself, or none.", choices=("act", "none")),
+        "halting_epsilon": Field(
+            float, 0.01, "A position halts when the sum of its probabilities exceeds one minus this.", low=0.0, high=1.0
+        ),
+        "halting_output": Field(
+            str,
+            "accumulated",
+            "The sum of the weighted states, or what each pass moves by its weight.",
+            choices=("accumulated", "basic"),
+        ),
+        "ponder_coef": Field(float, 0.01, "Coefficient of the mean of steps and remainder.", low=0.0),
+        "time_signal": Field(str, "learned", "Signal of the pass.", choices=("learned", "sinusoid")),
+        "training_steps": Field(int, 8, "Most passes in training; the rows of a learned time signal.", low=1),
+        "post_norm": Field(bool, False, "Whether norms stand behind the residual sums."),
+        "router_logit_ema": LOGIT_EMA,
+    }
+
+    def check(self, values: Mapping[str, Any]) -> None:
+        """Check that there is a time signal for the steps that calls take by default."""
+        steps, learned = values["mean_recurrence"], values["training_steps"]
+        if values["time_signal"] == "learned" and steps > learned:
+            raise ValueError(f"mean_recurrence {steps} is above training_steps {learned}, which have a time signal")
+
+    def groups(self, config: Config) -> Sequence[Group]:
+        """Return all layers as one group."""
+        return (Group(range(config.num_hidden_layers), UniversalLoop),)
+
+    def embedding_scale(self, config: Config) -> float:
+        """Return the root of the hidden size."""
+        return math.sqrt(config.hidden_size)
+
+    def build_mlp(self, config: Config, layer_idx: int) -> nn.Module:
+        """Return the feed-forward part of a layer: experts, or an MLP with biases."""
+        if config.moe_layers[layer_idx]:
+            return self.moe_class(config, layer_idx)
+        return MoREMLP(config, config.intermediate_size, bias=True)
+
+    def build_final_norm(self, config: Config) -> nn.Module:
+        """Return the norm before the output layer; a layer of the paper ends with its own."""
+        return nn.Identity() if config.post_norm else build_norm(config, config.hidden_size)
+
+    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
+        """Draw the matrices of layers as Glorot and Bengio do (AISTATS 2010)."""
+        if super().draw_weight(config, module, name, weight):
+            return True
+        if isinstance(module, nn.Embedding):
+            weight.normal_(0.0, config.hidden_size**-0.5)
+            return True
+        if weight.dim() < 2 or not getattr(module, "is_drawn_by_size", False):
+            return False
+        bound = math.sqrt(6.0 / (weight.size(-1) + weight.size(-2)))
+        weight.uniform_(-bound, bound)
+        return True
+
+
+SYSTEM = UniversalTransformer()
