@@ -42,6 +42,8 @@ RUNS: dict[str, str] = {
     "recurrent_experts, ep2": f"--more-variant recurrent_experts {_EP2} {_TOP2} --recurrence-ffn-hidden-size 40",
     "shared_block, pp2": f"--more-variant shared_block {_PP2} --group-query-attention --num-query-groups 2",
     "shared_block, tp2": f"--more-variant shared_block {_TP2} {_TOP2}",
+    "moeut, tp2": f"--more-variant moeut {_TP2} {_TOP2} --switchhead-num-experts 4 --rotary-percent 0.5",
+    "moeut, ep2": f"--more-variant moeut {_EP2} {_TOP2} --switchhead-num-experts 1 --normalization LayerNorm",
     "shared_block_ffn, ep2": f"--more-variant shared_block_ffn {_EP2} --moe-shared-expert-intermediate-size 0",
     "loop, pp2": (
         f"--more-variant loop {_PP2} {_TOP2} --moe-layer-freq [1,0]*2 --router-logit-ema 0.5 "
