@@ -131,9 +131,10 @@ class _SegmentLSTM(torch.autograd.Function):
     def forward(
         ctx, products: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor, steps: TimeSteps
     ) -> torch.Tensor:
-        gates = steps.lay(products)
-        hidden = gates.new_empty(steps.num_places, gates.size(1) // 4)
-        cells = torch.empty_like(hidden)
+        # Half precision rounds a gate that keeps nearly all to one that keeps all, and loses small sums beside large.
+        gates = steps.lay(products.to(torch.promote_types(products.dtype, torch.float32)))
+        cells = gates.new_empty(steps.num_places, gates.size(1) // 4)
+        hidden = torch.empty_like(cells, dtype=products.dtype)
         _run(steps, weight.index_select(0, steps.order), gates, hidden, cells)
         output = steps.collect(hidden, len(products))
         ctx.save_for_backward(weight, ends, gates, cells, hidden)
@@ -144,8 +145,9 @@ class _SegmentLSTM(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor) -> tuple[Any, ...]:
         weight, ends, gates, cells, hidden = ctx.saved_tensors
         steps: TimeSteps = ctx.steps
-        grads = _run_back(steps, weight.index_select(0, steps.order), gates, cells, steps.lay(grad.contiguous()))
-        grad_products = steps.collect(grads, len(grad))
+        laid = steps.lay(grad.to(gates.dtype))
+        grads = _run_back(steps, weight.index_select(0, steps.order), gates, cells, laid)
+        grad_products = steps.collect(grads, len(grad)).to(grad.dtype)
         former = steps.collect(steps.before(hidden), len(grad))
         grad_weight = torch.nn.functional.grouped_mm(grad_products.t(), former, offs=ends)
         return grad_products, grad_weight, None, None
@@ -160,7 +162,7 @@ def _run(
     for gate, shown, cell in steps.rectangles(gates, hidden, cells):
         lines, columns = gate.shape[:2]
         if former is not None:
-            gate.baddbmm_(former[0][:lines, :columns], weight[:lines])
+            _add_product(gate, former[0][:lines, :columns], weight[:lines])
         gate[..., : 2 * size].sigmoid_()
         gate[..., 2 * size : 3 * size].tanh_()
         gate[..., 3 * size :].sigmoid_()
@@ -168,8 +170,16 @@ def _run(
         torch.mul(write, new, out=cell)
         if former is not None:
             cell.addcmul_(keep, former[1][:lines, :columns])
-        torch.tanh(cell, out=shown).mul_(read)
+        torch.mul(torch.tanh(cell), read, out=shown)
         former = shown, cell
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add a batched product to a total that may be wider than its factors."""
+    if total.dtype == left.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)
 
 
 def _run_back(
@@ -192,7 +202,7 @@ def _run_back(
         factor[..., 3 * size :].mul_(state)
         cell.mul_(kept)
         if number > 0:
-            state.copy_(torch.bmm(factor, weight[:lines]))
+            state.copy_(torch.bmm(factor.to(weight.dtype), weight[:lines]))
     return factors
 
 

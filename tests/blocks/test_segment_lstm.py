@@ -72,3 +72,23 @@ def test_a_step_has_room_for_the_segments_that_are_left() -> None:
     assert steps.segments == [2, 2, 2, 1]
     assert steps.num_places == 4 + 2 + 2 + 1
     assert sorted(set(steps.places.tolist())) == sorted(steps.places.tolist())
+
+
+def test_half_precision_keeps_what_long_segments_gather() -> None:
+    generator, length = torch.Generator().manual_seed(0), 600
+    products = torch.randn(length, 4 * _SIZE, generator=generator)
+    # Little is written in each step, and nearly all of it kept.
+    products[:, :_SIZE] -= 6.0
+    products[:, _SIZE : 2 * _SIZE] += 8.0
+    products[:, 2 * _SIZE : 3 * _SIZE] = products[:, 2 * _SIZE : 3 * _SIZE].abs()
+    weight = 0.1 * torch.randn(1, 4 * _SIZE, _SIZE, generator=generator)
+    offsets, ends = torch.tensor([0, length], dtype=torch.int32), torch.tensor([length], dtype=torch.int32)
+    steps, found = TimeSteps.of(Segments(offsets, length), groups=1), []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [x.detach().to(dtype).requires_grad_() for x in (products, weight)]
+        output = segment_lstm(*leaves, ends, steps)
+        assert output.dtype == dtype
+        output.float().square().sum().backward()
+        found.append([output.float(), *(leaf.grad.float() for leaf in leaves)])
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() < 0.03 * exact.norm()
