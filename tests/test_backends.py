@@ -88,11 +88,11 @@ def test_the_kernel_for_segments_of_any_length_gets_what_it_takes(
         assert ends is key_ends
         assert options.pop("window_size") == (-1, 0)
         assert options == ({"enable_gqa": True} if has_groups else {})
-        assert all(0 < length <= longest for length in lengths)
+        assert all(length <= longest for length in lengths)
         assert key.size(1) == (2 if has_groups else 4)
         parts = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (query, key, value)), strict=True)
         attention = torch.nn.functional.scaled_dot_product_attention
-        outputs = [attention(*part, is_causal=True, enable_gqa=has_groups) for part in parts]
+        outputs = [attention(*part, is_causal=True, enable_gqa=has_groups) for part in parts if part[0].numel() > 0]
         return torch.cat(outputs, dim=1).transpose(0, 1)
 
     def with_groups(*arguments: Any, enable_gqa: bool = False, **options: Any) -> Any:

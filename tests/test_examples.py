@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
 from more_megatron.model.costs import model_cost
 from more_megatron.platform import select_platform
 from more_megatron.systems import get_system, systems
@@ -17,6 +16,7 @@ from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.model import model_config_from_args
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, calls_of, linter, parse, train_call
+from tools.sample_text import write_sample_text
 
 _SCRIPTS = sorted([*PROJECT.glob("examples/**/*.sh"), PROJECT / ".ci" / "run"])
 _ON_TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}

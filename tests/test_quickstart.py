@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
 from tests.helpers.shell import PROJECT
+from tools.sample_text import write_sample_text
 
 _TEXT_BYTES = 400_000
 

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
 from more_megatron.flags import MoREFlags, flag
 from more_megatron.systems import systems
 from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, convert, parse, train_call
+from tools.sample_text import write_sample_text
 
 _README = (PROJECT / "README.md").read_text()
 _SMALLER = (

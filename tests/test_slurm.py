@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.sample_text import write_sample_text
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import losses_by_iteration
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, linter
 from tests.helpers.slurm import JOB_ID, job_variables, submit, write_slurm
+from tools.sample_text import write_sample_text
 
 _SCRIPTS = sorted((PROJECT / "examples" / "slurm").glob("*.sbatch"))
-_SYSTEMS = ("recurrent_experts", "shared_block", "recurrent_moe")
+_SYSTEMS = ("recurrent_experts", "shared_block", "recurrent_moe", "loop", "huginn")
 _SIZES = (8, 64, 512)
 _GPUS_PER_NODE = 8
 
@@ -100,7 +100,7 @@ def test_each_system_and_size_parses(preprocessed: Path) -> None:
     for layout in reports:
         assert layout["global_batch_size"] % (layout["micro_batch_size"] * layout["data_parallel_size"]) == 0
         assert layout["num_layers"] % layout["pipeline_model_parallel_size"] == 0
-        assert layout["num_experts"] % layout["expert_model_parallel_size"] == 0
+        assert (layout["num_experts"] or 1) % layout["expert_model_parallel_size"] == 0
 
 
 def test_preprocessing_writes_what_the_runs_read(preprocessed: Path) -> None:

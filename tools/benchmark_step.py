@@ -4,6 +4,7 @@ Prints for each system tokens/s, achieved FLOP/s, peak memory and the ratio of i
 the same round, then the time of a step against the number of recurrence steps.
 
     python tools/benchmark_step.py --hidden-size 256 --num-experts 8 --seq-length 256
+    python tools/benchmark_step.py --dense --same-layers --num-layers 4 --systems moe loop huginn
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
     parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--dense", action="store_true", help="no experts; the baseline `moe` is Megatron's dense model")
+    parser.add_argument("--same-layers", action="store_true", help="layers of the same width, not of equal operations")
     parser.add_argument("--topk", type=int, default=1, help="experts a token")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--recurrence-steps", type=int, default=4, help="steps r of the comparison")
@@ -69,7 +72,7 @@ def build(flags: argparse.Namespace) -> dict:
     from megatron.training import global_vars
     from megatron.training.initialize import initialize_megatron
 
-    from more_megatron.evaluation.step_benchmark import StepBenchmark, match_flops, system_cost
+    from more_megatron.evaluation.step_benchmark import StepBenchmark, at_equal_cost, system_cost
     from more_megatron.platform import Platform, initialize_platform
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.model import model_config_from_args
@@ -83,13 +86,16 @@ def build(flags: argparse.Namespace) -> dict:
         unset_num_microbatches_calculator()
         with contextlib.redirect_stdout(io.StringIO()):  # the listing of 800 arguments
             args = parse_arguments(platform)
+        if flags.dense:
+            args.num_experts = args.moe_ffn_hidden_size = args.moe_shared_expert_intermediate_size = None
         configs[system] = model_config_from_args(args)
         cost = system_cost(configs[system].transformer, args.padded_vocab_size, flags.seq_length)
         target = max(target, cost.training_flops(depth.no_grad_steps, depth.grad_steps))
     with contextlib.redirect_stdout(io.StringIO()):
         initialize_megatron(allow_no_cuda=platform is Platform.CPU)
     for system, config in configs.items():
-        config.transformer = match_flops(config.transformer, target, depth, args.padded_vocab_size, flags.seq_length)
+        if not flags.same_layers:
+            config = at_equal_cost(config, target, depth, args.padded_vocab_size, flags.seq_length)
         benchmarks[system] = StepBenchmark(config, flags.seq_length, flags.batch_size)
     return benchmarks
 

@@ -32,6 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     tokenizer = to_hf.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer-model", metavar="M", help="where the tokenizer is, if it has moved")
     tokenizer.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    to_hf.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run code of its own")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint that runs begin from")
     from_hf.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
     from_hf.add_argument("--save", type=Path, required=True, metavar="CKPT", help="folder that --load will name")
@@ -78,6 +79,7 @@ def _run(args: argparse.Namespace) -> list[str]:
             max_shard_size=args.max_shard_size,
             tokenizer=not args.no_tokenizer,
             tokenizer_model=args.tokenizer_model,
+            trust_remote_code=args.trust_remote_code,
             verify=args.verify,
             progress=not args.no_progress,
             form=None if args.format == "more" else args.format,

@@ -4,18 +4,21 @@
 import argparse
 import os
 import sys
-from contextlib import closing
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import Layout
-from more_megatron.data.preprocess import Job, preprocess
-from more_megatron.data.progress import Progress
+from more_megatron.data.output import Output
+from more_megatron.data.preprocess import preprocess
 from more_megatron.data.sources import Source, expand_inputs, open_source
 from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions, TokenizerType, load
+from more_megatron.data.workers import Job
 from more_megatron.errors import MoREError, one_line_errors
+
+# Seconds between two looks of the progress bar; a log needs few.
+_PAUSE = 0.2 if sys.stderr.isatty() else 10.0
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -27,6 +30,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument("--workers", type=_positive, default=_cores(), help="processes (default: the cores there are)")
     group.add_argument("--resume", action="store_true", help="use the finished parts of an interrupted run")
     group.add_argument("--verify", action="store_true", help="read the result back with Megatron and compare samples")
+    group.add_argument(
+        "--encoder",
+        choices=["auto", "reference"],
+        default="auto",
+        help="auto: gigatoken where it is installed and gives the same ids (default); reference: never",
+    )
     group.add_argument("--no-progress", action="store_true", help="draw no progress bar")
     args = parser.parse_args(arguments)
     if args.train_tokenizer and not args.vocab_size:
@@ -41,6 +50,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset-split", default="train", help="split of --dataset (default: train)")
     group.add_argument("--output-prefix", required=True, metavar="P", help="writes P_<key>_document.bin, .idx, .json")
     group.add_argument("--json-key", default="text", help="field or column that holds the text (default: text)")
+    group.add_argument("--skip-bad-lines", action="store_true", help="leave out and count JSON lines that hold no text")
     group.add_argument(
         "--layout",
         choices=["auto", Layout.WIKITEXT.value, Layout.PLAIN.value],
@@ -104,7 +114,12 @@ def _sources(args: argparse.Namespace) -> list[Source]:
     else:
         paths = expand_inputs(args.input)
     layout = None if args.layout == "auto" else Layout(args.layout)
-    return [open_source(path, args.json_key, layout) for path in paths]
+    sources = [open_source(path, args.json_key, layout) for path in paths]
+    for source in sources:
+        if source.guessed:
+            note = f"{source.path} holds {source.format} and is read as such; --layout plain takes it for text"
+            print(note, file=sys.stderr)
+    return sources
 
 
 def _options(args: argparse.Namespace, sources: list[Source]) -> TokenizerOptions:
@@ -121,7 +136,7 @@ def _train(args: argparse.Namespace, sources: list[Source]) -> str:
         raise MoREError(f"--train-tokenizer trains SentencePiece; it cannot make a {args.tokenizer_type}")
     if not (args.resume and os.path.exists(model)):
         print(f"training a tokenizer of {args.vocab_size} pieces: {model}", file=sys.stderr)
-        train_sentencepiece(sources, Detokenize(args.detokenize), args.vocab_size, model)
+        train_sentencepiece(sources, Detokenize(args.detokenize), args.vocab_size, model, args.skip_bad_lines)
     return str(model)
 
 
@@ -137,27 +152,36 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    sources = _sources(args)
-    tokenizer = load(_options(args, sources))
-    job = Job(
-        prefix=f"{args.output_prefix}_{args.json_key}_document",
-        sources=sources,
-        tokenizer=tokenizer,
-        append_eod=args.append_eod,
-        detokenize=Detokenize(args.detokenize),
-        workers=args.workers,
-        resume=args.resume,
-    )
-    print(f"encoding by {tokenizer.method}", file=sys.stderr)
-    known = all(source.seekable for source in sources)
-    total = sum(source.size for source in sources) if known else None
-    with closing(Progress(total, not args.no_progress)) as progress:
-        manifest = preprocess(job, progress)
-    print(f"{job.prefix}: {manifest['documents']} documents, {manifest['tokens']} tokens", file=sys.stderr)
+    from tqdm import tqdm
+
+    with Output(f"{args.output_prefix}_{args.json_key}_document") as output:
+        sources = _sources(args)
+        job = Job(
+            sources=sources,
+            tokenizer=load(_options(args, sources)),
+            append_eod=args.append_eod,
+            detokenize=Detokenize(args.detokenize),
+            workers=args.workers,
+            resume=args.resume,
+            skip_bad_lines=args.skip_bad_lines,
+            allow_fast=args.encoder == "auto",
+        )
+        sizes = [source.text_size for source in sources]
+        total = None if None in sizes else sum(size for size in sizes if size)
+        with tqdm(total=total, unit="B", unit_scale=True, disable=args.no_progress, mininterval=_PAUSE) as bar:
+
+            def report(size: int, tokens: int) -> None:
+                bar.set_postfix_str(f"{tokens / 1e6:.2f}M tokens", refresh=False)
+                bar.update(size)
+
+            manifest = preprocess(job, output, lambda text: bar.write(text, sys.stderr), report)
+    skipped = f", {manifest['skipped']} bad lines left out" if manifest["skipped"] else ""
+    counts = f"{manifest['documents']} documents, {manifest['tokens']} tokens{skipped}"
+    print(f"{output.prefix}: {counts}", file=sys.stderr)
     if args.verify:
         from more_megatron.data.verify import verify
 
-        print(f"{job.prefix}: {verify(job, manifest)}", file=sys.stderr)
+        print(f"{output.prefix}: {verify(job, output.prefix, manifest)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

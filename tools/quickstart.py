@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.data.sample_text import obtain_text
 from more_megatron.errors import MoREError, one_line_errors
 from more_megatron.evaluation.training_log import TrainingLog, read_iteration, read_log, read_validation
+from tools.sample_text import obtain_text
 
 _ROOT = Path(__file__).resolve().parents[1]
 _SEQUENCE_LENGTH = 128

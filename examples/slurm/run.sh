@@ -16,21 +16,29 @@ GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 SYSTEM=${SYSTEM:-recurrent_moe}
 SIZE=${SIZE:-$((SLURM_NNODES * GPUS_PER_NODE))}
 
+# Huginn is dense and has few layers, of which those in the middle, on one stage, are passed 32 times on average.
+if [[ $SYSTEM == huginn ]]; then
+    : "${LAYERS:=8}" "${PP:=1}" "${EP:=1}" "${STAGE_LAYERS:=8}" "${RECOMPUTE:=full}"
+    if ((SIZE == 512)); then
+        : "${HIDDEN:=5120}" "${HEADS:=40}"
+    fi
+fi
+
 # The sizes. docs/parallelism.md says why the layouts are as they are.
 case $SIZE in
     8)
         : "${LAYERS:=16}" "${HIDDEN:=1024}" "${HEADS:=16}" "${SEQ_LENGTH:=2048}" "${EXPERTS:=8}"
-        : "${TP:=1}" "${PP:=1}" "${EP:=8}" "${STAGE_LAYERS:=16}" "${RECOMPUTE:=none}"
+        : "${TP:=1}" "${PP:=1}" "${EP:=8}" "${STAGE_LAYERS:=16}" "${GROUP_LAYERS:=4}" "${RECOMPUTE:=none}"
         : "${MICRO_BATCH:=2}" "${GLOBAL_BATCH:=256}" "${LR:=3e-4}"
         ;;
     64)
         : "${LAYERS:=24}" "${HIDDEN:=2048}" "${HEADS:=16}" "${SEQ_LENGTH:=4096}" "${EXPERTS:=32}"
-        : "${TP:=2}" "${PP:=2}" "${EP:=8}" "${STAGE_LAYERS:=12}" "${RECOMPUTE:=full}"
+        : "${TP:=2}" "${PP:=2}" "${EP:=8}" "${STAGE_LAYERS:=12}" "${GROUP_LAYERS:=4}" "${RECOMPUTE:=full}"
         : "${MICRO_BATCH:=2}" "${GLOBAL_BATCH:=512}" "${LR:=2e-4}"
         ;;
     512)
         : "${LAYERS:=48}" "${HIDDEN:=4096}" "${HEADS:=32}" "${SEQ_LENGTH:=4096}" "${EXPERTS:=32}"
-        : "${TP:=4}" "${PP:=8}" "${EP:=16}" "${STAGE_LAYERS:=3}" "${RECOMPUTE:=full}"
+        : "${TP:=4}" "${PP:=8}" "${EP:=16}" "${STAGE_LAYERS:=3}" "${GROUP_LAYERS:=3}" "${RECOMPUTE:=full}"
         : "${MICRO_BATCH:=1}" "${GLOBAL_BATCH:=1024}" "${LR:=1e-4}"
         ;;
     *)
@@ -61,20 +69,41 @@ MOE_ARGS=(
     --moe-grouped-gemm
 )
 
+DEPTH_ARGS=(
+    --recurrence-sampling uniform
+    --recurrence-min-steps 2
+    --recurrence-max-steps 6
+    # Memory is that of two steps at any depth.
+    --recurrence-backprop-steps 2
+    --recurrence-eval-steps 4
+)
 RECURRENCE_ARGS=(--more-variant "$SYSTEM")
-if [[ $SYSTEM != moe ]]; then
-    RECURRENCE_ARGS+=(
-        --recurrence-sampling uniform
-        --recurrence-min-steps 2
-        --recurrence-max-steps 6
-        # Memory is that of two steps at any depth.
-        --recurrence-backprop-steps 2
-        --recurrence-eval-steps 4
-    )
-fi
-if [[ $SYSTEM == recurrent_moe ]]; then
-    RECURRENCE_ARGS+=(--router-min-entropy 0.8 --router-logit-ema 0.9)
-fi
+case $SYSTEM in
+    moe | parallel_experts) ;; # no recurrence in depth
+    # Each position stops by itself.
+    universal) RECURRENCE_ARGS+=(--recurrence-max-steps 6 --recurrence-eval-steps 6) ;;
+    huginn)
+        MOE_ARGS=()
+        MODEL_ARGS+=(--ffn-hidden-size $((7 * HIDDEN / 2)))
+        RECURRENCE_ARGS+=(
+            --recurrence-sampling poisson-lognormal
+            --recurrence-steps 32
+            --recurrence-backprop-steps 8
+            --recurrence-eval-steps 32
+        )
+        ;;
+    recurrent_moe) RECURRENCE_ARGS+=("${DEPTH_ARGS[@]}" --router-min-entropy 0.8 --router-logit-ema 0.9) ;;
+    # With experts it is a looped MoE; a group lies on one stage.
+    loop)
+        RECURRENCE_ARGS+=(
+            "${DEPTH_ARGS[@]}"
+            --router-min-entropy 0.8
+            --router-logit-ema 0.9
+            --recurrence-group-layers "$GROUP_LAYERS"
+        )
+        ;;
+    *) RECURRENCE_ARGS+=("${DEPTH_ARGS[@]}") ;;
+esac
 
 DATA_ARGS=(
     --data-path "${DATA_PREFIX:-data/train_text_document}"

@@ -51,18 +51,20 @@ if [[ -n ${CAPACITY:-} ]]; then
     MOE_ARGS+=(--moe-expert-capacity-factor "$CAPACITY")
 fi
 
+DEPTH_ARGS=(
+    --recurrence-sampling uniform
+    --recurrence-min-steps 2
+    --recurrence-max-steps 4
+    --recurrence-eval-steps 4
+)
 RECURRENCE_ARGS=(--more-variant "$VARIANT")
-if [[ $VARIANT != moe ]]; then
-    RECURRENCE_ARGS+=(
-        --recurrence-sampling uniform
-        --recurrence-min-steps 2
-        --recurrence-max-steps 4
-        --recurrence-eval-steps 4
-    )
-fi
-if [[ $VARIANT == recurrent_moe ]]; then
-    RECURRENCE_ARGS+=(--router-min-entropy 0.8 --router-logit-ema 0.9)
-fi
+case $VARIANT in
+    moe | parallel_experts) ;; # no recurrence in depth
+    # Each position stops by itself.
+    universal) RECURRENCE_ARGS+=(--recurrence-max-steps 4 --recurrence-eval-steps 4) ;;
+    recurrent_moe) RECURRENCE_ARGS+=("${DEPTH_ARGS[@]}" --router-min-entropy 0.8 --router-logit-ema 0.9) ;;
+    *) RECURRENCE_ARGS+=("${DEPTH_ARGS[@]}") ;;
+esac
 
 DATA_ARGS=(
     --train-data-path data/wikitext103_train_text_document

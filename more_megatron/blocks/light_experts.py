@@ -54,8 +54,7 @@ class LightExperts(Experts):
         Returns:
             Outputs times probabilities, [rows, h], and no bias.
         """
-        counts = torch.as_tensor(tokens_per_expert).to(hidden_states.device)
-        groups = RowGroups(counts.cumsum(0).to(torch.int32))
+        groups = RowGroups.of_counts(torch.as_tensor(tokens_per_expert), hidden_states.device)
         padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
         inner = self.backend.linear(padding.pad(hidden_states), self.fc1, padding.groups)
         outer = self.backend.linear(torch.nn.functional.gelu(inner), self.fc2, padding.groups)

@@ -49,7 +49,7 @@ class RowPadding:
         # How much padding lies before the end of each group.
         padding = padded_groups.ends - groups.ends
         shifts = torch.nn.functional.pad(padding[:-1], (1, 0))
-        lengths = torch.tensor(sizes).to(device)
+        lengths = torch.tensor(sizes).to(device, non_blocking=True)
         moved = torch.repeat_interleave(shifts, lengths, output_size=sum(sizes))
         places = torch.arange(sum(sizes), device=device) + moved
         longest = max(new - old for new, old in zip(padded, sizes, strict=True))

@@ -6,6 +6,7 @@ as the backend wants it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from more_megatron.errors import MoREError
 __all__ = [
     "Placement",
     "draw_parameter",
+    "grouped_bias",
     "grouped_linear_weights",
     "grouped_norm_weight",
     "grouped_parameter",
@@ -75,6 +77,7 @@ class _Content:
         column: Which part of the last dimension it holds.
         columns: Number of these parts.
         tail: What follows the name of the weight in the parameter's name.
+        has_group_axis: Whether checkpoints have an axis for the groups that a parameter of one dimension has not.
     """
 
     shape: tuple[int, ...]
@@ -83,6 +86,7 @@ class _Content:
     column: int
     columns: int
     tail: str
+    has_group_axis: bool
 
     def of_whole(self, weight: torch.Tensor, placement: Placement) -> torch.Tensor:
         """Return what is here of a group's whole weight."""
@@ -113,6 +117,29 @@ def grouped_parameter(
     size = [len(placement.groups) * local[0]] if len(local) == 1 else [len(placement.groups), *local]
     parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
     _mark(Piece(parameter), local, split_dim)
+    return parameter
+
+
+def grouped_bias(
+    config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None
+) -> torch.nn.Parameter:
+    """Return the biases of all groups on this rank as one parameter of one dimension, not yet drawn.
+
+    In a checkpoint they are one tensor with an axis for the groups, as weights are: [groups, ...].
+
+    Args:
+        config: Model configuration.
+        placement: Which part of them is here.
+        shape: Shape of a group's whole bias.
+        split_dim: Dimension of a group's bias that is split over ranks; None if every rank holds all of it.
+
+    Raises:
+        MoREError: If the split does not come out even.
+    """
+    local, split_dim = _local_shape(placement, shape, split_dim)
+    size = len(placement.groups) * math.prod(local)
+    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
+    _mark(Piece(parameter), local, split_dim, has_group_axis=True)
     return parameter
 
 
@@ -174,14 +201,17 @@ def _names(weights: Weights) -> dict[torch.nn.Parameter, str]:
     return {parameter: f".{name}" for name, parameter in weights.named_parameters()}
 
 
-def _mark(piece: Piece, shape: tuple[int, ...], split_dim: int | None, tail: str = "") -> None:
+def _mark(
+    piece: Piece, shape: tuple[int, ...], split_dim: int | None, tail: str = "", has_group_axis: bool = False
+) -> None:
     """Note on a parameter what it holds, and mark it as Megatron marks weights that are split over ranks."""
-    content = _Content(shape, split_dim, piece.group, piece.column, piece.columns, tail)
+    content = _Content(shape, split_dim, piece.group, piece.column, piece.columns, tail, has_group_axis)
     setattr(piece.parameter, _CONTENT, content)
     for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
         if hasattr(piece.parameter, name):
             delattr(piece.parameter, name)
     dim = None if split_dim is None else split_dim + (piece.group is None)
+    dim = 0 if dim is not None and has_group_axis else dim
     setattr(piece.parameter, _SPLIT_DIM, dim)
     set_tensor_model_parallel_attributes(piece.parameter, dim is not None, -1 if dim is None else dim, 1)
 
@@ -243,6 +273,8 @@ def _slice(
     if content.group is None:
         offsets = [*layer_offsets, (axes, groups[0] // len(groups), placement.num_groups // len(groups))]
         shape, prepended = parameter.shape, axes
+        if content.has_group_axis:
+            shape = torch.Size((len(groups), *content.shape))
     else:
         offsets = [*layer_offsets, (axes, groups[content.group], placement.num_groups)]
         shape, prepended = torch.Size(content.shape), axes + 1

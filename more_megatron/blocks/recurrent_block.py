@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer.module import MegatronModule
 
-from more_megatron.blocks.backends import backend_of
+from more_megatron.blocks.backends import backend_of, segment_attention
 from more_megatron.blocks.parameters import (
     Placement,
     draw_parameter,
@@ -77,11 +78,6 @@ class RecurrentBlock(MegatronModule):
             setattr(self, key, grouped_linear_weights(config, placement, shape, split_dim, columns))
         for key in _NORMS:
             setattr(self, key, grouped_norm_weight(config, placement))
-        self._attend = self._backend.segment_attention(
-            config.num_attention_heads // placement.split_size,
-            config.num_query_groups // placement.split_size,
-            self._head_dim,
-        )
 
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
@@ -146,11 +142,17 @@ class RecurrentBlock(MegatronModule):
         query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
         if rotation is not None:
             query, key = self._rotate(query, rotation), self._rotate(key, rotation)
-        return self._reduce(self._linear(self._attend(query, key, value, rows.segments), self.proj, rows))
+        context = segment_attention(query, key, value, rows.segments).flatten(1)
+        return self._reduce(self._linear(context, self.proj, rows))
 
     def _mlp(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        gate, up = self._linear(self._copy(x), self.fc1, rows).chunk(2, dim=-1)
-        return self._reduce(self._linear(torch.nn.functional.silu(gate) * up, self.fc2, rows))
+        inner = self._linear(self._copy(x), self.fc1, rows)
+        if self.config.bias_activation_fusion:
+            activated = bias_swiglu_impl(inner, None)
+        else:
+            gate, up = inner.chunk(2, dim=-1)
+            activated = torch.nn.functional.silu(gate) * up
+        return self._reduce(self._linear(activated, self.fc2, rows))
 
     def _norms(self, rows: Rows) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Yield the four norms: the backend's, or ours with the weight of each row's group."""
@@ -160,7 +162,7 @@ class RecurrentBlock(MegatronModule):
                 yield norm
                 continue
             weight = norm.view(-1, self.config.hidden_size)
-            weight = weight[0] if len(weight) == 1 else weight.index_select(0, rows.group_ids)
+            weight = weight[0] if len(weight) == 1 else rows.spread(weight)
             yield functools.partial(rms_norm, weight=weight, eps=self.config.layernorm_epsilon)
 
     def _rotation(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor] | None:

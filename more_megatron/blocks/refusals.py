@@ -11,8 +11,16 @@ from megatron.core.fp8_utils import get_fp8_align_size
 
 from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.config import MoREConfig
+from more_megatron.flags import flag
 
-__all__ = ["expert_refusals", "loop_refusals", "mixing_refusals", "recurrence_refusals", "repetition_refusals"]
+__all__ = [
+    "cell_refusals",
+    "expert_refusals",
+    "loop_refusals",
+    "mixing_refusals",
+    "recurrence_refusals",
+    "repetition_refusals",
+]
 
 # Of `--recompute-modules`, those that hold parameters and are differentiated in a backward pass of their own.
 _RECOMPUTED_PARTS = ("layernorm", "mlp", "moe", "shared_experts")
@@ -71,12 +79,12 @@ def loop_refusals(config: MoREConfig) -> Iterator[str]:
 
 
 def _without_routers(config: MoREConfig) -> Iterator[str]:
-    for flag, is_set in (
+    for name, is_set in (
         ("--router-logit-ema", config.router_logit_ema > 0.0),
         ("--router-min-entropy", config.router_min_entropy > 0.0),
     ):
         if is_set:
-            yield f"has no routers without --num-experts: give it, or leave out {flag}"
+            yield f"has no routers without --num-experts: give it, or leave out {name}"
 
 
 def _recomputed_modules(config: MoREConfig) -> set[str]:
@@ -112,6 +120,22 @@ def expert_refusals(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator
     """
     if config.add_bias_linear:
         yield "has no biases: leave out --enable-bias-linear"
+    yield from _precision_refusals(config)
+    if config.fp8 is not None:
+        yield from _misaligned_block(config, ffn_hidden_size)
+
+
+def cell_refusals(config: MoREConfig) -> Iterator[str]:
+    """Yield what experts that are or have recurrent cells cannot honour."""
+    yield from _precision_refusals(config)
+    if config.fp8 is None:
+        return
+    ranks, widths = config.expert_tensor_parallel_size or 1, ("hidden_size", "moe_ffn_hidden_size")
+    sizes = {f"{flag(name)} over --expert-tensor-parallel-size": getattr(config, name) // ranks for name in widths}
+    yield from _misaligned(config, {"--hidden-size": config.hidden_size} | sizes)
+
+
+def _precision_refusals(config: MoREConfig) -> Iterator[str]:
     if config.fp8 is not None and config.transformer_impl != "transformer_engine":
         yield "computes in FP8 with Transformer Engine only: give --transformer-impl transformer_engine"
     if config.fp8 is not None and config.fp8_recipe == "custom":
@@ -127,19 +151,22 @@ def expert_refusals(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator
             "computes the gradients of its weights with those of its rows: leave out --delay-wgrad-compute and "
             "--overlap-dispatch-backward-with-experts-wgrad"
         )
-    if config.fp8 is not None:
-        yield from _misaligned(config, ffn_hidden_size)
 
 
-def _misaligned(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator[str]:
-    multiple = get_fp8_align_size(config.fp8_recipe)
+def _misaligned_block(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator[str]:
     ranks = config.expert_tensor_parallel_size or 1
     heads = config.num_attention_heads + 2 * config.num_query_groups
-    for what, size in (
-        ("--hidden-size", config.hidden_size),
-        ("--recurrence-ffn-hidden-size over --expert-tensor-parallel-size", (ffn_hidden_size or 0) // ranks),
-        ("the heads of --num-attention-heads and --num-query-groups on a rank", heads * config.kv_channels // ranks),
-        ("the heads of --num-attention-heads on a rank", config.num_attention_heads * config.kv_channels // ranks),
-    ):
+    sizes = {
+        "--hidden-size": config.hidden_size,
+        "--recurrence-ffn-hidden-size over --expert-tensor-parallel-size": (ffn_hidden_size or 0) // ranks,
+        "the heads of --num-attention-heads and --num-query-groups on a rank": heads * config.kv_channels // ranks,
+        "the heads of --num-attention-heads on a rank": config.num_attention_heads * config.kv_channels // ranks,
+    }
+    yield from _misaligned(config, sizes)
+
+
+def _misaligned(config: MoREConfig, sizes: dict[str, int]) -> Iterator[str]:
+    multiple = get_fp8_align_size(config.fp8_recipe)
+    for what, size in sizes.items():
         if size % multiple != 0:
             yield f"in FP8 needs {what}, {size}, to be a multiple of {multiple}"

@@ -40,8 +40,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         weight: [h], or [rows, h] where rows have norms of their own.
         eps: Added to the mean square.
     """
-    if x.is_cuda and weight.dim() == 1:
-        return torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+    if x.is_cuda:
+        # PyTorch's kernel takes one weight for all rows.
+        is_shared = weight.dim() == 1
+        normed = torch.nn.functional.rms_norm(x, x.shape[-1:], weight if is_shared else None, eps)
+        return normed if is_shared else normed * weight
     return _RMSNorm.apply(x, weight, eps)
 
 

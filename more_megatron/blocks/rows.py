@@ -60,17 +60,18 @@ class Rows:
             was, int64 [rows].
         """
         device = coordinates.device
-        counts = torch.as_tensor(tokens_per_expert).to(device=device, dtype=torch.int64)
-        experts = torch.repeat_interleave(
-            torch.arange(len(counts), device=device), counts, output_size=coordinates.size(0)
-        )
+        tokens_per_expert = torch.as_tensor(tokens_per_expert)
+        number = len(tokens_per_expert)
+        counts = tokens_per_expert.to(device=device, dtype=torch.int64, non_blocking=True)
+        experts = torch.repeat_interleave(torch.arange(number, device=device), counts, output_size=coordinates.size(0))
         sequences, positions, sample_ids = coordinates.unbind(1)
         segment = experts * num_sequences + sequences
         order = torch.argsort(segment * seq_length + positions)
-        lengths = torch.bincount(segment, minlength=len(counts) * num_sequences)
-        offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+        # Counting the rows of each segment would wait for the device.
+        bounds = torch.arange(number * num_sequences + 1, device=device)
+        offsets = torch.searchsorted(segment[order], bounds, out_int32=True)
         rows = cls(
-            groups=RowGroups(counts.cumsum(0).to(torch.int32)),
+            groups=RowGroups.of_counts(tokens_per_expert, device),
             # The rows come grouped by expert: sorting moves none to another.
             group_ids=experts,
             segments=Segments(offsets, seq_length),
@@ -79,6 +80,19 @@ class Rows:
             rotary_pos_emb=rotary_pos_emb,
         )
         return rows, order
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Return for each row what its group has, [rows, h].
+
+        Args:
+            values: [groups, h].
+        """
+        if not values.is_cuda:
+            return values.index_select(0, self.group_ids)
+        # The gradient of a selection adds thousands of rows to one in the type of the values, and in varying order.
+        # That of a product adds them in float32.
+        groups = torch.arange(len(values), device=values.device)
+        return (self.group_ids.unsqueeze(1) == groups).to(values.dtype) @ values
 
     def as_one_group(self) -> Rows:
         """Return the rows for one block that all groups share; they still attend within their segments only."""
@@ -93,7 +107,7 @@ class Rows:
         padding = RowPadding.of(self.groups, multiple)
         if padding.places is None:
             return self, padding
-        sizes = torch.tensor(padding.groups.sizes).to(self.positions.device)
+        sizes = torch.tensor(padding.groups.sizes).to(self.positions.device, non_blocking=True)
         groups = torch.arange(len(sizes), device=sizes.device)
         is_padding = torch.ones(sum(padding.groups.sizes), 1, dtype=torch.bool, device=sizes.device)
         rows = dataclasses.replace(

@@ -46,11 +46,6 @@ class Segments:
         return padded.index_select(0, self.rectangles[1])
 
     @functools.cached_property
-    def without_empty(self) -> Segments:
-        """The same segments but for those that are empty, which some kernels do not take."""
-        return Segments(torch.unique_consecutive(self.offsets), self.longest)
-
-    @functools.cached_property
     def derived(self) -> dict[Any, Any]:
         """What kernels have worked out of the segments, kept for their next call."""
         return {}

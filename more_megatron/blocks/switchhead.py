@@ -34,7 +34,7 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.initialization import DepthScaledInitializer
 from more_megatron.model.micro_batch import Pass
-from more_megatron.monitoring.figures import are_recorded
+from more_megatron.monitoring.figures import is_reported
 
 __all__ = ["SwitchHeadAttention", "switchhead_cost"]
 
@@ -215,7 +215,7 @@ class SwitchHeadAttention(MegatronModule):
         if self._is_dense:
             return local.sigmoid()
         choice = Choice.of(local.flatten(0, 1), self._topk, self._expert_dropout if self.training else 0.0)
-        if self.training and current.is_counted() and are_recorded():
+        if self.training and current.is_counted() and is_reported(f"{kind} router entropy/step {current.index + 1}"):
             record_use(kind, current.index, logits, choice.loads(self._local_heads))
         return choice
 

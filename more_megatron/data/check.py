@@ -1,28 +1,37 @@
-"""Can a dataset be trained on? Cheap checks for the trainer's start: sizes and the manifest, never the tokens."""
+"""Can a dataset be trained on? Cheap checks for the trainer's start, and the hashes of the files on demand."""
+
+from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from more_megatron.data.errors import DatasetError
 from more_megatron.data.indexed import IndexFile, bin_path, idx_path, read_index
 from more_megatron.data.manifest import manifest_path, read_manifest
+from more_megatron.data.sources import sha256_of
 
-__all__ = ["check_dataset", "check_datasets"]
+__all__ = ["check_dataset", "check_datasets", "check_hashes"]
+
+_SMALL_INDEX = 1 << 26
+_SAMPLES = 64
+_SAMPLE_TOKENS = 4096
 
 
 def check_dataset(
     prefix: str | os.PathLike[str], *, vocab_size: int | None = None, tokenizer_sha256: str | None = None
 ) -> None:
-    """Check one dataset.
+    """Check one dataset: the whole index, sizes, the manifest, and a sample of the tokens.
 
     Args:
-        prefix: the dataset's prefix, as in `--data-path`.
-        vocab_size: vocabulary size of the run's tokenizer, without padding.
-        tokenizer_sha256: hash of the run's tokenizer from `tokenizer_sha256`.
+        prefix: The dataset's prefix, as in `--data-path`.
+        vocab_size: Vocabulary size of the run's tokenizer, without padding.
+        tokenizer_sha256: Hash of the run's tokenizer from `tokenizer_sha256`.
 
     Raises:
-        DatasetError: a file is missing, truncated or damaged, or the manifest names another tokenizer. A dataset
+        DatasetError: A file is missing, truncated or damaged, or the manifest names another tokenizer. A dataset
             without a manifest, such as one by Megatron's own tool, is checked for its structure only.
     """
     for path in (idx_path(prefix), bin_path(prefix)):
@@ -34,20 +43,33 @@ def check_dataset(
     manifest = read_manifest(prefix)
     if manifest is not None:
         _check_manifest(prefix, manifest, index, vocab_size, tokenizer_sha256)
+        vocab_size = vocab_size or manifest["tokenizer"].get("vocab_size")
+    if vocab_size is not None:
+        _check_ids(prefix, index, vocab_size)
+
+
+def check_hashes(prefix: str | os.PathLike[str]) -> str:
+    """Read a dataset's files whole, and say whether they are those of its manifest.
+
+    Raises:
+        DatasetError: A file is not the one that was written.
+    """
+    hashes = (read_manifest(prefix) or {}).get("sha256")
+    if not hashes:
+        return "no manifest with hashes"
+    for path, name in ((bin_path(prefix), "bin"), (idx_path(prefix), "idx")):
+        if hashes.get(name) != sha256_of(path):
+            raise DatasetError(f"{path} is not the file that was written (its hash differs): copy or preprocess again")
+    return "hashes as written"
 
 
 def check_datasets(
     prefixes: Sequence[str], *, vocab_size: int | None = None, tokenizer_sha256: str | None = None
 ) -> None:
-    """Check the datasets of a blend.
-
-    Args:
-        prefixes: prefixes, or Megatron's alternation of weights and prefixes.
-        vocab_size: see `check_dataset`.
-        tokenizer_sha256: see `check_dataset`.
+    """Check the datasets of a blend: prefixes, or Megatron's alternation of weights and prefixes.
 
     Raises:
-        DatasetError: the first fault found.
+        DatasetError: The first fault that `check_dataset` finds.
     """
     names = list(prefixes)
     if len(names) > 1 and len(names) % 2 == 0 and all(_is_number(weight) for weight in names[::2]):
@@ -67,9 +89,10 @@ def _is_number(text: str) -> bool:
 def _check_bin(prefix: str | os.PathLike[str], index: IndexFile) -> None:
     path = bin_path(prefix)
     size = path.stat().st_size
-    if size < index.bin_bytes:
+    if size != index.bin_bytes:
+        state = "truncated" if size < index.bin_bytes else "of another dataset than its index"
         raise DatasetError(
-            f"{path} is truncated: {size} bytes, its index needs {index.bin_bytes}; copy it again or preprocess again"
+            f"{path} is {state}: {size} bytes, its index needs {index.bin_bytes}; copy it again or preprocess again"
         )
     if index.bin_bytes == 0:
         raise DatasetError(f"dataset {prefix} holds no tokens; preprocess again from inputs that hold text")
@@ -82,13 +105,23 @@ def _check_manifest(
     vocab_size: int | None,
     tokenizer_sha256: str | None,
 ) -> None:
-    path = manifest_path(prefix)
-    documents = manifest.get("documents")
-    if documents is not None and documents != index.document_count:
-        raise DatasetError(
-            f"dataset {prefix}: its index has {index.document_count} documents, {path} says {documents}: "
-            "the files are of different runs; preprocess again"
-        )
+    found = {
+        "documents": index.document_count,
+        "tokens": index.bin_bytes // index.dtype.itemsize,
+        "dtype": index.dtype.name,
+    }
+    for name, value in found.items():
+        said = manifest.get(name)
+        if said is not None and said != value:
+            raise DatasetError(
+                f"dataset {prefix}: its index says {value} for {name}, {manifest_path(prefix)} says {said}: the files "
+                "are of different runs; preprocess again"
+            )
+    path = idx_path(prefix)
+    hashes = manifest.get("sha256", {})
+    # Shifted bounds of documents are sound in themselves; an index of this size is hashed in no time.
+    if "idx" in hashes and path.stat().st_size <= _SMALL_INDEX and hashes["idx"] != sha256_of(path):
+        raise DatasetError(f"{path} is damaged: its hash is not that of its manifest; copy or preprocess again")
     tokenizer = manifest["tokenizer"]
     made_for = f"dataset {prefix} was made with {tokenizer.get('type')} {tokenizer.get('model') or ''}".rstrip()
     hint = "give the run that tokenizer, or preprocess with this one"
@@ -100,3 +133,17 @@ def _check_manifest(
         raise DatasetError(
             f"{made_for} ({sha256[:12]}), the run's tokenizer is another file ({tokenizer_sha256[:12]}); {hint}"
         )
+
+
+def _check_ids(prefix: str | os.PathLike[str], index: IndexFile, vocab_size: int) -> None:
+    """Look at evenly spaced stretches of the tokens, all of a small dataset."""
+    tokens = np.memmap(bin_path(prefix), index.dtype, mode="r")
+    for start in np.linspace(0, max(0, len(tokens) - _SAMPLE_TOKENS), _SAMPLES, dtype=np.int64).tolist():
+        ids = tokens[start : start + _SAMPLE_TOKENS]
+        wrong = (ids < 0) | (ids >= vocab_size)
+        if wrong.any():
+            place = int(wrong.argmax())
+            raise DatasetError(
+                f"dataset {prefix}: token {start + place} is {ids[place]}, the vocabulary has {vocab_size}: give the "
+                "run the tokenizer that the data were made with, or preprocess again"
+            )

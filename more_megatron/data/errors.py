@@ -2,7 +2,7 @@
 
 from more_megatron.errors import MoREError
 
-__all__ = ["DataError", "DatasetError", "ResumableError"]
+__all__ = ["DataError", "DatasetError", "DocumentError", "ResumableError"]
 
 
 class DataError(MoREError):
@@ -14,4 +14,11 @@ class DatasetError(DataError):
 
 
 class ResumableError(DataError):
-    """A run that ended for reasons outside its inputs and can go on later from its finished parts."""
+    """A run that ended for reasons outside its inputs and can go on later from what it has written."""
+
+
+class DocumentError(DataError):
+    """A document that cannot be encoded: its place among those given, and what is wrong with it."""
+
+    def __str__(self) -> str:
+        return "document {} {}".format(*self.args)

@@ -1,78 +1,55 @@
 """Datasets by name, from the Hugging Face hub."""
 
+from __future__ import annotations
+
 import os
-import socket
-import threading
-from urllib.parse import urlparse
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 from more_megatron.data.errors import DataError
 
 __all__ = ["WIKITEXT_NAMES", "download"]
 
 WIKITEXT_NAMES = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
-_WIKITEXT_REPOSITORY = "Salesforce/wikitext"
 _CONNECT_SECONDS = 3.0
 
 
 def download(name: str, split: str = "train") -> list[str]:
-    """Fetch the Parquet files of a dataset.
-
-    Args:
-        name: one of `WIKITEXT_NAMES`, or `OWNER/REPOSITORY/FOLDER` of any dataset stored as Parquet.
-        split: the files whose names begin with this word.
-
-    Returns:
-        Local paths, in order.
+    """Fetch the Parquet files of `WIKITEXT_NAMES`, or of `OWNER/REPOSITORY/FOLDER`, whose names begin with the split.
 
     Raises:
-        DataError: the name is unknown, or the hub cannot be reached.
+        DataError: The name is unknown, or the hub cannot be reached.
     """
-    repository, folder = _locate(name)
+    owner, _, place = (f"Salesforce/wikitext/{name}" if name in WIKITEXT_NAMES else name).partition("/")
+    repository, _, folder = place.partition("/")
+    if not folder:
+        known = ", ".join(WIKITEXT_NAMES)
+        raise DataError(f"--dataset {name} is not known; choose one of {known}, or OWNER/REPOSITORY/FOLDER")
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     _check_reachable(constants.ENDPOINT, name)
     try:
-        files = sorted(HfApi().list_repo_files(repository, repo_type="dataset"))
-        wanted = [file for file in files if file.startswith(f"{folder}/{split}") and file.endswith(".parquet")]
-        paths = [hf_hub_download(repository, file, repo_type="dataset") for file in wanted]
+        wanted = f"{folder.rstrip('/')}/{split}"
+        files = sorted(HfApi().list_repo_files(f"{owner}/{repository}", repo_type="dataset"))
+        files = [file for file in files if file.startswith(wanted) and file.endswith(".parquet")]
+        paths = [hf_hub_download(f"{owner}/{repository}", file, repo_type="dataset") for file in files]
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"dataset {name} cannot be downloaded: {reason}; give local files with --input") from error
     if not paths:
-        raise DataError(f"dataset {name} has no Parquet files {folder}/{split}*; see --dataset-split")
+        raise DataError(f"dataset {name} has no Parquet files {wanted}*; see --dataset-split")
     return paths
-
-
-def _locate(name: str) -> tuple[str, str]:
-    if name in WIKITEXT_NAMES:
-        return _WIKITEXT_REPOSITORY, name
-    parts = name.split("/", 2)
-    if len(parts) != 3:
-        known = ", ".join(WIKITEXT_NAMES)
-        raise DataError(f"--dataset {name} is not known; choose one of {known}, or OWNER/REPOSITORY/FOLDER")
-    return f"{parts[0]}/{parts[1]}", parts[2].rstrip("/")
 
 
 def _check_reachable(endpoint: str, name: str) -> None:
     """Fail within seconds where there is no network; the hub's client would try again for a minute."""
-    if any(os.environ.get(variable) for variable in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return
-    address = urlparse(endpoint)
-    host, port = address.hostname or "", address.port or (443 if address.scheme == "https" else 80)
-    reached = threading.Event()
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
-            reached.set()
-        except OSError:
+    try:
+        with urlopen(Request(endpoint, method="HEAD"), timeout=_CONNECT_SECONDS):
             pass
-
-    # Looking up the name knows no time limit, hence the thread.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_CONNECT_SECONDS + 1.0)
-    if not reached.is_set():
-        raise DataError(f"dataset {name} cannot be downloaded: no network; give local files with --input")
+    except HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        reason = "no network; give local files with --input"
+        raise DataError(f"dataset {name} cannot be downloaded: {reason}") from error

@@ -1,10 +1,14 @@
 """The indexed dataset on disk: what the two files of a prefix hold, read and written without importing torch.
 
+Megatron's own writer keeps every length and pointer in Python lists and takes seconds to import.
+
 `P.bin` is the token ids of all documents, end to end. `P.idx` is, little-endian: 9 bytes of magic, version (u64),
 dtype code (u8), sequence count S and document count D + 1 (u64 each), then the length of each sequence
 (int32 [S], tokens), its place in `P.bin` (int64 [S], bytes), and the first sequence of each document with a closing
 entry (int64 [D + 1]). The layout is that of `megatron/core/datasets/indexed_dataset.py`.
 """
+
+from __future__ import annotations
 
 import os
 import struct
@@ -18,24 +22,16 @@ from numpy.typing import NDArray
 
 from more_megatron.data.errors import DatasetError
 
-__all__ = ["HEADER_BYTES", "IndexFile", "bin_path", "idx_path", "read_index", "token_dtype", "write_index"]
+__all__ = ["IndexFile", "bin_path", "idx_path", "read_index", "token_dtype", "write_index"]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-HEADER_BYTES = _HEADER.size
-_DTYPES: dict[int, np.dtype] = {
-    1: np.dtype(np.uint8),
-    2: np.dtype(np.int8),
-    3: np.dtype(np.int16),
-    4: np.dtype(np.int32),
-    5: np.dtype(np.int64),
-    6: np.dtype(np.float64),
-    7: np.dtype(np.float32),
-    8: np.dtype(np.uint16),
-}
+_HEADER_BYTES = _HEADER.size
+_DTYPES = dict(enumerate(map(np.dtype, ["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"]), 1))
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # From this vocabulary size on Megatron stores int32 (DType.optimal_dtype).
 _UINT16_VOCABULARY = 65500
+_CHUNK = 1 << 20
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
@@ -57,11 +53,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class IndexFile:
     """The contents of an `.idx` file, memory-mapped.
 
-    Args:
+    Attributes:
         dtype: dtype of the tokens in the `.bin` file.
-        lengths: tokens of each sequence, int32 [S].
-        pointers: byte offset of each sequence in the `.bin` file, int64 [S].
-        documents: first sequence of each document and a closing entry, int64 [D + 1].
+        lengths: Tokens of each sequence, int32 [S].
+        pointers: Byte offset of each sequence in the `.bin` file, int64 [S].
+        documents: First sequence of each document and a closing entry, int64 [D + 1].
     """
 
     dtype: np.dtype
@@ -81,68 +77,71 @@ class IndexFile:
 
     @property
     def bin_bytes(self) -> int:
-        """Bytes that the `.bin` file must have at least."""
-        if not len(self.lengths):
-            return 0
-        return int(self.pointers[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        """Bytes of the `.bin` file."""
+        return int(self.lengths.sum(dtype=np.int64)) * self.dtype.itemsize
 
 
 def read_index(path: str | os.PathLike[str]) -> IndexFile:
-    """Map an `.idx` file, whoever wrote it.
-
-    Args:
-        path: the `.idx` file.
-
-    Returns:
-        Its arrays. Nothing but the header and the last entries is read from disk.
+    """Map an `.idx` file, whoever wrote it, and check it as a whole.
 
     Raises:
-        DatasetError: the file is not an index, is of another version, or is shorter than its header says.
+        DatasetError: The file is not an index, is of another version or size than its header says, or its entries do
+            not lead from document to document and from sequence to sequence without a gap.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
-        head = stream.read(HEADER_BYTES)
-    if len(head) < HEADER_BYTES:
-        raise DatasetError(f"{path} is truncated: {size} bytes, an index has at least {HEADER_BYTES}; preprocess again")
+        head = stream.read(_HEADER_BYTES)
+    if len(head) < _HEADER_BYTES:
+        raise DatasetError(
+            f"{path} is truncated: {size} bytes, an index has at least {_HEADER_BYTES}; preprocess again"
+        )
     magic, version, code, sequences, entries = _HEADER.unpack(head)
     if magic != _MAGIC or version != 1 or code not in _DTYPES or entries < 1:
         raise DatasetError(f"{path} is damaged or is not a Megatron index (bad header); preprocess again")
     # A multimodal index carries one byte more for each sequence.
-    expected = HEADER_BYTES + 12 * sequences + 8 * entries
+    expected = _HEADER_BYTES + 12 * sequences + 8 * entries
     if size not in (expected, expected + sequences):
         state = "truncated" if size < expected else "damaged"
         raise DatasetError(f"{path} is {state}: {size} bytes, its header says {expected}; preprocess again")
     data = np.memmap(path, mode="r", dtype=np.uint8)
-    lengths_end = HEADER_BYTES + 4 * sequences
+    lengths_end = _HEADER_BYTES + 4 * sequences
     pointers_end = lengths_end + 8 * sequences
     index = IndexFile(
         dtype=_DTYPES[code],
-        lengths=np.frombuffer(data, np.int32, sequences, HEADER_BYTES),
+        lengths=np.frombuffer(data, np.int32, sequences, _HEADER_BYTES),
         pointers=np.frombuffer(data, np.int64, sequences, lengths_end),
         documents=np.frombuffer(data, np.int64, entries, pointers_end),
     )
-    _check_ends(path, index)
+    fault = _fault(index)
+    if fault:
+        raise DatasetError(f"{path} is damaged: {fault}; preprocess again")
     return index
 
 
-def _check_ends(path: str | os.PathLike[str], index: IndexFile) -> None:
-    ends_meet = index.documents[0] == 0 and index.documents[-1] == index.sequence_count
-    if index.sequence_count:
-        ends_meet &= index.pointers[0] == 0 and index.lengths[0] >= 0 and index.lengths[-1] >= 0
-    if not ends_meet:
-        raise DatasetError(f"{path} is damaged: its document index does not match its sequences; preprocess again")
+def _fault(index: IndexFile) -> str | None:
+    """What is wrong with an index, some entries at a time so that memory does not follow its size."""
+    place = 0
+    for start in range(0, index.sequence_count, _CHUNK):
+        lengths = index.lengths[start : start + _CHUNK].astype(np.int64) * index.dtype.itemsize
+        ends = np.cumsum(lengths) + place
+        wrong = (lengths < 0) | (index.pointers[start : start + _CHUNK] != ends - lengths)
+        if wrong.any():
+            return f"sequence {start + int(wrong.argmax())} does not begin where the one before it ends"
+        place = int(ends[-1])
+    for start in range(0, index.document_count, _CHUNK):
+        steps = np.diff(index.documents[start : start + _CHUNK + 1])
+        if (steps < 0).any():
+            return f"document {start + int((steps < 0).argmax())} ends before it begins"
+    if index.documents[0] != 0 or index.documents[-1] != index.sequence_count:
+        return "its documents do not cover its sequences"
+    return None
 
 
 def write_index(stream: IO[bytes], dtype: np.dtype, pieces: Callable[[], Iterable[NDArray[np.int32]]]) -> None:
-    """Write an `.idx` file from document lengths that come in pieces.
+    """Write an `.idx` file from document lengths that come in pieces, int32 [documents]; each call begins a new pass.
 
     The three arrays of an index lie one after the other, so the pieces are gone through once for each of them and
     memory does not grow with the corpus. A document without tokens has no sequence, as in Megatron's own tool.
-
-    Args:
-        stream: the open `.idx` file.
-        dtype: dtype of the tokens in the `.bin` file.
-        pieces: starts a new pass over the pieces, each the tokens of its documents, int32 [documents].
     """
     documents = sequences = 0
     for lengths in pieces():

@@ -1,54 +1,39 @@
-"""Which files hold the text, and how their bytes are read."""
+"""Which files hold the text, what they hold, and the one stream of chunks that all of them become."""
+
+from __future__ import annotations
 
 import glob
 import gzip
 import hashlib
 import importlib
-import io
+import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from more_megatron.data.documents import Layout, find_start, sniff_layout
+from more_megatron.data.documents import Layout, sniff_layout
 from more_megatron.data.errors import DataError
 
-__all__ = [
-    "Compression",
-    "Format",
-    "Source",
-    "aligned_blocks",
-    "expand_inputs",
-    "open_source",
-    "open_text",
-    "parquet_file",
-    "sha256_of",
-]
+__all__ = ["Format", "Source", "expand_inputs", "open_source", "parquet_rows", "sha256_of", "text_chunks"]
 
 _SNIFF_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
+_ROWS = 1024
+_COMPRESSED = (".gz", ".zst", ".zstd")
 
 
 class Format(StrEnum):
     """What a file holds once it is decompressed."""
 
     TEXT = "text"
-    JSONL = "jsonl"
-    PARQUET = "parquet"
+    JSONL = "JSON lines"
+    PARQUET = "Parquet"
 
 
-class Compression(StrEnum):
-    """How a file is compressed."""
-
-    NONE = "none"
-    GZIP = "gzip"
-    ZSTD = "zstd"
-
-
-_COMPRESSIONS = {".gz": Compression.GZIP, ".zst": Compression.ZSTD, ".zstd": Compression.ZSTD}
 _FORMATS = {
     ".jsonl": Format.JSONL,
     ".ndjson": Format.JSONL,
@@ -62,34 +47,30 @@ _FORMATS = {
 class Source:
     """One input file.
 
-    Args:
-        path: the file.
-        size: its size in bytes, as stored.
-        format: what it holds.
-        compression: how it is compressed.
-        layout: how its text is divided; None for a Parquet file whose rows are documents.
-        key: field or column that holds the text, for JSON lines and Parquet.
+    Attributes:
+        path: The file.
+        size: Its size in bytes, as stored.
+        format: What it holds.
+        layout: How its text is divided; None for a Parquet file whose rows are documents.
+        key: Field or column that holds the text, for JSON lines and Parquet.
+        guessed: Whether the format was told from the contents against the name.
     """
 
     path: str
     size: int
     format: Format
-    compression: Compression
     layout: Layout | None
     key: str
+    guessed: bool = False
 
     @property
-    def seekable(self) -> bool:
-        """Whether spans of the text can be read without reading what lies before them."""
-        return self.compression is Compression.NONE and self.format is not Format.PARQUET
+    def text_size(self) -> int | None:
+        """Bytes of text in it; None if that is unknown before it is read."""
+        return None if self.format is Format.PARQUET or self.path.lower().endswith(_COMPRESSED) else self.size
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Replace globs by the files they match, in sorted order, each file once.
-
-    Raises:
-        DataError: a pattern matches nothing, or a file is missing, empty or unreadable.
-    """
+    """Replace globs by the files they match, in sorted order, each file once."""
     paths: dict[str, None] = {}
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -110,145 +91,96 @@ def open_source(path: str, key: str, layout: Layout | None) -> Source:
     """Find out what an input file holds.
 
     Args:
-        path: the file.
-        key: field or column with the text, for JSON lines and Parquet.
-        layout: division into documents that the user asked for; None finds out.
-
-    Raises:
-        DataError: the file is damaged or a library to read it is missing.
+        path: The file.
+        key: Field or column with the text, for JSON lines and Parquet.
+        layout: Division into documents that the user asked for; None finds out.
     """
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    compression = _COMPRESSIONS.get(suffixes[-1], Compression.NONE) if suffixes else Compression.NONE
-    if compression is not Compression.NONE:
+    if suffixes and suffixes[-1] in _COMPRESSED:
         suffixes.pop()
     kind = _FORMATS.get(suffixes[-1], Format.TEXT) if suffixes else Format.TEXT
-    source = Source(path, os.path.getsize(path), kind, compression, Layout.JSONL, key)
+    source = Source(path, os.path.getsize(path), kind, Layout.JSONL, key)
     if kind is Format.JSONL:
         return source
     if layout is None:
-        layout = _sniff(source)
-    if kind is Format.PARQUET and layout is Layout.PLAIN:
-        layout = None
-    return Source(path, source.size, kind, compression, layout, key)
+        sample = _sample(source)
+        if kind is Format.TEXT and _is_json(sample):
+            return Source(path, source.size, Format.JSONL, Layout.JSONL, key, guessed=True)
+        layout = sniff_layout(sample)
+    rows = kind is Format.PARQUET and layout is Layout.PLAIN
+    return Source(path, source.size, kind, None if rows else layout, key)
 
 
-def _sniff(source: Source) -> Layout:
-    with open_text(source) as stream:
-        return sniff_layout(stream.read(_SNIFF_BYTES))
+def _sample(source: Source) -> bytes:
+    sample = b""
+    for chunk in text_chunks(source):
+        sample += chunk
+        if len(sample) >= _SNIFF_BYTES:
+            break
+    return sample[:_SNIFF_BYTES]
 
 
-@contextmanager
-def open_text(source: Source) -> Iterator[IO[bytes]]:
-    """Open the decompressed text of a source; the rows of a Parquet file follow each other as lines.
-
-    Raises:
-        DataError: the file is damaged, or the library that reads it is not installed.
-    """
+def _is_json(sample: bytes) -> bool:
+    """Whether the first line is a JSON object, or the beginning of one that is longer than the sample."""
+    line, end, _ = sample.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if not line.startswith(b"{"):
+        return False
     try:
-        if source.format is Format.PARQUET:
-            yield io.BufferedReader(_ParquetLines(source), 1 << 20)
-        elif source.compression is Compression.GZIP:
-            with gzip.open(source.path, "rb") as stream:
-                yield stream  # type: ignore[misc]
-        elif source.compression is Compression.ZSTD:
+        return isinstance(json.loads(line, parse_int=float), dict)
+    except (ValueError, RecursionError):
+        return not end and len(sample) == _SNIFF_BYTES and line.startswith(b'{"')
+
+
+def text_chunks(source: Source) -> Iterator[bytes]:
+    """Read the text of a source, decompressed; the rows of a Parquet file follow each other as lines."""
+    if source.format is Format.PARQUET:
+        for rows in parquet_rows(source):
+            yield "".join(row if row.endswith("\n") else f"{row}\n" for row in rows).encode()
+        return
+    with open(source.path, "rb") as file:
+        stream: Any = file
+        damage: tuple[type[Exception], ...] = ()
+        if source.path.lower().endswith(".gz"):
+            stream, damage = gzip.GzipFile(fileobj=file), (EOFError, zlib.error, gzip.BadGzipFile)
+        elif source.path.lower().endswith((".zst", ".zstd")):
             zstandard = _require("zstandard", source.path)
-            with (
-                open(source.path, "rb") as file,
-                zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream,
-            ):
-                yield stream
-        else:
-            with open(source.path, "rb") as stream:
-                yield stream
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{source.path} is a damaged gzip file: {error}") from error
-    except Exception as error:
-        if type(error).__name__ == "ZstdError":
-            raise DataError(f"{source.path} is a damaged zstd file: {error}") from error
-        raise
+            stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            damage = (zstandard.ZstdError,)
+        try:
+            while chunk := stream.read(_CHUNK_BYTES):
+                yield chunk
+        except damage as error:
+            raise DataError(f"{source.path} is a damaged {Path(source.path).suffix[1:]} file: {error}") from error
 
 
-def aligned_blocks(
-    stream: IO[bytes], layout: Layout, origin: int, size: int | None, block_bytes: int
-) -> Iterator[tuple[int, bytes]]:
-    """Read a text in blocks that begin and end where documents do.
+def parquet_rows(source: Source) -> Iterator[list[str]]:
+    """Read the text column of a Parquet file, some rows at a time; a null counts as an empty text."""
+    parquet = _require("pyarrow.parquet", source.path)
+    arrow = _require("pyarrow", source.path)
+    try:
+        with parquet.ParquetFile(source.path) as file:
+            _check_column(arrow, file.schema_arrow, source)
+            for batch in file.iter_batches(batch_size=_ROWS, columns=[source.key]):
+                yield [row or "" for row in batch.column(0).to_pylist()]
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{source.path} is a damaged Parquet file, or none: {reason}") from error
 
-    Args:
-        stream: positioned at a document's start.
-        layout: the division into documents.
-        origin: offset of that start in the whole text.
-        size: bytes to read; None reads to the end.
-        block_bytes: least size of a block but the last; a longer document makes a longer block.
 
-    Yields:
-        Offset in the whole text, and the block.
-    """
-    buffer = b""
-    remaining = size
-    step = block_bytes
-    while True:
-        wanted = step if remaining is None else min(step, remaining)
-        chunk = stream.read(wanted) if wanted else b""
-        final = len(chunk) == 0 or remaining == len(chunk)
-        remaining = None if remaining is None else remaining - len(chunk)
-        buffer += chunk
-        position = min(block_bytes, len(buffer))
-        while position and (cut := find_start(buffer, position, layout, origin, final)):
-            yield origin, buffer[:cut]
-            buffer, origin = buffer[cut:], origin + cut
-            position = block_bytes if len(buffer) >= block_bytes else (len(buffer) if final else 0)
-        if final:
-            return
-        # A document longer than a block: read ever larger steps, so that searching it stays linear.
-        step = max(block_bytes, len(buffer))
+def _check_column(arrow: Any, schema: Any, source: Source) -> None:
+    if source.key not in schema.names:
+        names = ", ".join(schema.names)
+        raise DataError(f"{source.path} has no column '{source.key}'; it has {names}: choose one with --json-key")
+    kind = schema.field(source.key).type
+    value = kind.value_type if arrow.types.is_dictionary(kind) else kind
+    if not (arrow.types.is_string(value) or arrow.types.is_large_string(value) or arrow.types.is_null(value)):
+        raise DataError(f"{source.path}: column '{source.key}' holds {kind}, not text; choose one with --json-key")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def parquet_file(source: Source) -> Any:
-    """Open a Parquet file and check that it has the text column.
-
-    Raises:
-        DataError: pyarrow is not installed, the file is damaged, or the column is missing.
-    """
-    parquet = _require("pyarrow.parquet", source.path)
-    try:
-        file = parquet.ParquetFile(source.path)
-    except Exception as error:
-        raise DataError(f"{source.path} is not a readable Parquet file: {error}") from error
-    if source.key not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names)
-        raise DataError(f"{source.path} has no column '{source.key}'; it has {names}: choose one with --json-key")
-    return file
-
-
-class _ParquetLines(io.RawIOBase):
-    """The rows of a text column as one text; an empty row is the blank line that WikiText's rows stand for."""
-
-    def __init__(self, source: Source) -> None:
-        batches = parquet_file(source).iter_batches(batch_size=4096, columns=[source.key])
-        self._rows = (row or "" for batch in batches for row in batch.column(0).to_pylist())
-        self._pending = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        parts = [self._pending]
-        total = len(self._pending)
-        while total < len(buffer) and (row := next(self._rows, None)) is not None:
-            line = row.encode() if row.endswith("\n") else row.encode() + b"\n"
-            parts.append(line)
-            total += len(line)
-        data = b"".join(parts)
-        count = min(len(buffer), len(data))
-        buffer[:count] = data[:count]
-        self._pending = data[count:]
-        return count
 
 
 def _require(module: str, path: str) -> Any:

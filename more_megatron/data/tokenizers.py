@@ -1,45 +1,35 @@
-"""The tokenizer of a run: Megatron's types and options, its facts, and the fastest exact way to encode with it."""
+"""The tokenizer of a run: Megatron's types and options, and its facts."""
 
+from __future__ import annotations
+
+import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from more_megatron.data.bytelevel_words import ByteLevelWords, plan_byte_level
-from more_megatron.data.encoding import Encoder, PlainEncoder
 from more_megatron.data.errors import DataError
 from more_megatron.data.indexed import token_dtype
-from more_megatron.data.sentencepiece_words import (
-    SentencePieceModel,
-    SentencePieceWords,
-    encode_whole,
-    parse_model,
-    plan_words,
-    rounding_of_totals,
-    unigram_lattice,
-)
-from more_megatron.data.unigram_words import UnigramEncoder, search_is_known
-from more_megatron.data.wordencoder import CutRule, WordEncoder
 
 __all__ = [
     "SENTENCEPIECE_TYPES",
     "Tokenizer",
     "TokenizerOptions",
     "TokenizerType",
-    "build_decoder",
-    "build_encoder",
     "build_megatron",
+    "is_direct_sentencepiece",
     "load",
+    "open_backend",
+    "open_sentencepiece",
     "tokenizer_sha256",
 ]
 
@@ -63,14 +53,11 @@ class TokenizerType(StrEnum):
 
 SENTENCEPIECE_TYPES = (TokenizerType.SENTENCEPIECE, TokenizerType.GPT_SENTENCEPIECE, TokenizerType.LLAMA2)
 _PATHLESS_TYPES = (
-    TokenizerType.GPT2_BPE,
-    TokenizerType.BERT_LOWER,
-    TokenizerType.BERT_CASE,
-    TokenizerType.NULL,
-    TokenizerType.NULL_MULTIMODAL,
-    TokenizerType.MULTIMODAL,
-)
-_BY_WORDS = "words, each distinct one encoded once"
+    TokenizerType.GPT2_BPE, TokenizerType.BERT_LOWER, TokenizerType.BERT_CASE,
+    TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL, TokenizerType.MULTIMODAL,
+)  # fmt: skip
+# transformers' class of no model in particular, under its names of versions 4 and 5.
+_GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # The files of a tokenizer folder that decide its ids.
 _FOLDER_FILES = ("*.json", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 
@@ -79,22 +66,18 @@ _FOLDER_FILES = ("*.json", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 class TokenizerOptions:
     """Megatron's tokenizer flags, under the names of its `TokenizerConfig`.
 
-    Args:
-        tokenizer_type: one of `TokenizerType`.
-        tokenizer_model: file, folder or hub name.
-        vocab_size: size for the types that need to be told.
-        vocab_file: vocabulary of the types that take one.
-        merge_file: merges of the types that take them.
-        special_tokens: further special tokens.
+    Attributes:
+        tokenizer_type: One of `TokenizerType`.
+        tokenizer_model: File, folder or hub name.
+        vocab_size: Size for the types that need to be told.
+        special_tokens: Further special tokens.
         metadata_path: Megatron's tokenizer metadata.
-        tiktoken_pattern: `v1` or `v2`.
-        tiktoken_num_special_tokens: ids before the first ordinary token.
-        tokenizer_sentencepiece_legacy: the wrapper's older behaviour.
-        tokenizer_sentencepiece_ignore_extra_whitespaces: whether extra spaces are left to the model.
-        tokenizer_hf_no_use_fast: whether to take the slow tokenizer.
-        tokenizer_hf_no_include_special_tokens: whether to leave out the special tokens around a text.
-        trust_remote_code: whether a hub tokenizer may run code of its own.
-        null_tokenizer_eod_id: end-of-document id of the null tokenizer.
+        tiktoken_num_special_tokens: Ids before the first ordinary token.
+        tokenizer_sentencepiece_legacy: The wrapper's older behaviour.
+        tokenizer_sentencepiece_ignore_extra_whitespaces: Whether extra spaces are left to the model.
+        tokenizer_hf_no_use_fast: Whether to take the slow tokenizer.
+        tokenizer_hf_no_include_special_tokens: Whether to leave out the special tokens around a text.
+        trust_remote_code: Whether a tokenizer may run code of its own.
     """
 
     tokenizer_type: str
@@ -114,7 +97,7 @@ class TokenizerOptions:
     null_tokenizer_eod_id: int | None = None
 
     @classmethod
-    def from_args(cls, args: Any) -> "TokenizerOptions":
+    def from_args(cls, args: Any) -> TokenizerOptions:
         """Take the flags from parsed arguments, the trainer's or a tool's; absent ones keep their defaults."""
         flags = {name: getattr(args, name) for name in cls.__dataclass_fields__ if hasattr(args, name)}
         special = flags.get("special_tokens")
@@ -125,39 +108,33 @@ class TokenizerOptions:
 class Tokenizer:
     """What a run needs to know of its tokenizer, small enough to hand to every worker.
 
-    Args:
-        options: the flags it was built from.
-        vocab_size: number of ids, before Megatron's padding.
-        eod: the id that Megatron's tokenizer answers as `.eod`.
-        sha256: hash of its files, None for a tokenizer without files.
-        method: how texts are encoded, in words.
-        backend: serialized Hugging Face tokenizer, where one is used directly.
+    Attributes:
+        options: The flags it was built from.
+        vocab_size: Number of ids, before Megatron's padding.
+        eod: The id that Megatron's tokenizer answers as `.eod`.
+        sha256: Hash of its files, None for a tokenizer without files.
+        backend: Serialized Hugging Face tokenizer, where one is used directly.
     """
 
     options: TokenizerOptions
     vocab_size: int
     eod: int | None
     sha256: str | None
-    method: str
     backend: str | None = None
 
     @property
     def dtype(self) -> np.dtype:
-        """dtype of the token ids on disk."""
+        """Return the dtype of the ids on disk."""
         return token_dtype(self.vocab_size)
 
 
 def load(options: TokenizerOptions) -> Tokenizer:
     """Read a tokenizer's facts.
 
-    Args:
-        options: the flags.
-
-    Returns:
-        The facts; Megatron, which takes seconds to import, is asked only for what is not SentencePiece.
+    Megatron, which takes seconds to import, is asked only where the libraries below it do not suffice.
 
     Raises:
-        DataError: a flag is missing, or the tokenizer's files are missing or damaged.
+        DataError: A flag is missing, or the tokenizer's files are missing or damaged.
     """
     kind = options.tokenizer_type
     if kind not in TokenizerType:
@@ -165,107 +142,99 @@ def load(options: TokenizerOptions) -> Tokenizer:
     if kind not in _PATHLESS_TYPES and not options.tokenizer_model:
         raise DataError(f"--tokenizer-type {kind} needs --tokenizer-model")
     sha256 = tokenizer_sha256(options)
-    if _is_direct_sentencepiece(options):
-        return _load_sentencepiece(options, sha256)
+    if is_direct_sentencepiece(options):
+        processor = open_sentencepiece(options)
+        end = processor.eos_id()
+        return Tokenizer(options, processor.get_piece_size(), end if end >= 0 else None, sha256)
+    generic = _generic_huggingface(options)
+    if generic is not None:
+        return Tokenizer(options, len(generic), generic.eos_token_id, sha256, _serialized(generic))
     megatron = build_megatron(options)
-    backend = _fast_backend(megatron, options)
-    return Tokenizer(options, int(megatron.vocab_size), _eod(megatron), sha256, _backend_method(backend), backend)
+    inner = getattr(getattr(megatron, "_tokenizer", None), "tokenizer", None)
+    direct = not (options.tokenizer_hf_no_include_special_tokens or options.metadata_path)
+    eod: int | None = None
+    with contextlib.suppress(AttributeError, NotImplementedError):
+        eod = megatron.eod
+    return Tokenizer(options, int(megatron.vocab_size), eod, sha256, _serialized(inner) if direct else None)
+
+
+def _generic_huggingface(options: TokenizerOptions) -> Any | None:
+    """Open a tokenizer folder as Megatron's wrapper does, if its class is transformers' generic one.
+
+    Neither Megatron nor torch is imported. Any other class, flag, or a model's configuration in the folder, which has
+    a say in the class, is left to Megatron.
+    """
+    flags = (
+        options.vocab_file, options.merge_file, options.special_tokens, options.metadata_path,
+        options.tokenizer_hf_no_use_fast, options.tokenizer_hf_no_include_special_tokens,
+    )  # fmt: skip
+    folder = Path(options.tokenizer_model or "")
+    if options.tokenizer_type != TokenizerType.HUGGINGFACE or any(flags) or (folder / "config.json").exists():
+        return None
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        if config.get("tokenizer_class") not in _GENERIC_CLASSES or "auto_map" in config:
+            return None
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception:  # said by Megatron, which is asked next
+        return None
+    # What Megatron's wrapper fills in.
+    filled: dict[str, Any] = {"additional_special_tokens": []}
+    for one, other in (("eos_token", "sep_token"), ("bos_token", "cls_token")):
+        first, second = getattr(tokenizer, one), getattr(tokenizer, other)
+        if bool(first) != bool(second):
+            filled[other if first else one] = first or second
+    tokenizer.add_special_tokens(filled)
+    return tokenizer
+
+
+def _serialized(tokenizer: Any) -> str | None:
+    """The Rust tokenizer inside a Hugging Face one, if calling the latter does nothing but call it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.truncation is not None or backend.padding is not None:
+        return None
+    return str(backend.to_str())
 
 
 def build_megatron(options: TokenizerOptions) -> Any:
-    """Build Megatron's own tokenizer, as the trainer does.
-
-    Raises:
-        DataError: Megatron cannot build it.
-    """
-    build_tokenizer = _import_megatron()
-    special = list(options.special_tokens) if options.special_tokens else None
-    flags = {**asdict(options), "special_tokens": special}
-    trainer_only = {
-        "chat_template": None,
-        "null_tokenizer_pad_id": None,
-        "pad_vocab_size": False,
-        "tokenizer_prompt_format": None,
-        "image_tag_type": None,
-        "force_system_message": False,
-        "sft_tokenizer_prompt_format": "default",
-        "rank": 0,
-    }
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return build_tokenizer(SimpleNamespace(**flags, **trainer_only))
-    except Exception as error:
-        what = options.tokenizer_model or options.vocab_file or options.tokenizer_type
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise DataError(f"{options.tokenizer_type} cannot be built from {what}: {reason}") from error
-
-
-def _import_megatron() -> Any:
+    """Build Megatron's own tokenizer, as the trainer does."""
     # Megatron's remarks on absent GPU libraries say nothing about text.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    absent = ("chat_template", "null_tokenizer_pad_id", "tokenizer_prompt_format", "image_tag_type")
+    trainer_only: dict[str, Any] = dict.fromkeys(absent)
+    trainer_only |= {"pad_vocab_size": False, "force_system_message": False, "rank": 0}
+    trainer_only |= {"sft_tokenizer_prompt_format": "default"}
+    flags = {**asdict(options), "special_tokens": list(options.special_tokens or ()) or None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-    return build_tokenizer
 
-
-def build_encoder(tokenizer: Tokenizer, append_eod: bool) -> Encoder:
-    """Build the fastest exact encoder for a tokenizer.
-
-    Args:
-        tokenizer: its facts.
-        append_eod: whether documents end with the end-of-document token.
-    """
-    eod = tokenizer.eod if append_eod else None
-    if _is_direct_sentencepiece(tokenizer.options):
-        return _sentencepiece_encoder(tokenizer, eod)
-    if tokenizer.backend is not None:
-        return _backend_encoder(tokenizer, eod)
-    megatron = build_megatron(tokenizer.options)
-    return PlainEncoder(lambda texts: map(megatron.tokenize, texts), tokenizer.dtype, eod)
-
-
-def build_decoder(options: TokenizerOptions) -> Callable[[list[int]], str]:
-    """Build a function from token ids to text.
-
-    Raises:
-        DataError: the tokenizer's files are missing or damaged.
-    """
-    if _is_direct_sentencepiece(options) and options.tokenizer_model:
-        processor = _open_sentencepiece(options.tokenizer_model)
-        return lambda ids: str(processor.decode(ids))
-    megatron = build_megatron(options)
-    return lambda ids: str(megatron.detokenize(ids))
+        try:
+            return build_tokenizer(SimpleNamespace(**flags, **trainer_only))
+        except Exception as error:
+            what = options.tokenizer_model or options.vocab_file or options.tokenizer_type
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise DataError(f"{options.tokenizer_type} cannot be built from {what}: {reason}") from error
 
 
 def tokenizer_sha256(options: TokenizerOptions) -> str | None:
-    """Hash of the files that decide a tokenizer's ids.
-
-    Args:
-        options: the flags.
-
-    Returns:
-        SHA-256 of the model file, or of the names and contents of several; None if there is no local file.
-    """
-    files: list[Path] = []
-    model = Path(options.tokenizer_model) if options.tokenizer_model else None
-    if model is not None and model.is_dir():
-        files += sorted({path for pattern in _FOLDER_FILES for path in model.glob(pattern) if path.is_file()})
-    elif model is not None and model.is_file():
-        files.append(model)
-    files += [Path(name) for name in (options.vocab_file, options.merge_file) if name and os.path.isfile(name)]
-    if not files:
-        return None
-    if len(files) == 1:
-        return hashlib.sha256(files[0].read_bytes()).hexdigest()
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
+    """Hash the file that decides a tokenizer's ids, or names and contents of several; None without local files."""
+    model = Path(options.tokenizer_model or "")
+    files = [Path(name) for name in (options.vocab_file, options.merge_file) if name and os.path.isfile(name)]
+    if options.tokenizer_model and model.is_dir():
+        files = sorted({path for pattern in _FOLDER_FILES for path in model.glob(pattern) if path.is_file()}) + files
+    elif options.tokenizer_model and model.is_file():
+        files = [model, *files]
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    if len(files) < 2:
+        return hashes[0] if hashes else None
+    lines = [f"{path.name}\0{sha256}\n" for path, sha256 in zip(files, hashes, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _is_direct_sentencepiece(options: TokenizerOptions) -> bool:
+def is_direct_sentencepiece(options: TokenizerOptions) -> bool:
     """Whether Megatron's wrapper hands the text to SentencePiece untouched."""
     return (
         options.tokenizer_type in SENTENCEPIECE_TYPES
@@ -276,9 +245,11 @@ def _is_direct_sentencepiece(options: TokenizerOptions) -> bool:
     )
 
 
-def _open_sentencepiece(path: str) -> Any:
+def open_sentencepiece(options: TokenizerOptions) -> Any:
+    """Open the model of a SentencePiece tokenizer."""
     import sentencepiece
 
+    path = options.tokenizer_model or ""
     if not os.path.isfile(path):
         raise DataError(f"--tokenizer-model {path} does not exist; train one with --train-tokenizer --vocab-size N")
     try:
@@ -287,94 +258,9 @@ def _open_sentencepiece(path: str) -> Any:
         raise DataError(f"--tokenizer-model {path} is not a SentencePiece model, or is damaged") from error
 
 
-def _load_sentencepiece(options: TokenizerOptions, sha256: str | None) -> Tokenizer:
-    assert options.tokenizer_model is not None
-    processor = _open_sentencepiece(options.tokenizer_model)
-    eod = processor.eos_id() if processor.eos_id() >= 0 else None
-    plan = plan_words(parse_model(Path(options.tokenizer_model).read_bytes()))
-    method = f"whole documents: {plan}" if isinstance(plan, str) else _BY_WORDS
-    return Tokenizer(options, processor.get_piece_size(), eod, sha256, method)
-
-
-def _sentencepiece_encoder(tokenizer: Tokenizer, eod: int | None) -> Encoder:
-    assert tokenizer.options.tokenizer_model is not None
-    processor = _open_sentencepiece(tokenizer.options.tokenizer_model)
-    model = parse_model(Path(tokenizer.options.tokenizer_model).read_bytes())
-    rule = plan_words(model)
-    if isinstance(rule, str):
-        return PlainEncoder(lambda texts: map(partial(encode_whole, processor), texts), tokenizer.dtype, eod)
-    words = SentencePieceWords(processor, model, rule)
-    if model.is_unigram:
-        return _unigram_encoder(words, model, rule, tokenizer, eod)
-    return WordEncoder(rule, words.words, words.heads, words.whole, tokenizer.dtype, eod)
-
-
-def _unigram_encoder(
-    words: SentencePieceWords, model: SentencePieceModel, rule: CutRule, tokenizer: Tokenizer, eod: int | None
-) -> Encoder:
-    import sentencepiece
-
-    return UnigramEncoder(
-        rule,
-        words,
-        tokenizer.dtype,
-        eod,
-        lattice=unigram_lattice(model),
-        rounding=rounding_of_totals(model),
-        known_search=search_is_known(sentencepiece.__version__),
-    )
-
-
-def _backend_method(backend: str | None) -> str:
-    if backend is None:
-        return "one document at a time, by Megatron's tokenizer"
-    plan = plan_byte_level(_open_backend(backend))
-    return f"batches of whole documents: {plan}" if isinstance(plan, str) else _BY_WORDS
-
-
-def _eod(megatron: Any) -> int | None:
-    try:
-        eod = megatron.eod
-    except (AttributeError, NotImplementedError):
-        return None
-    return None if eod is None else int(eod)
-
-
-def _fast_backend(megatron: Any, options: TokenizerOptions) -> str | None:
-    """The Rust tokenizer inside a Hugging Face one, if calling the wrapper does nothing but call it."""
-    inner = getattr(getattr(megatron, "_tokenizer", None), "tokenizer", None)
-    backend = getattr(inner, "backend_tokenizer", None)
-    if backend is None or options.tokenizer_hf_no_include_special_tokens or options.metadata_path:
-        return None
-    text: str = backend.to_str()
-    settings = json.loads(text)
-    return None if settings.get("truncation") or settings.get("padding") else text
-
-
-def _backend_encoder(tokenizer: Tokenizer, eod: int | None) -> Encoder:
-    assert tokenizer.backend is not None
-    backend = _open_backend(tokenizer.backend)
-    plan = plan_byte_level(backend)
-    if not isinstance(plan, str):
-        words = ByteLevelWords(backend, plan)
-        return WordEncoder(
-            plan.rule,
-            words.words,
-            words.heads,
-            words.whole,
-            tokenizer.dtype,
-            eod,
-            suffix=plan.suffix,
-            keeps_empty=bool(plan.prefix or plan.suffix),
-        )
-
-    def encode(texts: Sequence[str]) -> Iterable[Sequence[int]]:
-        return (encoding.ids for encoding in backend.encode_batch_fast(list(texts)))
-
-    return PlainEncoder(encode, tokenizer.dtype, eod)
-
-
-def _open_backend(serialized: str) -> Any:
+@functools.lru_cache(1)
+def open_backend(serialized: str) -> Any:
+    """Open a tokenizer of the tokenizers library."""
     import tokenizers
 
     return tokenizers.Tokenizer.from_str(serialized)

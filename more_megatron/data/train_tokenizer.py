@@ -1,5 +1,7 @@
 """Training a SentencePiece BPE tokenizer on the documents that are about to be encoded."""
 
+from __future__ import annotations
+
 import io
 import os
 import re
@@ -8,30 +10,26 @@ from pathlib import Path
 
 from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.errors import DataError
-from more_megatron.data.parts import writing
+from more_megatron.data.output import writing
+from more_megatron.data.reading import read_blocks, read_documents
 from more_megatron.data.sources import Source
-from more_megatron.data.tasks import plan_tasks, read_batches
 
 __all__ = ["train_sentencepiece"]
 
 _SAMPLE_BYTES = 1 << 27
-_TASK_BYTES = 1 << 22
 _LONGEST_SENTENCE = 4096
 
 
-def train_sentencepiece(sources: Sequence[Source], mode: Detokenize, vocab_size: int, path: str) -> None:
+def train_sentencepiece(
+    sources: Sequence[Source], mode: Detokenize, vocab_size: int, path: str, skip_bad_lines: bool = False
+) -> None:
     """Train BPE with byte fallback and write the model when it is complete.
 
-    The model keeps every character: it neither normalises nor collapses spaces, so a decoded text is the text.
-
-    Args:
-        sources: the inputs; evenly spaced documents are taken if they are larger than 128 MiB.
-        mode: how WikiText's spelling is undone before.
-        vocab_size: number of pieces, the 256 bytes and 3 control pieces included.
-        path: the model file.
+    The model keeps every character: it neither normalises nor collapses spaces, so a decoded text is the text. Inputs
+    above 128 MiB are sampled evenly.
 
     Raises:
-        DataError: there is too little text for this vocabulary, or the file cannot be written.
+        DataError: There is too little text for this vocabulary, or the file cannot be written.
     """
     import sentencepiece
 
@@ -41,7 +39,7 @@ def train_sentencepiece(sources: Sequence[Source], mode: Detokenize, vocab_size:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(sources, mode),
+            sentence_iterator=_sentences(sources, mode, skip_bad_lines),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -57,8 +55,8 @@ def train_sentencepiece(sources: Sequence[Source], mode: Detokenize, vocab_size:
         )
     except (RuntimeError, ValueError) as error:
         raise DataError(_reason(str(error), vocab_size)) from error
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with writing(target):
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
             unfinished.write_bytes(model.getvalue())
             os.replace(unfinished, target)
@@ -66,15 +64,14 @@ def train_sentencepiece(sources: Sequence[Source], mode: Detokenize, vocab_size:
             unfinished.unlink(missing_ok=True)
 
 
-def _sentences(sources: Sequence[Source], mode: Detokenize) -> Iterator[str]:
+def _sentences(sources: Sequence[Source], mode: Detokenize, skip_bad_lines: bool) -> Iterator[str]:
     stride = max(1, -(-sum(source.size for source in sources) // _SAMPLE_BYTES))
     number = 0
-    for task in plan_tasks(sources, _TASK_BYTES):
-        for batch in read_batches(task, mode):
-            for document in batch.documents:
-                if number % stride == 0:
-                    yield from _lines(document.decode())
-                number += 1
+    for block in read_blocks(sources):
+        for document in read_documents(block, mode, skip_bad_lines).texts:
+            if number % stride == 0:
+                yield from _lines(document.decode())
+            number += 1
 
 
 def _lines(text: str) -> Iterator[str]:

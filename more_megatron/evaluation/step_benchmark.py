@@ -24,7 +24,18 @@ from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
 
-__all__ = ["StepBenchmark", "SystemTiming", "match_flops", "step_time_by_depth", "system_cost", "time_systems"]
+__all__ = [
+    "StepBenchmark",
+    "SystemTiming",
+    "at_equal_cost",
+    "forward",
+    "match_flops",
+    "peak_bytes",
+    "reset_peak",
+    "step_time_by_depth",
+    "system_cost",
+    "time_systems",
+]
 
 _WIDTH_MULTIPLE = 16
 
@@ -67,28 +78,59 @@ class StepBenchmark:
         self._model: GPTModel = model_config.get_builder_cls()(model_config).build_model(groups)
         device = torch.cuda.current_device()
         self._model = self._model.cuda(device).to(self.config.params_dtype).train()
-        shape = (batch_size, seq_length)
-        self._tokens = torch.randint(model_config.vocab_size, shape, device=device)
-        self._positions = torch.arange(seq_length, device=device).expand(shape)
+        self._vocab_size, self._seq_length = model_config.vocab_size, seq_length
+        self.fill(batch_size)
         self.cost = system_cost(self.config, self._model.vocab_size, seq_length)
+
+    def fill(self, batch_size: int) -> None:
+        """Draw a batch of another size."""
+        shape = (batch_size, self._seq_length)
+        self._tokens = torch.randint(self._vocab_size, shape, device=torch.cuda.current_device())
 
     def step(self, depth: Depth) -> float:
         """Take one forward and backward pass and return its seconds."""
         for parameter in self._model.parameters():
             parameter.grad = None
-        micro_batch = MicroBatch(depth, tuple(range(len(self._tokens))))
+        # As Megatron's schedules do: the first pass of a step quantizes the weights for FP8.
+        self._model.set_is_first_microbatch()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        losses = self._model(
-            self._tokens,
-            self._positions,
-            None,
-            labels=self._tokens,
-            extra_block_kwargs=micro_batch.block_kwargs(),
-        )
+        losses = forward(self._model, self._tokens, self._tokens, depth, tuple(range(len(self._tokens))))
         losses.float().mean().backward()
         torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def forward(
+    model: GPTModel,
+    tokens: torch.Tensor,
+    labels: torch.Tensor | None,
+    depth: Depth | None,
+    sample_ids: tuple[int, ...] = (),
+) -> torch.Tensor:
+    """Return the loss of each token, [b, s], or without labels the logits, [b, s, vocabulary].
+
+    Args:
+        model: Whole model.
+        tokens: [b, s].
+        labels: [b, s] or None.
+        depth: Recurrence steps; None: those of evaluation.
+        sample_ids: Position of each sequence in the stream of samples.
+    """
+    positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+    extra = {} if depth is None else {"extra_block_kwargs": MicroBatch(depth, sample_ids).block_kwargs()}
+    return model(tokens, positions, None, labels=labels, **extra)
+
+
+def at_equal_cost(
+    model_config: GPTModelConfig, target: float, depth: Depth, vocab_size: int, seq_length: int
+) -> GPTModelConfig:
+    """Return the model whose layers `match_flops` has widened or narrowed; arguments as there."""
+    matched = copy.copy(model_config)
+    matched.transformer = match_flops(model_config.transformer, target, depth, vocab_size, seq_length)
+    # The stack holds widths of its own.
+    matched.transformer_layer_spec = get_system(matched.transformer.more_variant).stack(matched.transformer)
+    return matched
 
 
 def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int, seq_length: int) -> MoREConfig:
@@ -111,15 +153,18 @@ def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int
         return system_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
 
     matched = copy.copy(config)
-    base, slope = flops(_WIDTH_MULTIPLE), (flops(2 * _WIDTH_MULTIPLE) - flops(_WIDTH_MULTIPLE)) / _WIDTH_MULTIPLE
-    width = _WIDTH_MULTIPLE + (target - base) / slope
-    width = round(width / _WIDTH_MULTIPLE) * _WIDTH_MULTIPLE
-    if width < _WIDTH_MULTIPLE:
+    base = flops(_WIDTH_MULTIPLE)
+    if base > target:
         raise MoREError(
             f"{config.more_variant} costs {base / 1e6:.1f} MFLOP a token at the least, more than {target / 1e6:.1f}: "
             "raise the target or take fewer recurrence steps"
         )
-    flops(width)
+    width = _WIDTH_MULTIPLE
+    # Costs rise with the width, but not all in proportion.
+    while flops(width) < target:
+        width += _WIDTH_MULTIPLE
+    if width > _WIDTH_MULTIPLE and target - flops(width - _WIDTH_MULTIPLE) < flops(width) - target:
+        flops(width - _WIDTH_MULTIPLE)
     return matched
 
 
@@ -141,11 +186,11 @@ def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int
     peaks = dict.fromkeys(benchmarks, 0)
     for number in range(warmup + rounds):
         for name, benchmark in benchmarks.items():
-            _reset_peak()
+            reset_peak()
             duration = benchmark.step(depth)
             if number >= warmup:
                 seconds[name].append(duration)
-                peaks[name] = max(peaks[name], _peak_bytes())
+                peaks[name] = max(peaks[name], peak_bytes())
     return [
         SystemTiming(
             name,
@@ -169,14 +214,16 @@ def step_time_by_depth(benchmark: StepBenchmark, steps: list[int], rounds: int) 
     return {count: statistics.median(times) for count, times in seconds.items()}
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Begin to measure the most memory that the process (or the GPU) holds."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif (clear := Path("/proc/self/clear_refs")).exists():
         clear.write_text("5")
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """Return the most memory held since `reset_peak`."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")

@@ -167,7 +167,11 @@ def _names(pattern: str) -> tuple[str, ...]:
 
 
 def _shape(text: str, sizes: dict[str, int]) -> Shape:
-    return tuple(prod(sizes[size] for size in dimension.split("*")) for dimension in text.split())
+    """Return a shape, given the sizes that the text names beside numbers."""
+    return tuple(
+        prod(int(size) if size.isdecimal() else sizes[size] for size in dimension.split("*"))
+        for dimension in text.split()
+    )
 
 
 def _features(config: Config) -> set[str]:
@@ -189,8 +193,6 @@ def _features(config: Config) -> set[str]:
 def _sizes(config: Config) -> dict[str, int]:
     heads, groups, head = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
     return {
-        "1": 1,
-        "2": 2,
         "V": config["vocab_size"],
         "P": config["max_position_embeddings"],
         "h": config["hidden_size"],

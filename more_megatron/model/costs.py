@@ -92,7 +92,8 @@ def model_cost(config: MoREConfig, layers: Cost, vocab_size: int, tied: bool = F
         tied: Whether input and output embeddings are one.
     """
     embedding = linear_cost(config.hidden_size, vocab_size)
-    head = Cost(once=embedding.once) if tied else embedding
+    # The output layer meets all rows; where it is the embedding, they are stored once.
+    head = Cost(0, embedding.parameters - config.hidden_size, embedding.once) if tied else embedding
     return Cost(embedding.parameters, config.hidden_size) + head + Cost(config.hidden_size, config.hidden_size) + layers
 
 

@@ -1,4 +1,4 @@
-"""Initial weights, as Huginn and as MoEUT draw them.
+"""Initial weights, as Huginn and as MoEUT draw them, and of recurrent cells, as PyTorch does.
 
 Takase et al. (arXiv 2312.16903) as used in Huginn (arXiv 2502.05171, section 4): truncated normal with variance 2/(5h);
 projections back into the stream are divided by sqrt(2 L), where L is the depth after unrolling the recurrence.
@@ -110,6 +110,39 @@ class BlockInitializer:
         """Return a matrix with orthonormal rows or columns in float32 (Saxe et al., arXiv 1312.6120)."""
         weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
         return torch.nn.init.orthogonal_(weight, generator=self.generator(name, weight.device))
+
+    def megatron_in(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a projection out of the stream as wide as Megatron draws it."""
+        return self.truncated_normal(shape, name, self.config.init_method_std)
+
+    def megatron_out(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a projection back into the stream as wide as Megatron draws it."""
+        return self.truncated_normal(shape, name, self.config.init_method_std / math.sqrt(2.0 * self.config.num_layers))
+
+    def zeros(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return zeros."""
+        return torch.zeros(shape, device=torch.cuda.current_device())
+
+    def recurrent(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a weight of a recurrent cell as PyTorch draws it, or a bias: uniform, as narrow as the cell is wide.
+
+        Args:
+            shape: Gates and their size, and for a weight its input.
+            name: Name of the weight.
+        """
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
+        bound = 1.0 / math.sqrt(shape[1])
+        return torch.nn.init.uniform_(weight, -bound, bound, generator=self.generator(name, weight.device))
+
+    def recurrent_sum(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return the sum of two such weights: of gates whose input is their state, or that have two biases."""
+        return self.recurrent(shape, f"{name}/input") + self.recurrent(shape, f"{name}/state")
+
+    def gru_of_its_state(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a weight or bias of a GRU whose input is its state: two gates see sums, the new state two products."""
+        weight = self.recurrent(shape, f"{name}/input")
+        weight[:2] += self.recurrent(shape, f"{name}/state")[:2]
+        return weight
 
     def generator(self, name: str, device: torch.device) -> torch.Generator:
         """Return the generator of one weight."""

@@ -9,11 +9,11 @@ Weights & Biases only, all others also to the log line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 
-__all__ = ["Figures", "are_recorded", "record_figure", "report_to"]
+__all__ = ["Figures", "is_reported", "record_figure", "report_to"]
 
 
 class Figures:
@@ -25,6 +25,11 @@ class Figures:
 
     def __init__(self, names: Iterable[str]) -> None:
         self._columns = {name: column for column, name in enumerate(names)}
+
+    @property
+    def names(self) -> Set[str]:
+        """The figures there are."""
+        return self._columns.keys()
 
     @functools.cached_property
     def _sums(self) -> torch.Tensor:
@@ -79,9 +84,9 @@ def report_to(figures: Figures | None) -> None:
     _figures = figures
 
 
-def are_recorded() -> bool:
-    """Return whether the run reports figures: what is computed for them alone need not be if it does not."""
-    return _figures is not None
+def is_reported(name: str) -> bool:
+    """Return whether a run reports a figure: what is only worked out for it need not be otherwise."""
+    return _figures is not None and name in _figures.names
 
 
 def record_figure(name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:

@@ -11,7 +11,12 @@ from enum import StrEnum
 from functools import cache
 
 from more_megatron.errors import MoREError
-from more_megatron.platform.packages import check_apex, has_package, silence_absent_package_warnings
+from more_megatron.platform.packages import (
+    check_apex,
+    has_package,
+    hide_cuda_packages,
+    silence_absent_package_warnings,
+)
 
 __all__ = ["Platform", "initialize_platform", "select_platform"]
 
@@ -61,6 +66,7 @@ def _install_cpu_platform() -> None:
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     # Megatron asserts this CUDA setting under tensor parallelism; without CUDA nothing reads it.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    hide_cuda_packages()
     silence_absent_package_warnings()
     if os.environ.get("RANK", "0") == "0":
         absent = "" if has_package("transformer_engine") else ", no Transformer Engine"

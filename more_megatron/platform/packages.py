@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 
 from more_megatron.errors import MoREError
 
-__all__ = ["check_apex", "has_package", "imports", "silence_absent_package_warnings"]
+__all__ = ["check_apex", "has_package", "hide_cuda_packages", "imports", "silence_absent_package_warnings"]
 
 # Megatron says these at import on every rank. On a machine without a GPU nothing can be done about them.
 _ABSENT_PACKAGES = (
@@ -18,6 +19,9 @@ _ABSENT_PACKAGES = (
     "Apex is not installed. Falling back to Torch Norm",
     "Only transformer-engine>=1.7.0 supports MoE experts, but your version is 0.0.0",
 )
+
+# Packages whose kernels take tensors of CUDA only.
+_CUDA_PACKAGES = ("transformer_engine", "apex")
 
 
 def has_package(name: str) -> bool:
@@ -53,6 +57,16 @@ def check_apex() -> None:
             f"the package apex at {where} is not NVIDIA apex (it has no multi_tensor_apply): "
             "run `pip uninstall apex`; NVIDIA apex is built from source or comes with NGC images"
         )
+
+
+def hide_cuda_packages() -> None:
+    """Make packages of CUDA kernels absent where there is no CUDA.
+
+    Megatron asks whether they can be imported, not whether they can compute: on a GPU node a run on the CPU would give
+    its tensors to their kernels. What has been imported already is left, for it was meant.
+    """
+    for name in _CUDA_PACKAGES:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]
 
 
 def silence_absent_package_warnings() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron.training import get_args, training
+import torch
+from megatron.training import get_args, print_rank_0, training
 
 from more_megatron.platform.stand_in import StandIn, install
 
@@ -47,6 +48,23 @@ def _evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
         return _EVALUATE_AND_PRINT_RESULTS(prefix, *args, **kwargs)
     finally:
         restore()
+
+
+_BUILD_LOADERS = training.build_train_valid_test_data_loaders
+
+
+def _build_loaders(provider: Any) -> Any:
+    """Build as Megatron does, and evaluate only where there are validation data."""
+    loaders = _BUILD_LOADERS(provider)
+    validation = loaders[1] or [None]
+    # Rank 0 reads data under every layout.
+    found = torch.tensor([int(validation[0] is not None)], dtype=torch.long, device="cuda")
+    torch.distributed.broadcast(found, 0)
+    args = get_args()
+    if args.do_valid and not found.item():
+        print_rank_0("> there are no validation data: nothing is evaluated on them")
+        args.do_valid = 0
+    return loaders
 
 
 def _of_the_test(name: str) -> str:
@@ -117,6 +135,14 @@ TEST_SPLIT = (
 )
 
 REPORTS = (
+    StandIn(
+        "megatron.training.training",
+        "build_train_valid_test_data_loaders",
+        _build_loaders,
+        "a list with no validation set in it passes for one",
+        "training/training.py",
+        "do_valid = valid_dataloaders is not None and (args.full_validation or args.eval_iters > 0)",
+    ),
     StandIn(
         "megatron.training.training",
         "evaluate_and_print_results",

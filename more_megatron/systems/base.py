@@ -82,6 +82,10 @@ class System:
     expert_states: ClassVar[tuple[str, ...]] = STATES_OF_FEED_FORWARD
     """Modules among them that ask a checkpoint for a state beside their parameters; `N ` before one an expert."""
 
+    former_keys: ClassVar[Mapping[str, str]] = {}
+    """Parameters of its experts that a run with `--finetune` finds in Megatron's experts, and their keys there. Of a
+    gated expansion the half that the gate lets through is taken; what is not named is drawn anew."""
+
     @property
     def recurrent(self) -> bool:
         """Whether its depth comes from recurrence."""
@@ -155,6 +159,10 @@ class System:
         return sizes.recurrence_ffn_hidden_size or self.block_width * sizes.hidden_size
 
     # What its weights are called outside. `config` is the content of config.json.
+
+    def architecture(self, args: Any) -> dict[str, Any]:
+        """Return what decides, besides what all models have, which tensors there are: values by flag."""
+        return {}
 
     def config_fields(self, args: Any) -> dict[str, Any]:
         """Return the fields of config.json that it alone has, given a run's arguments."""

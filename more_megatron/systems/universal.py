@@ -161,6 +161,13 @@ class UniversalTransformer(System):
         own: Any = config
         return HALTING_FIGURES if own.halting == "act" else ()
 
+    def architecture(self, args: Any) -> dict[str, Any]:
+        """Return what decides, besides what all models have, which tensors there are: values by flag."""
+        flags: Any = self.flags(args)
+        names = ("halting", "universal_post_norm", "universal_time_signal")
+        learned = {"recurrence_max_steps": flags.max_steps} if flags.universal_time_signal == "learned" else {}
+        return {name: getattr(flags, name) for name in names} | learned
+
     def config_fields(self, args: Any) -> dict[str, Any]:
         """Return the fields of config.json that it alone has, given a run's arguments."""
         flags: Any = self.flags(args)

@@ -16,8 +16,10 @@ from more_megatron.flags import MoREFlags
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
 from more_megatron.systems import default_name, flag_names, get_system, systems
+from more_megatron.training.blend_files import read_blend_files
 from more_megatron.training.flag_checks import check_flags
 from more_megatron.training.stored_flags import given_flags, take_stored_flags
+from more_megatron.training.unread_flags import unread_flags
 
 __all__ = ["parse_arguments"]
 
@@ -31,6 +33,8 @@ _SHARED_DEFAULTS: dict[str, Any] = {
     "num_experts": 8,
     "moe_token_dispatcher_type": "alltoall",
     "moe_router_dtype": "fp32",
+    # Needed even where nothing is evaluated; what Megatron-LM's own scripts took.
+    "eval_interval": 1000,
     # The optimizer's state is saved so that it can be loaded under any other layout.
     "use_distributed_optimizer": True,
     "dist_ckpt_optim_fully_reshardable": True,
@@ -140,12 +144,16 @@ def _error(message: str) -> NoReturn:
 def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
     """Parse, check, and complete the flags whose default depends on a system, a checkpoint or another flag."""
     args = parse_args(*arguments)
-    given = given_flags(parse_args.__self__)  # type: ignore[attr-defined]
+    parser = parse_args.__self__  # type: ignore[attr-defined]
+    given = given_flags(parser)
+    for fault in unread_flags(parser, given):
+        raise MoREError(fault)
     asked, is_described_by_checkpoint = args.more_variant, args.use_checkpoint_args
     _set_defaults(args, given)
     take_stored_flags(args, given)
     if args.more_variant != asked and not is_described_by_checkpoint:
         _set_defaults(args, given | flag_names())
+    read_blend_files(args)
     check_flags(args)
     system = get_system(args.more_variant)
     for fault in system.without_effect(system.flags(args), given & flag_names()):

@@ -17,7 +17,7 @@ from more_megatron.checkpoint_files import (
 )
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
-from more_megatron.systems import flag_names
+from more_megatron.systems import flag_names, get_system
 from more_megatron.training.data_checks import tokenizer_hash
 from more_megatron.training.stored_flags import checkpoint_source, stored_arguments
 
@@ -114,11 +114,14 @@ def _check_architecture(checkpoint: Path, saved: argparse.Namespace, args: argpa
     skipped = set() if args.group_query_attention else {"num_query_groups"}
     if args.finetune:
         skipped.add("more_variant")
-    for name in _ARCHITECTURE:
-        if name in skipped or not hasattr(saved, name) or not hasattr(args, name):
-            continue
-        was, now = getattr(saved, name), getattr(args, name)
-        if was != now:
+    system = get_system(args.more_variant)
+    both = [{name: getattr(of, name) for name in _ARCHITECTURE if hasattr(of, name)} for of in (saved, args)]
+    if getattr(saved, "more_variant", None) == args.more_variant:
+        both = [values | system.architecture(of) for values, of in zip(both, (saved, args), strict=True)]
+    before, current = both
+    for name, was in before.items():
+        now = current.get(name, was)
+        if name not in skipped and was != now:
             raise MoREError(
                 f"checkpoint {checkpoint} is of another architecture: {flag(name)} was {was} and is {now} now; "
                 "give it the former value or another --load"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -12,6 +13,7 @@ from more_megatron.config import MoREConfig, config_class
 from more_megatron.errors import MoREError
 from more_megatron.model.builder import MoREModelConfig
 from more_megatron.systems import get_system
+from more_megatron.training.former_weights import ask_for_former_weights
 
 __all__ = ["check_system", "model_config_from_args"]
 
@@ -31,6 +33,7 @@ def model_config_from_args(args: argparse.Namespace) -> MoREModelConfig:
     if model_config.transformer_layer_spec is None:
         model_config.transformer_layer_spec = system.stack(config)
     model_config.pre_wrap_hooks.append(_mark_experts)
+    model_config.pre_wrap_hooks.append(functools.partial(ask_for_former_weights, args))
     return model_config
 
 

@@ -7,9 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_parameter, sharded_parameters
+from more_megatron.blocks.parameters import (
+    Placement,
+    draw_parameter,
+    grouped_bias,
+    grouped_parameter,
+    sharded_parameters,
+)
 from more_megatron.blocks.replication import enter_replicated, leave_replicated
 from more_megatron.errors import MoREError
 from tests.helpers.models import small_config, start_ranks
@@ -23,6 +29,12 @@ _WEIGHTS: dict[str, tuple[tuple[int, ...], int | None]] = {
     "gated": ((2, 6, 4), 1),
     "whole": ((5, 3), None),
     "norm": ((7,), None),
+}
+# The same of biases, which are laid out flat on a rank.
+_BIASES: dict[str, tuple[tuple[int, ...], int | None]] = {
+    "split_bias": ((6,), 0),
+    "gates_bias": ((4, 6), 1),
+    "whole_bias": ((5,), None),
 }
 
 
@@ -42,15 +54,17 @@ class _Group:
 
 def _whole(name: str, expert: int) -> torch.Tensor:
     """Return an expert's weight, of numbers that occur once."""
-    shape, number = _WEIGHTS[name][0], list(_WEIGHTS).index(name)
+    everything = _WEIGHTS | _BIASES
+    shape, number = everything[name][0], list(everything).index(name)
     size = torch.Size(shape).numel()
     return torch.arange(float(size)).view(shape) + 1000 * expert + 100_000 * number
 
 
 def _module(placement: Placement) -> torch.nn.Module:
     module = torch.nn.Module()
-    for name, (shape, split_dim) in _WEIGHTS.items():
-        parameter = grouped_parameter(small_config("recurrent_experts"), placement, shape, split_dim)
+    for name, (shape, split_dim) in (_WEIGHTS | _BIASES).items():
+        make = grouped_bias if name in _BIASES else grouped_parameter
+        parameter = make(small_config("recurrent_experts"), placement, shape, split_dim)
         draw_parameter(parameter, placement, lambda expert, name=name: _whole(name, expert))
         module.register_parameter(name, parameter)
     return module
@@ -74,7 +88,7 @@ def _slices(prefix: str = "", layer: tuple = ()) -> dict[tuple[int, int], dict[s
         for placement in _placements(expert_ranks, split):
             module = _module(placement)
             for key, shard in sharded_parameters(module, placement, prefix, layer, metadata).items():
-                _lay(together, key, shard)
+                _lay(together, key, shard.build() if isinstance(shard, ShardedTensorFactory) else shard)
         found[expert_ranks, split] = together
     return found
 
@@ -96,10 +110,10 @@ def _lay(together: dict[str, torch.Tensor], key: str, shard: ShardedTensor) -> N
 def test_slices_of_all_ranks_make_the_same_tensor_under_every_placement() -> None:
     (found,) = run_ranks(1, _slices, "experts.")
     for together in found.values():
-        assert set(together) == {f"experts.{name}" for name in _WEIGHTS}
-        for name, (shape, _) in _WEIGHTS.items():
+        assert set(together) == {f"experts.{name}" for name in _WEIGHTS | _BIASES}
+        for name in _WEIGHTS | _BIASES:
             experts = [_whole(name, expert) for expert in range(_EXPERTS)]
-            expected = torch.cat(experts) if len(shape) == 1 else torch.stack(experts)
+            expected = torch.cat(experts) if name == "norm" else torch.stack(experts)
             assert torch.equal(together[f"experts.{name}"], expected)
 
 
@@ -125,6 +139,10 @@ def _marks() -> None:
         assert not parameter.tensor_model_parallel
     # Megatron decays no parameter of one dimension.
     assert grouped_parameter(config, split, (5,)).shape == (10,)
+    bias = grouped_bias(config, split, (4, 6), split_dim=1)
+    assert bias.shape == (2 * 4 * 3,)
+    assert bias.tensor_model_parallel
+    assert not grouped_bias(config, split, (6,)).tensor_model_parallel
     with pytest.raises(MoREError, match="--expert-tensor-parallel-size"):
         grouped_parameter(config, split, (5, 4), split_dim=0)
 

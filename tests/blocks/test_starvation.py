@@ -9,10 +9,13 @@ from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.blocks.layer import LayerInputs
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.systems import systems
+from more_megatron.systems.export import FEED_FORWARD
 from tests.helpers.models import EXPERTS, HIDDEN, gpt_model, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
 _LENGTH, _BATCH = 8, 2
+_OWN_EXPERTS = [name for name, system in systems().items() if system.expert_rows is not FEED_FORWARD]
 
 
 def _all_to_one_expert(
@@ -48,7 +51,7 @@ def _cases(variant: str, layout: dict[str, int]) -> dict[tuple[str, int], tuple[
     }
 
 
-@pytest.mark.parametrize("variant", ["recurrent_experts", "shared_block", "shared_block_ffn"])
+@pytest.mark.parametrize("variant", _OWN_EXPERTS)
 def test_a_rank_without_rows_takes_part(variant: str) -> None:
     (whole,) = run_ranks(1, _cases, variant, {})
     ranks = run_ranks(2, _cases, variant, {"expert": 2})

@@ -13,11 +13,12 @@ from more_megatron.blocks.router import RouterStep
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.model.truncation import iterate_residual, iterate_state
+from more_megatron.systems import systems
 from tests.helpers.models import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
 _DEPTHS = [Depth(0, 1), Depth(0, 3), Depth(1, 1), Depth(3, 2), Depth(4, 0), Depth(0, 0)]
-_RECURRENT = ("recurrent_experts", "shared_block", "shared_block_ffn", "recurrent_moe")
+_RECURRENT = tuple(name for name, system in systems().items() if system.recurrent)
 _LENGTH, _BATCH = 16, 2
 _SAMPLES = (4, 9)
 

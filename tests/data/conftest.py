@@ -121,7 +121,7 @@ def expected_tokens(
 def run_tool(*arguments: str | os.PathLike[str], tool: Path = TOOL) -> subprocess.CompletedProcess[str]:
     """Run a tool as its user does."""
     command = [sys.executable, str(tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:

@@ -1,12 +1,10 @@
 """Documents of WikiText and of other text, wherever the text is cut for the workers."""
 
-import io
-
 import pytest
 
 from more_megatron.data.detokenize import Detokenize, detokenize
 from more_megatron.data.documents import PLAIN_GRID_BYTES, Layout, document_starts, sniff_layout, tidy
-from more_megatron.data.sources import aligned_blocks
+from more_megatron.data.reading import cut_blocks
 
 WIKITEXT = (
     " \n = First = \n \n Text of the first . \n"
@@ -68,7 +66,8 @@ def test_blocks_do_not_change_documents(layout: Layout, block_bytes: int) -> Non
         pytest.skip("covered by the other sizes")
     whole = [data[start:end] for start, end in document_starts(data, layout, 0)]
     pieces = []
-    for origin, block in aligned_blocks(io.BytesIO(data), layout, 0, None, block_bytes):
+    chunks = (data[start : start + 37] for start in range(0, len(data), 37))
+    for origin, block in cut_blocks(chunks, layout, block_bytes):
         pieces += [block[start:end] for start, end in document_starts(block, layout, origin)]
     assert pieces == whole
 

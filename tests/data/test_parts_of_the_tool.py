@@ -1,63 +1,21 @@
-"""Inspection, sample text, normalisation tables, benchmark."""
+"""Inspection and sample text."""
 
 import json
+import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import pytest
-import sentencepiece
-from sentencepiece import sentencepiece_model_pb2
 
 from more_megatron.data import DataError
-from more_megatron.data.benchmark import Side, compare, make_corpus
-from more_megatron.data.charsmap import read_rules
 from more_megatron.data.documents import Layout, sniff_layout
-from more_megatron.data.sample_text import obtain_text, write_sample_text
-from more_megatron.data.tokenizers import TokenizerOptions
+from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from tests.data.conftest import ROOT, assert_one_line, run_tool
+from tools import benchmark_preprocess as benchmark
+from tools.sample_text import obtain_text, write_sample_text
 
 INSPECT = ROOT / "tools" / "inspect_dataset.py"
-BENCHMARK = ROOT / "tools" / "benchmark_preprocess.py"
-
-
-def rules_of(path: str) -> bytes:
-    proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(Path(path).read_bytes())
-    table: bytes = proto.normalizer_spec.precompiled_charsmap
-    return table
-
-
-def test_rules_of_the_usual_normalisation(model_path: Callable[[str], str]) -> None:
-    rules = read_rules(rules_of(model_path("bpe")))
-    assert rules.keeps_space
-    assert set(rules.blanks) == set(b"\t\n\f\r")
-    assert not {0x20, 0x09, 0x0A} & rules.inner_bytes
-    # Combining marks stand behind letters in left sides.
-    assert 0xCC in rules.inner_bytes
-    assert rules.plain == read_rules(b"").plain == bytes(range(0x21, 0x7F))
-    assert read_rules(b"").keeps_space
-
-
-@pytest.mark.parametrize(
-    ("rule", "keeps_space", "inner"),
-    [("61 20\t62", True, True), ("20 61\t62", False, False), ("20\t5F", False, False)],
-)
-def test_rules_with_spaces(rule: str, keeps_space: bool, inner: bool, tmp_path: Path, corpus: list[str]) -> None:
-    (tmp_path / "rules.tsv").write_text(f"{rule}\n41\t61\n")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus[0].split("\n")), model_prefix=str(tmp_path / "m"), vocab_size=120,
-        normalization_rule_tsv=str(tmp_path / "rules.tsv"), model_type="bpe", hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
-    rules = read_rules(rules_of(str(tmp_path / "m.model")))
-    assert rules.keeps_space == keeps_space
-    assert (0x20 in rules.inner_bytes) == inner
-    assert (b"a" in rules.plain) == (not rule.startswith("61"))
-    assert b"A" not in rules.plain
-
-
-def test_damaged_rules() -> None:
-    with pytest.raises(DataError, match="damaged"):
-        read_rules(b"\xff\xff\xff\x7f")
 
 
 @pytest.fixture(scope="module")
@@ -77,14 +35,57 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, model_path: Callable[[str]
     return folder / "d_text_document"
 
 
-def test_inspect(dataset: Path, corpus: list[str]) -> None:
-    result = run_tool(dataset, "--document", 1, "--sample-tokens", 30, tool=INSPECT)
+def test_inspect(dataset: Path, corpus: list[str], model_path: Callable[[str], str]) -> None:
+    model = ["--tokenizer-model", model_path("bpe_kept_spaces")]
+    result = run_tool(dataset, "--document", 1, "--sample-tokens", 30, "--check", *model, tool=INSPECT)
     assert result.returncode == 0, result.stderr
     manifest = json.loads(Path(f"{dataset}.json").read_text())
     assert "31 (1 empty)" in result.stdout
     assert f"{manifest['tokens'] / manifest['text_bytes']:.4f} tokens/byte" in result.stdout
     assert corpus[0][:20] in result.stdout
+    assert "hashes as written" in result.stdout
     assert_one_line(run_tool(f"{dataset}x", tool=INSPECT), "does not exist")
+
+
+def test_inspect_takes_a_tokenizer_beside_the_dataset_alone(dataset: Path, tmp_path: Path, corpus: list[str]) -> None:
+    for end in (".bin", ".idx", ".json"):
+        shutil.copy(f"{dataset}{end}", tmp_path / f"d{end}")
+    manifest = json.loads((tmp_path / "d.json").read_text())
+    assert "  ids [" in run_tool(tmp_path / "d", "--document", 1, tool=INSPECT).stdout
+    beside = tmp_path / "my.model"
+    shutil.copy(manifest["options"]["tokenizer"]["tokenizer_model"], beside)
+    manifest["options"]["tokenizer"]["tokenizer_model"] = str(beside)
+    (tmp_path / "d.json").write_text(json.dumps(manifest))
+    assert corpus[0][:20] in run_tool(tmp_path / "d", "--document", 1, tool=INSPECT).stdout
+    beside.write_bytes(beside.read_bytes() + b"\0")
+    assert "  ids [" in run_tool(tmp_path / "d", "--document", 1, tool=INSPECT).stdout
+
+
+@pytest.mark.parametrize("where", ["beside", "elsewhere", "hub"])
+@pytest.mark.parametrize("flag", [[], ["--trust-remote-code"]])
+def test_a_manifest_runs_no_code(where: str, flag: list[str], dataset: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    folder = data / "tokenizer" if where == "beside" else tmp_path / "tokenizer"
+    folder.mkdir(parents=True)
+    data.mkdir(exist_ok=True)
+    for end in (".bin", ".idx", ".json"):
+        shutil.copy(f"{dataset}{end}", data / f"d{end}")
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Tokenizer:\n    pass\n"
+    (folder / "tokenization_x.py").write_text(code)
+    config = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": ["tokenization_x.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    options = TokenizerOptions("HuggingFaceTokenizer", "owner/name" if where == "hub" else str(folder))
+    manifest = json.loads((data / "d.json").read_text())
+    manifest["tokenizer"] |= {"type": options.tokenizer_type, "sha256": tokenizer_sha256(options)}
+    stored = {"tokenizer_type": options.tokenizer_type, "tokenizer_model": options.tokenizer_model}
+    manifest["options"]["tokenizer"] = {**stored, "trust_remote_code": True}
+    (data / "d.json").write_text(json.dumps(manifest))
+    result = run_tool(data / "d", "--document", 1, *flag, tool=INSPECT)
+    assert not (tmp_path / "ran").exists()
+    if where == "beside":
+        assert_one_line(result, "cannot be built")
+    else:
+        assert "to see the text" in result.stdout
 
 
 def test_inspect_without_manifest(dataset: Path, tmp_path: Path, model_path: Callable[[str], str]) -> None:
@@ -107,7 +108,7 @@ def test_sample_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(name: str) -> list[str]:
         raise DataError("no network")
 
-    monkeypatch.setattr("more_megatron.data.sample_text.download", unreachable)
+    monkeypatch.setattr("tools.sample_text.download", unreachable)
     described_again = obtain_text(tmp_path / "b.txt")
     assert described_again == described
     assert (tmp_path / "b.txt").read_bytes() == data
@@ -117,9 +118,13 @@ def test_sample_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         obtain_text(tmp_path / "d.txt", str(tmp_path / "nothing"))
 
 
-def test_both_sides_of_the_benchmark_agree(tmp_path: Path, model_path: Callable[[str], str], corpus: list[str]) -> None:
-    (tmp_path / "in.txt").write_text("\n\n".join(corpus[:40]))
-    make_corpus(str(tmp_path / "in.txt"), tmp_path / "in.jsonl", 0.5)
-    options = TokenizerOptions("SentencePieceTokenizer", model_path("bpe"))
-    timings = compare(str(BENCHMARK), tmp_path / "in.jsonl", options, tmp_path, workers=2, runs=1)
-    assert timings[Side.OURS].tokens == timings[Side.ONE_BY_ONE].tokens > 0
+def test_both_sides_of_the_benchmark_agree(tmp_path: Path, corpus: list[str]) -> None:
+    assert benchmark.write_corpus(iter(corpus), tmp_path / "in.jsonl", 0.3) >= 0.3
+    options = benchmark.make_tokenizer("bpe-8k", tmp_path / "in.jsonl", tmp_path)
+    ((ours, theirs),) = benchmark.compare(tmp_path / "in.jsonl", options, tmp_path, workers=2, runs=1)
+    assert min(ours.cpu, ours.wall, theirs.cpu, theirs.wall) > 0
+
+
+def test_unique_text_of_the_benchmark_does_not_repeat() -> None:
+    documents = list(islice(benchmark.unique_documents(), 300))
+    assert len(set(documents)) == len(documents) == 300

@@ -129,12 +129,17 @@ BAD_INPUTS: dict[str, tuple[bytes, list[str]]] = {
     "blank.txt": (b" \n \n", ["no text", "blank.txt"]),
     "latin.txt": (b"caf\xe9 au lait\n", ["latin.txt", "not UTF-8", "offset 3"]),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', ["latin.jsonl", "not UTF-8", "offset 24"]),
-    "key.jsonl": (b'{"text": "a"}\n{"body": "b"}\n', ["key.jsonl", "byte 14", "'text'", "--json-key"]),
-    "number.jsonl": (b'{"text": 3}\n', ["number.jsonl", "byte 0", "int"]),
-    "broken.jsonl": (b'{"text": "a"\n', ["broken.jsonl", "byte 0", "no JSON"]),
-    "half.jsonl": (b'{"text": "\\ud800"}\n', ["half.jsonl", "surrogate"]),
-    "cut.txt.gz": (gzip.compress(os.urandom(1000))[:500], ["cut.txt.gz", "damaged gzip"]),
-    "not.txt.gz": (b"plain", ["not.txt.gz", "damaged gzip"]),
+    "key.jsonl": (
+        b'{"text": "a"}\n{"body": "b"}\n',
+        ["key.jsonl", "line 2 (byte 14)", "'text', only body", "--json-key"],
+    ),
+    "number.jsonl": (b'{"text": 3}\n', ["number.jsonl", "byte 0", "a number, not text"]),
+    "broken.jsonl": (b'{"text": "a"\n', ["broken.jsonl", "byte 0", "no JSON", "Expecting ',' delimiter at column 13"]),
+    "list.jsonl": (b'{"text": "a"}\n["b"]\n', ["line 2", "a list, no object", "--skip-bad-lines"]),
+    "deep.jsonl": (b"[" * 100_000, ["line 1", "nested too deeply"]),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', ["half.jsonl", "surrogate pair (\\ud800)"]),
+    "cut.txt.gz": (gzip.compress(os.urandom(1000))[:500], ["cut.txt.gz", "damaged gz"]),
+    "not.txt.gz": (b"plain", ["not.txt.gz", "damaged gz"]),
 }
 
 
@@ -165,27 +170,32 @@ def test_bad_arguments_end_in_one_line(tmp_path: Path, model: str, corpus: list[
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(("limit", "first"), [(1200, "joined.bin"), (200, "part-")])
-def test_full_disk_ends_in_one_line_and_resumes(
-    limit: int, first: str, tmp_path: Path, model: str, corpus: list[str]
-) -> None:
+def test_full_disk_ends_in_one_line_and_resumes(tmp_path: Path, model: str, corpus: list[str]) -> None:
     data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=12)
     arguments = ["--input", data, "--tokenizer-model", model, "--no-progress", "--workers", "2"]
     command = [sys.executable, TOOL, *arguments, "--output-prefix", tmp_path / "full"]
-    # A limit on the size of a file stands in for a full disk; the joined file or a worker's part reaches it first.
-    limited = f"trap '' XFSZ; ulimit -f {limit}; exec {' '.join(map(str, command))}"
+    # A limit on the size of a file stands in for a full disk.
+    limited = f"trap '' XFSZ; ulimit -f 1200; exec {' '.join(map(str, command))}"
     result = subprocess.run(["bash", "-c", limited], capture_output=True, text=True, timeout=120)
-    assert_one_line(result, "cannot write", first, "--resume")
+    assert_one_line(result, "cannot write", "full_text_document.partial/tokens", "--resume")
     assert [path.name for path in tmp_path.glob("full*")] == ["full_text_document.partial"]
-    assert run_tool(*arguments, "--output-prefix", tmp_path / "full", "--resume").returncode == 0
+    resumed = run_tool(*arguments, "--output-prefix", tmp_path / "full", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
     assert run_tool(*arguments, "--output-prefix", tmp_path / "free").returncode == 0
     assert same_files(tmp_path / "full_text_document", tmp_path / "free_text_document")
 
 
-def kill_when_parts_exist(command: list[Any], folder: Path, parts: int) -> None:
+def blocks_done(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "done.json").read_text())["blocks"])
+    except FileNotFoundError:
+        return 0
+
+
+def kill_when_written(command: list[Any], folder: Path, blocks: int) -> None:
     process = subprocess.Popen([sys.executable, *map(str, command)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while len(list(folder.glob("part-*.json"))) < parts and time.monotonic() < deadline and process.poll() is None:
+    while blocks_done(folder) < blocks and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -193,42 +203,127 @@ def kill_when_parts_exist(command: list[Any], folder: Path, parts: int) -> None:
 
 def test_resume_after_kill(tmp_path: Path, model: str, corpus: list[str]) -> None:
     data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=30)
-    out = tmp_path / "killed"
     folder = tmp_path / "killed_text_document.partial"
-    command = [
-        TOOL,
-        "--input",
-        data,
-        "--output-prefix",
-        out,
-        "--tokenizer-model",
-        model,
-        "--no-progress",
-        "--workers",
-        2,
-    ]
-    kill_when_parts_exist(command, folder, 3)
+    usual = ["--input", data, "--tokenizer-model", model, "--no-progress", "--workers", 2]
+    command = [*usual, "--output-prefix", tmp_path / "killed"]
+    kill_when_written([TOOL, *command, "--encoder", "reference"], folder, 3)
     assert not (tmp_path / "killed_text_document.idx").exists()
-    old = {path: path.stat().st_mtime_ns for path in folder.glob("part-*.json")}
-    assert len(old) >= 3
-    time.sleep(0.3)
-    changed = run_tool(*command[1:], "--no-append-eod", "--resume")
-    assert_one_line(changed, "cannot resume", "append_eod")
-    # Another number of workers goes on with the same parts.
-    resumed = run_tool(*command[1:-1], 3, "--resume")
+    done = blocks_done(folder)
+    assert done >= 3
+    # What was written after the last good state does not count.
+    with open(folder / "tokens", "ab") as tokens, open(folder / "lengths", "ab") as lengths:
+        tokens.write(b"garbage")
+        lengths.write(b"more")
+    kept = (folder / "tokens").read_bytes()[:1000]
+    assert_one_line(
+        run_tool(*command, "--encoder", "reference", "--no-append-eod", "--resume"), "cannot resume", "append_eod"
+    )
+    resumed = run_tool(*command, "--encoder", "reference", "--workers", 3, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    fresh = run_tool(*command[1:3], "--output-prefix", tmp_path / "fresh", *command[5:])
+    fresh = run_tool(*usual, "--output-prefix", tmp_path / "fresh")
     assert fresh.returncode == 0, fresh.stderr
     assert same_files(tmp_path / "killed_text_document", tmp_path / "fresh_text_document")
+    assert (tmp_path / "killed_text_document.bin").read_bytes()[:1000] == kept
     assert not folder.exists()
+
+
+def test_parts_by_two_encoders_are_not_mixed(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    pytest.importorskip("gigatoken", reason="the extra `fast` is not installed")
+    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=30)
+    command = ["--input", data, "--output-prefix", tmp_path / "x", "--tokenizer-model", model, "--no-progress"]
+    kill_when_written([TOOL, *command, "--encoder", "reference"], tmp_path / "x_text_document.partial", 1)
+    assert_one_line(run_tool(*command, "--resume"), "cannot resume", "encoder")
 
 
 def test_kill_then_start_clean(tmp_path: Path, model: str, corpus: list[str]) -> None:
     data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=10)
     command = [TOOL, "--input", data, "--output-prefix", tmp_path / "x", "--tokenizer-model", model, "--no-progress"]
-    kill_when_parts_exist([*command, "--workers", 2], tmp_path / "x_text_document.partial", 1)
+    kill_when_written([*command, "--workers", 2], tmp_path / "x_text_document.partial", 1)
     assert run_tool(*command[1:]).returncode == 0
     assert sorted(path.suffix for path in tmp_path.glob("x*")) == [".bin", ".idx", ".json"]
+
+
+@pytest.mark.parametrize("name", ["tokens", "lengths", "done.json", "plan.json"])
+def test_resume_without_a_whole_state_starts_clean(name: str, tmp_path: Path, model: str, corpus: list[str]) -> None:
+    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=10)
+    usual = ["--input", data, "--tokenizer-model", model, "--no-progress", "--encoder", "reference"]
+    command = [*usual, "--output-prefix", tmp_path / "x"]
+    kill_when_written([TOOL, *command], tmp_path / "x_text_document.partial", 2)
+    path = tmp_path / "x_text_document.partial" / name
+    path.write_bytes(path.read_bytes()[:10])
+    assert run_tool(*command, "--resume").returncode == 0
+    assert run_tool(*usual, "--output-prefix", tmp_path / "y").returncode == 0
+    assert same_files(tmp_path / "x_text_document", tmp_path / "y_text_document")
+
+
+def test_two_runs_on_one_prefix(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=30)
+    command = ["--input", data, "--output-prefix", tmp_path / "x", "--tokenizer-model", model, "--no-progress"]
+    first = subprocess.Popen([sys.executable, TOOL, *map(str, command), "--encoder", "reference"])
+    while not blocks_done(tmp_path / "x_text_document.partial") and first.poll() is None:
+        time.sleep(0.005)
+    assert_one_line(run_tool(*command), "another run is writing", "x_text_document", "--output-prefix")
+    assert_one_line(run_tool(*command, "--resume"), "another run is writing")
+    assert first.wait(60) == 0
+    assert run_tool(*command, "--verify").returncode == 0
+    assert sorted(path.suffix for path in tmp_path.glob("x*")) == [".bin", ".idx", ".json"]
+
+
+def test_bad_lines_are_left_out_on_request(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    digits = "9" * 5000
+    good = [json.dumps({"n": 1, "text": text}) for text in corpus] * 8
+    good[1] = f'{{"id": {digits}, "text": "a number of 5,000 digits beside the text"}}'
+    bad = [
+        "{",
+        "[1]",
+        f'{{"text": {digits}}}',
+        '{"body": ""}',
+        '{"text": null}',
+        '{"text": "\\ud800"}',
+        '{"text": NaN}',
+    ]
+    lines = [line.encode() for line in [*good, bad[0], *good[::-1], *bad[1:]]] + [b'{"text": "\xff"}']
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "good.jsonl").write_text("\n".join([*good, *good[::-1]]))
+    arguments = ["--output-prefix", tmp_path / "x", "--tokenizer-model", model, "--no-progress"]
+    refused = run_tool("--input", tmp_path / "in.jsonl", *arguments)
+    assert_one_line(refused, f"line {len(good) + 1} ", "column 2", "--skip-bad-lines", "--resume")
+    # What was finished before the bad line is used.
+    assert blocks_done(tmp_path / "x_text_document.partial") > 0
+    result = run_tool("--input", tmp_path / "in.jsonl", *arguments, "--skip-bad-lines", "--resume", "--verify")
+    assert result.returncode == 0, result.stderr
+    assert f"{len(bad) + 1} bad lines left out" in result.stderr
+    assert json.loads((tmp_path / "x_text_document.json").read_text())["skipped"] == len(bad) + 1
+    assert run_tool("--input", tmp_path / "good.jsonl", *arguments[:1], tmp_path / "y", *arguments[2:]).returncode == 0
+    assert same_files(tmp_path / "x_text_document", tmp_path / "y_text_document")
+
+
+def test_json_lines_of_another_name_are_recognised(tmp_path: Path, model: str, corpus: list[str]) -> None:
+    write_jsonl(tmp_path / "in.jsonl", corpus[:20])
+    (tmp_path / "in.dump").write_bytes(b"\n" + (tmp_path / "in.jsonl").read_bytes())
+    arguments = ["--tokenizer-model", model, "--no-progress"]
+    result = run_tool("--input", tmp_path / "in.dump", "--output-prefix", tmp_path / "a", *arguments)
+    assert "in.dump holds JSON lines" in result.stderr
+    assert run_tool("--input", tmp_path / "in.jsonl", "--output-prefix", tmp_path / "b", *arguments).returncode == 0
+    assert same_files(tmp_path / "a_text_document", tmp_path / "b_text_document")
+    as_text = ["--input", tmp_path / "in.dump", "--output-prefix", tmp_path / "c", "--layout", "plain"]
+    assert "JSON lines" not in run_tool(*as_text, *arguments).stderr
+    assert not same_files(tmp_path / "a_text_document", tmp_path / "c_text_document")
+
+
+def test_parquet_columns_that_are_no_text(tmp_path: Path, model: str) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    columns = {"number": [1, 2], "list": [["a"], ["b"]], "bytes": [b"a", b"b"], "text": ["a", None]}
+    parquet.write_table(arrow.table(columns), tmp_path / "in.parquet")
+    arguments = ["--input", tmp_path / "in.parquet", "--output-prefix", tmp_path / "x", "--tokenizer-model", model]
+    for key, kind in (("number", "int64"), ("list", "list<"), ("bytes", "binary")):
+        assert_one_line(run_tool(*arguments, "--no-progress", "--json-key", key), f"column '{key}' holds {kind}")
+    assert_one_line(run_tool(*arguments, "--no-progress", "--json-key", "x"), "no column 'x'", "number, list, bytes")
+    assert run_tool(*arguments).returncode == 0
+    (tmp_path / "in.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:-9])
+    assert_one_line(run_tool(*arguments, "--no-progress"), "damaged Parquet")
+    assert json.loads((tmp_path / "x_text_document.json").read_text())["documents"] == 2
 
 
 def test_help_is_quick() -> None:

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.encoding import PlainEncoder
-from more_megatron.data.errors import DataError
+from more_megatron.data.encoders import build_decoder, build_encoder, plan_encoder
+from more_megatron.data.errors import DataError, DocumentError
 from more_megatron.data.tokenizers import (
     TokenizerOptions,
     TokenizerType,
-    build_decoder,
-    build_encoder,
     build_megatron,
     load,
     tokenizer_sha256,
@@ -46,7 +44,8 @@ def test_sentencepiece_agrees_with_megatron(
     # Megatron's legacy wrapper knows no end of document.
     assert facts.eod == (None if options.tokenizer_sentencepiece_legacy else megatron.eod)
     texts = [*corpus[:10], "", "  a  <mask>  object b "]
-    encoded = build_encoder(facts, True).encode([text.encode() for text in texts])
+    documents = [text.encode() for text in texts]
+    encoded = build_encoder(plan_encoder(facts, True, documents)).encode(documents)
     tokens, lengths = expected_tokens(texts, megatron.tokenize, facts.eod)
     assert encoded.tokens.tolist() == tokens
     assert encoded.lengths.tolist() == lengths
@@ -69,9 +68,12 @@ def test_null_tokenizer(tmp_path: Path) -> None:
     assert "50 documents, 200 tokens" in result.stderr
     facts = load(TokenizerOptions("NullTokenizer", vocab_size=70000))
     assert (facts.vocab_size, facts.eod, facts.sha256, facts.dtype.name) == (70000, 69999, None, "int32")
-    encoder = build_encoder(facts, True)
-    assert isinstance(encoder, PlainEncoder)
+    encoder = build_encoder(plan_encoder(facts, True, []))
     assert encoder.encode([b"66000 1"]).tokens.tolist() == [66000, 1, 69999]
+    with pytest.raises(DocumentError, match="document 1 gives the id 70000, the tokenizer has 0 to 69999"):
+        encoder.encode([b"66000 1", b"3 70000"])
+    with pytest.raises(DocumentError, match=r"document 1 cannot be encoded by NullTokenizer.*reads numbers"):
+        encoder.encode([b"1", b"words", b"2"])
 
 
 def test_hash_of_files(tmp_path: Path) -> None:

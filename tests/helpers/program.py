@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import runpy
+import shlex
 import signal
 import sys
 import tempfile
@@ -165,7 +166,7 @@ def _rank_main(
         file = open(path, "w", buffering=1)  # noqa: SIM115 - open until the process ends
         os.dup2(file.fileno(), number)
         setattr(sys, stream, file)
-    sys.argv = [str(_ENTRY_POINT), *command_line.split()]
+    sys.argv = [str(_ENTRY_POINT), *shlex.split(command_line)]
     sys.path.insert(0, str(_ENTRY_POINT.parent))
     if prepare is not None:
         prepare()

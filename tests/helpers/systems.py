@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from more_megatron.systems import get_system
+from tests.helpers.models import small_config
 
-__all__ = ["flags_of"]
+__all__ = ["flags_of", "is_one_group"]
 
 
 def flags_of(system: str, flags: str = "") -> str:
@@ -18,3 +19,11 @@ def flags_of(system: str, flags: str = "") -> str:
     words = [f"--{part}".split() for part in f" {flags}".split(" --")[1:]]
     kept = [word for name, *values in words if name[2:].replace("-", "_") in read for word in (name, *values)]
     return " ".join(("--more-variant", system, *kept))
+
+
+def is_one_group(system: str) -> bool:
+    """Return whether all layers of a system are one group that is repeated, whatever its flags say."""
+    if "recurrence_group_layers" in get_system(system).reads:
+        return False
+    groups = get_system(system).stack(small_config(system, num_layers=3)).groups
+    return len(groups) == 1 and groups[0].loop is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +80,7 @@ def train(command_line: str) -> History:
         history.figures.append({name: float(sums[name]) / steps for name in names if name in sums})
         return original(loss_dict, *args, **kwargs)
 
-    sys.argv = ["pretrain_more.py", *command_line.split()]
+    sys.argv = ["pretrain_more.py", *shlex.split(command_line)]
     args = parse_arguments(initialize_platform())
     model_config = model_config_from_args(args)
     names = get_system(args.more_variant).figures(model_config.transformer)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from more_megatron.systems import get_system
+from more_megatron.systems import get_system, names
 from tests.helpers.corpus import write_corpus
 from tests.helpers.reuse import train_all
-from tests.helpers.training import TINY_ON_FILES
+from tests.helpers.training import TINY_ON_FILES, dense
 
 __all__ = ["RUNS", "SEQUENCES", "WITHOUT_ARGUMENTS", "Reported", "command_line", "convert", "train_runs", "write_data"]
 
@@ -45,8 +45,27 @@ RUNS: dict[str, str] = {
     "moeut, tp2": f"--more-variant moeut {_TP2} {_TOP2} --switchhead-num-experts 4 --rotary-percent 0.5",
     "moeut, ep2": f"--more-variant moeut {_EP2} {_TOP2} --switchhead-num-experts 1 --normalization LayerNorm",
     "shared_block_ffn, ep2": f"--more-variant shared_block_ffn {_EP2} --moe-shared-expert-intermediate-size 0",
+    "loop, pp2": (
+        f"--more-variant loop {_PP2} {_TOP2} --moe-layer-freq [1,0]*2 --router-logit-ema 0.5 "
+        "--recurrence-prelude-layers 1 --recurrence-group-layers 1 --recurrence-injection linear"
+    ),
+    "huginn, tp2": f"--more-variant huginn {_TP2}",
+    "huginn, ep2": f"--more-variant huginn {_EP2} {_TOP2} --recurrence-coda-layers 0 --recurrence-injection add",
     "shared_block_ffn, tp2": f"--more-variant shared_block_ffn {_TP2} {_TOP2} --normalization LayerNorm",
+    "universal, tp2": f"--more-variant universal {_TP2} {_TOP2} --halting-output basic --router-logit-ema 0.5",
+    "universal, pp2": (
+        f"--more-variant universal {_PP2} --pipeline-model-parallel-layout Etttt|L --moe-layer-freq [0]+[1]*3 "
+        "--universal-post-norm --universal-time-signal sinusoid --halting none"
+    ),
+    "gru_experts, ep2": f"--more-variant gru_experts {_EP2} {_TOP2}",
+    "sequential_experts, tp2": f"--more-variant sequential_experts {_TP2}",
+    "parallel_experts, tp2": f"--more-variant parallel_experts {_TP2} {_TOP2}",
 }
+# Systems that no run above is of.
+for _name in names():
+    if not any(f"--more-variant {_name} " in f"{_flags} " for _flags in RUNS.values()):
+        RUNS[f"{_name}, tp2"] = f"--more-variant {_name} {_TP2}"
+_DENSE = (RUNS["huginn, tp2"],)
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"
 _COMMON = f"{TINY_ON_FILES} --train-iters 2 --save-interval 2 --eval-iters 2 --init-method-std 0.2"
@@ -79,7 +98,8 @@ def command_line(folder: Path, flags: str) -> str:
     """Return the flags of a run on that data."""
     data = f"--train-data-path {folder}/train --valid-data-path {folder}/valid --test-data-path {folder}/valid"
     depth = "--recurrence-steps 3" if get_system(flags.split()[1]).recurrent else ""
-    return f"{_COMMON} {data} --data-cache-path {folder}/cache {depth} {flags}"
+    common = dense(_COMMON) if flags in _DENSE else _COMMON
+    return f"{common} {data} --data-cache-path {folder}/cache {depth} {flags}"
 
 
 def train_runs(lines: list[str]) -> list[Reported]:
@@ -99,7 +119,8 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
     """Convert each run's checkpoint to Hugging Face, back, and there again, each way verified.
 
     Returns:
-        For each run what the two first conversions said, and the loss of the model on the validation file.
+        For each run what the two first conversions said, what that to half precision said, and the loss of the model on
+        the validation file.
     """
     from more_megatron.hf.conversion.export import ToHF, to_hf
     from more_megatron.hf.conversion.importer import FromHF, from_hf
@@ -112,6 +133,7 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
             (place / "hf" / "megatron_args.json").unlink()
         lines += from_hf(FromHF(place / "hf", place / "back", verify=True, progress=False))
         to_hf(ToHF(place / "back", place / "again", tokenizer=name != WITHOUT_ARGUMENTS, progress=False))
+        lines += to_hf(ToHF(place / "run", place / "half", dtype="bfloat16", verify=True, progress=False))
         said[name] = [*lines, str(_loss(place / "hf", folder / "valid"))]
     return said
 

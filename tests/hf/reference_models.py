@@ -227,7 +227,7 @@ CASES = (
             f"core, {injection}",
             variant,
             {
-                "num_layers": 4,
+                "num_layers": 3,
                 "num_moe_experts": None,
                 "recurrence_prelude_layers": prelude,
                 "recurrence_coda_layers": 1 - prelude,
@@ -239,8 +239,8 @@ CASES = (
             },
             {"share_embeddings_and_output_weights": True, "rotary_base": 50000},
             {
-                "num_hidden_layers": 4,
-                "moe_layers": [False] * 4,
+                "num_hidden_layers": 3,
+                "moe_layers": [False] * 3,
                 "prelude_layers": prelude,
                 "coda_layers": 1 - prelude,
                 "injection": injection,

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from more_megatron.data.sample_text import write_sample_text
 from more_megatron.hf.conversion.architecture import config_from_args
 from more_megatron.hf.conversion.export import ToHF, to_hf
 from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
@@ -20,6 +19,7 @@ from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 from tests.helpers.shell import PROJECT
 from tests.hf.conversion_sources import make_args, write_source
 from tests.hf.test_conversion_tokenizers import MODELS, train
+from tools.sample_text import write_sample_text
 
 _SCRIPT = PROJECT / "examples" / "evaluate_hf.sh"
 _WINDOW, _VOCABULARY, _STEPS = 16, 608, 3

@@ -10,8 +10,8 @@ import torch
 from more_megatron.errors import MoREError
 from more_megatron.hf.exported.configuration_more import MoREConfig
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
-from more_megatron.hf.exported.system import system_names
-from more_megatron.hf.mapping import entries, extra_states
+from more_megatron.hf.exported.system import find_system, system_names
+from more_megatron.hf.mapping import Entry, entries, extra_states
 from more_megatron.systems import names
 from more_megatron.systems.export import Layout
 from tests.hf.reference_models import free
@@ -53,11 +53,13 @@ _FEATURES: dict[str, dict[str, Any]] = {
         "hidden_act": "gelu",
     },
 }
-_WITH_BIASES = ("moe", "recurrent_moe")
+_WITH_BIASES = ("moe", "recurrent_moe", "loop", "huginn")
+_DIVIDED = {"prelude_layers": 1, "coda_layers": 1, "injection": "linear"}
 
 
 def _config(variant: str, **fields: Any) -> MoREConfig:
-    return MoREConfig(variant=variant, **free(variant, {**_SIZES, **fields}))
+    divided = _DIVIDED if "prelude_layers" in find_system(variant).fields else {}
+    return MoREConfig(variant=variant, **free(variant, {**_SIZES, **divided, **fields}))
 
 
 def _cases() -> list[tuple[str, str]]:
@@ -123,3 +125,42 @@ def test_unknown_system_is_refused() -> None:
     config = {**_config("moe").to_dict(), "variant": "no_such_system"}
     with pytest.raises(MoREError, match="--more-variant no_such_system does not exist"):
         entries(config)
+
+
+def _entry(layout: Layout, shapes: tuple[tuple[int, ...], ...], shape: tuple[int, ...]) -> Entry:
+    names = tuple(f"name_{number}" for number in range(len(shapes)))
+    return Entry("key", 0, shape, names, shapes, layout, groups=2, qkv=(20, 10, 10), fp32=False)
+
+
+def test_layouts_of_other_forms() -> None:
+    # Two groups of two queries, heads of 5: rows are numbered as Megatron has them.
+    numbers = torch.arange(40.0).unsqueeze(1).expand(40, 3)
+    entry = _entry(Layout.QKV_IN_ONE, ((40, 3),), (40, 3))
+    (joined,) = entry.split(numbers)
+    assert joined[:, 0].tolist() == [
+        *range(10),
+        *range(20, 30),
+        *range(10, 15),
+        *range(30, 35),
+        *range(15, 20),
+        *range(35, 40),
+    ]
+    assert torch.equal(entry.merge([joined]), numbers)
+    twice = _entry(Layout.TWICE, ((4, 3), (4, 3)), (4, 3))
+    tensor = torch.randn(4, 3)
+    assert all(torch.equal(part, tensor) for part in twice.split(tensor))
+    assert torch.equal(twice.merge([tensor]), tensor)
+    with pytest.raises(MoREError, match="name_0 and name_1 are one parameter, and they differ"):
+        twice.merge([tensor, tensor + 1])
+
+
+def test_biases_of_queries_and_keys() -> None:
+    entry = Entry("key", 0, (24,), ("bias",), ((2, 1, 2, 4),), Layout.QK_BIAS, groups=2, qkv=(8, 8, 8), fp32=False)
+    bias = torch.arange(1.0, 25.0).view(2, 3, 4)
+    with pytest.raises(MoREError, match="key has biases of values that are not zero"):
+        entry.split(bias.flatten())
+    bias[:, 2] = 0
+    (found,) = entry.split(bias.flatten())
+    assert torch.equal(found[0, 0], bias[:, 0])
+    assert torch.equal(found[1, 0], bias[:, 1])
+    assert torch.equal(entry.merge([found]), bias.flatten())

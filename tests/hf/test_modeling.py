@@ -111,18 +111,18 @@ def test_number_of_steps(variant: str) -> None:
 @torch.no_grad()
 def test_initial_states(variant: str) -> None:
     model, ids = random_model(variant), tokens()
-    positions = torch.arange(ids.size(1)).expand_as(ids)
-    noises = [state_noise(positions, HIDDEN, 1234, layer + 1, 0.5) for layer in range(LAYERS)]
+    positions, number = torch.arange(ids.size(1)).expand_as(ids), find_system(variant).num_states(model.config)
+    noises = [state_noise(positions, HIDDEN, 1234, layer + 1, 0.5) for layer in range(number)]
     assert torch.equal(model(ids, input_states=torch.stack(noises)).logits, model(ids).logits)
-    zeros = torch.zeros(LAYERS, *ids.shape, HIDDEN)
+    zeros = torch.zeros(number, *ids.shape, HIDDEN)
     at_rest = model(ids, input_states=zeros).logits
     assert torch.equal(model(ids, init_scale=0.0).logits, at_rest)
     assert (model(ids).logits - at_rest).abs().max() > 1e-3
     doubled = model(ids, init_scale=2.0).logits
     model.config.state_std = 1.0
     assert torch.equal(model(ids).logits, doubled)
-    with pytest.raises(ValueError, match=r"input_states has shape \(1, 2, 24, 32\), and not \(2, 2, 24, 32\)"):
-        model(ids, input_states=zeros[:1])
+    with pytest.raises(ValueError, match=rf"input_states has shape \({number}, 1, 24, 32\), and not \({number}, 2, 24"):
+        model(ids, input_states=zeros[:, :1])
 
 
 @torch.no_grad()
@@ -271,18 +271,24 @@ def test_new_models_start_as_in_training(variant: str) -> None:
     config = random_model(variant).config
     model = MoREForCausalLM(config)
     weights = dict(model.named_parameters())
-    std = HIDDEN**-0.5 if variant in ("universal", "moeut") else 0.02
+    takase = (2 / (5 * HIDDEN)) ** 0.5
+    everywhere = variant == "huginn"
+    std = 0.987 * takase if everywhere else HIDDEN**-0.5 if variant in ("universal", "moeut") else 0.02
     assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(std, rel=0.1)
     if variant == "shared_block":
         matrix = weights["model.layers.1.mlp.experts.proj_in"][2]
         torch.testing.assert_close(matrix @ matrix.T, torch.eye(HIDDEN), atol=1e-5, rtol=0)
-    if variant in _WITH_STATES:
+    if everywhere:
+        outward = 0.987 * takase / (2 * LAYERS * 3) ** 0.5
+        assert weights["model.layers.0.self_attn.o_proj.weight"].std().item() == pytest.approx(outward, rel=0.1)
+        assert weights["model.layers.0.mlp.experts.down_proj"].std().item() == pytest.approx(outward, rel=0.1)
+        assert weights["model.loops.0.adapter.weight"].std().item() == pytest.approx(0.987 * takase, rel=0.1)
+    elif variant in _WITH_STATES:
         part = "experts" if variant == "recurrent_experts" else "recurrent_block"
-        std = (2 / (5 * HIDDEN)) ** 0.5
         fc1, fc2 = (weights[f"model.layers.0.mlp.{part}.{name}"] for name in ("fc1", "fc2"))
         # Cutting off at three standard deviations takes 1.4 % of it.
-        assert fc1.std().item() == pytest.approx(0.987 * std, rel=0.05)
-        assert fc2.std().item() == pytest.approx(0.987 * std / (2 * LAYERS * 3) ** 0.5, rel=0.05)
+        assert fc1.std().item() == pytest.approx(0.987 * takase, rel=0.05)
+        assert fc2.std().item() == pytest.approx(0.987 * takase / (2 * LAYERS * 3) ** 0.5, rel=0.05)
         assert weights[f"model.layers.0.mlp.{part}.norm_3"].eq(1.0).all()
     if variant == "universal":
         matrix = weights["model.layers.1.self_attn.q_proj.weight"]

@@ -10,6 +10,7 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags
+from more_megatron.model.costs import model_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.loops import TokenGrid
 from more_megatron.model.micro_batch import MicroBatch
@@ -155,3 +156,20 @@ def test_a_state_that_is_not_random_has_no_deviation() -> None:
     assert faults == [
         "--recurrence-state-std has no effect while --recurrence-injection is none: leave one of them out"
     ]
+
+
+def test_the_cost_of_huginn_0125() -> None:
+    hidden, heads, width, vocabulary, length = 5280, 55, 17920, 65536, 4096
+    sizes = {"hidden_size": hidden, "num_attention_heads": heads, "ffn_hidden_size": width, "num_layers": 8}
+    config = small_config("huginn", **{**_HUGINN, **sizes}, num_moe_experts=None)
+    cost = model_cost(config, get_system("huginn").cost(config, length), vocabulary, tied=True)
+    # Published: 3,564,976,800; a bias of values that stays zero is stored, too.
+    assert cost.parameters == cost.active_parameters == 3_564_976_800 + 8 * hidden
+    layer = 2 * (4 * hidden**2 + 3 * hidden * width) + 4 * hidden * length / 2
+    adapter, head = 2 * hidden**2, 2 * hidden * vocabulary
+    steps = 32
+    assert cost.forward_flops(steps) == pytest.approx(steps * (4 * layer + adapter) + 4 * layer + adapter + head)
+    # A step without gradient has no backward pass, which costs as much as two forward passes.
+    assert cost.training_flops(24, 8) == pytest.approx(
+        (24 + 3 * 8) * (4 * layer + adapter) + 3 * (4 * layer + adapter + head)
+    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from more_megatron.errors import MoREError
+from more_megatron.model.costs import model_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
@@ -158,3 +159,30 @@ def test_groups_that_no_stage_cuts_are_accepted() -> None:
         check_system(small_config("loop", num_layers=4, **_PP2, **fields))
     uneven = {"num_layers_in_first_pipeline_stage": 3, "num_layers_in_last_pipeline_stage": 1}
     check_system(small_config("loop", num_layers=4, **_PP2, **_AROUND, **uneven))
+
+
+def test_the_cost_of_a_loop_counts_passes() -> None:
+    """Against Megatron's plain layers: those of a group cost as many times as they are passed."""
+    for experts in (None, 4):
+        fields = {"num_layers": 4, "num_moe_experts": experts}
+        config = small_config("loop", **fields, **_AROUND)
+        looped, plain = get_system("loop").cost(config, 8), get_system("moe").cost(small_config("moe", **fields), 8)
+        layer = plain.once / 4
+        assert (looped.parameters, looped.active_parameters) == (plain.parameters, plain.active_parameters)
+        assert looped.forward_flops(5) == pytest.approx((1 + 5 * 2 + 1) * layer)
+        assert looped.training_flops(3, 2) == pytest.approx(3 * 2 * layer + (3 + 3 * 2) * 2 * layer)
+
+
+def _parameters() -> None:
+    """Compare the parameters that the formulas count with those that are built."""
+    start_ranks()
+    for system in ("loop", "huginn"):
+        for fields in _KINDS.values():
+            kept = {name: value for name, value in fields.items() if system == "loop" or "group" not in name}
+            config = small_config(system, **kept, moe_shared_expert_intermediate_size=24)
+            built = sum(parameter.numel() for parameter in gpt_model(config, _LENGTH).parameters())
+            assert model_cost(config, get_system(system).cost(config, _LENGTH), _VOCABULARY).parameters == built
+
+
+def test_all_parameters_are_counted() -> None:
+    run_ranks(1, _parameters)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import math
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from more_megatron.errors import MoREError
 from more_megatron.model.depth import Depth
 from more_megatron.model.halting import HALTING_FIGURES
 from more_megatron.monitoring.figures import Figures, report_to
 from more_megatron.systems import get_system
+from more_megatron.training.model import check_system
 from tests.helpers.models import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
+from tests.helpers.reuse import train_all
+from tests.helpers.training import TINY, dense
 from tests.systems.universal_reference import Universal
 
 _LENGTH, _BATCH, _LIMIT, _PONDER = 7, 2, 4, 0.3
@@ -117,3 +124,91 @@ def _compare_all() -> None:
 
 def test_equals_an_independent_computation() -> None:
     run_ranks(1, _compare_all)
+
+
+def test_wrong_settings_end_in_one_line() -> None:
+    for fields, message in (
+        ({"halting_epsilon": 1.0}, "--halting-epsilon 1.0 must be from 0 to below 1"),
+        ({"ponder_coeff": -1.0}, "--ponder-coeff -1.0 must be at least 0"),
+        ({"recurrence_eval_steps": 5}, "lower --recurrence-eval-steps 5, .* or give --universal-time-signal sinusoid"),
+        ({"add_bias_linear": True}, "leave out --enable-bias-linear"),
+        ({"num_layers": 2, "pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}, "a group must lie on"),
+    ):
+        with pytest.raises(MoREError, match=message):
+            check_system(_config(**fields))
+    check_system(_config(recurrence_eval_steps=5, universal_time_signal="sinusoid"))
+
+
+def test_flags_that_mean_nothing_with_or_without_halting_are_refused() -> None:
+    system = get_system("universal")
+    act = {"recurrence_sampling": "uniform", "recurrence_max_steps": 6, "recurrence_steps": 3}
+    faults = list(system.without_effect(system.flags(Namespace(**act)), set(act)))
+    assert [fault.partition(" ")[0] for fault in faults] == ["--recurrence-sampling", "--recurrence-steps"]
+    none = {"halting": "none", "halting_epsilon": 0.1, "ponder_coeff": 0.1}
+    faults = list(system.without_effect(system.flags(Namespace(**none)), set(none)))
+    assert [fault.partition(" ")[0] for fault in faults] == ["--halting-epsilon", "--ponder-coeff"]
+    # The limit, in training and by default in evaluation.
+    flags = system.flags(Namespace(recurrence_max_steps=6))
+    assert (flags.mean_steps, flags.max_steps, flags.evaluation_steps) == (6, 6, 6)
+    assert system.flags(Namespace(recurrence_steps=3)).max_steps == 3
+    assert not list(system.without_effect(flags, {"recurrence_max_steps"}))
+
+
+def _more_steps_than_were_learned() -> None:
+    start_ranks()
+    embeddings = torch.zeros(_LENGTH, _BATCH, HIDDEN)
+    model = gpt_model(_config(), _LENGTH).eval()
+    with pytest.raises(MoREError, match=f"trained for {_LIMIT} steps.*--universal-time-signal sinusoid"):
+        logits(model, embeddings, Depth(_LIMIT + 1, 0))
+    logits(gpt_model(_config(universal_time_signal="sinusoid"), _LENGTH).eval(), embeddings, Depth(_LIMIT + 1, 0))
+
+
+def test_a_learned_time_signal_has_a_last_step() -> None:
+    run_ranks(1, _more_steps_than_were_learned)
+
+
+def _beginning() -> None:
+    start_ranks()
+    hidden, width = 64, 128
+    sizes = {"hidden_size": hidden, "ffn_hidden_size": width, "recurrence_max_steps": 8}
+    for experts in ({}, {"num_moe_experts": 4, "moe_ffn_hidden_size": width}):
+        config = _config(**sizes, **experts)
+        model = gpt_model(config, _LENGTH, position_embedding_type="none")
+        stds = {"embedding": hidden**-0.5, "loops.0.signals.time": hidden**-0.5}
+        for name, parameter in model.named_parameters():
+            bound = math.sqrt(6 / (hidden + (width if ".mlp." in name else hidden)))
+            std = next((std for part, std in stds.items() if part in name), None)
+            if "norm" in name or name.endswith("bias"):
+                assert parameter.unique().tolist() == [float(not name.endswith("bias") or "halting" in name)], name
+            elif std is not None:
+                assert float(parameter.std()) == pytest.approx(std, rel=0.1), name
+            elif parameter.dim() == 2 and "decoder.layers" in name:
+                assert float(parameter.abs().max()) == pytest.approx(bound, rel=0.05), name
+        counted = get_system("universal").cost(config, _LENGTH).parameters
+        inside = [p.numel() for name, p in model.decoder.named_parameters() if "final_layernorm" not in name]
+        assert counted == sum(inside)
+
+
+def test_initial_weights_and_their_number() -> None:
+    run_ranks(1, _beginning)
+
+
+def _dropout_and_resume(folder: str) -> None:
+    run = (
+        f"{dense(TINY)} --num-layers 1 --more-variant universal --attention-dropout 0.1 --hidden-dropout 0.1 "
+        f"--recurrence-max-steps 3 --recurrence-backprop-steps 2 --tensor-model-parallel-size 2 --save {folder}"
+    )
+    whole, first, second = train_all(
+        [
+            run.replace("--save", "--save-interval 100 --save") + "/whole",
+            f"{run}/part --save-interval 3 --exit-interval 3",
+            f"{run}/part --save-interval 100 --load {folder}/part",
+        ]
+    )
+    assert [*first.losses, *second.losses] == whole.losses
+    assert [*first.grad_norms, *second.grad_norms] == whole.grad_norms
+    assert second.figures[2:] == whole.figures[5:]
+
+
+def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    run_ranks(2, _dropout_and_resume, str(tmp_path))

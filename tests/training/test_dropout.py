@@ -15,7 +15,10 @@ from tests.helpers.systems import flags_of
 from tests.helpers.training import TINY_ON_FILES, History
 
 _RUN = f"{TINY_ON_FILES} --num-layers 2 --train-iters 2 --split 90,10,0 --attention-dropout 0.2 --hidden-dropout 0.2"
-_DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
+_DEPTH = (
+    "--recurrence-steps 3 --recurrence-backprop-steps 2 "
+    "--recurrence-prelude-layers 1 --recurrence-coda-layers 0 --recurrence-group-layers 1"
+)
 _RECOMPUTATION = {
     "off": "",
     "attention": "--recompute-granularity selective",

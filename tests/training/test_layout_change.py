@@ -10,7 +10,7 @@ from more_megatron.systems import names
 from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
-from tests.helpers.systems import flags_of
+from tests.helpers.systems import flags_of, is_one_group
 from tests.helpers.training import TINY_ON_FILES, History
 
 _ITERATIONS = 6
@@ -21,7 +21,7 @@ _DIVISION = "--recurrence-prelude-layers 1 --recurrence-coda-layers 0 --recurren
 _INJECTION = "--recurrence-injection linear"
 _SYSTEMS = names()
 # Those whose layers are one group: it lies on the first stage, the head on the second.
-_ONE_GROUP = ("moeut", "universal")
+_ONE_GROUP = tuple(name for name in _SYSTEMS if is_one_group(name))
 _LAYOUTS = {
     "ep2": "--expert-model-parallel-size 2",
     "tp2": "--tensor-model-parallel-size 2",

@@ -37,7 +37,7 @@ OPTIONS = {
     "grad statistics": "--log-params-norm --log-num-zeros-in-grad --log-throughput",
     "overlap": "--overlap-grad-reduce --overlap-param-gather",
     "sgd": "--optimizer sgd --no-use-distributed-optimizer",
-    "rampup": "--rampup-batch-size 2 2 8 --micro-batch-size 1",
+    "batch size schedule": "--step-batch-size-schedule '0:2 64:4' --micro-batch-size 1",
     "evaluation": "--eval-iters 2 --eval-interval 2",
     "full validation": "--full-validation --eval-interval 2",
     "exit interval": "--exit-interval 2",

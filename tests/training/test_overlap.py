@@ -9,24 +9,25 @@ import pytest
 from more_megatron.systems import systems
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
+from tests.helpers.systems import flags_of
 from tests.helpers.training import TINY, History
 
 # Gradient steps vary from 1 to 3. Small buckets: several of them are reduced before the backward pass ends.
 _DEPTH = (
     "--recurrence-sampling uniform --recurrence-min-steps 1 --recurrence-max-steps 4 --recurrence-backprop-steps 3 "
-    "--recurrence-sampling-unit micro-batch"
+    "--recurrence-sampling-unit micro-batch --halting none"
 )
-_RUN = f"{TINY} --train-iters 4 --num-layers 2 --global-batch-size 8 --ddp-bucket-size 4000 {_DEPTH}"
+_RUN = f"{TINY} --train-iters 4 --num-layers 2 --global-batch-size 8 --ddp-bucket-size 4000"
 _RECOMPUTATION = {
     "none": "",
     "selective": "--recompute-granularity selective --recompute-modules moe",
     "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
 }
-_RECURRENT = [name for name, variant in systems().items() if variant.recurrent]
+_VARYING = [name for name, system in systems().items() if "recurrence_sampling" in system.reads]
 # Recomputed one by one, the steps of an iterated router would each announce their gradients.
 _SERVED = [
     (name, recomputation)
-    for name, recomputation in itertools.product(_RECURRENT, _RECOMPUTATION)
+    for name, recomputation in itertools.product(_VARYING, _RECOMPUTATION)
     if not (systems()[name].repeats_router and recomputation == "selective")
 ]
 
@@ -34,10 +35,10 @@ _SERVED = [
 @pytest.fixture(scope="module")
 def histories() -> dict[tuple[str, str], History]:
     """Return what a run without overlap and runs with it reported, by system and recomputation."""
-    lines = {(name, "apart"): f"{_RUN} --more-variant {name}" for name in _RECURRENT}
+    lines = {(name, "apart"): f"{_RUN} {flags_of(name, _DEPTH)}" for name in _VARYING}
     for name, recomputation in _SERVED:
         overlap = f"--overlap-grad-reduce --overlap-param-gather {_RECOMPUTATION[recomputation]}"
-        lines[name, recomputation] = f"{_RUN} --more-variant {name} {overlap}"
+        lines[name, recomputation] = f"{lines[name, 'apart']} {overlap}"
     return dict(zip(lines, run_ranks(2, train_all, list(lines.values()))[0], strict=True))
 
 

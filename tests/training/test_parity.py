@@ -161,6 +161,20 @@ SYSTEMS = {
     "shared_block_ffn micro-batch": System(
         f"--more-variant shared_block_ffn --recurrence-steps 2 {_POISSON} {_MICRO_BATCH}", _SAME_MICRO_BATCHES
     ),
+    "gru_experts top-2": System(
+        f"--more-variant gru_experts --moe-router-topk 2 {_uniform(1)} --recurrence-backprop-steps 2", _SPREAD
+    ),
+    "parallel_experts": System("--more-variant parallel_experts", (*_SPREAD, "pp2"), varies=False),
+    "parallel_experts top-2": System(
+        "--more-variant parallel_experts --moe-router-topk 2", (*_SPREAD, "pp2"), varies=False
+    ),
+    "sequential_experts": System(
+        f"--more-variant sequential_experts {_uniform(1)} --recurrence-backprop-steps 2", _SPREAD
+    ),
+    "sequential_experts micro-batch top-2": System(
+        f"--more-variant sequential_experts --moe-router-topk 2 --recurrence-steps 2 {_POISSON} {_MICRO_BATCH}",
+        _SAME_MICRO_BATCHES,
+    ),
     "loop in place": System(
         f"--more-variant loop --moe-router-topk 2 --router-logit-ema 0.5 {_uniform(1)} "
         "--recurrence-backprop-steps 2 --recurrence-prelude-layers 1 --recurrence-group-layers 1",

@@ -49,6 +49,12 @@ FLAGS = {
     "--tokenizer-type SentencePieceTokenizer": "needs --tokenizer-model",
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model /no/such.model": "/no/such.model does not exist",
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such": "/no/such",
+    "--rampup-batch-size 2 2 8": "--rampup-batch-size has no effect: give --step-batch-size-schedule",
+    "--use-flash-attn": "--attention-backend flash",
+    "--inference-max-requests 8": "--inference-max-requests has no effect in pretraining",
+    "--rl-default-temperature 1.0": "--rl-default-temperature has no effect in pretraining",
+    "--img-h 224": "--img-h has no effect in pretraining",
+    "--use-checkpoint-args": "--use-checkpoint-args needs a checkpoint in --load",
     "--load /no/such/folder": "there is no checkpoint in --load /no/such/folder",
 }
 
@@ -104,6 +110,36 @@ def test_missing_and_truncated_data(corpus: Path, tmp_path: Path, suffix: str) -
     refused(_on(prefix), str(file), "truncated")
     file.unlink()
     refused(_on(prefix), str(file), "does not exist")
+
+
+def test_files_that_name_the_data(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "blend"
+    for flag in ("--data-args-path", "--per-split-data-args-path"):
+        refused(pretrain_more(1, f"{TINY_ON_FILES} {flag} {file}")[0], flag, str(file), "cannot be read")
+    file.write_text("  ")
+    refused(pretrain_more(1, f"{TINY_ON_FILES} --data-args-path {file}")[0], "is empty")
+    for content, part in (
+        ("{", "is not JSON"),
+        ("[]", "does not name the data"),
+        (json.dumps({"valid": [str(corpus)]}), "does not name the data"),
+        (json.dumps({"train": [str(corpus)], "validation": [str(corpus)]}), "does not name the data"),
+        (json.dumps({"train": 3}), "does not name prefixes for train"),
+    ):
+        file.write_text(content)
+        refused(pretrain_more(1, f"{TINY_ON_FILES} --per-split-data-args-path {file}")[0], str(file), part)
+
+
+def test_data_without_validation_are_trained_on(corpus: Path, tmp_path: Path) -> None:
+    file = tmp_path / "blend"
+    file.write_text(json.dumps({"train": f"0.3 {corpus} 0.7 {corpus}", "test": [str(corpus)]}))
+    run = TINY_ON_FILES.replace("--eval-iters 0 --eval-interval 1000", "--eval-iters 1 --num-layers 1")
+    [ended] = pretrain_more(1, f"{run} --per-split-data-args-path {file}")
+    assert ended.code == 0, ended.stderr
+    assert "> there are no validation data" in ended.stdout
+    assert " test loss at iteration 6 on test set" in ended.stdout
+    file.write_text(str(corpus))
+    ended = pretrain_more(1, f"{run} --data-args-path {file} --split 100,0,0")[0]
+    assert ended.code == 0, ended.stderr
 
 
 def test_tokenizer_of_other_data(corpus: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, SandwichParts, SegmentAttention, Weights
+from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, SandwichParts, Weights
 from more_megatron.blocks.backends.local import (
     LocalAttention,
     LocalBackend,
@@ -25,7 +25,6 @@ __all__ = [
     "Piece",
     "RowGroups",
     "SandwichParts",
-    "SegmentAttention",
     "Weights",
     "backend_of",
     "final_norm",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +17,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from more_megatron.blocks.segments import Segments
 from more_megatron.config import MoREConfig
 
-__all__ = ["Backend", "Piece", "RowGroups", "SandwichParts", "SegmentAttention", "Weights", "parameter_device"]
+__all__ = ["Backend", "Piece", "RowGroups", "SandwichParts", "Weights", "parameter_device"]
 
 # Weights of a linear map or of a norm. Assigned to an attribute of a module they become its parameter or its submodule.
 Weights = torch.nn.Parameter | torch.nn.Module
-
-# Query, key and value, [rows, heads or groups, head_dim], and segments to [rows, heads * head_dim].
-SegmentAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,6 +42,18 @@ class RowGroups:
         groups = cls(ends.to(device, non_blocking=True))
         groups.__dict__["sizes"] = sizes  # what the property would find out
         return groups
+
+    @classmethod
+    def of_counts(cls, counts: torch.Tensor, device: torch.device) -> RowGroups:
+        """Return groups of as many rows as a dispatcher has counted, on the device or, without waiting, on the host.
+
+        Args:
+            counts: Number of rows of each group, [groups].
+            device: Where the rows are.
+        """
+        if counts.device == device:
+            return cls(counts.cumsum(0).to(torch.int32))
+        return cls.of_sizes(counts.tolist(), device)
 
     @functools.cached_property
     def sizes(self) -> list[int]:
@@ -176,18 +184,6 @@ class Backend(ABC):
     @abstractmethod
     def row_norm(self, config: MoREConfig) -> torch.nn.Module | None:
         """Return an RMSNorm over rows with one weight for all of them; None if the caller shall compute it."""
-
-    @abstractmethod
-    def segment_attention(self, heads: int, groups: int, head_dim: int) -> SegmentAttention:
-        """Return causal attention within segments.
-
-        The rows of a segment are consecutive and in ascending position.
-
-        Args:
-            heads: Number of attention heads on this rank.
-            groups: Number of query groups on this rank.
-            head_dim: Size of a head.
-        """
 
 
 def parameter_device(config: MoREConfig) -> Any:

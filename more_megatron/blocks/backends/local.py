@@ -23,7 +23,6 @@ from more_megatron.blocks.backends.interface import (
     Piece,
     RowGroups,
     SandwichParts,
-    SegmentAttention,
     Weights,
     parameter_device,
 )
@@ -142,6 +141,9 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
 def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
     """Attend causally within each segment, all segments together.
 
+    Both backends use it. Transformer Engine has kernels for segments too; but where cuDNN does not offer them, it pads
+    every segment to the longest and stores all scores, at seven times the time and half of the device's memory.
+
     Args:
         query: [rows, heads, head_dim]; the rows of a segment are consecutive and in ascending position.
         key: [rows, groups, head_dim].
@@ -177,7 +179,7 @@ def _varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     # Imported here: it imports PyTorch's compiler, which takes a second.
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets, longest = segments.without_empty.offsets, segments.longest
+    offsets, longest = segments.offsets, segments.longest
     shared = query.size(1) // key.size(1)
     options: dict[str, Any] = {}
     if shared > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -247,15 +249,6 @@ class LocalBackend(Backend):
 
     def row_norm(self, config: MoREConfig) -> None:
         return None
-
-    def segment_attention(self, heads: int, groups: int, head_dim: int) -> SegmentAttention:
-        return _flat_segment_attention
-
-
-def _flat_segment_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
-) -> torch.Tensor:
-    return segment_attention(query, key, value, segments).flatten(1)
 
 
 def _checkpoint_names(submodules: TransformerLayerSubmodules, moe: bool) -> dict[str, str]:

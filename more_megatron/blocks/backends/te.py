@@ -1,4 +1,5 @@
-"""The backend of Transformer Engine: its norms, linear layers, grouped linear layers and attention, in bf16 or FP8.
+"""The backend of Transformer Engine: its norms, linear layers, grouped linear layers and attention over
+sequences, in bf16 or FP8.
 
 Nothing of its own is written to checkpoints, so that they load under the other backend: what its modules call extra
 state is empty but for the scaling histories of delayed FP8, which fill again within a few steps.
@@ -28,12 +29,9 @@ from more_megatron.blocks.backends.interface import (
     Piece,
     RowGroups,
     SandwichParts,
-    SegmentAttention,
     Weights,
     parameter_device,
 )
-from more_megatron.blocks.backends.local import segment_attention
-from more_megatron.blocks.segments import Segments
 from more_megatron.config import MoREConfig
 
 __all__ = ["TransformerEngineBackend"]
@@ -116,9 +114,6 @@ class TransformerEngineBackend(Backend):
         config.normalization, config.layernorm_zero_centered_gamma = "RMSNorm", False
         return self.norm()(config, config.hidden_size, config.layernorm_epsilon)
 
-    def segment_attention(self, heads: int, groups: int, head_dim: int) -> SegmentAttention:
-        return _SegmentAttention(heads, groups, head_dim)
-
 
 class _WithoutExtraState:
     """Makes PyTorch neither write nor expect extra state."""
@@ -191,33 +186,6 @@ def _options(config: MoREConfig) -> dict[str, Any]:
 
 def _leave(weight: torch.Tensor) -> None:
     """Draw nothing: weights are drawn when the number of the layer is known."""
-
-
-class _SegmentAttention(_WithoutExtraState, te.DotProductAttention):
-    def __init__(self, heads: int, groups: int, head_dim: int) -> None:
-        super().__init__(
-            num_attention_heads=heads,
-            kv_channels=head_dim,
-            num_gqa_groups=groups,
-            attention_dropout=0.0,
-            qkv_format="thd",
-            attn_mask_type="padding_causal",
-        )
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
-        """Return [rows, heads * head_dim] for [rows, heads or groups, head_dim]."""
-        if query.dtype == torch.float32:  # Its fused kernels are for half precision.
-            return segment_attention(query, key, value, segments).flatten(1)
-        offsets, longest = segments.without_empty.offsets, segments.longest
-        return super().forward(
-            query,
-            key,
-            value,
-            cu_seqlens_q=offsets,
-            cu_seqlens_kv=offsets,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
-        )
 
 
 def _without_state(builder: Any) -> Any:

@@ -45,6 +45,7 @@ class ToHF:
         max_shard_size: Largest size of a weights file in bytes.
         tokenizer: Whether the tokenizer is exported.
         tokenizer_model: Where the tokenizer is now; None: where it was.
+        trust_remote_code: Whether the tokenizer may run code of its own.
         verify: Whether what was written is read again and compared.
         progress: Whether to draw a progress bar.
         form: Name of the published form to write; None: ours.
@@ -57,6 +58,7 @@ class ToHF:
     max_shard_size: int = 5 * 10**9
     tokenizer: bool = True
     tokenizer_model: str | None = None
+    trust_remote_code: bool = False
     verify: bool = False
     progress: bool = True
     form: str | None = None
@@ -78,7 +80,7 @@ def to_hf(job: ToHF) -> list[str]:
     with unfinished_folder(job.save) as folder:
         checkpoint = MegatronCheckpoint(job.load, job.step)
         source = _Source(checkpoint, job.dtype, None if job.form is None else find_form(job.form))
-        tokenizer = plan_tokenizer(checkpoint.args, job.tokenizer_model) if job.tokenizer else None
+        tokenizer = _plan_tokenizer(source, job) if job.tokenizer else None
         _write_weights(folder, source, job)
         _write_texts(folder, source, tokenizer)
         if tokenizer is not None and tokenizer.write is not None:
@@ -140,6 +142,11 @@ def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
         raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
 
 
+def _plan_tokenizer(source: _Source, job: ToHF) -> ExportedTokenizer:
+    rows = source.config["vocab_size"]
+    return plan_tokenizer(source.checkpoint.args, rows, job.tokenizer_model, job.trust_remote_code)
+
+
 def _check_form(form: Form, config: dict[str, Any]) -> None:
     if config["variant"] != form.system:
         raise MoREError(f"--format {form.name} is one of {form.system}, and the checkpoint is of {config['variant']}")
@@ -169,9 +176,7 @@ def _write_texts(folder: Path, source: _Source, tokenizer: ExportedTokenizer | N
     ids = {} if tokenizer is None else _token_ids(tokenizer)
     config = source.config if source.form is None else source.form.to_form(source.config, args)
     _write_json(folder / "config.json", {**config, **ids})
-    used = tokenizer.vocab_size if tokenizer is not None else getattr(args, "vocab_size", None)
-    padding = list(range(used, source.config["vocab_size"])) if used else []
-    _write_json(folder / "generation_config.json", {**ids, **({"suppress_tokens": padding} if padding else {})})
+    _write_json(folder / "generation_config.json", ids)
     write_args(folder, args)
     has_tokenizer = tokenizer is not None and tokenizer.write is not None
     note = None if source.form is None else source.form.note

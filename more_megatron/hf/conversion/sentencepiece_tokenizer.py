@@ -17,16 +17,18 @@ _NEVER = -1000.0
 _MARK = "\u2581"
 
 
-def write_sentencepiece(model: Path, folder: Path, max_length: int) -> None:
+def write_sentencepiece(model: Path, folder: Path, max_length: int, pad: str) -> None:
     """Write `tokenizer.json`, `tokenizer_config.json` and a copy of the model.
 
-    As in training, no token is put before or after a text, and the names of special tokens in a text are text. Both
-    ends of a text are the token that Megatron puts between documents.
+    As in training, no token is put before or after a text. Both ends of a text are the token that Megatron puts between
+    documents. Names of special tokens in a text are these tokens, as in other tokenizers of transformers, unless
+    `split_special_tokens` says that they are text, as they were in training.
 
     Args:
         model: The SentencePiece model.
         folder: Where to.
         max_length: Longest sequence, in tokens.
+        pad: Token that fills up a batch; it is added behind the others if the model does not have it.
 
     Raises:
         MoREError: If the model's segmentation is neither BPE nor unigram.
@@ -36,13 +38,13 @@ def write_sentencepiece(model: Path, folder: Path, max_length: int) -> None:
     content = model.read_bytes()
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     proto.ParseFromString(content)
-    tokenizer = _tokenizer(proto, model)
+    tokenizer = _tokenizer(proto, model, pad)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **_special_tokens(proto),
+        "pad_token": pad,
         "clean_up_tokenization_spaces": False,
-        "split_special_tokens": True,
         "padding_side": "left",
         "model_max_length": max_length,
     }
@@ -50,7 +52,7 @@ def write_sentencepiece(model: Path, folder: Path, max_length: int) -> None:
     (folder / "tokenizer.model").write_bytes(content)
 
 
-def _tokenizer(proto: Any, model: Path) -> Any:
+def _tokenizer(proto: Any, model: Path, pad: str) -> Any:
     from tokenizers import AddedToken, Tokenizer, models
 
     trainer = proto.trainer_spec
@@ -81,6 +83,7 @@ def _tokenizer(proto: Any, model: Path) -> Any:
             tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
         elif piece.type == _USER_DEFINED:
             tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=False)])
+    tokenizer.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
     return tokenizer
 
 
@@ -153,6 +156,5 @@ def _unknown(proto: Any) -> str | None:
 def _special_tokens(proto: Any) -> dict[str, str]:
     trainer = proto.trainer_spec
     end = proto.pieces[trainer.eos_id].piece if trainer.eos_id >= 0 else None
-    pad = proto.pieces[trainer.pad_id].piece if trainer.pad_id >= 0 else end
-    found = {"bos_token": end, "eos_token": end, "pad_token": pad, "unk_token": _unknown(proto)}
+    found = {"bos_token": end, "eos_token": end, "unk_token": _unknown(proto)}
     return {name: token for name, token in found.items() if token is not None}

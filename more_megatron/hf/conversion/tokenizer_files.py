@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,7 @@ from more_megatron.data.tokenizers import (
     TokenizerType,
     build_megatron,
     load,
+    tokenizer_sha256,
 )
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.sentencepiece_tokenizer import write_sentencepiece
@@ -46,6 +48,7 @@ _TEXTS = (
     "x",
     "",
 )
+_PAD = "<pad>"
 _DRAWN_TEXTS = 2000
 _SEED = 1
 
@@ -55,7 +58,7 @@ class ExportedTokenizer:
     """What a model's configuration says of its tokenizer, and how its files are written.
 
     Attributes:
-        vocab_size: Number of tokens, without padding.
+        vocab_size: Number of tokens, without padding of the vocabulary.
         bos: Token before a text.
         eos: Token that ends a text.
         pad: Token that fills up a batch.
@@ -69,36 +72,71 @@ class ExportedTokenizer:
     write: Callable[[Path], None] | None
 
 
-def plan_tokenizer(args: argparse.Namespace, model: str | None) -> ExportedTokenizer:
+def plan_tokenizer(
+    args: argparse.Namespace, rows: int, model: str | None = None, trust_remote_code: bool = False
+) -> ExportedTokenizer:
     """Find the tokenizer of a run.
 
     Args:
         args: Arguments from the checkpoint.
+        rows: Rows of the embedding.
         model: Where the tokenizer is now; None: where it was.
+        trust_remote_code: Whether a tokenizer may run code of its own, whatever the checkpoint says.
 
     Raises:
-        MoREError: If it is not there, or cannot be expressed in files for `AutoTokenizer`.
+        MoREError: If it is not there, is not that of the run, or cannot be expressed in files for `AutoTokenizer`.
     """
     if getattr(args, "tokenizer_type", None) is None:
         raise MoREError(f"the checkpoint does not say which tokenizer it was trained with: {_REMEDY}")
-    options = TokenizerOptions.from_args(args)
-    if model is not None:
-        options = replace(options, tokenizer_model=model)
+    trained = replace(TokenizerOptions.from_args(args), trust_remote_code=trust_remote_code)
+    options = trained if model is None else replace(trained, tokenizer_model=model)
     kind = options.tokenizer_type
-    if kind in SENTENCEPIECE_TYPES:
-        return _sentencepiece(options, args.max_position_embeddings)
-    if kind in _HUGGINGFACE_TYPES:
-        return _huggingface(options)
     if kind in _NULL_TYPES:
         tokenizer = load(options)
         return ExportedTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.eod, tokenizer.eod, None)
-    raise MoREError(f"--tokenizer-type {kind} has no files for AutoTokenizer: {_REMEDY}")
+    if kind not in (*SENTENCEPIECE_TYPES, *_HUGGINGFACE_TYPES):
+        raise MoREError(f"--tokenizer-type {kind} has no files for AutoTokenizer: {_REMEDY}")
+    _check_place(options, is_asked=model is not None)
+    _check_hash(args, trained, options)
+    if kind in SENTENCEPIECE_TYPES:
+        return _sentencepiece(options, rows, args.max_position_embeddings)
+    return _huggingface(options, rows)
 
 
-def _sentencepiece(options: TokenizerOptions, max_length: int) -> ExportedTokenizer:
-    import sentencepiece
+def _check_place(options: TokenizerOptions, is_asked: bool) -> None:
+    """Check that the tokenizer is there; a checkpoint cannot make this download one."""
+    name = options.tokenizer_model
+    if options.tokenizer_type not in (*SENTENCEPIECE_TYPES, TokenizerType.HUGGINGFACE):
+        return
+    if name is not None and os.path.exists(name):
+        return
+    if is_asked and options.tokenizer_type == TokenizerType.HUGGINGFACE and not _is_path(name):
+        return
+    raise MoREError(
+        f"the tokenizer of the run, {name}, is not there: name its place with --tokenizer-model, or {_REMEDY}"
+    )
 
-    path = Path(_existing(options))
+
+def _check_hash(args: argparse.Namespace, trained: TokenizerOptions, options: TokenizerOptions) -> None:
+    """Check that the files are those that the run was trained with, as far as that is known."""
+    expected = getattr(args, "tokenizer_sha256", None) or tokenizer_sha256(trained)
+    found = tokenizer_sha256(options)
+    if expected is not None and found is not None and expected != found:
+        raise MoREError(
+            f"--tokenizer-model {options.tokenizer_model} ({found[:12]}) is not the tokenizer that the run was trained "
+            f"with ({expected[:12]}): name that one, or {_REMEDY}"
+        )
+
+
+def _check_size(options: TokenizerOptions, size: int, rows: int) -> None:
+    if size > rows:
+        raise MoREError(
+            f"the tokenizer {options.tokenizer_model} has {size} tokens and the embedding {rows} rows: it is not that "
+            f"of the run; name that one with --tokenizer-model, or {_REMEDY}"
+        )
+
+
+def _sentencepiece(options: TokenizerOptions, rows: int, max_length: int) -> ExportedTokenizer:
     if options.tokenizer_sentencepiece_legacy or options.special_tokens or options.metadata_path:
         raise MoREError(f"SentencePiece with special tokens beside the model has no files for AutoTokenizer: {_REMEDY}")
     if not options.tokenizer_sentencepiece_ignore_extra_whitespaces:
@@ -106,42 +144,71 @@ def _sentencepiece(options: TokenizerOptions, max_length: int) -> ExportedTokeni
             "--no-tokenizer-sentencepiece-ignore-extra-whitespaces has no counterpart in files for AutoTokenizer: "
             + _REMEDY
         )
-    tokenizer = load(options)
+    import sentencepiece
+
+    path, tokenizer = Path(str(options.tokenizer_model)), load(options)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    pad = processor.pad_id() if processor.pad_id() >= 0 else tokenizer.eod
+    _check_size(options, tokenizer.vocab_size, rows)
+    pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    pad = _pad_id(processor, pieces, rows)
+    pad_name = pieces[pad] if pad < len(pieces) else _PAD
 
     def write(folder: Path) -> None:
-        write_sentencepiece(path, folder, max_length)
-        pieces = [processor.id_to_piece(index).replace("\u2581", " ") for index in range(processor.get_piece_size())]
-        _compare(folder, (*_TEXTS, *_drawn(pieces)), processor.encode, processor.decode)
+        write_sentencepiece(path, folder, max_length, pad_name)
+        texts = (*_TEXTS, *_drawn([piece.replace("\u2581", " ") for piece in pieces]))
+        _compare(open_tokenizer(folder, literal=True), texts, processor.encode, processor.decode)
 
-    return ExportedTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.eod, pad, write)
+    size = max(tokenizer.vocab_size, pad + 1)
+    return ExportedTokenizer(size, tokenizer.eod, tokenizer.eod, pad, write)
 
 
-def _huggingface(options: TokenizerOptions) -> ExportedTokenizer:
-    if options.tokenizer_type == TokenizerType.HUGGINGFACE and _is_path(options.tokenizer_model):
-        _existing(options)
+def _pad_id(processor: Any, pieces: Sequence[str], rows: int) -> int:
+    """Return the token that fills up a batch: not the end of a text, which collators would then not teach."""
+    if processor.pad_id() >= 0:
+        return int(processor.pad_id())
+    if _PAD in pieces:
+        return pieces.index(_PAD)
+    return len(pieces) if len(pieces) < rows else int(processor.unk_id())
+
+
+def _huggingface(options: TokenizerOptions, rows: int) -> ExportedTokenizer:
+    if not options.trust_remote_code and _has_code(options):
+        raise MoREError(f"the tokenizer {options.tokenizer_model} has code of its own: --trust-remote-code lets it run")
     megatron = build_megatron(options)
     inner: Any = megatron._tokenizer.tokenizer
+    _check_size(options, len(inner), rows)
+    if inner.pad_token is None:
+        _add_pad(inner, rows)
 
     def write(folder: Path) -> None:
         inner.save_pretrained(folder)
-        _compare(folder, _TEXTS, megatron.tokenize, None)
+        _pad_on_the_left(folder / "tokenizer_config.json")
+        tokenizer = open_tokenizer(folder, trust_remote_code=options.trust_remote_code)
+        _compare(tokenizer, _TEXTS, megatron.tokenize, None)
 
     return ExportedTokenizer(len(inner), inner.bos_token_id, inner.eos_token_id, inner.pad_token_id, write)
 
 
+def _has_code(options: TokenizerOptions) -> bool:
+    path = Path(options.tokenizer_model or "") / "tokenizer_config.json"
+    return path.is_file() and "auto_map" in path.read_text()
+
+
+def _pad_on_the_left(path: Path) -> None:
+    """Let batches end where their texts end, which generation needs."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}, indent=2) + "\n")
+
+
+def _add_pad(tokenizer: Any, rows: int) -> None:
+    """Give a tokenizer a token that fills up a batch: a new one if the embedding has a row to spare."""
+    if len(tokenizer) < rows:
+        tokenizer.add_special_tokens({"pad_token": _PAD})
+    else:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+
+
 def _is_path(name: str | None) -> bool:
     return name is not None and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1)
-
-
-def _existing(options: TokenizerOptions) -> str:
-    path = options.tokenizer_model
-    if path is None or not os.path.exists(path):
-        raise MoREError(
-            f"the tokenizer of the run, {path}, is not there: name its place with --tokenizer-model, or {_REMEDY}"
-        )
-    return path
 
 
 def _drawn(pieces: Sequence[str]) -> Iterable[str]:
@@ -151,8 +218,14 @@ def _drawn(pieces: Sequence[str]) -> Iterable[str]:
         yield "".join(generator.choices(pieces, k=generator.randint(1, 12)))
 
 
-def open_tokenizer(folder: Path) -> Any:
-    """Return the tokenizer of an export."""
+def open_tokenizer(folder: Path, literal: bool = False, trust_remote_code: bool = False) -> Any:
+    """Return the tokenizer of an export.
+
+    Args:
+        folder: The export.
+        literal: Whether names of special tokens in a text are text, as they were to SentencePiece in training.
+        trust_remote_code: Whether it may run code of its own.
+    """
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
@@ -160,23 +233,23 @@ def open_tokenizer(folder: Path) -> Any:
     # It looks at the model's configuration first, and remarks that it leaves the code beside it alone.
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        options = {"split_special_tokens": True} if literal else {}
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
     finally:
         logging.set_verbosity(verbosity)
 
 
 def _compare(
-    folder: Path,
+    tokenizer: Any,
     texts: Iterable[str],
     encode: Callable[[str], Sequence[int]],
     decode: Callable[[list[int]], str] | None,
 ) -> None:
-    """Check that the files encode, and decode, as the tokenizer of training does.
+    """Check that exported files encode, and decode, as the tokenizer of training does.
 
     Raises:
         MoREError: If they do not.
     """
-    tokenizer = open_tokenizer(folder)
     for text in texts:
         ids, expected = list(tokenizer(text)["input_ids"]), list(encode(text))
         differs = ids != expected

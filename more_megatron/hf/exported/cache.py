@@ -8,6 +8,7 @@ Each pair has a name, `layers.3/pass.2/attention` for example, and gets a layer 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
@@ -34,6 +35,13 @@ class Memory:
     def holds(self, name: str) -> bool:
         """Return whether there is anything under a name."""
         return self.cache is not None and self.path + name in _places(self.cache)
+
+    def held(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Return what is under a name, [b, any, T, any] each; None if there is nothing."""
+        if self.cache is None or not self.holds(name):
+            return None
+        layer: Any = self.cache.layers[_places(self.cache)[self.path + name]]
+        return layer.keys, layer.values
 
     def extend(self, name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append [b, any, s, any] to what is under a name and return all of it, [b, any, T, any]."""

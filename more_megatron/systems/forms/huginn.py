@@ -139,6 +139,10 @@ class HuginnRaven(Form):
         for name in _OF_THE_MODEL:
             if values.get(name, _FIXED[name]) != _FIXED[name]:
                 raise MoREError(f"{name} {values[name]} is not what Huginn-0125 has, {_FIXED[name]}")
+        for name, default in _DEFAULTS.items():
+            kind = bool if isinstance(default, bool) else (int, float)
+            if not isinstance(values[name], kind) or isinstance(values[name], bool) != isinstance(default, bool):
+                raise MoREError(f"{name} {values[name]!r} must be {'true or false' if kind is bool else 'a number'}")
         around = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda")
         layers = sum(values[name] for name in around)
         return {

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
     ShardedTensor,
-    ShardedTensorFactory,
     apply_factories,
 )
 from megatron.core.models.gpt import GPTModel
 
+from more_megatron.evaluation.gpu_check.work.tensors import gradient, gradients, lay, sharded
 from more_megatron.hf.exported.system import find_system
 from more_megatron.model.depth import Depth
 from tests.helpers.models import gpt_model, logits, small_config
@@ -55,12 +54,6 @@ def model_of(variant: str, backend: str, **fields: Any) -> GPTModel:
     return gpt_model(small_config(variant, transformer_impl=backend, **fields), LENGTH, weight_std=0.2).train()
 
 
-def sharded(model: GPTModel) -> dict[str, Any]:
-    """Return the sharded state of a model."""
-    groups = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    return model.sharded_state_dict(metadata={"dp_cp_group": groups})
-
-
 def contents(model: GPTModel) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     """Return key and global shape of each tensor of a checkpoint, and the keys of what else it holds."""
     state = sharded(model)
@@ -68,43 +61,6 @@ def contents(model: GPTModel) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     values = list(nested_values(state))
     tensors = {value.key: tuple(value.global_shape) for value in values if isinstance(value, ShardedTensor)}
     return tensors, {value.key for value in values if isinstance(value, ShardedObject)}
-
-
-def gradients(model: GPTModel) -> dict[str, torch.Tensor]:
-    """Return the gradient of every weight as checkpoints store the weight."""
-    found: dict[str, torch.Tensor] = {}
-    for value in nested_values(sharded(model)):
-        if not isinstance(value, ShardedTensor | ShardedTensorFactory) or value.data is None:
-            continue
-        if not isinstance(value.data, torch.nn.Parameter):
-            continue
-        lay(found, replace(value, data=gradient(value.data)))
-    return found
-
-
-def lay(found: dict[str, torch.Tensor], value: ShardedTensor | ShardedTensorFactory | list[ShardedTensor]) -> None:
-    """Lay slices where they belong in the whole tensors."""
-    if isinstance(value, list):
-        for part in value:
-            lay(found, part)
-    elif isinstance(value, ShardedTensorFactory):
-        lay(found, value.build())
-    else:
-        whole = found.setdefault(value.key, torch.full(value.global_shape, torch.nan))
-        sizes = (1,) * value.prepend_axis_num + tuple(value.local_shape)
-        place = tuple(slice(start, start + size) for start, size in zip(value.global_offset, sizes, strict=True))
-        whole[place] = value.data.detach().view(whole[place].shape)
-
-
-def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return what the optimizer would see."""
-    own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    main = getattr(parameter, "main_grad", None)
-    if main is None:
-        return own
-    # As in Megatron's hook.
-    takes = not parameter.grad_added_to_main_grad or getattr(parameter, "zero_out_wgrad", False)
-    return main + own if takes else main
 
 
 def step(model: GPTModel, depth: Depth = DEPTH) -> dict[str, torch.Tensor]:

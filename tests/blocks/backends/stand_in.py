@@ -375,21 +375,9 @@ class DotProductAttention(_Recorded):
         assert key_layer.shape[-2:] == (self.groups, self.channels)
         fp8 = FP8GlobalStateManager.is_fp8_enabled()
         CALLS.append(Call("DotProductAttention", [query_layer.size(0)], fp8, None, {"format": layout, "mask": mask}))
-        if layout == "sbhd":
-            assert mask == "causal"
-            query, key, value = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
-            return _causal(query, key, value).permute(2, 0, 1, 3).flatten(2)
-        assert layout == "thd"
-        assert mask == "padding_causal"
-        assert cu_seqlens_q is not None
-        assert cu_seqlens_q.dtype == torch.int32
-        assert cu_seqlens_q.equal(cu_seqlens_kv)
-        lengths = cu_seqlens_q.diff().tolist()
-        # Some kernels take no empty sequences, and rows of no sequence come back as they happen to be.
-        assert all(0 < length <= max_seqlen_q for length in lengths)
-        assert sum(lengths) == query_layer.size(0)
-        parts = zip(*(x.split(lengths) for x in (query_layer, key_layer, value_layer)), strict=True)
-        return torch.cat([_causal(*(x.transpose(0, 1) for x in part)).transpose(0, 1).flatten(1) for part in parts])
+        assert (layout, mask) == ("sbhd", "causal")
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
+        return _causal(query, key, value).permute(2, 0, 1, 3).flatten(2)
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

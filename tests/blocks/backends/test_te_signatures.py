@@ -41,4 +41,3 @@ def test_the_modules_of_the_backend_derive_from_the_real_ones() -> None:
 
     assert issubclass(backend._GroupedLinear, te.GroupedLinear)
     assert issubclass(backend._Linear, te.Linear)
-    assert issubclass(backend._SegmentAttention, te.DotProductAttention)

@@ -1,0 +1,269 @@
+"""Experts that refine what they computed with a recurrent cell, token by token.
+
+The increments of steps without gradient are constants to the backward pass, so that what lies before the iteration
+keeps its gradient. Over the ranks that split an expert, state and gates are split by channel; a product with the whole
+state gathers it first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_last_dim_to_tensor_parallel_region,
+)
+
+from more_megatron.blocks.backends import RowGroups
+from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.cells import ExpertBias, gru_step, lstm_step
+from more_megatron.blocks.expert_linear import (
+    ExpertFeedForward,
+    ExpertLinear,
+    biased_linear_cost,
+    feed_forward_cost,
+    gather_columns,
+)
+from more_megatron.blocks.experts import Experts
+from more_megatron.blocks.layer import LayerInputs
+from more_megatron.blocks.padding import RowPadding
+from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_bias, grouped_parameter
+from more_megatron.config import MoREConfig
+from more_megatron.model.costs import Cost
+from more_megatron.model.depth import Depth
+from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.truncation import iterate_residual
+from more_megatron.monitoring.refinement import Refinement
+
+__all__ = [
+    "CellExperts",
+    "CellMoELayer",
+    "GRUExperts",
+    "SequentialExperts",
+    "gru_experts_cost",
+    "sequential_experts_cost",
+]
+
+
+class CellExperts(Experts):
+    """Experts that iterate on each token: what they have in common."""
+
+    _depth: Depth | None = None
+
+    @contextlib.contextmanager
+    def to_depth(self, depth: Depth) -> Iterator[None]:
+        """Take these steps in the calls made inside."""
+        self._depth = depth
+        try:
+            yield
+        finally:
+            self._depth = None
+
+    def forward(
+        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Compute all local experts.
+
+        Args:
+            hidden_states: Rows grouped by expert, [rows, h].
+            tokens_per_expert: Number of rows of each local expert, [local experts].
+            probs: Routing probability of each row, [rows].
+
+        Returns:
+            Outputs times probabilities, [rows, h], and no bias. Over the ranks that split an expert they add up.
+        """
+        assert self._depth is not None, "experts were called outside of `to_depth`"
+        counts = torch.as_tensor(tokens_per_expert).to(hidden_states.device)
+        groups = RowGroups(counts.cumsum(0).to(torch.int32))
+        padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
+        output = padding.unpad(self.compute(padding.pad(hidden_states), padding, self._depth))
+        return (output * probs.unsqueeze(-1)).to(output.dtype), None
+
+    @abstractmethod
+    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
+        """Compute all local experts.
+
+        Args:
+            x: Rows grouped by expert, with padding, [rows, h].
+            padding: Where the groups and the padding are.
+            depth: Recurrence steps.
+
+        Returns:
+            This rank's part of the sum that is the output, [rows, h].
+        """
+
+
+class CellMoELayer(CapacityInTrainingMoELayer):
+    """Megatron's MoE layer around experts that iterate."""
+
+    experts: CellExperts
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Learn the number of the layer, from 1; the experts draw their weights."""
+        super().set_layer_number(layer_number)
+        self.experts.set_layer_number(layer_number)
+
+    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
+        """Route, compute and combine.
+
+        Args:
+            hidden_states: [s, b, h].
+            inputs: What the layer knows about the micro-batch.
+
+        Returns:
+            The sum of routed and shared experts, [s, b, h], and no bias.
+        """
+        with self.experts.to_depth(inputs.micro_batch.depth):
+            output, _ = super().forward(hidden_states, padding_mask=inputs.padding_mask)
+        return output, None
+
+
+class GRUExperts(CellExperts):
+    """Expert i expands, iterates a GRU on its own state, and contracts.
+
+    u = GELU(W1 x + b1);  r times u <- GRU(input u, hidden u);  y = W2 u + b2
+    """
+
+    def build(self) -> None:
+        """Create the weights."""
+        width = self.config.moe_ffn_hidden_size
+        self.ffn = ExpertFeedForward(self.config, self.placement)
+        self.gru = ExpertLinear(self.config, self.placement, (4, width, width), split_dim=1)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Draw the initial weights, which depend on the number of the layer."""
+        if self.config.perform_initialization:
+            initializer = BlockInitializer(self.config, layer_number)
+            self.ffn.draw(initializer)
+            draw = initializer.gru_of_its_state
+            self.gru.draw("gru", draw, draw)
+
+    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
+        """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
+        groups = padding.groups
+        bias = self.gru.row_bias(x, groups)
+
+        def step(state: torch.Tensor, carried: None, index: int) -> tuple[torch.Tensor, None]:
+            products = self.gru.product(gather_columns(state, self.placement), groups)
+            return gru_step(products, bias, state), None
+
+        return self.ffn.contract(iterate_residual(step, self.ffn.expand(x, groups), depth), groups)
+
+
+class SequentialExperts(CellExperts):
+    """Expert i refines the output of a feed-forward network by a gated LSTM cell.
+
+    q = FFN(x), c = 0;  r times n, c <- LSTMCell(input q, hidden q, cell c);  q <- w n + (1 - w) q, w = sigma(v . q + b)
+    """
+
+    def build(self) -> None:
+        """Create the weights."""
+        hidden = self.config.hidden_size
+        self.ffn = ExpertFeedForward(self.config, self.placement)
+        self.lstm = ExpertLinear(self.config, self.placement, (4, hidden, hidden), split_dim=1)
+        self.gate = _TokenGate(self.config, self.placement)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Draw the initial weights, which depend on the number of the layer."""
+        if self.config.perform_initialization:
+            initializer = BlockInitializer(self.config, layer_number)
+            self.ffn.draw(initializer)
+            self.lstm.draw("lstm", initializer.recurrent_sum, initializer.recurrent_sum)
+            self.gate.draw(initializer)
+
+    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
+        """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
+        groups = padding.groups
+        bias, gate_of = self.lstm.row_bias(x, groups), self.gate.for_rows(x, groups)
+        # A pass that is recomputed runs without gradient first.
+        watched = Refinement() if self.training and torch.is_grad_enabled() and Refinement.is_reported() else None
+
+        def step(refined: torch.Tensor, cell: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+            products = self.lstm.product(gather_columns(refined, self.placement), groups)
+            new, cell = lstm_step(products, bias, torch.zeros_like(refined) if cell is None else cell)
+            gate = gate_of(refined)
+            after = torch.lerp(refined, new, gate)
+            if watched is not None:
+                watched.add(refined, after, gate)
+            return after, cell
+
+        refined = iterate_residual(step, self._own_columns(self.ffn(x, groups)), depth)
+        if watched is not None:
+            watched.record(padding.unpad, self.placement.split_group if self.placement.split_size > 1 else None)
+        return self._as_part_of_sum(refined)
+
+    def _own_columns(self, part: torch.Tensor) -> torch.Tensor:
+        """Return this rank's columns of a sum over the ranks, [rows, h / ranks], given its part of it, [rows, h]."""
+        if self.placement.split_size == 1:
+            return part
+        columns: torch.Tensor = reduce_scatter_last_dim_to_tensor_parallel_region(
+            part, group=self.placement.split_group
+        )
+        return columns
+
+    def _as_part_of_sum(self, columns: torch.Tensor) -> torch.Tensor:
+        """Return this rank's columns with zeros in the place of the others', [rows, h]."""
+        width, rank, ranks = columns.size(1), self.placement.split_rank, self.placement.split_size
+        return torch.nn.functional.pad(columns, (rank * width, (ranks - 1 - rank) * width))
+
+
+class _TokenGate(torch.nn.Module):
+    """One number from 0 to 1 for each row: `sigma(v . q + b)`, with weights of its expert.
+
+    Args:
+        config: Model configuration.
+        placement: Which experts, and which part of each, are here.
+    """
+
+    def __init__(self, config: MoREConfig, placement: Placement) -> None:
+        super().__init__()
+        self._placement, self._shape = placement, (1, config.hidden_size)
+        self.weight = grouped_parameter(config, placement, self._shape, split_dim=1)
+        self.bias = grouped_bias(config, placement, (1,))
+
+    def draw(self, initializer: BlockInitializer) -> None:
+        """Draw the initial weights: half of each side on average."""
+        draw_parameter(
+            self.weight, self._placement, lambda group: initializer.megatron_in(self._shape, f"gate/{group}/weight")
+        )
+        torch.nn.init.zeros_(self.bias)
+
+    def for_rows(self, x: torch.Tensor, groups: RowGroups) -> Any:
+        """Return the gate of these rows as a function of this rank's columns, [rows, h / ranks], to [rows, 1]."""
+        weight = ExpertBias.of(self.weight.flatten(1), groups, len(x)).of_rows()
+        bias = ExpertBias.of(self.bias, groups, len(x))
+
+        def gate(columns: torch.Tensor) -> torch.Tensor:
+            logits = torch.linalg.vecdot(columns, weight).unsqueeze(1)
+            return torch.sigmoid(self._whole(logits, bias))
+
+        return gate
+
+    def _whole(self, part: torch.Tensor, bias: ExpertBias) -> torch.Tensor:
+        """Return the logits, given this rank's part of the sum; every rank contributes to their gradient."""
+        if self._placement.split_size == 1:
+            return bias.add_to(part)
+        group = self._placement.split_group
+        logits = bias.add_to(reduce_from_tensor_model_parallel_region(part, group=group))
+        whole: torch.Tensor = copy_to_tensor_model_parallel_region(logits, group=group)
+        return whole
+
+
+def gru_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+    """Return the cost of the routed experts."""
+    width = config.moe_ffn_hidden_size
+    expert = feed_forward_cost(config) + biased_linear_cost(4, width, width).in_every_step()
+    return expert.routed(config.num_moe_experts, config.moe_router_topk)
+
+
+def sequential_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+    """Return the cost of the routed experts."""
+    hidden = config.hidden_size
+    cell = biased_linear_cost(4, hidden, hidden) + biased_linear_cost(1, hidden)
+    expert = feed_forward_cost(config) + cell.in_every_step()
+    return expert.routed(config.num_moe_experts, config.moe_router_topk)

@@ -1,0 +1,187 @@
+"""What recurrent cells compute beside their matrix products, for rows of several experts, in few passes over memory.
+
+PyTorch's own cells know one set of weights. Here the products of all experts are one grouped product, and what follows
+it is an autograd function that keeps the gates and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from more_megatron.blocks.backends import RowGroups
+
+__all__ = ["ExpertBias", "gru_step", "lstm_step"]
+
+# Kernels align their operands to as many columns.
+_ALIGNED = 8
+
+
+@dataclass(frozen=True)
+class ExpertBias:
+    """A bias for each group of rows.
+
+    Attributes:
+        bias: [groups, n].
+        rows: The bias of each row, [rows, n], not part of the graph.
+        groups: Where the groups are.
+    """
+
+    bias: torch.Tensor
+    rows: torch.Tensor
+    groups: RowGroups
+
+    @classmethod
+    def of(cls, bias: torch.Tensor, groups: RowGroups, number: int) -> ExpertBias:
+        """Return the bias laid out for its rows.
+
+        Args:
+            bias: [groups * n] or [groups, n].
+            groups: Where the groups are.
+            number: Number of rows.
+        """
+        bias = bias.view(len(groups.ends), -1)
+        lengths = groups.ends.diff(prepend=groups.ends.new_zeros(1))
+        rows = torch.repeat_interleave(bias.detach(), lengths, dim=0, output_size=number)
+        return cls(bias, rows, groups)
+
+    def add_to(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `x` plus the bias of each row, [rows, n]."""
+        return _AddBias.apply(x, self.bias, self.rows, self.groups)
+
+    def of_rows(self) -> torch.Tensor:
+        """Return the bias of each row as part of the graph, [rows, n]."""
+        return _AddBias.apply(None, self.bias, self.rows, self.groups)
+
+
+def _sum_by_group(x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    """Return the sum of each group's rows, [groups, n], given [rows, n]."""
+    ones, width = x.new_ones(len(x), _ALIGNED), x.size(1)
+    x = torch.nn.functional.pad(x, (0, -width % _ALIGNED))
+    return torch.nn.functional.grouped_mm(ones.t(), x, offs=groups.ends)[:, 0, :width]
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor | None, bias: torch.Tensor, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        ctx.groups = groups
+        return rows.clone() if x is None else x + rows
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[Any, ...]:
+        grad_bias = _sum_by_group(grad.contiguous(), ctx.groups) if ctx.needs_input_grad[1] else None
+        return grad if ctx.needs_input_grad[0] else None, grad_bias, None, None
+
+
+class _GRUStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, products: torch.Tensor, bias: torch.Tensor, rows: torch.Tensor, groups: RowGroups, state: torch.Tensor
+    ) -> torch.Tensor:
+        gates = products + rows
+        size = state.size(1)
+        reset, update, new, hidden = gates.split(size, dim=1)
+        gates[:, : 2 * size].sigmoid_()
+        new.addcmul_(reset, hidden).tanh_()
+        ctx.save_for_backward(gates, state)
+        ctx.groups = groups
+        return torch.lerp(new, state, update)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[Any, ...]:
+        gates, state = ctx.saved_tensors
+        reset, update, new, hidden = gates.split(state.size(1), dim=1)
+        grads = torch.empty_like(gates)
+        grad_reset, grad_update, grad_new, grad_hidden = grads.split(state.size(1), dim=1)
+        grad_state = grad * update
+        # Through tanh: of what is under it.
+        torch.sub(grad, grad_state, out=grad_new).mul_(torch.addcmul(_one(new), new, new, value=-1))
+        torch.mul(grad_new, reset, out=grad_hidden)
+        torch.mul(grad_hidden, hidden, out=grad_reset).mul_(1 - reset)
+        torch.sub(state, new, out=grad_update).mul_(grad_state).mul_(1 - update)
+        return grads, _sum_by_group(grads, ctx.groups), None, None, grad_state
+
+
+def _one(like: torch.Tensor) -> torch.Tensor:
+    return torch.ones((), dtype=like.dtype, device=like.device)
+
+
+def gru_step(products: torch.Tensor, bias: ExpertBias, state: torch.Tensor) -> torch.Tensor:
+    """Return the next state of GRU cells whose input is their state, [rows, n].
+
+    In PyTorch's convention, but that gates which see the sum of both products have one matrix:
+
+        r = sigma(R u + b_r),  z = sigma(Z u + b_z),  c = tanh(N u + b_n + r * (H u + b_h)),  u <- (1 - z) c + z u
+
+    Args:
+        products: R u, Z u, N u and H u, [rows, 4n].
+        bias: Their biases.
+        state: u, [rows, n].
+    """
+    return _GRUStep.apply(products, bias.bias, bias.rows, bias.groups, state)
+
+
+class _LSTMStep(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, products: torch.Tensor, bias: torch.Tensor, rows: torch.Tensor, groups: RowGroups, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gates = products + rows
+        size = cell.size(1)
+        write, keep, new, read = gates.split(size, dim=1)
+        gates[:, : 2 * size].sigmoid_()
+        new.tanh_()
+        read.sigmoid_()
+        next_cell = (keep * cell).addcmul_(write, new)
+        shown = next_cell.tanh()
+        ctx.save_for_backward(gates, cell, shown)
+        ctx.groups = groups
+        return read * shown, next_cell
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor, grad_next: torch.Tensor) -> tuple[Any, ...]:
+        gates, cell, shown = ctx.saved_tensors
+        grads, grad_cell = lstm_gate_gradients(gates, cell, shown, grad, grad_next)
+        return grads, _sum_by_group(grads, ctx.groups), None, None, grad_cell
+
+
+def lstm_gate_gradients(
+    gates: torch.Tensor, cell: torch.Tensor, shown: torch.Tensor, grad: torch.Tensor, grad_next: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of an LSTM cell's gates, before their activations, and of its former cell state.
+
+    Args:
+        gates: Input, forget, new and output gate after their activations, [..., 4n].
+        cell: Former cell state, [..., n].
+        shown: tanh of the new cell state, [..., n].
+        grad: Gradient of the new hidden state, [..., n].
+        grad_next: Gradient of the new cell state, [..., n].
+    """
+    size = cell.size(-1)
+    write, keep, new, read = gates.split(size, dim=-1)
+    grads = torch.empty_like(gates)
+    grad_write, grad_keep, grad_new, grad_read = grads.split(size, dim=-1)
+    grad_shown = grad * read
+    torch.mul(grad_shown, shown, out=grad_read).mul_(1 - read)
+    grad_next = torch.addcmul(grad_next, grad_shown, torch.addcmul(_one(shown), shown, shown, value=-1))
+    through_new = grad_next * write
+    torch.mul(through_new, new, out=grad_write).mul_(1 - write)
+    torch.mul(through_new, torch.addcmul(_one(new), new, new, value=-1), out=grad_new)
+    grad_cell = grad_next * keep
+    torch.mul(grad_cell, cell, out=grad_keep).mul_(1 - keep)
+    return grads, grad_cell
+
+
+def lstm_step(products: torch.Tensor, bias: ExpertBias, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the next hidden and cell states of LSTM cells, [rows, n] each.
+
+    i, f, o = sigma(..), g = tanh(..), c <- f c + i g, h = o tanh(c)
+
+    Args:
+        products: Of the matrices of i, f, g and o, [rows, 4n].
+        bias: Their biases.
+        cell: c, [rows, n].
+    """
+    return _LSTMStep.apply(products, bias.bias, bias.rows, bias.groups, cell)

@@ -1,0 +1,170 @@
+"""Experts with two branches: a feed-forward network, and an LSTM along the tokens that were sent to the expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+
+from more_megatron.blocks.backends import RowGroups
+from more_megatron.blocks.cells import ExpertBias
+from more_megatron.blocks.expert_linear import (
+    ExpertFeedForward,
+    ExpertLinear,
+    biased_linear_cost,
+    feed_forward_cost,
+    gather_columns,
+)
+from more_megatron.blocks.experts import Experts
+from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_bias, grouped_parameter
+from more_megatron.blocks.replication import enter_replicated
+from more_megatron.blocks.rows import Rows
+from more_megatron.blocks.segment_lstm import TimeSteps, segment_lstm
+from more_megatron.config import MoREConfig
+from more_megatron.model.costs import Cost
+from more_megatron.model.depth import Depth
+from more_megatron.model.initialization import BlockInitializer
+from more_megatron.monitoring.figures import is_reported, record_figure
+
+__all__ = ["BRANCH_FIGURES", "ParallelExperts", "parallel_experts_cost"]
+
+# Weight of the LSTM, and entropy of both weights in nats: 0 where experts have come to use one branch alone.
+BRANCH_FIGURES = ("lstm gate", "lstm gate entropy")
+
+# Hidden size of the network that mixes the branches.
+_GATE_WIDTH = 64
+
+
+class ParallelExperts(Experts):
+    """Expert i computes `w0 FFN(x) + w1 LSTM(x)`, `w = softmax(W4 relu(W3 x + b3) + b4)` from the token.
+
+    The LSTM runs along the rows of one sequence, in order of position, from a zero state. Ranks that split an expert
+    share out the segments: each runs its own with all of the weights.
+    """
+
+    def build(self) -> None:
+        """Create the weights."""
+        hidden = self.config.hidden_size
+        self.ffn = ExpertFeedForward(self.config, self.placement)
+        self.lstm = _SegmentLSTM(self.config, self.placement, hidden)
+        self.gate = _BranchGate(self.config, self.placement)
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Draw the initial weights, which depend on the number of the layer."""
+        if self.config.perform_initialization:
+            initializer = BlockInitializer(self.config, layer_number)
+            for part in (self.ffn, self.lstm, self.gate):
+                part.draw(initializer)
+
+    def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
+        """Compute all local experts on the rows that were sent to them.
+
+        Args:
+            hidden_states: [rows, h].
+            rows: Which rows they are.
+            depth: Without effect: nothing is repeated.
+
+        Returns:
+            Mixed branches, [rows, h]. Over the ranks that split an expert they add up.
+        """
+        padded, padding = rows.padded(self.backend.row_multiple(self.config))
+        x = padding.pad(hidden_states)
+        ffn = padding.unpad(self.ffn(x, padded.groups))
+        gates = padding.unpad(self.lstm.gates(x, padded.groups))
+        weights = padding.unpad(self.gate(x, padded.groups))
+        # A pass that is recomputed runs without gradient first.
+        if self.training and torch.is_grad_enabled() and is_reported(BRANCH_FIGURES[0]):
+            figures = weights[:, 1], torch.special.entr(weights.detach().float()).sum(1)
+            for name, values in zip(BRANCH_FIGURES, figures, strict=True):
+                record_figure(name, values)
+        return weights[:, :1] * ffn + weights[:, 1:] * self.lstm(gates, rows)
+
+
+class _SegmentLSTM(torch.nn.Module):
+    """An LSTM for each expert. Over the ranks that split an expert its weights are split by channel.
+
+    Args:
+        config: Model configuration.
+        placement: Which experts, and which part of each, are here.
+        size: Of the hidden state.
+    """
+
+    def __init__(self, config: MoREConfig, placement: Placement, size: int) -> None:
+        super().__init__()
+        self._placement, self._shape = placement, (4, size, size)
+        self.input = ExpertLinear(config, placement, (4, size, config.hidden_size), split_dim=1)
+        self.state = grouped_parameter(config, placement, self._shape, split_dim=1)
+
+    def draw(self, initializer: BlockInitializer) -> None:
+        """Draw the initial weights as PyTorch does, whose LSTM has two biases."""
+        self.input.draw("lstm/input", initializer.recurrent, initializer.recurrent_sum)
+        draw_parameter(
+            self.state, self._placement, lambda group: initializer.recurrent(self._shape, f"lstm/state/{group}")
+        )
+
+    def gates(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Return what the inputs, [rows, h], contribute to the gates, [rows, 4n], on every rank."""
+        own = self.input(x, groups)
+        return own if self._placement.split_size == 1 else self._whole(own).flatten(1)
+
+    def forward(self, gates: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Return the hidden states, [rows, n], of the segments that this rank runs; zeros in the others."""
+        placement = self._placement
+        weight: torch.Tensor = self.state
+        if placement.split_size > 1:
+            # Channels of the output last, gathered, and back.
+            weight = self._whole(weight.permute(0, 3, 1, 2).flatten(2)).permute(0, 2, 3, 1)
+        steps = TimeSteps.of(rows.segments, len(rows.groups.ends), placement.split_rank, placement.split_size)
+        return segment_lstm(gates, weight.flatten(1, 2), rows.groups.ends, steps)
+
+    def _whole(self, own: torch.Tensor) -> torch.Tensor:
+        """Return [..., 4, n] of all ranks, given this rank's channels of it, [..., 4 * n / ranks]."""
+        parts = gather_columns(own, self._placement).unflatten(-1, (self._placement.split_size, 4, -1))
+        return parts.transpose(-3, -2).flatten(-2)
+
+
+class _BranchGate(torch.nn.Module):
+    """Two weights for each row that add up to 1: a small network of its expert. Every rank holds all of it.
+
+    Args:
+        config: Model configuration.
+        placement: Which experts are here.
+    """
+
+    def __init__(self, config: MoREConfig, placement: Placement) -> None:
+        super().__init__()
+        self._placement, self._shape = placement, (2, _GATE_WIDTH)
+        self.inner = ExpertLinear(config, placement, (_GATE_WIDTH, config.hidden_size))
+        self.weight = grouped_parameter(config, placement, self._shape)
+        self.bias = grouped_bias(config, placement, (2,))
+
+    def draw(self, initializer: BlockInitializer) -> None:
+        """Draw the initial weights: about half of each branch."""
+        self.inner.draw("gate/inner", initializer.megatron_in, initializer.zeros)
+        draw_parameter(
+            self.weight, self._placement, lambda group: initializer.megatron_in(self._shape, f"gate/{group}")
+        )
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Return [rows, 2] for [rows, h]; every rank contributes to its gradient."""
+        ranks = self._placement.split_size
+        inner = torch.relu(self.inner(enter_replicated(x, ranks), groups)).unsqueeze(1)
+        weight = ExpertBias.of(self.weight.flatten(1), groups, len(x)).of_rows().unflatten(1, self._shape)
+        logits = ExpertBias.of(self.bias, groups, len(x)).add_to((inner * weight).sum(-1))
+        weights = torch.softmax(logits, dim=-1)
+        if ranks == 1:
+            return weights
+        shared: torch.Tensor = copy_to_tensor_model_parallel_region(weights, group=self._placement.split_group)
+        return shared
+
+
+def parallel_experts_cost(config: MoREConfig, seq_length: int) -> Cost:
+    """Return the cost of the routed experts."""
+    hidden: Any = config.hidden_size
+    gate = biased_linear_cost(_GATE_WIDTH, hidden) + biased_linear_cost(2, _GATE_WIDTH)
+    # Of the products with the state there is no bias.
+    state = biased_linear_cost(4, hidden, hidden) + Cost(-4 * hidden, -4 * hidden)
+    expert = feed_forward_cost(config) + biased_linear_cost(4, hidden, hidden) + state + gate
+    return expert.routed(config.num_moe_experts, config.moe_router_topk)

@@ -1,0 +1,191 @@
+"""A dataset while it is being written: a folder beside it that one run holds, survives a kill, and is renamed last."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from more_megatron.data.encoding import Encoded
+from more_megatron.data.errors import DataError, ResumableError
+from more_megatron.data.indexed import bin_path, idx_path, write_index
+from more_megatron.data.manifest import manifest_path
+from more_megatron.data.sources import sha256_of
+
+__all__ = ["Counts", "Output", "writing"]
+
+_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_CHUNK_DOCUMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counts of one block, or of several added up.
+
+    Attributes:
+        documents: Documents, empty ones included.
+        tokens: Tokens, those that end documents included.
+        text_bytes: Bytes of the documents' text as UTF-8.
+        words: Runs of bytes between ASCII white space in that text.
+        skipped: Lines of the inputs that were left out.
+        blocks: Blocks of the inputs.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    words: int = 0
+    skipped: int = 0
+    blocks: int = 0
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn a failure to write into one line that says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        what = f"cannot write {path}: {error.strerror or error}"
+        if error.errno in _SPACE_ERRORS:
+            raise ResumableError(f"{what}; free space, then run the same command with --resume") from error
+        raise DataError(f"{what}; choose a place that you can write to") from error
+
+
+class Output:
+    """The folder `<prefix>.partial`, held by one run at a time.
+
+    Tokens and document lengths are appended block by block, and a small file says how much of both is valid.
+
+    Args:
+        prefix: Output prefix, without `.bin` and `.idx`.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.folder = Path(f"{prefix}.partial")
+        self._open = contextlib.ExitStack()
+        self._tokens: IO[bytes]
+        self._lengths: IO[bytes]
+
+    def __enter__(self) -> Output:
+        with writing(self.folder):
+            while not self._hold():
+                pass
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):
+            self._close()
+            if not any(path.name != "lock" for path in self.folder.iterdir()):
+                shutil.rmtree(self.folder)
+        self._lock.close()
+
+    def _hold(self) -> bool:
+        """Lock the folder; the lock ends with the process. False if it was removed by the run that held it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "lock"
+        self._lock = path.open("a")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(
+                f"another run is writing {self.prefix}: wait until it has ended, or choose another --output-prefix"
+            ) from error
+        except OSError:
+            return True  # a file system without locks
+        try:
+            return os.stat(path).st_ino == os.fstat(self._lock.fileno()).st_ino
+        except FileNotFoundError:
+            return False
+
+    def start(self, plan: dict[str, Any], resume: bool) -> Counts:
+        """Start empty, or go on where an interrupted run was, and return the counts of what is written already.
+
+        Raises:
+            DataError: The interrupted run followed another plan, or the folder cannot be written.
+        """
+        plan = json.loads(json.dumps(plan))
+        done = self._finished(plan) if resume else None
+        with writing(self.folder):
+            if done is None:
+                for path in self.folder.iterdir():
+                    if path.name != "lock":
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                self._replace("plan.json", plan)
+            self._tokens = self._open.enter_context((self.folder / "tokens").open("ab"))
+            self._lengths = self._open.enter_context((self.folder / "lengths").open("ab"))
+            if done is not None:
+                self._tokens.truncate(done.tokens * np.dtype(plan["dtype"]).itemsize)
+                self._lengths.truncate(done.documents * 4)
+        return done or Counts()
+
+    def _finished(self, plan: dict[str, Any]) -> Counts | None:
+        """What an interrupted run has written; None if there is nothing whole."""
+        try:
+            old = json.loads((self.folder / "plan.json").read_text())
+            done = Counts(**json.loads((self.folder / "done.json").read_text()))
+            sizes = [(self.folder / name).stat().st_size for name in ("tokens", "lengths")]
+        except (OSError, ValueError, TypeError):
+            return None
+        changed = ", ".join(key for key in plan if old.get(key) != plan[key])
+        if changed:
+            raise DataError(f"cannot resume {self.folder}: changed since then: {changed}; run without --resume")
+        whole = sizes[0] >= done.tokens * np.dtype(plan["dtype"]).itemsize and sizes[1] >= done.documents * 4
+        return done if whole else None
+
+    def append(self, encoded: Encoded, total: Counts) -> None:
+        """Write the tokens of a block, then what is valid with it."""
+        with writing(self.folder / "tokens"):
+            self._tokens.write(encoded.tokens.data)
+            self._lengths.write(encoded.lengths.astype("<i4").data)
+            self._tokens.flush()
+            self._lengths.flush()
+            self._replace("done.json", asdict(total))
+
+    def publish(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """Write the index and the manifest, hashes added, and give all three files their names, the index last."""
+        with writing(self.folder):
+            self._close()
+            with open(self.folder / "index", "wb") as stream:
+                write_index(stream, np.dtype(manifest["dtype"]), self._document_lengths)
+            hashes = {"bin": sha256_of(self.folder / "tokens"), "idx": sha256_of(self.folder / "index")}
+            manifest = {**manifest, "sha256": hashes}
+            self._replace("manifest.json", manifest)
+            idx_path(self.prefix).unlink(missing_ok=True)
+            os.replace(self.folder / "tokens", bin_path(self.prefix))
+            os.replace(self.folder / "manifest.json", manifest_path(self.prefix))
+            os.replace(self.folder / "index", idx_path(self.prefix))
+            shutil.rmtree(self.folder)
+        return manifest
+
+    def discard(self) -> None:
+        """Remove what has been written."""
+        with contextlib.suppress(OSError):
+            self._close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _close(self) -> None:
+        self._open.close()
+
+    def _replace(self, name: str, contents: dict[str, Any]) -> None:
+        unfinished = self.folder / f"{name}.tmp"
+        unfinished.write_text(json.dumps(contents, indent=2) + "\n")
+        os.replace(unfinished, self.folder / name)
+
+    def _document_lengths(self) -> Iterator[NDArray[np.int32]]:
+        with open(self.folder / "lengths", "rb") as stream:
+            while data := stream.read(4 * _CHUNK_DOCUMENTS):
+                yield np.frombuffer(data, "<i4")

@@ -1,0 +1,151 @@
+"""Models and training runs, one after the other in one process, each from a command line of `pretrain_more.py`."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import io
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.gpt import GPTModel
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION
+from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.training import checkpointing, global_vars, pretrain, training
+from megatron.training.argument_utils import ArgumentGroupFactory, pretrain_cfg_container_from_args
+from megatron.training.models.gpt import GPTModelConfig
+
+from more_megatron.evaluation.training_log import Iteration, read_log
+from more_megatron.platform import Platform, initialize_platform
+from more_megatron.training.arguments import parse_arguments
+from more_megatron.training.datasets import DatasetsProvider
+from more_megatron.training.forward import forward_step
+from more_megatron.training.model import model_config_from_args
+
+__all__ = ["configure", "fresh_model", "sole_rank", "train"]
+
+
+def configure(command_line: str) -> tuple[Namespace, GPTModelConfig]:
+    """Return arguments and model configuration of a run that is not started.
+
+    Args:
+        command_line: Flags that describe the model, separated by blanks.
+    """
+    _forget_arguments()
+    with _command_line(f"{command_line} --train-iters 1"), contextlib.redirect_stdout(io.StringIO()):
+        args = parse_arguments(initialize_platform())
+    return args, model_config_from_args(args)
+
+
+def fresh_model(model_config: GPTModelConfig) -> GPTModel:
+    """Return a model as initialized, on the device and in the dtype of its parameters, in training mode."""
+    sole_rank()
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = model_config.get_builder_cls()(model_config).build_model(groups)
+    return model.cuda(torch.cuda.current_device()).to(model_config.transformer.params_dtype).train()
+
+
+def sole_rank() -> None:
+    """Form Megatron's process groups of the one rank there is, and seed its generators."""
+    if not torch.distributed.is_initialized():
+        cuda = initialize_platform() is Platform.CUDA
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel()
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+
+
+def train(command_line: str) -> list[Iteration]:
+    """Train as `pretrain_more.py` does and return what each step reported, on the last rank.
+
+    Args:
+        command_line: Flags, separated by blanks.
+
+    Raises:
+        RuntimeError: If Megatron ends the run before its time.
+    """
+    _read_each_docstring_once()
+    _forget_run()
+    output = io.StringIO()
+    with _command_line(command_line), contextlib.redirect_stdout(output):
+        args = parse_arguments(initialize_platform())
+        model_config = model_config_from_args(args)
+        try:
+            pretrain(
+                pretrain_cfg_container_from_args(args, model_config),
+                DatasetsProvider(model_config.transformer),
+                ModelType.encoder_or_decoder,
+                forward_step,
+            )
+        except SystemExit as leaving:  # --exit-interval among others
+            if leaving.code == EXIT_CODE_FAILED_ON_RESULT_VALIDATION:
+                raise RuntimeError("Megatron ended the run: a loss is nan or infinite") from leaving
+            if leaving.code:
+                raise RuntimeError(f"Megatron ended the run with exit code {leaving.code}") from leaving
+        finally:
+            _forget_run()
+            print(output.getvalue(), file=sys.__stdout__)
+    return read_log(output.getvalue().splitlines()).iterations
+
+
+@contextlib.contextmanager
+def _command_line(flags: str) -> Iterator[None]:
+    former = sys.argv
+    sys.argv = ["pretrain_more.py", *flags.split()]
+    try:
+        yield
+    finally:
+        sys.argv = former
+
+
+def _forget_arguments() -> None:
+    global_vars.destroy_global_vars()
+    unset_num_microbatches_calculator()
+    _free()
+
+
+def _forget_run() -> None:
+    """Put Megatron's process-wide state back to where it is in a process that has not trained yet.
+
+    The process group of all ranks stays; Megatron takes it over where it finds one.
+    """
+    _leave_groups()
+    training.destroy_global_state()
+    destroy_moe_metrics_tracker()
+    checkpointing._CHECKPOINT_VERSION = None
+    checkpointing._LOADED_ITERATION = None
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _free()
+
+
+def _leave_groups() -> None:
+    """Leave the process groups of Megatron, which forgets them and would leave their communicators in memory."""
+    if not torch.distributed.is_initialized():
+        return
+    for group in list(torch.distributed.distributed_c10d._world.pg_map):
+        if group is not torch.distributed.group.WORLD:
+            torch.distributed.destroy_process_group(group)
+
+
+def _free() -> None:
+    """Give back what the model before took, and forget the scale of its losses."""
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@functools.cache
+def _read_each_docstring_once() -> None:
+    # A third of a second for each command line: the flags' help is read from the source of 27 classes.
+    read = functools.partial(ArgumentGroupFactory._get_field_docstrings, object.__new__(ArgumentGroupFactory))
+    cached = functools.cache(read)
+    ArgumentGroupFactory._get_field_docstrings = lambda self, src_cfg_class: cached(src_cfg_class)

@@ -1,0 +1,59 @@
+"""`gru_experts`: each expert expands, iterates a GRU on its own state, and contracts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .cell_experts import CellExperts, IteratedMoE
+from .fields import Config
+from .interface import System
+from .routing import Routing
+
+__all__ = ["SYSTEM"]
+
+
+class GRUExperts(CellExperts):
+    """u = GELU(W1 x + b1);  r times u <- GRU(input u, hidden u);  y = W2 u + b2.
+
+    Reset and update gate see the sum of what PyTorch calls the weights of input and state: `gru` has that sum. The new
+    state sees them apart: `gru[:, 2]` is that of the input, `gru[:, 3]` that of the state.
+    """
+
+    def __init__(self, config: Config) -> None:
+        width = config.moe_intermediate_size
+        super().__init__(config, {"gru": (4, width, width), "gru_bias": (4, width)})
+
+    def draw_recurrent(self, name: str, weight: Tensor) -> None:
+        """Draw a weight or bias: where one gate sees two, their sum."""
+        bound = 1.0 / math.sqrt(weight.size(2))
+        weight.uniform_(-bound, bound)
+        weight[:, :2] += torch.empty_like(weight[:, :2]).uniform_(-bound, bound)
+
+    def forward(self, rows: Tensor, routing: Routing, num_steps: int) -> Tensor:
+        """Return [rows, h]."""
+        state = self.expand(rows, routing)
+        for _ in range(num_steps):
+            reset, update, new, hidden = self.linear(state, "gru", routing).chunk(4, dim=-1)
+            new = torch.tanh(new + reset.sigmoid() * hidden)
+            state = torch.lerp(new, state.to(new.dtype), update.sigmoid())
+        return self.linear(state, "fc2", routing)
+
+
+class GRUExpertsMoE(IteratedMoE):
+    """A layer of them."""
+
+    def build_experts(self) -> None:
+        """Create the routed experts."""
+        self.experts = GRUExperts(self.config)
+
+
+class GRUExpertsSystem(System):
+    """Experts alone differ."""
+
+    moe_class = GRUExpertsMoE
+
+
+SYSTEM = GRUExpertsSystem()

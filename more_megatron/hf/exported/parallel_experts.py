@@ -1,0 +1,211 @@
+"""`parallel_experts`: each expert mixes a feed-forward network and an LSTM along the tokens that were sent to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cache import Memory
+from .cell_experts import CellExperts, lstm_cell
+from .context import CallContext
+from .experts import MoREMoE
+from .fields import Config
+from .grouped import grouped_linear
+from .interface import System
+from .routing import Routing
+
+__all__ = ["SYSTEM"]
+
+_GATE_WIDTH = 64
+States = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TimeOrder:
+    """The rows that LSTMs run along, sorted by step, and within a step by expert.
+
+    A segment is what one LSTM runs along: the tokens of one document that were sent to one expert.
+
+    Attributes:
+        rows: The rows, as `Routing` sorts them, [rows here].
+        segments: Number of each row's segment, [rows here].
+        sizes: Number of rows of each step.
+        ends: End of each expert's rows within each step, int32 [steps, N].
+        firsts: First row of each segment, as `Routing` sorts them, [segments].
+    """
+
+    rows: Tensor
+    segments: Tensor
+    sizes: list[int]
+    ends: Tensor
+    firsts: Tensor
+
+    @classmethod
+    def of(cls, routing: Routing, token: Tensor, document: Tensor, num_experts: int) -> TimeOrder:
+        """Return the order.
+
+        Args:
+            routing: Where the rows go.
+            token: Number of each row's token among all new ones, sequence by sequence, [rows].
+            document: Number of each row's document among those of all sequences, [rows]; negative for padding.
+            num_experts: Number of experts.
+        """
+        rows = (document >= 0).nonzero().flatten()
+        key = torch.stack((routing.experts[rows], document[rows]), dim=1)
+        segment = torch.unique(key, dim=0, return_inverse=True)[1]
+        order = (segment * (int(token.max()) + 1) + token[rows]).argsort() if len(rows) > 0 else segment
+        rows, segment = rows[order], segment[order]
+        lengths = torch.bincount(segment)
+        starts = lengths.cumsum(0) - lengths
+        step = torch.arange(len(rows), device=rows.device) - starts[segment]
+        by_step = step.argsort(stable=True)
+        places = step * num_experts + routing.experts[rows]
+        steps = int(lengths.max()) if len(lengths) > 0 else 0
+        counts = torch.bincount(places, minlength=steps * num_experts).view(steps, num_experts)
+        ends = counts.cumsum(1).to(torch.int32)
+        return cls(rows[by_step], segment[by_step], counts.sum(1).tolist(), ends, rows[starts])
+
+
+class ParallelExperts(CellExperts):
+    """y = w0 FFN(x) + w1 LSTM(x), w = softmax(W4 relu(W3 x + b3) + b4)."""
+
+    lstm_state: Tensor
+    gate_fc2: Tensor
+    gate_fc2_bias: Tensor
+
+    def __init__(self, config: Config) -> None:
+        hidden = config.hidden_size
+        shapes = {
+            "lstm_input": (4, hidden, hidden),
+            "lstm_input_bias": (4, hidden),
+            "lstm_state": (4, hidden, hidden),
+            "gate_fc1": (_GATE_WIDTH, hidden),
+            "gate_fc1_bias": (_GATE_WIDTH,),
+            "gate_fc2": (2, _GATE_WIDTH),
+            "gate_fc2_bias": (2,),
+        }
+        super().__init__(config, shapes)
+
+    def draw_recurrent(self, name: str, weight: Tensor) -> None:
+        """Draw a weight as PyTorch's LSTM does, whose two biases are one here."""
+        if name.endswith("bias"):
+            super().draw_recurrent(name, weight)
+        else:
+            bound = weight.size(2) ** -0.5
+            weight.uniform_(-bound, bound)
+
+    def mix(self, rows: Tensor, routing: Routing, along: Tensor) -> Tensor:
+        """Return both branches, mixed, [rows, h], given rows and what the LSTM made of them."""
+        inner = self.linear(rows, "gate_fc1", routing).relu().unsqueeze(1)
+        logits = (inner * self.gate_fc2[routing.experts]).sum(-1) + self.gate_fc2_bias[routing.experts]
+        weights = logits.softmax(-1)
+        return weights[:, :1] * self.feed_forward(rows, routing) + weights[:, 1:] * along
+
+    def run(self, rows: Tensor, routing: Routing, order: TimeOrder, states: States) -> States:
+        """Run along segments.
+
+        Args:
+            rows: [rows, h].
+            routing: Where they go.
+            order: The order of the rows.
+            states: Hidden and cell states that segments start from, [segments, h] each.
+
+        Returns:
+            Hidden and cell state behind each row, [rows, h] each; zeros behind padding.
+        """
+        inputs = self.linear(rows, "lstm_input", routing)[order.rows]
+        weight = self.lstm_state.flatten(1, 2)
+        hidden, cell = (state.to(inputs.dtype) for state in states)
+        passed: list[States] = []
+        place = torch.empty(len(hidden), dtype=torch.long, device=rows.device)
+        for part, segment, ends in zip(
+            inputs.split(order.sizes), order.segments.split(order.sizes), order.ends, strict=True
+        ):
+            # Where these segments' rows were in the step before.
+            at = segment if not passed else place[segment]
+            gates = part + grouped_linear(hidden[at], weight, ends)
+            hidden, cell = lstm_cell(gates, cell[at])
+            place[segment] = torch.arange(len(segment), device=rows.device)
+            passed.append((hidden, cell))
+        if not passed:
+            return torch.zeros_like(rows), torch.zeros_like(rows)
+        after = [torch.cat(parts) for parts in zip(*passed, strict=True)]
+        hidden, cell = (x.new_zeros(rows.shape).index_copy(0, order.rows, x) for x in after)
+        return hidden, cell
+
+
+class ParallelExpertsMoE(MoREMoE):
+    """A layer of them. The cache has the states behind every token, so that it can be cut back."""
+
+    experts: ParallelExperts
+
+    def build_experts(self) -> None:
+        """Create the routed experts."""
+        self.experts = ParallelExperts(self.config)
+
+    def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
+        """Return weighted outputs, [rows, h]."""
+        batch, topk, length = routing.shape
+        rows, documents = routing.dispatch(x), _documents(context, batch, x.device)
+        token = torch.arange(batch * length, device=x.device).view(batch, 1, length).expand(routing.shape)
+        token = token.flatten()[routing.order]
+        document = documents[:, context.past :].flatten()[token]
+        order = TimeOrder.of(routing, token, document, self.config.num_experts)
+        first = order.firsts
+        starts = self._held(memory, routing, documents, token[first] // length, document[first], routing.experts[first])
+        states = self.experts.run(rows, routing, order, starts)
+        # [b, k, s, h], as keys and values are kept.
+        memory.extend("states", *(state[routing.restore].view(batch, topk, length, -1) for state in states))
+        memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
+        return routing.weigh(self.experts.mix(rows, routing, states[0]))
+
+    def _held(
+        self, memory: Memory, routing: Routing, documents: Tensor, sequence: Tensor, document: Tensor, expert: Tensor
+    ) -> States:
+        """Return the states that segments go on from: zeros, or those behind the last token in the cache.
+
+        Args:
+            memory: The layer's part of the cache.
+            routing: Where new tokens go.
+            documents: Number of each token's document, [b, T]; negative for padding.
+            sequence: Sequence of each segment, [segments].
+            document: Its document, [segments].
+            expert: Its expert, [segments].
+        """
+        hidden_size, dtype = self.config.hidden_size, self.experts.lstm_state.dtype
+        held, routed = memory.held("states"), memory.held("experts")
+        if held is None or routed is None or held[0].size(2) == 0 or len(sequence) == 0:
+            zeros = torch.zeros(len(sequence), hidden_size, dtype=dtype, device=sequence.device)
+            return zeros, zeros
+        chosen = routed[0].squeeze(1)[sequence]  # [segments, past, k]
+        mine = chosen == expert[:, None, None]
+        mine &= (documents[:, : chosen.size(1)][sequence] == document.unsqueeze(1)).unsqueeze(2)
+        # The last of them, and the place among the token's experts.
+        age = mine.any(-1).flip(1).to(torch.uint8).argmax(1)
+        last = chosen.size(1) - 1 - age
+        slot = mine[torch.arange(len(last), device=last.device), last].to(torch.uint8).argmax(1)
+        found = mine.flatten(1).any(1, keepdim=True)
+        hidden, cell = (state[sequence, slot, last] * found for state in held)
+        return hidden, cell
+
+
+def _documents(context: CallContext, batch: int, device: torch.device) -> Tensor:
+    """Return the number of each token's document among those of all sequences, [b, T]; -1 for padding."""
+    total = context.past + context.positions.size(1)
+    documents = torch.zeros(batch, total, dtype=torch.long, device=device)
+    if context.documents is not None:
+        documents = documents + context.documents
+    documents = documents + torch.arange(batch, device=device).unsqueeze(1) * (documents.max() + 1)
+    return documents if context.padding is None else documents.masked_fill(context.padding, -1)
+
+
+class ParallelExpertsSystem(System):
+    """Recurrence runs along the text: the number of steps means nothing."""
+
+    moe_class = ParallelExpertsMoE
+    recurrent = False
+
+
+SYSTEM = ParallelExpertsSystem()

@@ -1,0 +1,74 @@
+"""The parallel expert: a feed-forward network beside an LSTM along the tokens that were sent to the expert.
+
+y = w0 FFN(x) + w1 LSTM(x), w = softmax(W4 relu(W3 x + b3) + b4)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from more_megatron.systems.base import System
+from more_megatron.systems.export import Row
+
+if TYPE_CHECKING:
+    from more_megatron.config import MoREConfig
+    from more_megatron.model.stack import Stack
+
+__all__ = ["SYSTEM"]
+
+
+class ParallelExperts(System):
+    """Experts of two branches. Its recurrence runs along the sequence: there is no depth to choose."""
+
+    name = "parallel_experts"
+    summary = "expert i mixes, token by token, a feed-forward network and an LSTM along the tokens sent to it"
+    mixes_tokens = True
+    expert_rows = (
+        Row("mlp.experts.ffn.fc1.weight", "mlp.experts.fc1", "N m h"),
+        Row("mlp.experts.ffn.fc1.bias", "mlp.experts.fc1_bias", "N m"),
+        Row("mlp.experts.ffn.fc2.weight", "mlp.experts.fc2", "N h m"),
+        Row("mlp.experts.ffn.fc2.bias", "mlp.experts.fc2_bias", "N h"),
+        # Rows of input, forget, new and output gate.
+        Row("mlp.experts.lstm.input.weight", "mlp.experts.lstm_input", "N 4 h h"),
+        Row("mlp.experts.lstm.input.bias", "mlp.experts.lstm_input_bias", "N 4 h"),
+        Row("mlp.experts.lstm.state", "mlp.experts.lstm_state", "N 4 h h"),
+        Row("mlp.experts.gate.inner.weight", "mlp.experts.gate_fc1", "N 64 h"),
+        Row("mlp.experts.gate.inner.bias", "mlp.experts.gate_fc1_bias", "N 64"),
+        Row("mlp.experts.gate.weight", "mlp.experts.gate_fc2", "N 2 64"),
+        Row("mlp.experts.gate.bias", "mlp.experts.gate_fc2_bias", "N 2"),
+    )
+    expert_states = ()
+
+    def refusals(self, config: MoREConfig) -> Iterator[str]:
+        """Yield what the system cannot do of what `config` asks for."""
+        from more_megatron.blocks.refusals import cell_refusals, mixing_refusals, recurrence_refusals
+
+        yield from recurrence_refusals(config)
+        yield from cell_refusals(config)
+        yield from mixing_refusals(config)
+
+    def figures(self, config: MoREConfig) -> tuple[str, ...]:
+        """Return the names of figures that its parts record."""
+        from more_megatron.blocks.parallel_experts import BRANCH_FIGURES
+
+        return BRANCH_FIGURES
+
+    def stack(self, config: MoREConfig) -> Stack:
+        """Return the layers of the whole model."""
+        from more_megatron.blocks.layer import MicroBatchTransformerLayer, RowMoELayer
+        from more_megatron.blocks.layers import decoder_stack, moe_layer
+        from more_megatron.blocks.parallel_experts import ParallelExperts, parallel_experts_cost
+
+        layer = moe_layer(
+            config,
+            layer=MicroBatchTransformerLayer,
+            moe=RowMoELayer,
+            parts={"experts": ParallelExperts},
+            experts_cost=functools.partial(parallel_experts_cost, config),
+        )
+        return decoder_stack(config, layer)
+
+
+SYSTEM = ParallelExperts()

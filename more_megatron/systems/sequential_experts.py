@@ -1,0 +1,70 @@
+"""The sequential expert: a feed-forward network, then an LSTM cell that refines its output behind a gate.
+
+q = FFN(x), c = 0;  r times n, c <- LSTMCell(input q, hidden q, cell c);  q <- w n + (1 - w) q, w = sigma(v . q + b)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from more_megatron.systems.base import DEPTH, System
+from more_megatron.systems.export import Row
+
+if TYPE_CHECKING:
+    from more_megatron.config import MoREConfig
+    from more_megatron.model.stack import Stack
+
+__all__ = ["SYSTEM"]
+
+
+class SequentialExperts(System):
+    """Experts whose output is refined r times by a gated LSTM cell."""
+
+    name = "sequential_experts"
+    summary = "expert i is a feed-forward network, whose output a gated LSTM cell refines r times"
+    reads = DEPTH
+    expert_rows = (
+        Row("mlp.experts.ffn.fc1.weight", "mlp.experts.fc1", "N m h"),
+        Row("mlp.experts.ffn.fc1.bias", "mlp.experts.fc1_bias", "N m"),
+        Row("mlp.experts.ffn.fc2.weight", "mlp.experts.fc2", "N h m"),
+        Row("mlp.experts.ffn.fc2.bias", "mlp.experts.fc2_bias", "N h"),
+        # Rows of input, forget, new and output gate.
+        Row("mlp.experts.lstm.weight", "mlp.experts.lstm", "N 4 h h"),
+        Row("mlp.experts.lstm.bias", "mlp.experts.lstm_bias", "N 4 h"),
+        Row("mlp.experts.gate.weight", "mlp.experts.gate", "N 1 h"),
+        Row("mlp.experts.gate.bias", "mlp.experts.gate_bias", "N 1"),
+    )
+    expert_states = ()
+
+    def refusals(self, config: MoREConfig) -> Iterator[str]:
+        """Yield what the system cannot do of what `config` asks for."""
+        from more_megatron.blocks.refusals import cell_refusals, recurrence_refusals
+
+        yield from recurrence_refusals(config)
+        yield from cell_refusals(config)
+
+    def figures(self, config: MoREConfig) -> tuple[str, ...]:
+        """Return the names of figures that its parts record."""
+        from more_megatron.monitoring.refinement import REFINEMENT_FIGURES
+
+        return REFINEMENT_FIGURES
+
+    def stack(self, config: MoREConfig) -> Stack:
+        """Return the layers of the whole model."""
+        from more_megatron.blocks.cell_experts import CellMoELayer, SequentialExperts, sequential_experts_cost
+        from more_megatron.blocks.layer import MicroBatchTransformerLayer
+        from more_megatron.blocks.layers import decoder_stack, moe_layer
+
+        layer = moe_layer(
+            config,
+            layer=MicroBatchTransformerLayer,
+            moe=CellMoELayer,
+            parts={"experts": SequentialExperts},
+            experts_cost=functools.partial(sequential_experts_cost, config),
+        )
+        return decoder_stack(config, layer)
+
+
+SYSTEM = SequentialExperts()

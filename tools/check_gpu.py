@@ -1,0 +1,70 @@
+#!/usr/bin/env python
+"""Check that this installation computes on its GPUs what a CPU computes, and how fast. See docs/gpu.md.
+
+    python tools/check_gpu.py --output gpu-check
+
+Every stage is printed as its answers come, and written to report.json and report.md in the output folder; why a case
+failed is in failures.log. A case that fails ends no other. Exit code 1 if one did.
+
+    a  environment        versions, what the defaults choose, peak of matrix products, bandwidth of memory
+    b  parity             every system against the CPU in float32 and bf16, forward and gradients; noise of states
+    c  training           loss falls under both backends; resume under the other one; export, and its logits
+    d  FP8                losses of each recipe against bf16
+    e  speed              tokens/s, TFLOP/s, memory, waits, step time against r; kernels of the slowest system
+    f  layouts            over several GPUs: losses of each layout against one rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from more_megatron.errors import MoREError, one_line_errors
+
+_STAGES = "abcdef"
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("gpu-check"), metavar="DIR", help="default: gpu-check")
+    parser.add_argument("--stages", default=_STAGES, metavar="LETTERS", help="default: all")
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="default: all of the registry")
+    parser.add_argument(
+        "--budget", type=float, default=3600.0, metavar="SECONDS", help="what does not fit is skipped (default: 3600)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="every stage in miniature on the CPU")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the check and return its exit code."""
+    args = parse_arguments(arguments)
+    with one_line_errors(Path(__file__).name, OSError):
+        from more_megatron.evaluation.gpu_check.report import Report
+        from more_megatron.evaluation.gpu_check.runner import Request, check
+
+        if unknown := set(args.stages) - set(_STAGES):
+            raise MoREError(f"--stages {args.stages} has no {min(unknown)}: choose among {_STAGES}")
+        gpus = 0 if args.dry_run else _gpus()
+        if not args.dry_run and gpus == 0:
+            raise MoREError("PyTorch sees no GPU: check the driver, or give --dry-run")
+        command = shlex.join(["python", "tools/check_gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
+        report = Report(args.output, command)
+        check(Request(args.stages, args.systems, args.budget, args.dry_run, gpus), report.begin, report.add)
+    print(f"\n{report.summary()}; see {args.output}/report.md")
+    return 1 if report.failed else 0
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
