@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from more_megatron.systems import systems
+from more_megatron.model.costs import model_cost
+from more_megatron.platform import select_platform
+from more_megatron.systems import get_system, systems
+from more_megatron.training.arguments import parse_arguments
+from more_megatron.training.model import model_config_from_args
+from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, calls_of, linter, parse, train_call
 from tools.sample_text import write_sample_text
 
@@ -61,5 +68,22 @@ def test_reference_parses_on_one_node_and_on_two(variant: str, preprocessed: Pat
     parse(two, preprocessed)
 
 
+def _parameters(flags: list[str], world_size: int, folder: str) -> int:
+    """Return the number of parameters of a call's model with a vocabulary of 8000; runs in a rank."""
+    os.environ["WORLD_SIZE"] = str(world_size)
+    os.chdir(folder)
+    sys.argv = ["pretrain_more.py", *flags]
+    config = model_config_from_args(parse_arguments(select_platform())).transformer
+    return model_cost(config, get_system(config.more_variant).cost(config, 1024), 8000).parameters
+
+
 def _value(flags: list[str], name: str) -> str:
     return flags[flags.index(name) + 1]
+
+
+@pytest.mark.parametrize(("profile", "millions"), [("44m", 44.0), ("244m", 244.0), ("1b", 1040.0)])
+def test_models_of_the_paper_have_their_size(profile: str, millions: float, preprocessed: Path) -> None:
+    (call,) = calls_of(f"bash examples/moeut/{profile}.sh", preprocessed, {"DATA": "data/wikitext103"})
+    (parameters,) = run_ranks(1, _parameters, call.flags, call.world_size, str(preprocessed))
+    # With the 8000 pieces of the paper's tokenizer.
+    assert parameters == pytest.approx(millions * 1e6, rel=0.01)

@@ -4,7 +4,7 @@ Prints for each system tokens/s, achieved FLOP/s, peak memory and the ratio of i
 the same round, then the time of a step against the number of recurrence steps.
 
     python tools/benchmark_step.py --hidden-size 256 --num-experts 8 --seq-length 256
-    python tools/benchmark_step.py --dense --num-layers 4 --systems moe loop huginn
+    python tools/benchmark_step.py --dense --same-layers --num-layers 4 --systems moe loop huginn
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences a step")
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--dense", action="store_true", help="no experts; the baseline `moe` is Megatron's dense model")
+    parser.add_argument("--same-layers", action="store_true", help="layers of the same width, not of equal operations")
     parser.add_argument("--topk", type=int, default=1, help="experts a token")
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--recurrence-steps", type=int, default=4, help="steps r of the comparison")
@@ -93,7 +94,8 @@ def build(flags: argparse.Namespace) -> dict:
     with contextlib.redirect_stdout(io.StringIO()):
         initialize_megatron(allow_no_cuda=platform is Platform.CPU)
     for system, config in configs.items():
-        config = at_equal_cost(config, target, depth, args.padded_vocab_size, flags.seq_length)
+        if not flags.same_layers:
+            config = at_equal_cost(config, target, depth, args.padded_vocab_size, flags.seq_length)
         benchmarks[system] = StepBenchmark(config, flags.seq_length, flags.batch_size)
     return benchmarks
 

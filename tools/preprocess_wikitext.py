@@ -6,16 +6,15 @@ import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import Layout
 from more_megatron.data.output import Output
-from more_megatron.data.preprocess import Job, preprocess
+from more_megatron.data.preprocess import preprocess
 from more_megatron.data.sources import Source, expand_inputs, open_source
 from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions, TokenizerType, load
+from more_megatron.data.workers import Job
 from more_megatron.errors import MoREError, one_line_errors
 
 # Seconds between two looks of the progress bar; a log needs few.
@@ -153,6 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     with Output(f"{args.output_prefix}_{args.json_key}_document") as output:
         sources = _sources(args)
         job = Job(

@@ -49,13 +49,7 @@ def check_dataset(
 
 
 def check_hashes(prefix: str | os.PathLike[str]) -> str:
-    """Read a dataset's files whole and compare them with the hashes of its manifest.
-
-    Args:
-        prefix: The dataset's prefix.
-
-    Returns:
-        What was found, in words.
+    """Read a dataset's files whole, and say whether they are those of its manifest.
 
     Raises:
         DatasetError: A file is not the one that was written.
@@ -72,15 +66,10 @@ def check_hashes(prefix: str | os.PathLike[str]) -> str:
 def check_datasets(
     prefixes: Sequence[str], *, vocab_size: int | None = None, tokenizer_sha256: str | None = None
 ) -> None:
-    """Check the datasets of a blend.
-
-    Args:
-        prefixes: Prefixes, or Megatron's alternation of weights and prefixes.
-        vocab_size: See `check_dataset`.
-        tokenizer_sha256: See `check_dataset`.
+    """Check the datasets of a blend: prefixes, or Megatron's alternation of weights and prefixes.
 
     Raises:
-        DatasetError: The first fault found.
+        DatasetError: The first fault that `check_dataset` finds.
     """
     names = list(prefixes)
     if len(names) > 1 and len(names) % 2 == 0 and all(_is_number(weight) for weight in names[::2]):

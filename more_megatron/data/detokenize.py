@@ -25,15 +25,7 @@ _DASHES = re.compile(r" ([\u2013/]) (?=\d)")
 
 
 def detokenize(text: str, mode: Detokenize) -> str:
-    """Bring WikiText back to ordinary spelling.
-
-    Args:
-        text: an article.
-        mode: how far to go.
-
-    Returns:
-        The article; unknown words (`<unk>`) and headings stay.
-    """
+    """Bring WikiText back to ordinary spelling; unknown words (`<unk>`) and headings stay."""
     if mode is Detokenize.NONE:
         return text
     text = _JOINER.sub(r"\1", text)

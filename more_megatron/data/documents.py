@@ -34,14 +34,7 @@ _PARAGRAPH = re.compile(rb"\n[ \t\r]*\n(?=[ \t\r]*[^\s])")
 
 
 def sniff_layout(sample: bytes) -> Layout:
-    """Tell WikiText from other text by its first part.
-
-    Args:
-        sample: the beginning of the text, a megabyte or so.
-
-    Returns:
-        `WIKITEXT` if a level-one heading stands in it, otherwise `PLAIN`.
-    """
+    """Tell WikiText, by a level-one heading in the beginning of a text, from other text."""
     return Layout.WIKITEXT if _find_heading(sample, 0, first=True) is not None else Layout.PLAIN
 
 
@@ -71,16 +64,7 @@ def find_start(data: bytes, position: int, layout: Layout, origin: int, final: b
 
 
 def document_starts(data: bytes, layout: Layout, origin: int) -> Iterator[tuple[int, int]]:
-    """Divide a text that begins and ends with a document's bounds.
-
-    Args:
-        data: the text.
-        layout: the division into documents.
-        origin: byte offset of `data` in the whole text.
-
-    Yields:
-        Start and end of each document in `data`.
-    """
+    """Yield start and end of each document of a text that begins and ends where documents do."""
     start = 0
     while start < len(data):
         end = find_start(data, start + 1, layout, origin, final=True)

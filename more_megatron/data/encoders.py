@@ -10,10 +10,10 @@ from numpy.typing import ArrayLike
 from more_megatron.data.encoding import Encode, Encoder
 from more_megatron.data.errors import DocumentError
 from more_megatron.data.fast import (
-    Checked,
     FastEncode,
     Recipe,
     byte_level_recipe,
+    checked,
     first_difference,
     is_installed,
     sentencepiece_recipe,
@@ -55,14 +55,7 @@ class EncoderPlan:
 def plan_encoder(
     tokenizer: Tokenizer, append_eod: bool, documents: Iterable[bytes], allow_fast: bool = True
 ) -> EncoderPlan:
-    """Choose the encoder of a run.
-
-    Args:
-        tokenizer: The tokenizer.
-        append_eod: Whether documents end with the end-of-document token.
-        documents: The first of what will be encoded, to try it on.
-        allow_fast: Whether gigatoken may be used.
-    """
+    """Choose the encoder of a run; gigatoken is tried on the documents, the first of what will be encoded."""
     recipe = _recipe(tokenizer, documents) if allow_fast else "--encoder reference was given"
     if isinstance(recipe, Recipe):
         name = f"gigatoken {_version('gigatoken')}"
@@ -112,7 +105,7 @@ def build_encoder(plan: EncoderPlan) -> Encoder:
     tokenizer = plan.tokenizer
     encode = reference_encode(tokenizer)
     if plan.recipe is not None:
-        encode = Checked(FastEncode(plan.recipe, _normalizer(tokenizer)), encode)
+        encode = checked(FastEncode(plan.recipe, _normalizer(tokenizer)), encode)
     eod = tokenizer.eod if plan.append_eod else None
     return Encoder(encode, tokenizer.vocab_size, tokenizer.dtype, eod)
 
@@ -166,11 +159,7 @@ def _texts(documents: Sequence[bytes]) -> list[str]:
 
 
 def build_decoder(options: TokenizerOptions) -> Callable[[list[int]], str]:
-    """Build a function from token ids to text.
-
-    Raises:
-        DataError: the tokenizer's files are missing or damaged.
-    """
+    """Return the function from token ids to text."""
     if is_direct_sentencepiece(options) and options.tokenizer_model:
         processor = open_sentencepiece(options)
         return lambda ids: str(processor.decode(ids))

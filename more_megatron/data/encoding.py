@@ -48,13 +48,7 @@ class Encoder:
         self._eod = np.array([] if eod is None else [eod], dtype=dtype)
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
-        """Encode documents.
-
-        Args:
-            documents: The documents as UTF-8.
-
-        Returns:
-            Their tokens, in order.
+        """Return the tokens of documents that come as UTF-8.
 
         Raises:
             DocumentError: A document gives an id that the tokenizer does not have.

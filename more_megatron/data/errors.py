@@ -18,17 +18,7 @@ class ResumableError(DataError):
 
 
 class DocumentError(DataError):
-    """A document that cannot be encoded.
-
-    Args:
-        index: Its place among the documents that were given.
-        reason: What is wrong, to stand behind "document 7".
-    """
-
-    def __init__(self, index: int, reason: str) -> None:
-        super().__init__(index, reason)
-        self.index = index
-        self.reason = reason
+    """A document that cannot be encoded: its place among those given, and what is wrong with it."""
 
     def __str__(self) -> str:
-        return f"document {self.index} {self.reason}"
+        return "document {} {}".format(*self.args)

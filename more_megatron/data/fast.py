@@ -12,6 +12,7 @@ What gigatoken makes of a tokenizer is compared with the reference before it is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,10 +27,10 @@ from more_megatron.data.encoding import Encode
 from more_megatron.data.errors import DocumentError
 
 __all__ = [
-    "Checked",
     "FastEncode",
     "Recipe",
     "byte_level_recipe",
+    "checked",
     "first_difference",
     "is_installed",
     "sentencepiece_recipe",
@@ -70,18 +71,13 @@ class Recipe:
 
 def is_installed() -> bool:
     """Whether gigatoken is here."""
-    try:
+    with contextlib.suppress(ValueError):  # blocked, as by a test
         return find_spec("gigatoken") is not None
-    except ValueError:  # blocked, as by a test
-        return False
+    return False
 
 
 def sentencepiece_recipe(model: str | Path) -> Recipe | str:
-    """Describe a SentencePiece model to gigatoken, or say why it cannot be.
-
-    Args:
-        model: The model file.
-    """
+    """Describe a SentencePiece model file to gigatoken, or say why it cannot be."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -131,11 +127,7 @@ def _merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str, st
 
 
 def byte_level_recipe(backend: Any) -> Recipe | str:
-    """Describe a byte-level BPE tokenizer to gigatoken, or say why it cannot be.
-
-    Args:
-        backend: A tokenizer of the tokenizers library.
-    """
+    """Describe a tokenizer of the tokenizers library to gigatoken, or say why it cannot be."""
     settings = json.loads(backend.to_str())
     model, added = settings["model"], settings["added_tokens"]
     if model["type"] != "BPE" or '"ByteLevel"' not in json.dumps(settings["pre_tokenizer"]):
@@ -163,21 +155,19 @@ class FastEncode:
 
     def __init__(self, recipe: Recipe, normalize: Callable[[bytes], bytes | str] | None) -> None:
         self._recipe = recipe
-        self._normalize = normalize
+        self._normalize = normalize or bytes
         self._met = _RENEW_BYTES
         self._tokenizer: Any = None
-        self._prefix = np.array(recipe.prefix, np.uint32)
-        self._suffix = np.array(recipe.suffix, np.uint32)
 
     def __call__(self, documents: Sequence[bytes]) -> Iterator[ArrayLike]:
         """Yield the ids of each document."""
-        bare = not (self._recipe.prefix or self._recipe.suffix)
+        prefix, suffix = self._recipe.prefix, self._recipe.suffix
         for document in documents:
             if self._met >= _RENEW_BYTES:
                 self._renew()
             self._met += len(document)
-            ids = self._tokenizer.encode(self._normalize(document) if self._normalize else document)
-            yield ids if bare else np.concatenate([self._prefix, ids, self._suffix])
+            ids = self._tokenizer.encode(self._normalize(document))
+            yield np.concatenate([prefix, ids, suffix]).astype(np.uint32) if prefix or suffix else ids
 
     def _renew(self) -> None:
         import gigatoken
@@ -188,31 +178,19 @@ class FastEncode:
         self._met = 0
 
 
-class Checked:
-    """Compares one document of each call with the reference.
+def checked(fast: Encode, reference: Encode) -> Encode:
+    """Compare one document of each call with the reference; the call raises `DocumentError` if it differs."""
 
-    Args:
-        fast: Gives the ids.
-        reference: Gives the ids that they must be.
-    """
-
-    def __init__(self, fast: Encode, reference: Encode) -> None:
-        self._fast = fast
-        self._reference = reference
-
-    def __call__(self, documents: Sequence[bytes]) -> Iterable[ArrayLike]:
-        """Return the ids of each document.
-
-        Raises:
-            DocumentError: The compared document differs.
-        """
-        found = list(self._fast(documents))
+    def encode(documents: Sequence[bytes]) -> Iterable[ArrayLike]:
+        found = list(fast(documents))
         index = _choose(documents)
         if index is not None:
-            (expected,) = self._reference([documents[index]])
+            (expected,) = reference([documents[index]])
             if not np.array_equal(np.asarray(found[index]), np.asarray(expected)):
                 raise DocumentError(index, "has other tokens by gigatoken than by the reference tokenizer")
         return found
+
+    return encode
 
 
 def _choose(documents: Sequence[bytes]) -> int | None:
@@ -224,12 +202,6 @@ def _choose(documents: Sequence[bytes]) -> int | None:
 
 def first_difference(fast: Encode, reference: Encode, pieces: Sequence[str], documents: Iterable[bytes]) -> str | None:
     """Compare two ways to encode on every piece, on hostile texts and on the first megabyte of the documents.
-
-    Args:
-        fast: One way.
-        reference: The other.
-        pieces: Pieces of the vocabulary as texts.
-        documents: What will be encoded.
 
     Returns:
         The beginning of the first text that differs, or None.

@@ -15,14 +15,7 @@ _CONNECT_SECONDS = 3.0
 
 
 def download(name: str, split: str = "train") -> list[str]:
-    """Fetch the Parquet files of a dataset.
-
-    Args:
-        name: One of `WIKITEXT_NAMES`, or `OWNER/REPOSITORY/FOLDER` of any dataset stored as Parquet.
-        split: The files whose names begin with this word.
-
-    Returns:
-        Local paths, in order.
+    """Fetch the Parquet files of `WIKITEXT_NAMES`, or of `OWNER/REPOSITORY/FOLDER`, whose names begin with the split.
 
     Raises:
         DataError: The name is unknown, or the hub cannot be reached.

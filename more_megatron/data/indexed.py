@@ -82,13 +82,7 @@ class IndexFile:
 
 
 def read_index(path: str | os.PathLike[str]) -> IndexFile:
-    """Map an `.idx` file, whoever wrote it.
-
-    Args:
-        path: The `.idx` file.
-
-    Returns:
-        Its arrays.
+    """Map an `.idx` file, whoever wrote it, and check it as a whole.
 
     Raises:
         DatasetError: The file is not an index, is of another version or size than its header says, or its entries do
@@ -144,15 +138,10 @@ def _fault(index: IndexFile) -> str | None:
 
 
 def write_index(stream: IO[bytes], dtype: np.dtype, pieces: Callable[[], Iterable[NDArray[np.int32]]]) -> None:
-    """Write an `.idx` file from document lengths that come in pieces.
+    """Write an `.idx` file from document lengths that come in pieces, int32 [documents]; each call begins a new pass.
 
     The three arrays of an index lie one after the other, so the pieces are gone through once for each of them and
     memory does not grow with the corpus. A document without tokens has no sequence, as in Megatron's own tool.
-
-    Args:
-        stream: The open `.idx` file.
-        dtype: dtype of the tokens in the `.bin` file.
-        pieces: Starts a new pass over the pieces, each the tokens of its documents, int32 [documents].
     """
     documents = sequences = 0
     for lengths in pieces():

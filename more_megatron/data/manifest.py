@@ -25,13 +25,7 @@ def manifest_path(prefix: str | os.PathLike[str]) -> str:
 
 
 def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read the manifest of a dataset.
-
-    Args:
-        prefix: The dataset's prefix.
-
-    Returns:
-        Its contents; None where there is none, as for datasets that Megatron's own tool wrote.
+    """Read the manifest of a dataset; None where there is none, as for datasets that Megatron's own tool wrote.
 
     Raises:
         DatasetError: It is damaged.

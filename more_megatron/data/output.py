@@ -54,12 +54,7 @@ class Counts:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn a failure to write into one line that says where and what to do.
-
-    Raises:
-        ResumableError: The disk is full or a quota is used up.
-        DataError: The place cannot be written.
-    """
+    """Turn a failure to write into one line that says where and what to do."""
     try:
         yield
     except OSError as error:
@@ -117,17 +112,10 @@ class Output:
             return False
 
     def start(self, plan: dict[str, Any], resume: bool) -> Counts:
-        """Start empty, or go on where an interrupted run was.
-
-        Args:
-            plan: Everything that decides the output.
-            resume: Whether to go on.
-
-        Returns:
-            What is written already.
+        """Start empty, or go on where an interrupted run was, and return the counts of what is written already.
 
         Raises:
-            DataError: The interrupted run was about something else, or the folder cannot be written.
+            DataError: The interrupted run followed another plan, or the folder cannot be written.
         """
         plan = json.loads(json.dumps(plan))
         done = self._finished(plan) if resume else None
@@ -145,20 +133,18 @@ class Output:
         return done or Counts()
 
     def _finished(self, plan: dict[str, Any]) -> Counts | None:
-        if not (self.folder / "done.json").exists():
-            return None
+        """What an interrupted run has written; None if there is nothing whole."""
         try:
             old = json.loads((self.folder / "plan.json").read_text())
             done = Counts(**json.loads((self.folder / "done.json").read_text()))
             sizes = [(self.folder / name).stat().st_size for name in ("tokens", "lengths")]
-        except (OSError, ValueError, TypeError) as error:
-            raise DataError(f"cannot resume {self.folder}: it is damaged; run without --resume") from error
+        except (OSError, ValueError, TypeError):
+            return None
         changed = ", ".join(key for key in plan if old.get(key) != plan[key])
         if changed:
             raise DataError(f"cannot resume {self.folder}: changed since then: {changed}; run without --resume")
-        if sizes[0] < done.tokens * np.dtype(plan["dtype"]).itemsize or sizes[1] < done.documents * 4:
-            raise DataError(f"cannot resume {self.folder}: files in it are cut short; run without --resume")
-        return done
+        whole = sizes[0] >= done.tokens * np.dtype(plan["dtype"]).itemsize and sizes[1] >= done.documents * 4
+        return done if whole else None
 
     def append(self, encoded: Encoded, total: Counts) -> None:
         """Write the tokens of a block, then what is valid with it."""
@@ -170,14 +156,7 @@ class Output:
             self._replace("done.json", asdict(total))
 
     def publish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write the index and the manifest, and give all three files their names, the index last.
-
-        Args:
-            manifest: The manifest; hashes of both files are added.
-
-        Returns:
-            The manifest as written.
-        """
+        """Write the index and the manifest, hashes added, and give all three files their names, the index last."""
         with writing(self.folder):
             self._close()
             with open(self.folder / "index", "wb") as stream:

@@ -5,65 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain, islice
 from typing import Any
 
 from more_megatron import __version__
-from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import PLAIN_GRID_BYTES
 from more_megatron.data.encoders import EncoderPlan, plan_encoder
 from more_megatron.data.errors import DataError, DocumentError, ResumableError
 from more_megatron.data.manifest import MANIFEST_VERSION
 from more_megatron.data.output import Counts, Output
 from more_megatron.data.reading import BLOCK_BYTES, Block, read_blocks, read_documents
-from more_megatron.data.sources import Source, sha256_of
-from more_megatron.data.tokenizers import Tokenizer
-from more_megatron.data.workers import Work, encode_blocks
+from more_megatron.data.sources import sha256_of
+from more_megatron.data.workers import Job, encode_blocks
 
-__all__ = ["Job", "preprocess"]
+__all__ = ["preprocess"]
 
 
 Report = Callable[[int, int], None]
 """Told of bytes that are done, and of all tokens so far."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is made of what.
-
-    Attributes:
-        sources: The inputs, in order.
-        tokenizer: The tokenizer.
-        append_eod: Whether documents end with the end-of-document token.
-        detokenize: How WikiText's spelling is undone.
-        workers: Processes to use.
-        resume: Whether to go on where an interrupted run was.
-        skip_bad_lines: Whether JSON lines without a text are left out and counted.
-        allow_fast: Whether gigatoken may encode.
-    """
-
-    sources: Sequence[Source]
-    tokenizer: Tokenizer
-    append_eod: bool = True
-    detokenize: Detokenize = Detokenize.NONE
-    workers: int = 1
-    resume: bool = False
-    skip_bad_lines: bool = False
-    allow_fast: bool = True
-
-
 def preprocess(job: Job, output: Output, say: Callable[[str], None], report: Report) -> dict[str, Any]:
-    """Write `<prefix>.bin`, `<prefix>.idx` and the manifest `<prefix>.json`.
+    """Write `<prefix>.bin`, `<prefix>.idx` and the manifest `<prefix>.json`, which is returned.
 
     Args:
         job: What to do.
         output: Where to, held by this run.
         say: Told which encoder was chosen.
         report: Told of every block.
-
-    Returns:
-        The manifest.
 
     Raises:
         DataError: An input, the tokenizer or the place to write to is at fault; nothing is left under a final name.
@@ -98,7 +68,7 @@ def _write(
     for block in islice(blocks, total.blocks):
         report(len(block.data), total.tokens)
     try:
-        for encoded, counts in encode_blocks(Work(encoder, job.detokenize, job.skip_bad_lines), blocks, job.workers):
+        for encoded, counts in encode_blocks(job, encoder, blocks):
             total += counts
             output.append(encoded, total)
             report(counts.text_bytes, total.tokens)
@@ -107,7 +77,8 @@ def _write(
     except DocumentError as error:
         output.discard()
         hint = "; --encoder reference does without gigatoken" if encoder.recipe is not None else ""
-        raise DataError(f"document {total.documents + error.index} {error.reason}{hint}") from error
+        index, reason = error.args
+        raise DataError(f"document {total.documents + index} {reason}{hint}") from error
     except DataError as error:
         if total.blocks == 0:
             output.discard()

@@ -75,15 +75,9 @@ def _row_blocks(source: Source) -> Iterator[Block]:
 
 
 def cut_blocks(chunks: Iterable[bytes], layout: Layout, block_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """Cut a text where documents begin.
+    """Cut a text that comes in chunks where documents begin, and yield the offset and the text of each block.
 
-    Args:
-        chunks: The text in pieces of any size.
-        layout: The division into documents.
-        block_bytes: Least size of a block but the last; a longer document makes a longer block.
-
-    Yields:
-        Offset in the whole text, and the block.
+    A block is at least `block_bytes` long, but for the last; a longer document makes a longer block.
     """
     buffer, origin, wanted = b"", 0, block_bytes
     for chunk in chunks:
@@ -101,18 +95,12 @@ def cut_blocks(chunks: Iterable[bytes], layout: Layout, block_bytes: int) -> Ite
 
 
 def read_documents(block: Block, mode: Detokenize, skip_bad_lines: bool = False) -> Documents:
-    """Divide a block into documents.
+    """Divide a block into documents, and undo WikiText's spelling.
 
-    Args:
-        block: The block.
-        mode: How WikiText's spelling is undone.
-        skip_bad_lines: Whether JSON lines without a text are left out and counted.
-
-    Returns:
-        The documents. Text files give none for blank text; records with an empty text give an empty document.
+    Text files give no document for blank text; records with an empty text give an empty document.
 
     Raises:
-        DataError: The text is not UTF-8, or a record has no text.
+        DataError: The text is not UTF-8, or a line holds no text and bad lines are not skipped.
     """
     if isinstance(block.data, list):
         return Documents([detokenize(row, mode).encode() for row in block.data])

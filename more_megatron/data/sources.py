@@ -70,11 +70,7 @@ class Source:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Replace globs by the files they match, in sorted order, each file once.
-
-    Raises:
-        DataError: A pattern matches nothing, or a file is missing, empty or unreadable.
-    """
+    """Replace globs by the files they match, in sorted order, each file once."""
     paths: dict[str, None] = {}
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -98,9 +94,6 @@ def open_source(path: str, key: str, layout: Layout | None) -> Source:
         path: The file.
         key: Field or column with the text, for JSON lines and Parquet.
         layout: Division into documents that the user asked for; None finds out.
-
-    Raises:
-        DataError: The file is damaged or a library to read it is missing.
     """
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in _COMPRESSED:
@@ -139,11 +132,7 @@ def _is_json(sample: bytes) -> bool:
 
 
 def text_chunks(source: Source) -> Iterator[bytes]:
-    """Read the text of a source, decompressed; the rows of a Parquet file follow each other as lines.
-
-    Raises:
-        DataError: The file is damaged, or the library that reads it is not installed.
-    """
+    """Read the text of a source, decompressed; the rows of a Parquet file follow each other as lines."""
     if source.format is Format.PARQUET:
         for rows in parquet_rows(source):
             yield "".join(row if row.endswith("\n") else f"{row}\n" for row in rows).encode()
@@ -165,11 +154,7 @@ def text_chunks(source: Source) -> Iterator[bytes]:
 
 
 def parquet_rows(source: Source) -> Iterator[list[str]]:
-    """Read the text column of a Parquet file, some rows at a time; a null counts as an empty text.
-
-    Raises:
-        DataError: pyarrow is not installed, the file is damaged, or it has no such column of text.
-    """
+    """Read the text column of a Parquet file, some rows at a time; a null counts as an empty text."""
     parquet = _require("pyarrow.parquet", source.path)
     arrow = _require("pyarrow", source.path)
     try:

@@ -131,11 +131,7 @@ class Tokenizer:
 def load(options: TokenizerOptions) -> Tokenizer:
     """Read a tokenizer's facts.
 
-    Args:
-        options: The flags.
-
-    Returns:
-        The facts; Megatron, which takes seconds to import, is asked only where the libraries below it do not suffice.
+    Megatron, which takes seconds to import, is asked only where the libraries below it do not suffice.
 
     Raises:
         DataError: A flag is missing, or the tokenizer's files are missing or damaged.
@@ -197,16 +193,13 @@ def _generic_huggingface(options: TokenizerOptions) -> Any | None:
 def _serialized(tokenizer: Any) -> str | None:
     """The Rust tokenizer inside a Hugging Face one, if calling the latter does nothing but call it."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    bare = backend is not None and backend.truncation is None and backend.padding is None
-    return str(backend.to_str()) if bare else None
+    if backend is None or backend.truncation is not None or backend.padding is not None:
+        return None
+    return str(backend.to_str())
 
 
 def build_megatron(options: TokenizerOptions) -> Any:
-    """Build Megatron's own tokenizer, as the trainer does.
-
-    Raises:
-        DataError: Megatron cannot build it.
-    """
+    """Build Megatron's own tokenizer, as the trainer does."""
     # Megatron's remarks on absent GPU libraries say nothing about text.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     absent = ("chat_template", "null_tokenizer_pad_id", "tokenizer_prompt_format", "image_tag_type")
@@ -227,14 +220,7 @@ def build_megatron(options: TokenizerOptions) -> Any:
 
 
 def tokenizer_sha256(options: TokenizerOptions) -> str | None:
-    """Hash of the files that decide a tokenizer's ids.
-
-    Args:
-        options: The flags.
-
-    Returns:
-        SHA-256 of the model file, or of the names and contents of several; None if there is no local file.
-    """
+    """Hash the file that decides a tokenizer's ids, or names and contents of several; None without local files."""
     model = Path(options.tokenizer_model or "")
     files = [Path(name) for name in (options.vocab_file, options.merge_file) if name and os.path.isfile(name)]
     if options.tokenizer_model and model.is_dir():
@@ -260,11 +246,7 @@ def is_direct_sentencepiece(options: TokenizerOptions) -> bool:
 
 
 def open_sentencepiece(options: TokenizerOptions) -> Any:
-    """Open the model of a SentencePiece tokenizer.
-
-    Raises:
-        DataError: The file is missing or damaged.
-    """
+    """Open the model of a SentencePiece tokenizer."""
     import sentencepiece
 
     path = options.tokenizer_model or ""

@@ -25,14 +25,8 @@ def train_sentencepiece(
 ) -> None:
     """Train BPE with byte fallback and write the model when it is complete.
 
-    The model keeps every character: it neither normalises nor collapses spaces, so a decoded text is the text.
-
-    Args:
-        sources: The inputs; evenly spaced documents are taken if they are larger than 128 MiB.
-        mode: How WikiText's spelling is undone before.
-        vocab_size: Number of pieces, the 256 bytes and 3 control pieces included.
-        path: The model file.
-        skip_bad_lines: Whether JSON lines without a text are left out.
+    The model keeps every character: it neither normalises nor collapses spaces, so a decoded text is the text. Inputs
+    above 128 MiB are sampled evenly.
 
     Raises:
         DataError: There is too little text for this vocabulary, or the file cannot be written.
@@ -61,8 +55,8 @@ def train_sentencepiece(
         )
     except (RuntimeError, ValueError) as error:
         raise DataError(_reason(str(error), vocab_size)) from error
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     with writing(target):
-        unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
             unfinished.write_bytes(model.getvalue())
             os.replace(unfinished, target)

@@ -11,24 +11,17 @@ import numpy as np
 
 from more_megatron.data.check import check_dataset, check_hashes
 from more_megatron.data.errors import DatasetError
-from more_megatron.data.preprocess import Job
 from more_megatron.data.reading import read_blocks, read_documents
 from more_megatron.data.tokenizers import build_megatron
+from more_megatron.data.workers import Job
 
 __all__ = ["verify"]
 
 
 def verify(job: Job, prefix: str, manifest: dict[str, Any], samples: int = 200) -> str:
-    """Check a dataset against the inputs it was made from.
+    """Check a dataset against its manifest and the inputs it was made from, and say what was found.
 
-    Args:
-        job: What was done.
-        prefix: Where it was written.
-        manifest: What it returned.
-        samples: Documents to encode again with Megatron's own tokenizer, evenly spaced, the first and last among them.
-
-    Returns:
-        What was found, in one line.
+    Evenly spaced documents, the first and the last among them, are encoded again with Megatron's own tokenizer.
 
     Raises:
         DatasetError: A hash, a count or a document differs.

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -21,8 +21,10 @@ from more_megatron.data.encoding import Encoded
 from more_megatron.data.errors import ResumableError
 from more_megatron.data.output import Counts
 from more_megatron.data.reading import Block, read_documents
+from more_megatron.data.sources import Source
+from more_megatron.data.tokenizers import Tokenizer
 
-__all__ = ["Work", "encode_blocks"]
+__all__ = ["Job", "encode_blocks"]
 
 # Workers inherit them: numerical libraries would start a thread for each core in each worker.
 _ENVIRONMENT = {
@@ -32,29 +34,39 @@ _ENVIRONMENT = {
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is done to each block.
+class Job:
+    """What is made of what.
 
     Attributes:
-        encoder: How documents are encoded.
+        sources: The inputs, in order.
+        tokenizer: The tokenizer.
+        append_eod: Whether documents end with the end-of-document token.
         detokenize: How WikiText's spelling is undone.
-        skip_bad_lines: Whether JSON lines without a text are left out.
+        workers: Processes to use.
+        resume: Whether to go on where an interrupted run was.
+        skip_bad_lines: Whether JSON lines without a text are left out and counted.
+        allow_fast: Whether gigatoken may encode.
     """
 
-    encoder: EncoderPlan
-    detokenize: Detokenize
-    skip_bad_lines: bool
+    sources: Sequence[Source]
+    tokenizer: Tokenizer
+    append_eod: bool = True
+    detokenize: Detokenize = Detokenize.NONE
+    workers: int = 1
+    resume: bool = False
+    skip_bad_lines: bool = False
+    allow_fast: bool = True
 
 
 class _Worker:
     """Does the work on one block after the other."""
 
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        self._encoder = build_encoder(work.encoder)
+    def __init__(self, job: Job, encoder: EncoderPlan) -> None:
+        self._job = job
+        self._encoder = build_encoder(encoder)
 
     def __call__(self, block: Block) -> tuple[Encoded, Counts]:
-        documents = read_documents(block, self._work.detokenize, self._work.skip_bad_lines)
+        documents = read_documents(block, self._job.detokenize, self._job.skip_bad_lines)
         encoded = self._encoder.encode(documents.texts)
         counts = Counts(
             documents=len(documents.texts),
@@ -75,33 +87,25 @@ def _count_words(documents: list[bytes]) -> int:
     return int(np.count_nonzero(white[:-1] > white[1:]))
 
 
-def encode_blocks(work: Work, blocks: Iterator[Block], workers: int) -> Iterator[tuple[Encoded, Counts]]:
-    """Encode blocks.
-
-    Args:
-        work: What is done to each.
-        blocks: The blocks; a bounded number is read ahead.
-        workers: Processes to use.
-
-    Yields:
-        Tokens and counts of each block, in order.
+def encode_blocks(job: Job, encoder: EncoderPlan, blocks: Iterator[Block]) -> Iterator[tuple[Encoded, Counts]]:
+    """Encode blocks, of which a bounded number is read ahead, and yield tokens and counts of each in order.
 
     Raises:
         DataError: A block cannot be used; those before it have been yielded.
     """
-    first = list(islice(blocks, workers))
+    first = list(islice(blocks, job.workers))
     blocks = chain(first, blocks)
     if len(first) < 2:
-        yield from map(_Worker(work), blocks)
+        yield from map(_Worker(job, encoder), blocks)
         return
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
     # Fresh interpreters: forking a process that may run threads can lock up.
-    pool = ProcessPoolExecutor(len(first), get_context("spawn"), _start_worker, (work,))
+    pool = ProcessPoolExecutor(len(first), get_context("spawn"), _start_worker, (job, encoder))
     pending: deque[Future[tuple[Encoded, Counts]]] = deque()
     try:
         for block in blocks:
             pending.append(pool.submit(_encode_block, block))
-            if len(pending) > 2 * workers:
+            if len(pending) > 2 * job.workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
@@ -118,12 +122,12 @@ def encode_blocks(work: Work, blocks: Iterator[Block], workers: int) -> Iterator
 _worker: _Worker | None = None
 
 
-def _start_worker(work: Work) -> None:
+def _start_worker(job: Job, encoder: EncoderPlan) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A worker alone would wait for ever: its queue stays open as long as any other worker lives.
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = _Worker(work)
+    _worker = _Worker(job, encoder)
 
 
 def _die_with_parent() -> None:

@@ -66,7 +66,7 @@ def _validate_result(
     """Validate as Megatron does, and the first step of a process, too."""
     unchecked = self.mode is RerunMode.VALIDATE_RESULTS and not self.first_iteration_complete
     if unchecked and fatal and rejection_func(result):
-        raise _stop(f"iteration {self.current_iteration + 1}: {message}")
+        raise _stop(f"iteration {get_args().curr_iteration + 1}: {message}")
     _VALIDATE_RESULT(self, result, rejection_func, message, *args, fatal=fatal, **kwargs)
 
 
@@ -76,7 +76,7 @@ def _should_checkpoint_and_exit(self: RerunStateMachine) -> tuple[bool, bool, in
     if leave:
         call = self.failed_validation_call
         found = call.caller.message if call is not None else "found on another rank"
-        raise _stop(f"iteration {self.current_iteration + 1}: {found}")
+        raise _stop(f"iteration {get_args().curr_iteration + 1}: {found}")
     return save, leave, code
 
 

@@ -279,16 +279,16 @@ def test_difference_at_start_falls_back(
 def test_difference_in_a_later_task_is_met(
     model_path: Callable[[str], str], corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    wrong: list[bool] = []
+    stand_in = tampered(lambda call, ids: np.append(ids[:-1], ids[-1:] ^ 1) if wrong else ids)
+    monkeypatch.setattr("gigatoken.Tokenizer", stand_in)
     tokenizer = load(TokenizerOptions("SentencePieceTokenizer", model_path("bpe")))
     documents = [text.encode() for text in corpus]
-    encoder = build_encoder(plan_encoder(tokenizer, True, documents))
+    plan = plan_encoder(tokenizer, True, documents)
+    assert plan.recipe is not None
+    encoder = build_encoder(plan)
     encoder.encode(documents[:10])
-
-    def change(call: int, ids: np.ndarray) -> np.ndarray:
-        return np.append(ids[:-1], ids[-1:] ^ 1)
-
-    stand_in = tampered(change)
-    monkeypatch.setattr(encoder._encode._fast, "_tokenizer", stand_in(encoder._encode._fast._tokenizer))  # type: ignore[attr-defined]
+    wrong.append(True)
     with pytest.raises(DocumentError, match=r"document \d+ has other tokens by gigatoken"):
         encoder.encode(documents[10:20])
 

@@ -243,6 +243,19 @@ def test_kill_then_start_clean(tmp_path: Path, model: str, corpus: list[str]) ->
     assert sorted(path.suffix for path in tmp_path.glob("x*")) == [".bin", ".idx", ".json"]
 
 
+@pytest.mark.parametrize("name", ["tokens", "lengths", "done.json", "plan.json"])
+def test_resume_without_a_whole_state_starts_clean(name: str, tmp_path: Path, model: str, corpus: list[str]) -> None:
+    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=10)
+    usual = ["--input", data, "--tokenizer-model", model, "--no-progress", "--encoder", "reference"]
+    command = [*usual, "--output-prefix", tmp_path / "x"]
+    kill_when_written([TOOL, *command], tmp_path / "x_text_document.partial", 2)
+    path = tmp_path / "x_text_document.partial" / name
+    path.write_bytes(path.read_bytes()[:10])
+    assert run_tool(*command, "--resume").returncode == 0
+    assert run_tool(*usual, "--output-prefix", tmp_path / "y").returncode == 0
+    assert same_files(tmp_path / "x_text_document", tmp_path / "y_text_document")
+
+
 def test_two_runs_on_one_prefix(tmp_path: Path, model: str, corpus: list[str]) -> None:
     data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=30)
     command = ["--input", data, "--output-prefix", tmp_path / "x", "--tokenizer-model", model, "--no-progress"]

@@ -23,6 +23,10 @@ __all__ = [
     "kill_in_data_file",
     "kill_in_index_cache",
     "kill_in_tracker",
+    "refuse_writing",
+    "spoil_first_step",
+    "spoil_third_step",
+    "spoil_unused_row",
     "terminate_after_step",
 ]
 
@@ -125,3 +129,45 @@ def terminate_after_step() -> None:
         return result
 
     _at_call(_STEP, training, "train_step", act)
+
+
+def spoil_first_step() -> None:
+    """Put a NaN into a parameter before the first step of the process."""
+    _at_call(1, training, "train_step", _spoiled)
+
+
+def spoil_third_step() -> None:
+    """Put a NaN into a parameter before the third step of the process."""
+    _at_call(_STEP, training, "train_step", _spoiled)
+
+
+def spoil_unused_row() -> None:
+    """Put an infinity where no token looks, after the third step: losses stay finite."""
+
+    def act(original: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        embedding = next(p for name, p in args[2][0].named_parameters() if "word_embeddings" in name)
+        embedding.data[-1, 0] = float("inf")
+        return result
+
+    _at_call(_STEP, training, "train_step", act)
+
+
+def _spoiled(original: Any, *args: Any, **kwargs: Any) -> Any:
+    parameter = next(p for name, p in args[2][0].named_parameters() if "layernorm" in name)
+    parameter.data[0] = float("nan")
+    return original(*args, **kwargs)
+
+
+def refuse_writing() -> None:
+    """Fail to write the checkpoint of iteration 4, as on a full disk."""
+    original = filesystem_async._write_item
+
+    @functools.wraps(original)
+    def write_item(*args: Any, **kwargs: Any) -> Any:
+        stream = next(argument for argument in args if hasattr(argument, "truncate"))
+        if "iter_0000004" in str(stream.name):
+            raise OSError(28, "No space left on device")
+        return original(*args, **kwargs)
+
+    filesystem_async._write_item = write_item

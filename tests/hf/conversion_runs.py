@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from more_megatron.systems import get_system
+from more_megatron.systems import get_system, names
 from tests.helpers.corpus import write_corpus
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY_ON_FILES, dense
@@ -42,6 +42,8 @@ RUNS: dict[str, str] = {
     "recurrent_experts, ep2": f"--more-variant recurrent_experts {_EP2} {_TOP2} --recurrence-ffn-hidden-size 40",
     "shared_block, pp2": f"--more-variant shared_block {_PP2} --group-query-attention --num-query-groups 2",
     "shared_block, tp2": f"--more-variant shared_block {_TP2} {_TOP2}",
+    "moeut, tp2": f"--more-variant moeut {_TP2} {_TOP2} --switchhead-num-experts 4 --rotary-percent 0.5",
+    "moeut, ep2": f"--more-variant moeut {_EP2} {_TOP2} --switchhead-num-experts 1 --normalization LayerNorm",
     "shared_block_ffn, ep2": f"--more-variant shared_block_ffn {_EP2} --moe-shared-expert-intermediate-size 0",
     "loop, pp2": (
         f"--more-variant loop {_PP2} {_TOP2} --moe-layer-freq [1,0]*2 --router-logit-ema 0.5 "
@@ -59,6 +61,10 @@ RUNS: dict[str, str] = {
     "sequential_experts, tp2": f"--more-variant sequential_experts {_TP2}",
     "parallel_experts, tp2": f"--more-variant parallel_experts {_TP2} {_TOP2}",
 }
+# Systems that no run above is of.
+for _name in names():
+    if not any(f"--more-variant {_name} " in f"{_flags} " for _flags in RUNS.values()):
+        RUNS[f"{_name}, tp2"] = f"--more-variant {_name} {_TP2}"
 _DENSE = (RUNS["huginn, tp2"],)
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"
@@ -113,7 +119,8 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
     """Convert each run's checkpoint to Hugging Face, back, and there again, each way verified.
 
     Returns:
-        For each run what the two first conversions said, and the loss of the model on the validation file.
+        For each run what the two first conversions said, what that to half precision said, and the loss of the model on
+        the validation file.
     """
     from more_megatron.hf.conversion.export import ToHF, to_hf
     from more_megatron.hf.conversion.importer import FromHF, from_hf
@@ -126,6 +133,7 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
             (place / "hf" / "megatron_args.json").unlink()
         lines += from_hf(FromHF(place / "hf", place / "back", verify=True, progress=False))
         to_hf(ToHF(place / "back", place / "again", tokenizer=name != WITHOUT_ARGUMENTS, progress=False))
+        lines += to_hf(ToHF(place / "run", place / "half", dtype="bfloat16", verify=True, progress=False))
         said[name] = [*lines, str(_loss(place / "hf", folder / "valid"))]
     return said
 

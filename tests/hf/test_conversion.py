@@ -60,12 +60,13 @@ def converted(folder: Path, trained: dict[str, Reported]) -> dict[str, list[str]
 def test_both_sides_agree(
     name: str, folder: Path, trained: dict[str, Reported], converted: dict[str, list[str]]
 ) -> None:
-    there, hashes, logits, back, hashes_back, loss = converted[name]
+    there, hashes, logits, back, hashes_back, _, hashes_of_half, logits_of_half, loss = converted[name]
     assert there.startswith(f"{folder / name / 'hf'}: {RUNS[name].split()[1]} of {folder / name / 'run'}")
     assert back.startswith(f"{folder / name / 'back'}: ")
     assert hashes == hashes_back
     assert "have the same hashes on both sides" in hashes
     assert logits.startswith("verified: logits of 16 tokens differ from Megatron's by ")
+    assert (hashes_of_half, logits_of_half.split("differ")[0]) == (hashes, logits.split("differ")[0])
     assert float(loss) == pytest.approx(trained[name].validation, abs=1e-4)
 
 

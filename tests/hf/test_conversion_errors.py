@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import pickle
 import resource
 import shutil
 import subprocess
@@ -150,7 +153,7 @@ def test_parameters_that_the_model_does_not_have(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "part"),
     [
-        ({"variant": "gru_experts"}, "system gru_experts cannot be converted"),
+        ({"variant": "no_such_system"}, "system no_such_system cannot be converted"),
         ({"model_type": "llama"}, "is a model of type llama, not more"),
         ({"hidden_act": "tanh"}, "hidden_act tanh with gated_mlp True has no counterpart in Megatron"),
         ({"rope_scaling_factor": 4.0}, "rope_scaling_factor 4.0 has no counterpart in Megatron"),
@@ -278,7 +281,7 @@ def test_configuration_that_is_not_there_or_incomplete(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"more_variant": "gru_experts"}, "--more-variant gru_experts: systems that can be converted are moe,"),
+        ({"more_variant": "no_such_system"}, "--more-variant no_such_system: systems that can be converted are "),
         ({"multi_latent_attention": True}, "--multi-latent-attention True has no counterpart"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 has no counterpart"),
         ({"window_size": [4, 0]}, "--window-size [4, 0] has no counterpart"),
@@ -386,6 +389,51 @@ def test_pickles_build_nothing_but_plain_types(tmp_path: Path) -> None:
     assert torch.equal(found["tensor"], torch.ones(2))
     assert isinstance(found["call"], pickles.Opaque)
     assert not (tmp_path / "made").exists()
+
+
+def _plant_in_index(checkpoint: Path, call: _Call) -> None:
+    metadata = pickles.read_metadata(checkpoint)
+    metadata.planner_data = call
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def _plant_in_object(key: str) -> Callable[[Path, _Call], None]:
+    """Return what replaces an object or tensor of a checkpoint by one that holds a call."""
+
+    def plant(checkpoint: Path, call: _Call) -> None:
+        metadata = pickles.read_metadata(checkpoint)
+        info = next(info for index, info in metadata.storage_data.items() if index.fqn.startswith(key))
+        content = io.BytesIO()
+        torch.save([{"args": make_args(spec=call), "call": call}], content)
+        with open(checkpoint / info.relative_path, "ab") as file:
+            info.offset, info.length = file.tell(), len(content.getvalue())
+            file.write(content.getvalue())
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    return plant
+
+
+def _plant_in_legacy_common(checkpoint: Path, call: _Call) -> None:
+    torch.save({"args": make_args(), "call": call}, checkpoint / "common.pt")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        _plant_in_index,
+        _plant_in_legacy_common,
+        _plant_in_object("common_state"),
+        _plant_in_object("decoder.layers.mlp.router.weight"),
+        _plant_in_object("decoder.final_layernorm._extra_state"),
+    ],
+)
+def test_code_in_a_checkpoint_is_not_run(plant: Callable[[Path, _Call], None], folder: Path) -> None:
+    """Neither by our reader nor by Megatron's own, which computes what the export is compared with."""
+    made = folder / "made"
+    plant(folder / "ckpt" / "release", _Call(made))
+    with contextlib.suppress(MoREError):
+        _export(folder, verify=True)()
+    assert not made.exists()
 
 
 class _Call:

@@ -9,8 +9,7 @@ from typing import Any
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.exported.fields import FIELDS, Field, check_fields, complete_fields
-from more_megatron.hf.exported.system import find_system
-from more_megatron.systems import names
+from more_megatron.hf.exported.system import find_system, system_names
 from more_megatron.systems.forms import Form, find_form, form_of_type
 from more_megatron.systems.forms import names as form_names
 
@@ -20,7 +19,13 @@ _REMEDY = "correct it, or export the model again"
 
 
 def known_fields(variant: str) -> dict[str, Field]:
-    """Return the fields that a model of a system has."""
+    """Return the fields that a model of a system has.
+
+    Raises:
+        MoREError: If transformers has no model of it.
+    """
+    if variant not in system_names():
+        raise MoREError(f"system {variant} cannot be converted: there are {', '.join(system_names())}")
     return {**FIELDS, **find_system(variant).fields}
 
 
@@ -33,9 +38,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     Raises:
         MoREError: If not.
     """
-    variant = config.get("variant")
-    if variant not in names():
-        raise MoREError(f"system {variant} cannot be converted: there are {', '.join(names())}")
+    variant = str(config.get("variant"))
     fields = {name: field for name, field in known_fields(variant).items() if name in config or not field.of_calls}
     missing = [name for name in fields if name not in config]
     if missing:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from more_megatron.errors import MoREError
+from more_megatron.errors import MoREError, last_line
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder, sha256
 from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
@@ -92,9 +92,7 @@ def compare_logits(
     tokens = _tokens(folder, checkpoint.args)
     with _quiet():
         os.environ.setdefault("MORE_PLATFORM", "cpu")
-        from more_megatron.hf.conversion.megatron_model import megatron_logits
-
-        ours = megatron_logits(checkpoint, tokens, dtype)
+        ours = _megatron_logits(checkpoint, tokens, dtype)
         if isinstance(ours, str):
             return f"logits not compared: {ours}"
         theirs = _huggingface_logits(folder, tokens)
@@ -103,6 +101,19 @@ def compare_logits(
     if not difference <= bound:
         raise MoREError(f"what was written cannot be trusted: logits differ by {difference:.2g} from Megatron's")
     return f"verified: logits of {tokens.numel()} tokens differ from Megatron's by {difference:.1g} at most"
+
+
+def _megatron_logits(
+    checkpoint: MegatronCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor | str:
+    from more_megatron.hf.conversion.megatron_model import megatron_logits
+
+    try:
+        return megatron_logits(checkpoint, tokens, dtype)
+    except MoREError:
+        raise
+    except Exception as error:  # whatever Megatron meets in a checkpoint from elsewhere
+        raise MoREError(f"checkpoint {checkpoint.path} cannot be loaded by Megatron: {last_line(error)}") from error
 
 
 @contextlib.contextmanager
