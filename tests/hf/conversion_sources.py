@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from more_megatron.hf.conversion.megatron_writer import write_release
 from more_megatron.hf.mapping import entries
+from more_megatron.systems import get_system
 
 __all__ = ["VALUES", "make_args", "write_source"]
 
@@ -55,16 +57,6 @@ VALUES: dict[str, Any] = {
     "moe_router_dtype": "fp32",
     "moe_router_load_balancing_type": "aux_loss",
     "moe_aux_loss_coeff": 0.01,
-    "recurrence_steps": None,
-    "recurrence_eval_steps": None,
-    "recurrence_sampling": "fixed",
-    "recurrence_min_steps": None,
-    "recurrence_max_steps": None,
-    "recurrence_curriculum": None,
-    "recurrence_ffn_hidden_size": None,
-    "recurrence_residual_scale": 1.0,
-    "recurrence_state_std": 0.02,
-    "router_logit_ema": 0.0,
     "seed": 1234,
     "vocab_size": 24,
     "seq_length": 16,
@@ -77,9 +69,10 @@ def make_args(**values: Any) -> argparse.Namespace:
     """Return the arguments of a run.
 
     Args:
-        values: What differs from `VALUES`.
+        values: What differs from `VALUES` and from the defaults of the MoRE group.
     """
-    return argparse.Namespace(**{**VALUES, **values})
+    flags = get_system(values.get("more_variant", VALUES["more_variant"])).flags(argparse.Namespace())
+    return argparse.Namespace(**{**dataclasses.asdict(flags), **VALUES, **values})
 
 
 def write_source(folder: Path, config: dict[str, Any], args: argparse.Namespace) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -33,7 +32,7 @@ from more_megatron.hf.mapping import entries
 from more_megatron.systems import base
 from more_megatron.systems.export import Row
 from tests.helpers.shell import PROJECT
-from tests.hf.conversion_sources import VALUES, make_args, write_source
+from tests.hf.conversion_sources import make_args, write_source
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +280,6 @@ def test_configuration_that_is_not_there_or_incomplete(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "part"),
     [
-        ({"more_variant": "no_such_system"}, "--more-variant no_such_system: systems that can be converted are "),
         ({"multi_latent_attention": True}, "--multi-latent-attention True has no counterpart"),
         ({"mtp_num_layers": 1}, "--mtp-num-layers 1 has no counterpart"),
         ({"window_size": [4, 0]}, "--window-size [4, 0] has no counterpart"),
@@ -295,6 +293,16 @@ def test_run_that_the_model_cannot_express(values: dict[str, Any], part: str) ->
     with pytest.raises(MoREError) as caught:
         config_from_args(make_args(**values), 24)
     assert part in str(caught.value)
+
+
+def test_run_of_another_system() -> None:
+    args = make_args()
+    args.more_variant = "no_such_system"
+    with pytest.raises(MoREError, match="--more-variant no_such_system: systems that can be converted are "):
+        config_from_args(args, 24)
+    del args.more_variant
+    with pytest.raises(MoREError, match="the checkpoint is of a run without --more-variant"):
+        config_from_args(args, 24)
 
 
 def test_checkpoint_of_another_version(tmp_path: Path) -> None:
@@ -355,7 +363,7 @@ def test_files_are_filled_up_to_the_limit() -> None:
 def test_arguments_and_configuration_say_the_same() -> None:
     for values in ({}, {"recurrence_ffn_hidden_size": 24}, {"more_variant": "moe", "moe_layer_freq": [0, 1]}):
         config = config_from_args(make_args(**values), 24)
-        derived = argparse.Namespace(**{**VALUES, **args_from_config(config)})
+        derived = make_args(**args_from_config(config))
         assert config_from_args(derived, 24) == config
         # A width that is the default is not asked for: a run that does not ask for it fits.
         assert derived.recurrence_ffn_hidden_size == values.get("recurrence_ffn_hidden_size")
