@@ -15,7 +15,7 @@ from tests.helpers.training import TINY, TINY_ON_FILES
 _UNIFORM = "--recurrence-sampling uniform"
 
 FLAGS = {
-    "--more-variant nonsense": "--more-variant nonsense does not exist: choose one of moe, ",
+    "--more-variant nonsense": "--more-variant nonsense does not exist: choose one of ",
     f"{_UNIFORM} --recurrence-min-steps 4 --recurrence-max-steps 2": "2 is below --recurrence-min-steps 4",
     "--recurrence-backprop-steps 0": "--recurrence-backprop-steps 0 must be at least 1",
     "--no-such-flag 3": "unrecognized arguments: --no-such-flag 3",
