@@ -167,7 +167,8 @@ def _warn_of_changes(checkpoint: Path, saved: argparse.Namespace, args: argparse
         if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
     ]
     was, now = getattr(saved, "global_batch_size", None), args.global_batch_size
-    if was is not None and was != now and checkpoint.name != "release" and not args.finetune:
+    scheduled = args.step_batch_size_schedule is not None or checkpoint.name == "release" or args.finetune
+    if was is not None and was != now and not scheduled:
         changes.append(f"--global-batch-size was {was} and is {now} now, and the schedule counts samples")
     for change in dict.fromkeys(changes):
         print(f"WARNING: {checkpoint}: {change}", flush=True)

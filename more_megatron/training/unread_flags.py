@@ -18,7 +18,7 @@ OTHER_PROGRAMS = re.compile(
 
 # What each is to be replaced by.
 UNREAD = {
-    "rampup_batch_size": "give --step-batch-size-schedule '0:32 1M:64', batch sizes by the samples before them",
+    "rampup_batch_size": "give --step-batch-size-schedule '0:32 1M:64' (tokens:sequences), not --global-batch-size",
     "use_flash_attn": "give --attention-backend flash",
     "exit_signal_handler_for_dataloader": "give --exit-signal-handler",
     "enable_full_sharding_in_hsdp": "leave it out",
