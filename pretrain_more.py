@@ -22,6 +22,7 @@ if __name__ == "__main__":
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from more_megatron.platform.ending import orderly_end
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.checkpoints import check_checkpoint
     from more_megatron.training.data_checks import check_data
@@ -42,7 +43,7 @@ if __name__ == "__main__":
         check_checkpoint(args)
         prepare_reports(model_config.transformer, args)
     pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    with one_line_errors("pretrain_more.py"), save_folder:
+    with one_line_errors("pretrain_more.py"), orderly_end(), save_folder:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             DatasetsProvider(model_config.transformer),

@@ -116,6 +116,15 @@ def test_a_flag_that_a_system_never_reads_is_refused_if_it_is_given(variant: str
     assert not list(system.without_effect(system.flags(Namespace()), set()))
 
 
+@pytest.mark.parametrize("variant", _RECURRENT)
+def test_every_recurrence_can_be_compared_at_any_depth(variant: str) -> None:
+    system = get_system(variant)
+    fields = {"recurrence_sampling": "uniform", "recurrence_min_steps": 2, "recurrence_max_steps": 4}
+    fields |= {"recurrence_eval_steps": 8, **system.comparable}
+    assert not list(system.without_effect(system.flags(Namespace(**fields)), set(fields)))
+    check_system(small_config(variant, **fields))
+
+
 def test_a_flag_without_effect_under_these_settings_is_refused() -> None:
     given = {"recurrence_min_steps", "recurrence_sampling_unit", "router_min_entropy_coeff"}
     faults = list(get_system("recurrent_moe").without_effect(MoREFlags(), given))

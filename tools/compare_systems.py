@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, one_line_errors
 from more_megatron.evaluation.training_log import TrainingLog, read_log
+from more_megatron.flags import flag
 from more_megatron.systems import get_system, names
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -92,8 +93,9 @@ def _compare(args: argparse.Namespace, system: str) -> Result:
 
 def _command(args: argparse.Namespace, system: str, folder: Path) -> list[str]:
     varies = "recurrence_sampling" in get_system(system).reads
+    own = " ".join(f"{flag(name)} {value}" for name, value in get_system(system).comparable.items())
     flags = f"""
-        --more-variant {system}
+        --more-variant {system} {own}
         {"--recurrence-sampling uniform --recurrence-min-steps 2 --recurrence-max-steps 4" if varies else ""}
         --num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256
         --num-experts 8 --moe-router-topk 1 --moe-aux-loss-coeff 0.001 --moe-z-loss-coeff 0.001

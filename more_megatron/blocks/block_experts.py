@@ -34,9 +34,9 @@ class BlockExperts(Experts):
         """Create the weights."""
         self.block = RecurrentBlock(self.config, self.placement, self._ffn_hidden_size, name="expert")
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Learn the number of the layer and draw the initial weights."""
-        self.block.set_layer_number(layer_number)
+        self.block.initialize(layer_number)
 
     def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Compute all local experts on the rows that were sent to them.

@@ -60,7 +60,7 @@ class SharedBlockMoELayer(RowMoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; experts and block draw their weights."""
         super().set_layer_number(layer_number)
-        self.recurrent_block.set_layer_number(layer_number)
+        self.recurrent_block.initialize(layer_number)
 
     def _apply_experts(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         return self._attach_penalty(self.experts(hidden_states, rows, depth, self.recurrent_block))
@@ -93,8 +93,8 @@ class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; experts and block draw their weights."""
         super().set_layer_number(layer_number)
-        self.experts.set_layer_number(layer_number)
-        self.recurrent_block.set_layer_number(layer_number)
+        self.experts.initialize(layer_number)
+        self.recurrent_block.initialize(layer_number)
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
         """Route, compute and combine the experts, then iterate the block.

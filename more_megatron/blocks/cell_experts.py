@@ -106,7 +106,7 @@ class CellMoELayer(CapacityInTrainingMoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; the experts draw their weights."""
         super().set_layer_number(layer_number)
-        self.experts.set_layer_number(layer_number)
+        self.experts.initialize(layer_number)
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
         """Route, compute and combine.
@@ -135,7 +135,7 @@ class GRUExperts(CellExperts):
         self.ffn = ExpertFeedForward(self.config, self.placement)
         self.gru = ExpertLinear(self.config, self.placement, (4, width, width), split_dim=1)
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
         if self.config.perform_initialization:
             initializer = BlockInitializer(self.config, layer_number)
@@ -168,7 +168,7 @@ class SequentialExperts(CellExperts):
         self.lstm = ExpertLinear(self.config, self.placement, (4, hidden, hidden), split_dim=1)
         self.gate = _TokenGate(self.config, self.placement)
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
         if self.config.perform_initialization:
             initializer = BlockInitializer(self.config, layer_number)

@@ -54,7 +54,7 @@ class Experts(MegatronModule):
         """Create the weights."""
 
     @abstractmethod
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:

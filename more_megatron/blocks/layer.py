@@ -149,7 +149,7 @@ class RowMoELayer(CapacityInTrainingMoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; the experts draw their weights."""
         super().set_layer_number(layer_number)
-        self.experts.set_layer_number(layer_number)
+        self.experts.initialize(layer_number)
 
     def _sort(
         self,

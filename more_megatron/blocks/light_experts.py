@@ -26,7 +26,7 @@ class LightExperts(Experts):
         self.fc2 = grouped_linear_weights(self.config, self.placement, (hidden, 2 * hidden), split_dim=1)
         self.dropout = torch.nn.Dropout(self.config.hidden_dropout)
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
         if not self.config.perform_initialization:
             return

@@ -50,7 +50,7 @@ class ParallelExperts(Experts):
         self.lstm = _SegmentLSTM(self.config, self.placement, hidden)
         self.gate = _BranchGate(self.config, self.placement)
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
         if self.config.perform_initialization:
             initializer = BlockInitializer(self.config, layer_number)

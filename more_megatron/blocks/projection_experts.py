@@ -40,7 +40,7 @@ class ProjectionExperts(Experts):
         self.proj_out = grouped_linear_weights(self.config, self.placement, shape)
         self.dropout = torch.nn.Dropout(self._dropout_probability)
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
         if not self.config.perform_initialization:
             return

@@ -79,7 +79,7 @@ class RecurrentBlock(MegatronModule):
         for key in _NORMS:
             setattr(self, key, grouped_norm_weight(config, placement))
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
         self.layer_number = layer_number
         if not self.config.perform_initialization:

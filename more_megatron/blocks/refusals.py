@@ -106,7 +106,7 @@ def mixing_refusals(config: MoREConfig) -> Iterator[str]:
         yield f"needs --moe-token-dispatcher-type {' or '.join(DISPATCHERS)}"
     if config.moe_pad_expert_input_to_capacity or config.moe_router_padding_for_quantization:
         yield (
-            "attends to every row it is given: leave out --moe-pad-expert-input-to-capacity and "
+            "mixes all rows it is given: leave out --moe-pad-expert-input-to-capacity and "
             "--moe-router-padding-for-quantization"
         )
 

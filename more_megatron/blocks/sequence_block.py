@@ -53,7 +53,7 @@ class SequenceBlock(MegatronModule):
             norm = parts.norm(config=config, hidden_size=hidden, eps=config.layernorm_epsilon)
             self.add_module(f"norm_{number}", norm)
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the adapter, which is no module of Megatron's."""
         if self.config.perform_initialization:
             initializer = BlockInitializer(self.config, layer_number)

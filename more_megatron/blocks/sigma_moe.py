@@ -88,7 +88,7 @@ class SigmaExperts(Experts):
         for name, (shape, split_dim) in self._shapes.items():
             setattr(self, name, grouped_linear_weights(self.config, self.placement, shape, split_dim))
 
-    def set_layer_number(self, layer_number: int) -> None:
+    def initialize(self, layer_number: int) -> None:
         """Draw the initial weights, which depend on the number of the layer."""
         if not self.config.perform_initialization:
             return
@@ -139,7 +139,7 @@ class SigmaMoELayer(CapacityInTrainingMoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; router and experts draw their weights."""
         super().set_layer_number(layer_number)
-        self.experts.set_layer_number(layer_number)
+        self.experts.initialize(layer_number)
 
     def forward(
         self, normed: torch.Tensor, stream: torch.Tensor, inputs: LayerInputs, step: RouterStep

@@ -44,13 +44,13 @@ def _write(transforms: list, use_msc: bool, rank: int, write_buckets: list, resu
     results.put(OSError(reasons[0] if reasons else str(written)) if isinstance(written, Exception) else written)
 
 
-_GET_PROCESS = async_utils.PersistentAsyncCaller._get_process.__func__  # type: ignore[attr-defined]
+_GET_PROCESS = async_utils.PersistentAsyncCaller._get_process
 
 
-def _get_process(cls: Any, *args: Any, **kwargs: Any) -> Any:
+def _get_process(*args: Any, **kwargs: Any) -> Any:
     """Return Megatron's writer, without which the run does not go on: queues wait for it without end."""
-    is_new = cls._persistent_process is None
-    process = _GET_PROCESS(cls, *args, **kwargs)
+    is_new = async_utils.PersistentAsyncCaller._persistent_process is None
+    process = _GET_PROCESS(*args, **kwargs)
     if is_new:
         threading.Thread(target=_end_with, args=(process,), name="end with writer", daemon=True).start()
     return process
@@ -82,7 +82,7 @@ CALLERS = (
     StandIn(
         "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
         "_get_process",
-        classmethod(_get_process),
+        staticmethod(_get_process),
         "where it ends, as for lack of memory, the run waits for it without end",
         "core/dist_checkpointing/strategies/async_utils.py",
         "self._persistent_preload_q.join()",

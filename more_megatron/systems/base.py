@@ -70,6 +70,9 @@ class System:
     block_width: ClassVar[int | None] = None
     """Default width of the MLP in its recurrent block, in hidden sizes; None without such a block."""
 
+    comparable: ClassVar[Mapping[str, str]] = {}
+    """Flags, by name, that let its depth be drawn as that of others and be any in evaluation."""
+
     activation: ClassVar[str] = "gelu"
     """Activation function, by its name in transformers, where no flag of Megatron's names another."""
 

@@ -96,6 +96,7 @@ class UniversalTransformer(System):
     reads = DEPTH | REPEATED_ROUTER
     Flags = UniversalFlags
     activation = "relu"
+    comparable: ClassVar[Mapping[str, str]] = {"halting": "none", "universal_time_signal": "sinusoid"}
     defaults: ClassVar[Mapping[str, Any]] = {
         "num_experts": None,
         "untie_embeddings_and_output_weights": False,

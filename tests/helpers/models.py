@@ -136,8 +136,9 @@ def redraw(module: torch.nn.Module, std: float) -> None:
     generator = torch.Generator().manual_seed(7)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * std
-        mean = 1.0 if "norm" in name else -3.0 if name.endswith("halting.bias") else 0.0
-        parameter.copy_(noise + mean)
+        if ".halting." in name:
+            noise = 0.1 * noise - float(name.endswith("bias"))
+        parameter.copy_(noise + 1.0 if "norm" in name else noise)
 
 
 def logits(model: GPTModel, embeddings: torch.Tensor, depth: Depth, sample_ids: tuple[int, ...] = ()) -> torch.Tensor:

@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracke
 from megatron.training import checkpointing, training
 from megatron.training.argument_utils import ArgumentGroupFactory
 
+from more_megatron.monitoring.figures import report_to
 from tests.helpers.training import History, train
 
 __all__ = ["forget_run", "train_all"]
@@ -38,6 +39,7 @@ def forget_run() -> None:
     """
     training.destroy_global_state()
     destroy_moe_metrics_tracker()
+    report_to(None)
     checkpointing._CHECKPOINT_VERSION = None
     checkpointing._LOADED_ITERATION = None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

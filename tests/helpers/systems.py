@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
 from more_megatron.systems import get_system
 from tests.helpers.models import small_config
 
-__all__ = ["flags_of", "is_one_group"]
+__all__ = ["flags_of", "in_two_tiers", "is_one_group"]
+
+
+def in_two_tiers(systems: Iterable[str], always: int = 3) -> list[Any]:
+    """Return the systems as parameters of a slow test: the first ones always, the others in the whole matrix.
+
+    Args:
+        systems: Names of systems.
+        always: How many are tried always.
+    """
+    return [
+        pytest.param(name, marks=[] if index < always else pytest.mark.matrix) for index, name in enumerate(systems)
+    ]
 
 
 def flags_of(system: str, flags: str = "") -> str:

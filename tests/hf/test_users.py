@@ -12,6 +12,7 @@ from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, Trai
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 from more_megatron.hf.exported.router_logits import RouterLogits
 from more_megatron.hf.exported.system import find_system
+from tests.helpers.systems import in_two_tiers
 from tests.hf.reference_models import LENGTH, SYSTEMS, VOCABULARY, random_model, tokens
 
 _LENGTHS = (9, 6, 9)
@@ -161,7 +162,7 @@ def test_balance_loss_counts_once_a_batch(batch_size: int, tmp_path: Path) -> No
     torch.testing.assert_close(norms[0], ratio * expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", in_two_tiers(SYSTEMS))
 def test_one_graph(name: str) -> None:
     model, ids = random_model(name), tokens()
     mask = torch.ones_like(ids)
@@ -178,7 +179,7 @@ def test_one_graph(name: str) -> None:
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("name", in_two_tiers(name for name in SYSTEMS if find_system(name).traceable))
 def test_exported_program(name: str) -> None:
     model, ids = random_model(name), tokens()
     mask = torch.ones_like(ids)

@@ -45,7 +45,7 @@ def _config(variant: str, **fields: Any) -> Any:
 
 def _block(config: Any, groups: range, split: int = 1, rank: int = 0, layer: int = _LAYER_NUMBER) -> RecurrentBlock:
     block = RecurrentBlock(config, Placement(groups, EXPERTS, _Group(split, rank), 0), 2 * _HIDDEN, name="expert")
-    block.set_layer_number(layer)
+    block.initialize(layer)
     return block
 
 
@@ -153,5 +153,5 @@ def _one_can_refrain_from_drawing() -> None:
     block = RecurrentBlock(config, placement, 2 * _HIDDEN, name="expert")
     with torch.no_grad():
         block.adapter.fill_(7.0)
-    block.set_layer_number(1)
+    block.initialize(1)
     assert float(block.adapter.min()) == 7.0

@@ -59,7 +59,8 @@ def _reference(model: Any) -> Universal:
 
 @torch.no_grad()
 def _let_some_halt(model: Any, embeddings: torch.Tensor, depth: Depth) -> None:
-    """Set the bias of halting so that positions halt in several passes, and some never."""
+    """Set weight and bias of halting so that positions halt in several passes, and some never."""
+    model.decoder.loops["0"].halting.weight.mul_(10.0)
     bias = model.decoder.loops["0"].halting.bias
     for value in torch.arange(2.0, -6.0, -0.5):
         bias.fill_(value)

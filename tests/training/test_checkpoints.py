@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from more_megatron.checkpoint_files import (
     fault,
     newest_complete_iteration,
     repair_tracker,
+    unnamed_iteration,
 )
 from more_megatron.errors import MoREError
 from tests.helpers.program import pretrain_more
@@ -141,6 +143,43 @@ def test_whole_tracker_is_left_alone(folder: Path) -> None:
     (folder / _TRACKER).write_text("2\n")
     repair_tracker(folder)
     assert (folder / _TRACKER).read_text() == "2\n"
+
+
+def test_complete_checkpoint_that_the_tracker_does_not_name(folder: Path) -> None:
+    (folder / _TRACKER).write_text("2")
+    assert unnamed_iteration(folder) == 4
+    assert checkpoint_to_load(folder, None) == folder / "iter_0000004"
+    output = _goes_on(folder)
+    assert f"{folder / 'iter_0000004'} is complete, and the tracker file" in output
+    assert " iteration        5/" in output
+    # One that is not complete, or was completed before the one that is named, as one of an abandoned run, is left.
+    (folder / _TRACKER).write_text("2")
+    os.utime(folder / "iter_0000004" / "metadata.json", (1, 1))
+    assert unnamed_iteration(folder) is None
+    os.utime(folder / "iter_0000004" / "metadata.json")
+    _unfinish(folder)
+    assert checkpoint_to_load(folder, None) == folder / "iter_0000002"
+
+
+def _goes_on(folder: Path, flags: str = "") -> str:
+    run = f"{_RUN} --train-iters 6 --override-opt-param-scheduler --load {folder}"
+    [ended] = pretrain_more(1, f"{run} {flags}")
+    assert ended.code == 0, ended.stderr
+    return ended.stdout
+
+
+def test_folder_of_a_conversion_is_saved_into(folder: Path) -> None:
+    (folder / "iter_0000004").rename(folder / "release")
+    shutil.rmtree(folder / "iter_0000002")
+    (folder / _TRACKER).write_text("release")
+    output = _goes_on(folder, f"--save {folder} --save-interval 2 --save-retain-interval 4")
+    assert " iteration        1/" in output
+    assert sorted(path.name for path in folder.glob("iter_*")) == ["iter_0000004", "iter_0000006"]
+    assert (folder / "release").is_dir()
+    # What `--ckpt-step` names stands above a release.
+    (folder / _TRACKER).write_text("release")
+    output = _goes_on(folder, "--ckpt-step 4")
+    assert " iteration        5/" in output
 
 
 def test_tracker_without_any_checkpoint(tmp_path: Path) -> None:

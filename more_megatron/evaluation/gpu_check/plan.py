@@ -11,7 +11,7 @@ from typing import Any
 from more_megatron.flags import MoREFlags
 from more_megatron.systems import get_system
 
-__all__ = ["BACKENDS", "DRY", "GPU", "Backend", "Flags", "Plan", "Sizes", "command_line"]
+__all__ = ["BACKENDS", "DRY", "GPU", "Backend", "Flags", "Plan", "Sizes", "command_line", "everywhere"]
 
 # Flags of Megatron's or ours by name without the dashes; None: a switch.
 Flags = dict[str, Any]
@@ -226,6 +226,17 @@ class Plan:
     def recipes(self) -> dict[str, Flags]:
         """Flags of each FP8 recipe; a CPU has no FP8, and takes the same path without it."""
         return {next(iter(_RECIPES)): {}} if self.dry else _RECIPES
+
+
+def everywhere(system: str) -> Flags:
+    """Return flags under which every token goes to all experts, of feed-forward parts and of whatever else has them."""
+    number = _COMMON["num-experts"]
+    flags: Flags = {"moe-router-topk": number}
+    for name in get_system(system).own_flags():
+        if name.endswith("_topk"):
+            kind = name.removesuffix("_topk").replace("_", "-")
+            flags |= {f"{kind}-num-experts": number, f"{kind}-topk": number}
+    return flags
 
 
 def command_line(system: str, *flags: Flags, steps: int = 2, backprop_steps: int | None = None) -> str:

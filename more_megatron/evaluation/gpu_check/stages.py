@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from more_megatron.evaluation.gpu_check.plan import BACKENDS, Backend, Flags, Plan, command_line
+from more_megatron.evaluation.gpu_check.plan import BACKENDS, Backend, Flags, Plan, command_line, everywhere
 from more_megatron.systems import get_system
 
 __all__ = ["Case", "Stage", "references", "stages"]
@@ -108,9 +108,9 @@ def _parity_precisions(plan: Plan) -> tuple[str, ...]:
 
 
 def _parity_flags(plan: Plan, system: str, precision: str, more: Flags) -> str:
-    # A rounding in bf16 could send a token elsewhere: there every token goes to every expert.
-    everywhere = {"moe-router-topk": 4} if precision == "bf16" else {}
-    return command_line(system, plan.sizes.parity, everywhere, more, steps=3, backprop_steps=2)
+    # A rounding in bf16 could send a token elsewhere.
+    routing = everywhere(system) if precision == "bf16" else {}
+    return command_line(system, plan.sizes.parity, routing, more, steps=3, backprop_steps=2)
 
 
 def _reference(plan: Plan, system: str, precision: str) -> str:

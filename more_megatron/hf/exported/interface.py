@@ -81,6 +81,7 @@ class System:
         moe_class: Feed-forward part of layers with experts.
         layer_class: Layer.
         recurrent: Whether the number of steps means anything.
+        traceable: Whether `torch.export` can follow it: no loop is as long as the data say.
         head_bias: Whether the output layer has a bias.
         fields: Fields of `config.json` beside those of every model.
         defaults: Defaults of the others where they differ.
@@ -90,6 +91,7 @@ class System:
     moe_class: type[MoREMoE] = MoREMoE
     layer_class: type[MoRELayer] = MoRELayer
     recurrent: bool = True
+    traceable: bool = True
     head_bias: bool = False
     fields: Mapping[str, Field] = {}
     defaults: Mapping[str, Any] = {}

@@ -206,6 +206,8 @@ class ParallelExpertsSystem(System):
 
     moe_class = ParallelExpertsMoE
     recurrent = False
+    # An LSTM takes as many steps as tokens were sent to its expert.
+    traceable = False
 
 
 SYSTEM = ParallelExpertsSystem()

