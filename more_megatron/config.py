@@ -23,6 +23,9 @@ class MoREConfig(MoREFlags, TransformerConfig):
     overlap_grad_reduce: bool = False
     """Whether gradients are reduced while the backward pass runs."""
 
+    overlap_param_gather: bool = False
+    """Whether the distributed optimizer gathers parameters while the forward pass runs."""
+
     def __post_init__(self) -> None:
         """Complete and check the fields, Megatron's and ours.
 

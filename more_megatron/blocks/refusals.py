@@ -127,6 +127,8 @@ def expert_refusals(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator
 
 def cell_refusals(config: MoREConfig) -> Iterator[str]:
     """Yield what experts that are or have recurrent cells cannot honour."""
+    if config.overlap_param_gather:
+        yield "reads its weights in another order than they are gathered in: leave out --overlap-param-gather"
     yield from _precision_refusals(config)
     if config.fp8 is None:
         return

@@ -7,7 +7,8 @@ import itertools
 
 import pytest
 
-from more_megatron.systems import systems
+from more_megatron.systems import get_system, systems
+from tests.helpers.models import small_config
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.systems import flags_of
@@ -33,12 +34,18 @@ _SERVED = [
 ]
 
 
+def _gather(name: str) -> str:
+    """Return the flag that overlaps the gathering of parameters, where a system serves it."""
+    refused = list(get_system(name).refusals(small_config(name, num_layers=3, overlap_param_gather=True)))
+    return "" if refused else "--overlap-param-gather"
+
+
 @functools.cache
 def _histories(name: str) -> dict[str, History]:
     """Return what a run of a system without overlap and runs with it reported, by recomputation."""
     lines = {"apart": f"{_RUN} {flags_of(name, _DEPTH)}"}
     for recomputation in [recomputation for system, recomputation in _SERVED if system == name]:
-        overlap = f"--overlap-grad-reduce --overlap-param-gather {_RECOMPUTATION[recomputation]}"
+        overlap = f"--overlap-grad-reduce {_gather(name)} {_RECOMPUTATION[recomputation]}"
         lines[recomputation] = f"{lines['apart']} {overlap}"
     return dict(zip(lines, run_ranks(2, train_all, list(lines.values()))[0], strict=True))
 
