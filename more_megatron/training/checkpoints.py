@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from more_megatron.checkpoint_files import (
     newest_complete_iteration,
     repair_tracker,
 )
+from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
 from more_megatron.systems import flag_names, get_system
@@ -160,7 +162,8 @@ def _check_tokenizer(checkpoint: Path, saved: argparse.Namespace, args: argparse
 
 def _warn_of_changes(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:
     """Say what the model computes otherwise than when it was saved, and what the schedule counts otherwise."""
-    fields = [name for name in sorted(flag_names()) if not _HOW.search(name)]
+    names = {field.name for field in dataclasses.fields(MoREConfig)} | flag_names()
+    fields = [name for name in sorted(names) if not _HOW.search(name)]
     changes = [
         f"{flag(name.removeprefix('layer'))} was {getattr(saved, name)} and is {getattr(args, name)} now"
         for name in (*fields, *_ALSO_WHAT)

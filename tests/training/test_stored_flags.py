@@ -103,9 +103,10 @@ def _moments(checkpoint: Path) -> float:
 
 
 def test_tokenizer_of_another_size_is_refused(saved: Path) -> None:
-    for size in (60, 126, 200):
+    # Below some tokens of the data these are refused, and the checkpoint is not looked at.
+    for size, former in ((60, "60"), (126, "126"), (200, "127")):
         ended = pretrain_more(1, f"{_RUN} {_MODEL} --load {saved} --vocab-size {size}")[0]
-        refused(ended, "127", str(size))
+        refused(ended, former, str(size))
 
 
 def test_given_flags() -> None:
