@@ -9,6 +9,7 @@ from more_megatron.systems import names
 from tests.helpers.ranks import run_ranks
 
 
+@pytest.mark.matrix
 def test_a_model_at_equal_cost_is_built_as_wide_as_it_was_matched() -> None:
     for name, (built, expected, operations) in run_ranks(1, matched, list(names()))[0].items():
         assert built == expected, name
