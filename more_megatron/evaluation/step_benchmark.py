@@ -6,7 +6,6 @@ reported is the median of the ratios.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from dataclasses import dataclass
@@ -18,26 +17,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.config import MoREConfig
-from more_megatron.errors import MoREError
-from more_megatron.model.costs import Cost, model_cost
+from more_megatron.evaluation.comparison.matching import system_cost
+from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
-from more_megatron.systems import get_system
 
 __all__ = [
     "StepBenchmark",
     "SystemTiming",
-    "at_equal_cost",
     "forward",
-    "match_flops",
     "peak_bytes",
     "reset_peak",
     "step_time_by_depth",
-    "system_cost",
     "time_systems",
 ]
-
-_WIDTH_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +73,7 @@ class StepBenchmark:
         self._model = self._model.cuda(device).to(self.config.params_dtype).train()
         self._vocab_size, self._seq_length = model_config.vocab_size, seq_length
         self.fill(batch_size)
-        self.cost = system_cost(self.config, self._model.vocab_size, seq_length)
+        self.cost = system_cost(model_config, seq_length)
 
     def fill(self, batch_size: int) -> None:
         """Draw a batch of another size."""
@@ -120,57 +113,6 @@ def forward(
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     extra = {} if depth is None else {"extra_block_kwargs": MicroBatch(depth, sample_ids).block_kwargs()}
     return model(tokens, positions, None, labels=labels, **extra)
-
-
-def at_equal_cost(
-    model_config: GPTModelConfig, target: float, depth: Depth, vocab_size: int, seq_length: int
-) -> GPTModelConfig:
-    """Return the model whose layers `match_flops` has widened or narrowed; arguments as there."""
-    matched = copy.copy(model_config)
-    matched.transformer = match_flops(model_config.transformer, target, depth, vocab_size, seq_length)
-    # The stack holds widths of its own.
-    matched.transformer_layer_spec = get_system(matched.transformer.more_variant).stack(matched.transformer)
-    return matched
-
-
-def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int, seq_length: int) -> MoREConfig:
-    """Return the configuration with the width of its experts chosen so that a token costs `target` operations.
-
-    Args:
-        config: Model configuration.
-        target: Operations a token of a training step.
-        depth: Recurrence steps.
-        vocab_size: Size of the vocabulary, with padding.
-        seq_length: Length of a sequence.
-
-    Raises:
-        MoREError: If the system costs more than that at any width.
-    """
-    name = get_system(config.more_variant).width_flag(config)
-
-    def flops(width: int) -> float:
-        setattr(matched, name, width)
-        return system_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
-
-    matched = copy.copy(config)
-    base = flops(_WIDTH_MULTIPLE)
-    if base > target:
-        raise MoREError(
-            f"{config.more_variant} costs {base / 1e6:.1f} MFLOP a token at the least, more than {target / 1e6:.1f}: "
-            "raise the target or take fewer recurrence steps"
-        )
-    width = _WIDTH_MULTIPLE
-    # Costs rise with the width, but not all in proportion.
-    while flops(width) < target:
-        width += _WIDTH_MULTIPLE
-    if width > _WIDTH_MULTIPLE and target - flops(width - _WIDTH_MULTIPLE) < flops(width) - target:
-        flops(width - _WIDTH_MULTIPLE)
-    return matched
-
-
-def system_cost(config: MoREConfig, vocab_size: int, seq_length: int) -> Cost:
-    """Return the cost of a whole model with separate embeddings."""
-    return model_cost(config, get_system(config.more_variant).cost(config, seq_length), vocab_size)
 
 
 def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int, warmup: int) -> list[SystemTiming]:

@@ -59,5 +59,6 @@ def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def _cost(config: MoREConfig, args: argparse.Namespace) -> Cost:
-    layers = get_system(config.more_variant).cost(config, args.seq_length)
-    return model_cost(config, layers, args.padded_vocab_size, tied=not args.untie_embeddings_and_output_weights)
+    system = get_system(config.more_variant)
+    layers, tied = system.cost(config, args.seq_length), not args.untie_embeddings_and_output_weights
+    return model_cost(system.stack(config), layers, args.padded_vocab_size, tied)
