@@ -12,7 +12,6 @@ from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import DepthSampler
 from more_megatron.platform.reports import count_flops_with
 from more_megatron.systems import get_system
-from more_megatron.systems.export import FEED_FORWARD
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]
 
@@ -26,9 +25,7 @@ def count_recurrence(config: MoREConfig) -> None:
     def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
         return step_flops(config, args, batch_size)
 
-    system = get_system(config.more_variant)
-    is_megatrons = not system.recurrent and system.expert_rows is FEED_FORWARD
-    count_flops_with(None if is_megatrons else count)
+    count_flops_with(None if get_system(config.more_variant).is_megatrons else count)
 
 
 def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) -> float:
