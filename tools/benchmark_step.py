@@ -114,7 +114,7 @@ def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
     from more_megatron.evaluation.step_benchmark import time_systems
 
     tokens = flags.batch_size * flags.seq_length
-    timings = time_systems(benchmarks, comparison_depth(flags), flags.rounds, flags.warmup)
+    timings = time_systems(benchmarks, dict.fromkeys(benchmarks, comparison_depth(flags)), flags.rounds, flags.warmup)
     baseline = next((t.achieved_flops(tokens) for t in timings if t.name == "moe"), None)
     heads = ("M params", "MFLOP/tok", "tokens/s", "GFLOP/s", "peak MB", "vs moe")
     print(f"{'system':18} " + " ".join(f"{head:>10}" for head in heads))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,12 +116,14 @@ def forward(
     return model(tokens, positions, None, labels=labels, **extra)
 
 
-def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int, warmup: int) -> list[SystemTiming]:
+def time_systems(
+    benchmarks: Mapping[str, StepBenchmark], depths: Mapping[str, Depth], rounds: int, warmup: int
+) -> list[SystemTiming]:
     """Time each system once a round.
 
     Args:
         benchmarks: Systems by name.
-        depth: Recurrence steps of the recurrent ones.
+        depths: Recurrence steps of each; those without recurrence leave them be.
         rounds: Rounds that count.
         warmup: Rounds before them that do not.
     """
@@ -129,7 +132,7 @@ def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int
     for number in range(warmup + rounds):
         for name, benchmark in benchmarks.items():
             reset_peak()
-            duration = benchmark.step(depth)
+            duration = benchmark.step(depths[name])
             if number >= warmup:
                 seconds[name].append(duration)
                 peaks[name] = max(peaks[name], peak_bytes())
@@ -137,7 +140,7 @@ def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int
         SystemTiming(
             name,
             benchmark.cost,
-            benchmark.cost.training_flops(depth.no_grad_steps, depth.grad_steps),
+            benchmark.cost.training_flops(depths[name].no_grad_steps, depths[name].grad_steps),
             seconds[name],
             peaks[name],
         )

@@ -94,18 +94,14 @@ class Experiment:
         """Return the experiment of a YAML file.
 
         Args:
-            path: The file.
+            path: The file. Its key `extends` names another one beside it, whose keys hold where it says nothing else;
+                of its flags those that it does not name.
             changes: Keys that stand over those of the file; None: as the file says.
 
         Raises:
             MoREError: If the file cannot be read, or says what cannot be.
         """
-        try:
-            content = yaml.safe_load(os.path.expandvars(path.read_text()))
-        except (OSError, yaml.YAMLError) as error:
-            raise MoREError(f"the experiment file {path} cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(content, dict):
-            raise MoREError(f"the experiment file {path} is no table of keys: see docs/comparison.md")
+        content = _content(path)
         keys = {"title": path.stem, "arms": None} | content | {k: v for k, v in changes.items() if v is not None}
         try:
             return cls.of(keys)
@@ -186,7 +182,7 @@ class Experiment:
         if arm.reference:
             given["num-layers"] = given["num-layers"] * _mean_steps(shared)
         comparable = {} if arm.reference else _dashed(system.comparable)
-        if "recurrence_eval_depths" in read & flag_names():
+        if "recurrence_eval_depths" in read:
             comparable["recurrence-eval-depths"] = list(self.depths)
         flags = {"more-variant": arm.system} | given | comparable | arm.flags
         return {name: value for name, value in flags.items() if value is not None}
@@ -234,6 +230,20 @@ def parse_flags(text: str) -> Flags:
 
 def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Return the keys of an experiment file and of the one that it extends."""
+    try:
+        content = yaml.safe_load(os.path.expandvars(path.read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise MoREError(f"the experiment file {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise MoREError(f"the experiment file {path} is no table of keys: see docs/comparison.md")
+    if (other := content.pop("extends", None)) is None:
+        return content
+    base = _content(path.parent / str(other))
+    return base | content | {"flags": base.get("flags", {}) | content.get("flags", {})}
 
 
 def _arms(given: Any) -> Iterator[Arm]:

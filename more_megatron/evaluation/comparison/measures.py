@@ -17,10 +17,11 @@ from more_megatron.evaluation.training_log import TrainingLog, read_log
 
 __all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "results_by_arm"]
 
-_AT_DEPTH = re.compile(
-    r"validation loss at iteration (\d+)\b(?! on test set).*? with r = (\d+) \| lm loss value: (\S+)"
+_EVALUATION = re.compile(
+    r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
 )
-_ANSWERS = re.compile(r"answers at iteration (\d+)\b(?! on test set)(?:.*? with r = (\d+))? \| (.*) \|")
+_FIGURE = re.compile(r"([^|:]+?): ([-+.\dE]+)")
+_LOSS = "lm loss"
 # Two-sided confidence of an interval.
 _CONFIDENCE = 0.95
 
@@ -83,7 +84,7 @@ class RunResult:
         losses: The same by recurrence steps.
         curve: Training loss by training step.
         validations: Validation loss by training step.
-        accuracy: By recurrence steps (0: there is no depth to choose) and measure, such as the task.
+        answers: Figures of answers, such as the exact match of a task, by recurrence steps; 0: none to choose.
         tokens_per_second: As trained, beside other runs.
         health: Rows of health.jsonl; empty where the run wrote none.
     """
@@ -96,7 +97,7 @@ class RunResult:
     losses: dict[int, float] = field(default_factory=dict)
     curve: dict[int, float] = field(default_factory=dict)
     validations: dict[int, float] = field(default_factory=dict)
-    accuracy: dict[int, dict[str, float]] = field(default_factory=dict)
+    answers: dict[int, dict[str, float]] = field(default_factory=dict)
     tokens_per_second: float = math.nan
     health: list[dict[str, Any]] = field(default_factory=list)
 
@@ -128,9 +129,9 @@ class ArmResult:
         values = [run.losses[depth] for run in self.finished if depth in run.losses]
         return Spread.of(values) if values else None
 
-    def accuracy_at(self, depth: int, measure: str) -> Spread | None:
-        """Return an accuracy at a number of recurrence steps."""
-        values = [run.accuracy.get(depth, {}).get(measure) for run in self.finished]
+    def answers_at(self, depth: int, figure: str) -> Spread | None:
+        """Return a figure of answers at a number of recurrence steps."""
+        values = [run.answers.get(depth, {}).get(figure) for run in self.finished]
         known = [value for value in values if value is not None]
         return Spread.of(known) if known else None
 
@@ -188,30 +189,33 @@ def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
     if not log.validations:
         return dataclasses.replace(result, state="failed", reason=f"no validation loss in {folder / 'log.txt'}")
     last = log.validations[-1]
+    at_depths = _at_depths(lines, last.iteration)
     return dataclasses.replace(
         result,
         loss=last.loss,
-        losses=_losses_by_depth(lines, last.iteration),
+        losses={depth: figures[_LOSS] for depth, figures in at_depths.items() if _LOSS in figures},
         curve={line.number: line.loss for line in log.iterations},
         validations={line.iteration: line.loss for line in log.validations},
-        accuracy=_accuracies(lines, last.iteration),
+        answers={
+            depth: {name: value for name, value in figures.items() if name != _LOSS}
+            for depth, figures in at_depths.items()
+            if set(figures) - {_LOSS}
+        },
         tokens_per_second=log.tokens_per_second(),
         health=_health(folder),
     )
 
 
-def _losses_by_depth(lines: list[str], iteration: int) -> dict[int, float]:
-    found = (_AT_DEPTH.search(line) for line in lines)
-    return {int(match[2]): float(match[3]) for match in found if match and int(match[1]) == iteration}
-
-
-def _accuracies(lines: list[str], iteration: int) -> dict[int, dict[str, float]]:
-    found = (_ANSWERS.search(line) for line in lines)
-    return {
-        int(match[2] or 0): {name: float(value) for name, value in re.findall(r"([^:|]+?): ([\d.]+)", match[3])}
-        for match in found
-        if match and int(match[1]) == iteration
-    }
+def _at_depths(lines: list[str], iteration: int) -> dict[int, dict[str, float]]:
+    """Return the figures of the last evaluation by recurrence steps; 0: there are none to choose."""
+    found: dict[int, dict[str, float]] = {}
+    for line in lines:
+        match = _EVALUATION.search(line)
+        if match and int(match[1]) == iteration:
+            # Of two at the same iteration the later one is that at the end of training.
+            figures = {name.strip(): float(value) for name, value in _FIGURE.findall(match[3])}
+            found[int(match[2] or 0)] = figures
+    return found
 
 
 def _health(folder: Path) -> list[dict[str, Any]]:

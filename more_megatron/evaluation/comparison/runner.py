@@ -30,6 +30,7 @@ from more_megatron.unfinished import unfinished_file
 __all__ = ["Record", "Runner", "apart", "read_record"]
 
 _PROGRAM = Path(__file__).resolve().parents[3] / "pretrain_more.py"
+_TRACKER = "latest_checkpointed_iteration.txt"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -67,10 +68,12 @@ class Runner:
         folder: Folder of the comparison.
         jobs: Runs side by side.
         processes: Ranks of a run.
+        keeps_weights: Whether checkpoints stay when their run has finished.
     """
 
-    def __init__(self, folder: Path, jobs: int, processes: int = 1) -> None:
+    def __init__(self, folder: Path, jobs: int, processes: int = 1, keeps_weights: bool = False) -> None:
         self._folder, self._jobs, self._processes = folder, jobs, processes
+        self._keeps_weights = keeps_weights
         self._seconds: list[float] = []
         self._left = 0
 
@@ -120,32 +123,38 @@ class Runner:
 
     async def _make(self, run: Run, place: int) -> None:
         folder = self._run_folder(run)
+        if not (folder / "checkpoint" / _TRACKER).exists():
+            # An attempt that has saved nothing begins anew, and what it said is not to stand beside that.
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         start, flags = time.monotonic(), _flags(run)
         if run.arm.refusal is not None:
             record = Record("failed", flags, 0.0, run.arm.refusal)
         else:
-            code = await self._train(flags | self._folders(folder, flags), folder / "log.txt", place)
+            code = await self._train(self._folders(folder, flags) | flags, folder / "log.txt", place)
             state = "finished" if code == 0 else "failed"
             record = Record(state, flags, time.monotonic() - start, _reason(folder / "log.txt") if code else "")
         with unfinished_file(folder / "record.json") as unfinished:
             unfinished.write_text(json.dumps(asdict(record), indent=1))
+        if record.state == "finished" and not self._keeps_weights:
+            for weights in (folder / "checkpoint").glob("iter_*"):
+                shutil.rmtree(weights)
         self._say(run, record)
 
     def _folders(self, folder: Path, flags: Flags) -> Flags:
-        """Return what a run is given besides its flags: where it writes to, and continues from if it saves."""
-        folders: Flags = {"data-cache-path": self._folder / "cache", "tensorboard-dir": folder / "tensorboard"}
-        if "save-interval" in flags:
-            folders |= {"save": folder / "checkpoint", "load": folder / "checkpoint"}
-        else:
-            # What an attempt before has written would stand beside what this one writes.
-            shutil.rmtree(folder / "tensorboard", ignore_errors=True)
-        return folders
+        """Return what a run is given besides its flags: where it writes to, and continues from."""
+        return {
+            "data-cache-path": self._folder / "cache",
+            "tensorboard-dir": folder / "tensorboard",
+            "save": folder / "checkpoint",
+            "load": folder / "checkpoint",
+            "save-interval": flags["train-iters"],
+        }
 
     async def _train(self, flags: Flags, log: Path, place: int) -> int:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
         command = [*launcher, "--nproc-per-node", str(self._processes), str(_PROGRAM), *command_line(flags)]
-        with open(log, "a" if "save-interval" in flags else "w") as output:
+        with open(log, "a") as output:
             process = await asyncio.create_subprocess_exec(
                 *command, stdout=output, stderr=output, env=self._environment(place), preexec_fn=_end_with_parent
             )
