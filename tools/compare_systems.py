@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, one_line_errors
-from more_megatron.evaluation.comparison import planning
+from more_megatron.evaluation.comparison import planning, timing
 from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment, parse_flags
 from more_megatron.evaluation.comparison.runner import Runner, apart
 
@@ -35,7 +35,9 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         runs = plan.runs if args.run is None else [_chosen(plan, args.run)]
         if not args.report:
-            Runner(args.folder, args.jobs, args.nproc_per_node).make(runs)
+            Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights).make(runs)
+            if args.time:
+                apart(timing.save_timings, plan, args.folder / "timings.json", log=args.folder / "timing.log")
         if args.run is not None:
             return 0
         return _report(args, plan)
@@ -52,6 +54,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--depths", nargs="*", type=int, metavar="R", help="recurrence steps of the evaluations")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side; default: a core each")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of a run")
+    parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of finished runs")
+    parser.add_argument("--time", action="store_true", help="time the arms in turn, when the runs are made")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--plan", action="store_true", help="decide widths and list the runs, and make none")
     only.add_argument("--run", type=int, metavar="INDEX", help="make the run of this number in the list, and no report")

@@ -44,6 +44,7 @@ class SystemTiming:
         flops_per_token: Operations a token of a training step.
         seconds: Time of a step in each round.
         peak_bytes: Most memory that the process (or the GPU) held during a step.
+        step_bytes: By how much that was above what it held before.
     """
 
     name: str
@@ -51,6 +52,7 @@ class SystemTiming:
     flops_per_token: float
     seconds: list[float]
     peak_bytes: int
+    step_bytes: int
 
     def achieved_flops(self, tokens: int) -> list[float]:
         """Return operations a second in each round, for steps of `tokens` tokens."""
@@ -128,14 +130,16 @@ def time_systems(
         warmup: Rounds before them that do not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in benchmarks}
-    peaks = dict.fromkeys(benchmarks, 0)
+    peaks, rises = dict.fromkeys(benchmarks, 0), dict.fromkeys(benchmarks, 0)
     for number in range(warmup + rounds):
         for name, benchmark in benchmarks.items():
             reset_peak()
+            before = peak_bytes()
             duration = benchmark.step(depths[name])
             if number >= warmup:
                 seconds[name].append(duration)
                 peaks[name] = max(peaks[name], peak_bytes())
+                rises[name] = max(rises[name], peak_bytes() - before)
     return [
         SystemTiming(
             name,
@@ -143,6 +147,7 @@ def time_systems(
             benchmark.cost.training_flops(depths[name].no_grad_steps, depths[name].grad_steps),
             seconds[name],
             peaks[name],
+            rises[name],
         )
         for name, benchmark in benchmarks.items()
     ]

@@ -123,7 +123,7 @@ class Experiment:
         if experiment.deep is not None:
             experiment = dataclasses.replace(experiment, arms=(*experiment.arms, experiment._deep_arm()))
         experiment._check()
-        return experiment
+        return dataclasses.replace(experiment, baseline=experiment.baseline or experiment._megatrons_own())
 
     def _check(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -136,6 +136,10 @@ class Experiment:
             raise MoREError(f"seeds {list(self.seeds)} must be one or more, each once")
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
+
+    def _megatrons_own(self) -> str:
+        own = (arm.name for arm in self.arms if get_system(arm.system).is_megatrons)
+        return next(own, self.arms[0].name)
 
     def _deep_arm(self) -> Arm:
         name, plain = next((name, system.plain) for name, system in systems().items() if system.plain is not None)
@@ -151,17 +155,12 @@ class Experiment:
             return self
         if missing := set(names) - {arm.name for arm in self.arms}:
             raise MoREError(f"--arms {sorted(missing)[0]} is none of {', '.join(arm.name for arm in self.arms)}")
-        return dataclasses.replace(self, arms=tuple(arm for arm in self.arms if arm.name in names))
+        arms = tuple(arm for arm in self.arms if arm.name in names)
+        return dataclasses.replace(self, arms=arms, baseline=self.baseline if self.baseline in names else arms[0].name)
 
     def with_flags(self, flags: Flags) -> Self:
         """Return the experiment with further flags of all arms."""
         return dataclasses.replace(self, flags=self.flags | flags)
-
-    @property
-    def baseline_arm(self) -> str:
-        """Name of the arm that the others are compared with."""
-        own = (arm.name for arm in self.arms if get_system(arm.system).is_megatrons and not arm.reference)
-        return self.baseline or next(own, self.arms[0].name)
 
     def points(self) -> Iterator[Flags]:
         """Yield the flags of each point of the sweep; none where nothing is swept."""

@@ -15,7 +15,7 @@ from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
 from more_megatron.evaluation.comparison.runner import read_record
 from more_megatron.evaluation.training_log import TrainingLog, read_log
 
-__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "results_by_arm"]
+__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "health_series", "results_by_arm"]
 
 _EVALUATION = re.compile(
     r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
@@ -124,6 +124,16 @@ class ArmResult:
         """Validation loss in nats; None without a finished run."""
         return Spread.of([run.loss for run in self.finished]) if self.finished else None
 
+    @property
+    def depths(self) -> list[int]:
+        """Recurrence steps at which runs were evaluated."""
+        return sorted({depth for run in self.finished for depth in run.losses})
+
+    @property
+    def steps(self) -> int:
+        """Training steps of a run."""
+        return int(self.arm.flags["train-iters"])
+
     def loss_at(self, depth: int) -> Spread | None:
         """Return the validation loss at a number of recurrence steps."""
         values = [run.losses[depth] for run in self.finished if depth in run.losses]
@@ -150,6 +160,21 @@ def results_by_arm(plan: Plan, runs: list[RunResult]) -> list[ArmResult]:
     """Return the arms at each point, with their runs."""
     pairs = list(zip(plan.runs, runs, strict=True))
     return [ArmResult(arm, tuple(result for run, result in pairs if run.arm == arm)) for arm in plan.arms]
+
+
+def health_series(arm: ArmResult, figure: str) -> list[tuple[float, float]]:
+    """Return a figure of routing by training step, its mean over layers, recurrence steps and seeds.
+
+    Args:
+        arm: The arm.
+        figure: Such as `entropy`; see docs/health.md.
+    """
+    values: dict[int, list[float]] = {}
+    for record in (record for run in arm.finished for record in run.health):
+        for tag, value in record["figures"].items():
+            if value is not None and re.fullmatch(rf"routing/.*/{re.escape(figure)}(/step \d+)?", tag):
+                values.setdefault(record["iteration"], []).append(value)
+    return [(iteration, statistics.fmean(each)) for iteration, each in sorted(values.items())]
 
 
 def difference(arm: ArmResult, baseline: ArmResult) -> Difference | None:

@@ -33,7 +33,7 @@ class Timing:
         tokens_per_second: Tokens a second.
         achieved_flops: Operations a second.
         ratio: Median of achieved operations over those of the first arm in the same round.
-        peak_bytes: Most memory of the process, or of the GPU, during a step. All models are in it.
+        step_bytes: Memory that a step takes besides weights and their gradients.
     """
 
     arm: str
@@ -42,7 +42,7 @@ class Timing:
     tokens_per_second: float
     achieved_flops: float
     ratio: float
-    peak_bytes: int
+    step_bytes: int
 
 
 def save_timings(plan: Plan, path: Path) -> None:
@@ -77,7 +77,7 @@ def _at_point(plan: Plan, point: int) -> list[Timing]:
         first = first or achieved
         ratio = statistics.median(own / other for own, other in zip(achieved, first, strict=True))
         median = statistics.median(achieved)
-        found.append(Timing(timed.name, point, seconds, tokens / seconds, median, ratio, timed.peak_bytes))
+        found.append(Timing(timed.name, point, seconds, tokens / seconds, median, ratio, timed.step_bytes))
     return found
 
 
