@@ -35,11 +35,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         runs = plan.runs if args.run is None else [_chosen(plan, args.run)]
         if not args.report:
-            Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights).make(runs)
-            if args.time:
+            finetune = plan.experiment["finetune"]
+            finished = Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights, finetune).make(runs)
+            if args.time and args.run is None:
                 apart(timing.save_timings, plan, args.folder / "timings.json", log=args.folder / "timing.log")
         if args.run is not None:
-            return 0
+            return 0 if finished else 1
         return _report(args, plan)
 
 
