@@ -35,12 +35,26 @@ class AnswerDatasets:
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
 
-    def __call__(self, dataset: IndexedDataset, path: str, *args: Any) -> MegatronDataset:
+    def __call__(self, dataset: IndexedDataset, path: str, *args: Any) -> _Blendable:
         """Build a dataset; arguments as for Megatron's."""
         numbers = [self._tasks.names.index(name) for name in task_names(path)]
         if has_answers(path):
-            return ProblemDataset(numbers, dataset, path, *args)
-        return _TextDataset(numbers[0], dataset, path, *args)
+            return _Blendable(ProblemDataset(numbers, dataset, path, *args))
+        return _Blendable(_TextDataset(numbers[0], dataset, path, *args))
+
+
+class _Blendable(torch.utils.data.Dataset):
+    """A dataset of either kind: Megatron blends those of one class only."""
+
+    def __init__(self, rows: MegatronDataset) -> None:
+        self.rows = rows
+        self.index_split, self.unique_identifiers = rows.index_split, rows.unique_identifiers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        return self.rows[idx]
 
 
 class _TextDataset(GPTDataset):
@@ -64,7 +78,7 @@ class ProblemDataset(MegatronDataset):
         dataset: The problems.
         path: Prefix of the dataset.
         indices: Which of them.
-        num_samples: Rows wanted; None for one epoch.
+        num_samples: Fewest rows wanted; None for one epoch, which is the least.
         split: The split.
         config: Megatron's configuration.
     """
@@ -103,13 +117,13 @@ class ProblemDataset(MegatronDataset):
         """Return the problems of each row, epoch by epoch."""
         rows: list[NDArray[np.int32]] = []
         epoch = 0
-        while epoch == 0 if num_samples is None else len(rows) < num_samples:
+        while epoch == 0 or len(rows) < (num_samples or 0):
             order = np.arange(len(problems))
             if self.index_split is Split.train:
                 order = np.random.default_rng([self.config.random_seed, epoch]).permutation(order)
             rows += [problems[order[start:end]] for start, end in self._bounds(sizes[order])]
             epoch += 1
-        return rows[:num_samples]
+        return rows
 
     def _bounds(self, sizes: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
         """Yield first problem and end of each row."""
