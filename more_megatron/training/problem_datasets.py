@@ -72,6 +72,7 @@ class ProblemDataset(MegatronDataset):
     """Rows of whole problems, in random order for training and in their own for evaluation.
 
     A problem of n tokens takes n - 1 places: its last token is a label only. One that is longer than a row is left out.
+    The beginning of another problem fills up a row and counts nowhere: to routers it looks like any other.
 
     Args:
         tasks: Numbers of the tasks, in the order of the mask's.
@@ -156,6 +157,8 @@ class ProblemDataset(MegatronDataset):
             place = row.stop
         if place < length:
             positions[place:] = np.arange(length - place)
+            following = self._rows[(0 if idx is None else idx + 1) % len(self._rows)][0]
+            tokens[place:] = np.resize(self.dataset.get(int(following)), length - place)
             starts.append(place)
             tasks.append(NO_TASK)
         return {
