@@ -38,7 +38,7 @@ __all__ = [
 
 # gigatoken keeps every word it has met; from this much text on it starts again.
 _RENEW_BYTES = 1 << 24
-_SAMPLE_BYTES = 1 << 20
+_SAMPLE_BYTES = 1 << 19
 # A longer document is not encoded twice if its task has a shorter one.
 _CHECKED_BYTES = 1 << 13
 
@@ -204,7 +204,7 @@ def _choose(documents: Sequence[bytes]) -> int | None:
 
 
 def first_difference(fast: Encode, reference: Encode, pieces: Sequence[str], documents: Iterable[bytes]) -> str | None:
-    """Compare two ways to encode on every piece, on hostile texts and on the first megabyte of the documents.
+    """Compare two ways to encode on every piece, on hostile texts and on the first half megabyte of the documents.
 
     Returns:
         The beginning of the first text that differs, or None.
