@@ -17,6 +17,7 @@ from more_megatron.checkpoint_files import (
     repair_tracker,
 )
 from more_megatron.config import MoREConfig
+from more_megatron.console import say
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
 from more_megatron.systems import flag_names, get_system
@@ -174,4 +175,4 @@ def _warn_of_changes(checkpoint: Path, saved: argparse.Namespace, args: argparse
     if was is not None and was != now and not scheduled:
         changes.append(f"--global-batch-size was {was} and is {now} now, and the schedule counts samples")
     for change in dict.fromkeys(changes):
-        print(f"WARNING: {checkpoint}: {change}", flush=True)
+        say(f"WARNING: {checkpoint}: {change}")

@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from more_megatron.config import MoREConfig
+from more_megatron.console import say
 from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import DepthSampler
 from more_megatron.platform.reports import count_flops_with
@@ -48,14 +49,12 @@ def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
     """Print the size of the model and what a token costs, on rank 0."""
     cost = _cost(config, args)
     depth = DepthSampler(config).expected()
-    if args.rank == 0:
-        print(
-            f"> {config.more_variant}: {cost.parameters / 1e6:.2f} M parameters, "
-            f"{cost.active_parameters / 1e6:.2f} M active a token, "
-            f"{cost.training_flops(depth.no_grad_steps, depth.grad_steps) / 1e6:.2f} MFLOP a token and training step "
-            f"(r = {depth.steps}, {depth.grad_steps} with gradient)",
-            flush=True,
-        )
+    say(
+        f"> {config.more_variant}: {cost.parameters / 1e6:.2f} M parameters, "
+        f"{cost.active_parameters / 1e6:.2f} M active a token, "
+        f"{cost.training_flops(depth.no_grad_steps, depth.grad_steps) / 1e6:.2f} MFLOP a token and training step "
+        f"(r = {depth.steps}, {depth.grad_steps} with gradient), seq_length {args.seq_length}"
+    )
 
 
 def _cost(config: MoREConfig, args: argparse.Namespace) -> Cost:
