@@ -78,4 +78,6 @@ def _repair_wheel() -> None:
     from more_megatron.platform.stand_in import install
     from more_megatron.platform.wheel_repairs import WHEEL_REPAIRS
 
+    # Its timer logs the traceback of what passes through it, which is reported where it ends.
+    logging.getLogger("megatron.core.utils").addFilter(lambda record: "Traceback (most" not in record.getMessage())
     install(WHEEL_REPAIRS)

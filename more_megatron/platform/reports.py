@@ -65,7 +65,7 @@ def _build_loaders(provider: Any) -> Any:
     args = get_args()
     if args.do_valid and not found.item():
         say("> there are no validation data: nothing is evaluated on them")
-        args.do_valid = 0
+        args.do_valid, args.full_validation = 0, False
     return loaders
 
 

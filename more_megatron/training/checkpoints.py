@@ -82,8 +82,11 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     source = checkpoint_source(args)
     if source is None:
         # The same command starts a run and resumes it.
-        if args.load is not None and args.load != args.save:
-            raise MoREError(f"there is no checkpoint in --load {args.load}: name another folder, or leave it out")
+        for name, folder in (("load", args.load), ("pretrained_checkpoint", args.pretrained_checkpoint)):
+            hint = folder and _what_it_is(Path(folder))
+            if folder and (hint or folder != args.save):
+                remedy = hint or "name another folder, or leave it out"
+                raise MoREError(f"there is no checkpoint in {flag(name)} {folder}: {remedy}")
         return
     folder, checkpoint = source
     if args.rank == 0:
@@ -95,6 +98,18 @@ def check_checkpoint(args: argparse.Namespace) -> None:
             _check_optimizer(checkpoint, saved, args)
             _warn_of_changes(checkpoint, saved, args)
     _refuse(folder, checkpoint, content_fault(checkpoint, args.rank, args.world_size))
+
+
+def _what_it_is(folder: Path) -> str | None:
+    """Return how to load a folder that is something else than what `--load` takes, None if it is nothing known."""
+    iteration = folder.name.removeprefix("iter_")
+    if folder.name != iteration and iteration.isdecimal() and folder.is_dir():
+        return f"it is one of {folder.parent}, give --load {folder.parent} --ckpt-step {int(iteration)}"
+    if (folder / "config.json").is_file():
+        return (
+            f"it is a model of transformers, convert it: tools/convert_checkpoint.py from-hf --load {folder} --save NEW"
+        )
+    return None
 
 
 def _refuse(folder: Path, checkpoint: Path, found: str | None) -> None:
