@@ -23,7 +23,7 @@ _INTERRUPTED = 130
 _REMEDIES = (
     (
         r"out of memory|can't allocate memory|not enough memory|Unable to allocate|MemoryError|bad_alloc"
-        r"|invalid for input of size|Storage size calculation overflowed|array is too big",
+        r"|Storage size calculation overflowed|array is too big",
         "it does not fit into memory: lower a size or --micro-batch-size, recompute, or divide the model further",
     ),
     (

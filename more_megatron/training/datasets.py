@@ -49,11 +49,9 @@ class DatasetsProvider:
             vp_stage: Virtual pipeline stage, None without interleaving.
         """
         args = get_args()
-        check_fits_host(
-            _INDEX_BYTES * max(samples or 0 for samples in num_samples),
-            f"an index of {max(samples or 0 for samples in num_samples):,} samples",
-            "lower --train-iters, --eval-iters or --global-batch-size",
-        )
+        most = max(samples or 0 for samples in num_samples)
+        remedy = "lower --train-iters, --eval-iters or --global-batch-size"
+        check_fits_host(_INDEX_BYTES * most, f"an index of {most:,} samples", remedy)
         print_rank_0("> building train, validation, and test datasets for GPT ...")
         builder = BlendedMegatronDatasetBuilder(
             MockGPTDataset if args.mock_data else GPTDataset,

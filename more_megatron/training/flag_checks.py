@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-import os
 import re
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Set
@@ -15,6 +14,8 @@ from more_megatron.systems import flag_names, get_system
 from more_megatron.training.flag_table import RANGES, RULES
 
 __all__ = ["check_flags", "convert"]
+
+_FINITE = ("(-inf, inf)", r".*")
 
 
 def check_flags(args: Namespace, given: Set[str]) -> None:
@@ -34,9 +35,11 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
         raise MoREError("--bf16 and --fp16 exclude each other: leave one out")
     if args.yaml_cfg is not None:  # The flags are not all there yet.
         return
-    for check in (_ranges, _rules, _layout):
-        for fault in check(args, given):
-            raise MoREError(fault)
+    for fault in _ranges(args, given):
+        raise MoREError(fault)
+    for is_broken, text in RULES:
+        if is_broken(args):
+            raise MoREError(re.sub(r"\{(\w+)\}", lambda found: f"{flag(found[1])} {getattr(args, found[1])}", text))
 
 
 def convert(of_megatron: Callable[[str], object], choices: Iterable[enum.Enum], text: str) -> object:
@@ -58,14 +61,16 @@ def convert(of_megatron: Callable[[str], object], choices: Iterable[enum.Enum], 
 
 
 def _ranges(args: Namespace, given: Set[str]) -> Iterator[str]:
-    for name in sorted(given - flag_names()):
+    for name in sorted(given):
         value = getattr(args, name, None)
+        # Those of ours have ranges of their own.
+        rows = (_FINITE,) if name in flag_names() else RANGES
         for number in value if isinstance(value, list) else (value,):
             if isinstance(number, int | float) and not isinstance(number, bool):
-                interval = next(interval for interval, names in RANGES if re.fullmatch(names, name))
+                interval = next(interval for interval, names in rows if re.fullmatch(names, name))
                 bounds = _bounds(number, interval)
                 if bounds is not None:
-                    yield f"{flag(name)} {number} must be {bounds}"
+                    yield f"{flag(name)} {number:{'g' if isinstance(number, float) else 'd'}} must be {bounds}"
 
 
 def _bounds(number: float, interval: str) -> str | None:
@@ -78,28 +83,3 @@ def _bounds(number: float, interval: str) -> str | None:
     words = [f"{'at least' if interval[0] == '[' else 'above'} {low:.0f}"] if math.isfinite(low) else []
     words += [f"{'at most' if interval[-1] == ']' else 'below'} {high:.0f}" if math.isfinite(high) else "finite"]
     return " and ".join(words)
-
-
-def _rules(args: Namespace, _: Set[str]) -> Iterator[str]:
-    for is_broken, text in RULES:
-        if is_broken(args):
-            yield re.sub(r"\{(\w+)\}", lambda found: f"{flag(found[1])} {getattr(args, found[1])}", text)
-
-
-def _layout(args: Namespace, _: Set[str]) -> Iterator[str]:
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    pipeline = args.pipeline_model_parallel_size
-    expert_tensor = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    for flags, size in (
-        (
-            "--tensor-model-parallel-size x --pipeline-model-parallel-size x --context-parallel-size",
-            args.tensor_model_parallel_size * pipeline * args.context_parallel_size,
-        ),
-        (
-            "--expert-tensor-parallel-size (default: the tensor-parallel size) x --expert-model-parallel-size x "
-            "--pipeline-model-parallel-size",
-            expert_tensor * args.expert_model_parallel_size * pipeline,
-        ),
-    ):
-        if world % size != 0:
-            yield f"the number of ranks, {world}, is not divisible by {size} = {flags}: change the ranks or the layout"

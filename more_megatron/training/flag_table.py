@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from more_megatron.flags import flag
-from more_megatron.platform import Platform, select_platform
-from more_megatron.platform.packages import has_package, imports
+from more_megatron.platform.packages import imports
 
 __all__ = ["RANGES", "RULES"]
 
@@ -36,13 +35,15 @@ RANGES = (
     ("[0, inf)", r"manual_gc_interval|moe_shared_expert_intermediate_size|delta_offload\w+|min_offloaded\w+"),
     ("[1, inf)", r"\w+_(interval|size|freq|multiple|divisible_by|instances|granularity|buckets|minutes|mins|jump)"),
     ("[1, inf)", r"hysteresis|kv_channels|train_samples|lr_(wsd_)?decay_\w+|recompute_num_layers|\w+_after_init"),
-    ("[1, inf)", r"moe_router_(num_groups|group_topk)|max_position_embeddings|\w*replication_factor|num_virtual\w+"),
+    (
+        "[1, inf)",
+        r"moe_router_(num_groups|group_topk)|\w+_interpolation_factor|max_position_embeddings|\w*replication_factor|num_virtual\w+",
+    ),
     ("[1, inf)", r"(de|en)coder_(first_pipeline_|last_pipeline_)?num_layers|num_\w+_per_virtual\w+"),
     ("[0, inf)", r".*"),
 )
 
 _FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
-_BIASES = "local experts have no biases"
 
 
 def _is_split(split: str) -> bool:
@@ -64,10 +65,6 @@ def _reads_file(a: Namespace) -> bool:
 
 def _has_content(path: str) -> bool:
     return Path(path).is_file() and Path(path).stat().st_size > 0
-
-
-def _is_on_cpu() -> bool:
-    return select_platform() is Platform.CPU
 
 
 # What must not be, and what is said of it; {name} stands for a flag and its value.
@@ -100,10 +97,6 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         "rotary positions need heads of an even width: change --hidden-size, --kv-channels or {rotary_percent}",
     ),
     (
-        lambda a: a.num_attention_heads % a.tensor_model_parallel_size,
-        "{num_attention_heads} is not divisible by {tensor_model_parallel_size}",
-    ),
-    (
         lambda a: a.group_query_attention and a.num_attention_heads % (a.num_query_groups or 1),
         "{num_attention_heads} is not divisible by {num_query_groups}",
     ),
@@ -112,33 +105,17 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         "{seq_length} is not divisible by {tensor_model_parallel_size} x {context_parallel_size}, which split it",
     ),
     (
-        lambda a: (a.max_position_embeddings or a.seq_length) < a.seq_length,
-        "{max_position_embeddings} is below {seq_length}",
-    ),
-    (
         lambda a: a.reset_attention_mask and a.pipeline_model_parallel_size > 1,
         "--reset-attention-mask needs --pipeline-model-parallel-size 1: middle pipeline stages do not receive the mask",
     ),
     # Experts
     (
-        lambda a: a.num_experts and a.num_experts % a.expert_model_parallel_size,
-        "{num_experts} is not divisible by {expert_model_parallel_size}: change one of them",
-    ),
-    (
         lambda a: a.num_experts and a.moe_router_topk > a.num_experts,
         "{moe_router_topk} is above {num_experts}: lower it",
     ),
     (
-        lambda a: a.num_experts and a.add_bias_linear and a.moe_shared_expert_intermediate_size != 0,
-        "shared experts have no biases: leave --enable-bias-linear out",
-    ),
-    (
         lambda a: a.num_experts and a.add_bias_linear and a.transformer_impl == "local",
-        f"--enable-bias-linear needs --transformer-impl transformer_engine: {_BIASES}",
-    ),
-    (
-        lambda a: a.num_experts and "sinkhorn" in a.moe_router_load_balancing_type and a.moe_aux_loss_coeff,
-        "--moe-router-load-balancing-type sinkhorn has no balance loss: give --moe-aux-loss-coeff 0",
+        "--enable-bias-linear needs --transformer-impl transformer_engine: local experts have no biases",
     ),
     (
         lambda a: isinstance(a.moe_layer_freq, int) and a.moe_layer_freq < 1,
@@ -156,18 +133,6 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
     (
         lambda a: (a.lr_warmup_samples or 0) >= (a.lr_decay_samples or a.train_samples or math.inf),
         "{lr_warmup_samples} must be below --lr-decay-samples, by default --train-samples: lower it",
-    ),
-    *(
-        (lambda a, name=name: a.lr is not None and getattr(a, name) > a.lr, f"{{{name}}} is above {{lr}}: lower it")
-        for name in ("min_lr", "lr_warmup_init")
-    ),
-    (
-        lambda a: a.weight_decay_incr_style != "constant" and None in (a.start_weight_decay, a.end_weight_decay),
-        "{weight_decay_incr_style} needs --start-weight-decay and --end-weight-decay",
-    ),
-    (
-        lambda a: a.lr_decay_style == "WSD" and not (a.lr_wsd_decay_iters or a.lr_wsd_decay_samples),
-        "{lr_decay_style} needs --lr-wsd-decay-iters: the steps of the decay at the end",
     ),
     (
         lambda a: a.split is not None and not _is_split(a.split),
@@ -199,19 +164,9 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         )
         for name in ("fp8", "fp4")
     ),
-    (lambda a: a.distributed_backend == "nccl" and _is_on_cpu(), "{distributed_backend} needs a GPU: leave it out"),
-    (lambda a: a.cuda_graph_impl != "none" and _is_on_cpu(), "{cuda_graph_impl} needs a GPU: leave it out"),
-    (
-        lambda a: a.optimizer not in ("adam", "sgd") and not has_package("emerging_optimizers"),
-        "{optimizer} needs the package emerging-optimizers: install it or give --optimizer adam",
-    ),
     (
         lambda a: a.optimizer == "sgd" and a.use_distributed_optimizer,
         "{optimizer} cannot be distributed: give --no-use-distributed-optimizer as well",
-    ),
-    (
-        lambda a: a.transformer_impl == "local" and a.context_parallel_size > 1,
-        "--context-parallel-size above 1 needs --transformer-impl transformer_engine: leave it out",
     ),
     (
         lambda a: a.async_save and a.ckpt_format == "torch",
@@ -241,7 +196,6 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
             "heterogeneous_layers_config_path",
             "hybrid_layer_pattern",
             "mtp_num_layers",
-            "sft",
             "fim_data",
         )
     ),
