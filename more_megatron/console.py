@@ -29,10 +29,14 @@ _NOISE = re.compile(
 
 def say(line: str) -> None:
     """Print a line of ours on rank 0, also while a run starts."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_rank_0():
         show = getattr(sys.stdout, "show", None) or sys.stdout.write
         show(f"{line}\n")
         sys.stdout.flush()
+
+
+def _is_rank_0() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def quiet_start() -> None:
@@ -53,9 +57,12 @@ def quiet_start() -> None:
 
 
 def write_start_to(folder: str | None) -> None:
-    """Write what was kept, and what will be, into a file of the folder that a run saves in; nowhere without one."""
+    """Write what rank 0 has kept, and will keep, into a file of the folder that a run saves in; nowhere without one.
+
+    What other ranks say is the same, or the like of it.
+    """
     if isinstance(sys.stdout, _Console):
-        sys.stdout.write_to(Path(folder, LOG) if folder else Path(os.devnull))
+        sys.stdout.write_to(Path(folder, LOG) if folder and _is_rank_0() else Path(os.devnull))
         say(f"> what Megatron says of the start: {Path(folder, LOG)}" if folder else f"> more on the start: {VERBOSE}")
 
 
@@ -99,7 +106,7 @@ class _Console:
             self._file.write(text)
 
     def write_to(self, path: Path) -> None:
-        """Append what was kept and will be kept to a file, which the ranks share."""
+        """Append what was kept and will be kept to a file."""
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open until the process ends
         self._file.writelines(self._kept)
         self._kept.clear()

@@ -41,8 +41,9 @@ def initialize_platform() -> Platform:
 def _announce_cuda() -> None:
     import torch
 
-    devices = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    say(f"> platform: cuda (nccl, {devices} on this node, CUDA {torch.version.cuda}); MORE_PLATFORM=cpu for the CPU")
+    # Not the name of a device: to ask for it would take memory of the first one, on every rank.
+    devices = f"{torch.cuda.device_count()} GPUs on this node"
+    say(f"> platform: cuda (nccl, {devices}, CUDA {torch.version.cuda}); chosen by MORE_PLATFORM or the GPUs' presence")
 
 
 def _install_cpu_platform() -> None:

@@ -31,7 +31,9 @@ def check_fits_host(size: float, what: str, remedy: str) -> None:
 
 
 def check_fits_devices(size: float, what: str, remedy: str) -> None:
-    """As `check_fits_host`, for what is spread over the devices of all ranks."""
+    """As `check_fits_host`, for what is spread over the devices of all ranks. Rank 0 checks for all."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     ranks, local = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if select_platform() is Platform.CUDA:
         memory = ranks * torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
