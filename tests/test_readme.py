@@ -32,6 +32,7 @@ _SMALLER = (
     "--eval-iters 1 --eval-interval 2 --log-interval 1 --save-interval 2 --override-opt-param-scheduler"
 )
 _MOST_RANKS = 2
+_SPLITS = ("train", "valid", "test")
 _TEXT_BYTES = 200_000
 
 
@@ -40,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the texts that README.md assumes to be there."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "data").mkdir()
-    for split in ("train", "valid", "test"):
-        path = folder / "data" / f"wiki.{split}.tokens"
+    (folder / "quickstart").mkdir()
+    for path in (folder / "quickstart" / "text.txt", *(folder / "data" / f"wiki.{x}.tokens" for x in _SPLITS)):
         write_sample_text(path)
         path.write_text(path.read_text()[:_TEXT_BYTES])
     return folder

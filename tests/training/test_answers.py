@@ -147,7 +147,7 @@ def test_answers_are_reported_by_task(run: str) -> None:
 def test_refusals(run: str, tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "text", documents=80)
     zero = run.replace("0.4 ", "0 ")
-    refused(pretrain_more(1, zero)[0], "the weight of", "is 0: leave it out")
+    refused(pretrain_more(1, zero)[0], "the weight 0.0 of a blend of data must be above 0")
     plain = f"{TINY_ON_FILES} --data-path {corpus} --loss-on-answers --split 90,10,0"
     refused(pretrain_more(1, plain)[0], "no dataset has a mask")
     refused(pretrain_more(1, f"{run} --reset-position-ids")[0], "not go together with --reset-position-ids")
