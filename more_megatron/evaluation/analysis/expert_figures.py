@@ -1,0 +1,109 @@
+"""What is seen of experts at first sight."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from more_megatron.evaluation.figures import heat_map, save, spread
+
+__all__ = ["draw_experts"]
+
+_MOST_LAYERS, _MOST_STEPS = 4, 4
+
+
+def draw_experts(report: dict[str, Any], folder: Path) -> list[Path]:
+    """Draw the figures of a report and return their files.
+
+    Args:
+        report: As in `experts.json`.
+        folder: Where they go.
+    """
+    drawn = [_kinds(report, folder), _overview(report, folder), _tokens(report, folder)]
+    return drawn
+
+
+def _kinds(report: dict[str, Any], folder: Path) -> Path:
+    """Draw the share of each kind of token that each expert takes; a panel for some layers and steps."""
+    import matplotlib.pyplot as plt
+
+    layers = spread(sorted({place["layer"] for place in report["places"]}), _MOST_LAYERS)
+    steps = spread(sorted({place["step"] for place in report["places"]}), _MOST_STEPS)
+    kinds = [(row, f"{name}\n{count:,}") for row, (name, count) in enumerate(report["kinds"].items()) if count > 0]
+    by_place = {(place["layer"], place["step"]): place for place in report["places"]}
+    size = (1.6 + len(steps) * max(2.6, 0.42 * report["num_experts"]), 0.9 + len(layers) * (0.9 + 0.42 * len(kinds)))
+    figure, axes = plt.subplots(len(layers), len(steps), figsize=size, squeeze=False, layout="constrained")
+    for row, layer in enumerate(layers):
+        for column, step in enumerate(steps):
+            place, axis = by_place.get((layer, step)), axes[row][column]
+            if place is None:
+                axis.axis("off")
+                continue
+            shares = np.array(place["shares"])[[kind for kind, _ in kinds]]
+            image = heat_map(axis, shares, [name for _, name in kinds] if column == 0 else [], highest=1.0)
+            axis.set_title(f"layer {layer}, step {step}   (NMI {place['specialisation']:.3f})", fontsize=9)
+            if row == len(layers) - 1:
+                axis.set_xlabel("expert")
+    figure.colorbar(image, ax=axes, label="share of the kind's choices", shrink=0.8)
+    figure.suptitle("Which expert takes which kind of token")
+    return save(figure, folder / "experts_kinds.png")
+
+
+def _overview(report: dict[str, Any], folder: Path) -> Path:
+    """Draw load, specialisation, entropy and change of all layers and steps."""
+    import matplotlib.pyplot as plt
+
+    places = report["places"]
+    layers, steps = (sorted({place[name] for place in places}) for name in ("layer", "step"))
+    panels = [
+        ("specialisation", "Specialisation: NMI of kind and expert", "Blues", None),
+        ("router_entropy", "Entropy of the router / ln N", "Greens", 1.0),
+        ("load_entropy", "Entropy of the load / ln N", "Greens", 1.0),
+    ]
+    if len(steps) > 1:
+        panels.append(("changed_since_step_before", "Tokens whose experts changed", "Oranges", 1.0))
+    width = max(2.9, 0.55 * len(steps) + 1.2)
+    height = max(2.6, 0.36 * len(layers) + 1.4)
+    load_width = max(3.2, 0.42 * report["num_experts"] + 1.2)
+    rows = [f"{place['layer']} / {place['step']}" for place in places]
+    load_height = max(height, 0.2 * len(rows) + 1.4)
+    figure, axes = plt.subplots(
+        1,
+        len(panels) + 1,
+        figsize=(len(panels) * width + load_width, load_height),
+        width_ratios=[*([width] * len(panels)), load_width],
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (name, title, colours, highest) in zip(axes[0], panels, strict=False):
+        values = np.full((len(layers), len(steps)), np.nan)
+        for place in places:
+            values[layers.index(place["layer"]), steps.index(place["step"])] = place.get(name, np.nan)
+        image = heat_map(axis, values, [str(layer) for layer in layers], steps, highest=highest, colours=colours)
+        axis.set(title=title, xlabel="step", ylabel="layer")
+        figure.colorbar(image, ax=axis, shrink=0.7)
+    image = heat_map(axes[0][-1], np.array([place["load"] for place in places]), rows, colours="Purples")
+    axes[0][-1].set(title="Load: share of all choices", xlabel="expert", ylabel="layer / step")
+    figure.colorbar(image, ax=axes[0][-1], shrink=0.7)
+    return save(figure, folder / "experts_overview.png")
+
+
+def _tokens(report: dict[str, Any], folder: Path) -> Path:
+    """Draw where the frequent tokens go, in the place that tells them apart best."""
+    import matplotlib.pyplot as plt
+
+    place = max(report["places"], key=lambda place: place["specialisation_by_token"])
+    names = [f"{found['token']}  {found['count']:,}" for found in report["frequent_tokens"]]
+    size = (max(4.5, 0.45 * report["num_experts"] + 2.2), 1.4 + 0.24 * len(names))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    image = heat_map(axis, np.array(place["token_shares"]), names, highest=1.0)
+    axis.set_title(
+        f"The most frequent tokens in layer {place['layer']}, step {place['step']}"
+        f"\n(NMI of token and expert {place['specialisation_by_token']:.3f})",
+        fontsize=10,
+    )
+    axis.set_xlabel("expert")
+    figure.colorbar(image, ax=axis, label="share of the token's choices", shrink=0.6)
+    return save(figure, folder / "experts_tokens.png")
