@@ -8,12 +8,26 @@ from typing import Any
 
 import numpy as np
 
+from more_megatron.errors import MoREError
 from more_megatron.unfinished import unfinished_file
 
-__all__ = ["heat_map", "save", "spread"]
+__all__ = ["heat_map", "new_figure", "save", "spread"]
 
 _MOST_NUMBERS = 200
 _MOST_TICKS = 16
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of a size in inches, which needs no screen.
+
+    Raises:
+        MoREError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MoREError("figures need matplotlib: pip install matplotlib, or the extra `eval`") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def spread(values: Sequence[int], most: int) -> list[int]:
@@ -65,9 +79,6 @@ def _number(value: float) -> str:
 
 def save(figure: Any, path: Path) -> Path:
     """Write a figure under its final name when it is complete, and return that name."""
-    import matplotlib.pyplot as plt
-
     with unfinished_file(path) as unfinished:
         figure.savefig(unfinished, dpi=130, format="png")
-    plt.close(figure)
     return path

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.evaluation.figures import heat_map, save, spread
+from more_megatron.evaluation.figures import heat_map, new_figure, save, spread
 
 __all__ = ["draw_experts"]
 
@@ -21,20 +21,18 @@ def draw_experts(report: dict[str, Any], folder: Path) -> list[Path]:
         report: As in `experts.json`.
         folder: Where they go.
     """
-    drawn = [_kinds(report, folder), _overview(report, folder), _tokens(report, folder)]
-    return drawn
+    return [_kinds(report, folder), _overview(report, folder), _tokens(report, folder)]
 
 
 def _kinds(report: dict[str, Any], folder: Path) -> Path:
     """Draw the share of each kind of token that each expert takes; a panel for some layers and steps."""
-    import matplotlib.pyplot as plt
-
     layers = spread(sorted({place["layer"] for place in report["places"]}), _MOST_LAYERS)
     steps = spread(sorted({place["step"] for place in report["places"]}), _MOST_STEPS)
     kinds = [(row, f"{name}\n{count:,}") for row, (name, count) in enumerate(report["kinds"].items()) if count > 0]
     by_place = {(place["layer"], place["step"]): place for place in report["places"]}
-    size = (1.6 + len(steps) * max(2.6, 0.42 * report["num_experts"]), 0.9 + len(layers) * (0.9 + 0.42 * len(kinds)))
-    figure, axes = plt.subplots(len(layers), len(steps), figsize=size, squeeze=False, layout="constrained")
+    width = 1.6 + len(steps) * max(2.6, 0.42 * report["num_experts"])
+    figure = new_figure(width, 0.9 + len(layers) * (0.9 + 0.42 * len(kinds)))
+    axes = figure.subplots(len(layers), len(steps), squeeze=False)
     for row, layer in enumerate(layers):
         for column, step in enumerate(steps):
             place, axis = by_place.get((layer, step)), axes[row][column]
@@ -53,8 +51,6 @@ def _kinds(report: dict[str, Any], folder: Path) -> Path:
 
 def _overview(report: dict[str, Any], folder: Path) -> Path:
     """Draw load, specialisation, entropy and change of all layers and steps."""
-    import matplotlib.pyplot as plt
-
     places = report["places"]
     layers, steps = (sorted({place[name] for place in places}) for name in ("layer", "step"))
     panels = [
@@ -69,14 +65,9 @@ def _overview(report: dict[str, Any], folder: Path) -> Path:
     load_width = max(3.2, 0.42 * report["num_experts"] + 1.2)
     rows = [f"{place['layer']} / {place['step']}" for place in places]
     load_height = max(height, 0.2 * len(rows) + 1.4)
-    figure, axes = plt.subplots(
-        1,
-        len(panels) + 1,
-        figsize=(len(panels) * width + load_width, load_height),
-        width_ratios=[*([width] * len(panels)), load_width],
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(len(panels) * width + load_width, load_height)
+    widths = [*([width] * len(panels)), load_width]
+    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)
     for axis, (name, title, colours, highest) in zip(axes[0], panels, strict=False):
         values = np.full((len(layers), len(steps)), np.nan)
         for place in places:
@@ -92,12 +83,10 @@ def _overview(report: dict[str, Any], folder: Path) -> Path:
 
 def _tokens(report: dict[str, Any], folder: Path) -> Path:
     """Draw where the frequent tokens go, in the place that tells them apart best."""
-    import matplotlib.pyplot as plt
-
     place = max(report["places"], key=lambda place: place["specialisation_by_token"])
     names = [f"{found['token']}  {found['count']:,}" for found in report["frequent_tokens"]]
-    size = (max(4.5, 0.45 * report["num_experts"] + 2.2), 1.4 + 0.24 * len(names))
-    figure, axis = plt.subplots(figsize=size, layout="constrained")
+    figure = new_figure(max(4.5, 0.45 * report["num_experts"] + 2.2), 1.4 + 0.24 * len(names))
+    axis = figure.subplots()
     image = heat_map(axis, np.array(place["token_shares"]), names, highest=1.0)
     axis.set_title(
         f"The most frequent tokens in layer {place['layer']}, step {place['step']}"

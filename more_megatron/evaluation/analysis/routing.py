@@ -51,7 +51,7 @@ def check_routers(exported: ExportedModel) -> None:
 
 @torch.no_grad()
 def routing_decisions(model: Any, tokens: Tensor) -> Iterator[Decision]:
-    """Yield the decisions of the routers of experts, in the order of computation; those of attention heads are left out.
+    """Yield the decisions of the routers of experts, in the order of computation, without those of attention heads.
 
     Args:
         model: Model of ours in transformers.
