@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 
 from more_megatron.errors import MoREError, last_line
 
-__all__ = ["ExportedModel", "add_model_arguments", "open_model", "set_steps"]
+__all__ = ["ExportedModel", "add_model_arguments", "open_model"]
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -37,6 +38,29 @@ class ExportedModel:
     def length(self) -> int:
         """Tokens of the longest text that it reads at once."""
         return int(self.model.config.max_position_embeddings)
+
+    def call_options(self, num_steps: int | None) -> dict[str, Any]:
+        """Return the arguments of every call that say how deep it goes.
+
+        Args:
+            num_steps: Recurrence steps; None for the model's own.
+
+        Raises:
+            MoREError: If the model has no steps, or cannot take so many.
+        """
+        import torch
+
+        if num_steps is None:
+            return {}
+        if not self.recurrent:
+            raise MoREError(f"--num-steps has no effect on {self.source}: it has no recurrence; leave the flag out")
+        options = {"num_steps": num_steps}
+        try:
+            with torch.no_grad():
+                self.model(torch.zeros(1, 1, dtype=torch.long, device=self.model.device), **options)
+        except ValueError as error:
+            raise MoREError(f"--num-steps {num_steps} cannot be taken by {self.source}: {error}") from error
+        return options
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,11 +95,6 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="more-export-"))) / "model"
             _export(args, folder)
         yield _load(args, folder)
-
-
-def set_steps(exported: ExportedModel, num_steps: int) -> None:
-    """Let every later call take this many recurrence steps."""
-    exported.model.config.mean_recurrence = num_steps
 
 
 def _export(args: argparse.Namespace, folder: Path) -> None:
@@ -132,6 +151,9 @@ def _tokenizer(args: argparse.Namespace, folder: Path) -> Any:
     try:
         # Names of special tokens in a text were text to SentencePiece in training.
         literal = (folder / "tokenizer.model").is_file()
-        return open_tokenizer(folder, literal=literal, trust_remote_code=args.trust_remote_code)
+        tokenizer = open_tokenizer(folder, literal=literal, trust_remote_code=args.trust_remote_code)
     except Exception as error:
         raise MoREError(f"the model {args.load or folder} has no usable tokenizer: {last_line(error)}") from error
+    # Texts are cut into windows here; no need to warn of long ones.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer

@@ -27,7 +27,9 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MoREError("figures need matplotlib: pip install matplotlib, or the extra `eval`") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
+    return figure
 
 
 def spread(values: Sequence[int], most: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,10 @@ from more_megatron.data.reading import read_blocks, read_documents
 from more_megatron.data.sources import expand_inputs, open_source
 from more_megatron.errors import MoREError
 
-__all__ = ["read_texts", "token_windows"]
+__all__ = ["batches", "read_texts", "token_windows"]
 
 
-def read_texts(path: Path, mode: Detokenize = Detokenize.NONE) -> list[str]:
+def read_texts(path: str | Path, mode: Detokenize = Detokenize.NONE) -> list[str]:
     """Return the documents of a file of any kind that the preprocessing tool reads, divided as it divides them.
 
     Raises:
@@ -48,3 +49,9 @@ def token_windows(tokenizer: Any, texts: Sequence[str], length: int, limit: int 
                 return
     if held:
         yield held
+
+
+def batches(windows: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
+    """Yield windows together, at most so many at a time, of one length each time."""
+    for _, alike in itertools.groupby(windows, key=len):
+        yield from (list(batch) for batch in itertools.batched(alike, size))

@@ -21,7 +21,7 @@ def draw_experts(report: dict[str, Any], folder: Path) -> list[Path]:
         report: As in `experts.json`.
         folder: Where they go.
     """
-    return [_kinds(report, folder), _overview(report, folder), _tokens(report, folder)]
+    return [draw(report, folder) for draw in (_kinds, _overview, _load, _tokens)]
 
 
 def _kinds(report: dict[str, Any], folder: Path) -> Path:
@@ -50,35 +50,41 @@ def _kinds(report: dict[str, Any], folder: Path) -> Path:
 
 
 def _overview(report: dict[str, Any], folder: Path) -> Path:
-    """Draw load, specialisation, entropy and change of all layers and steps."""
+    """Draw specialisation, entropies and change of all layers and steps."""
     places = report["places"]
     layers, steps = (sorted({place[name] for place in places}) for name in ("layer", "step"))
     panels = [
-        ("specialisation", "Specialisation: NMI of kind and expert", "Blues", None),
-        ("router_entropy", "Entropy of the router / ln N", "Greens", 1.0),
-        ("load_entropy", "Entropy of the load / ln N", "Greens", 1.0),
+        ("specialisation", "Specialisation:\nNMI of kind and expert", "Blues", None),
+        ("router_entropy", "Entropy of the router\n/ ln N", "Greens", 1.0),
+        ("load_entropy", "Entropy of the load\n/ ln N", "Greens", 1.0),
     ]
     if len(steps) > 1:
-        panels.append(("changed_since_step_before", "Tokens whose experts changed", "Oranges", 1.0))
-    width = max(2.9, 0.55 * len(steps) + 1.2)
-    height = max(2.6, 0.36 * len(layers) + 1.4)
-    load_width = max(3.2, 0.42 * report["num_experts"] + 1.2)
-    rows = [f"{place['layer']} / {place['step']}" for place in places]
-    load_height = max(height, 0.2 * len(rows) + 1.4)
-    figure = new_figure(len(panels) * width + load_width, load_height)
-    widths = [*([width] * len(panels)), load_width]
-    axes = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)
-    for axis, (name, title, colours, highest) in zip(axes[0], panels, strict=False):
+        panels.append(("changed_since_step_before", "Share of tokens whose\nexperts changed", "Oranges", 1.0))
+    width, height = max(3.0, 0.55 * len(steps) + 1.4), max(2.6, 0.36 * len(layers) + 1.4)
+    figure = new_figure(len(panels) * width, height)
+    for axis, (name, title, colours, highest) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
         values = np.full((len(layers), len(steps)), np.nan)
         for place in places:
             values[layers.index(place["layer"]), steps.index(place["step"])] = place.get(name, np.nan)
         image = heat_map(axis, values, [str(layer) for layer in layers], steps, highest=highest, colours=colours)
-        axis.set(title=title, xlabel="step", ylabel="layer")
-        figure.colorbar(image, ax=axis, shrink=0.7)
-    image = heat_map(axes[0][-1], np.array([place["load"] for place in places]), rows, colours="Purples")
-    axes[0][-1].set(title="Load: share of all choices", xlabel="expert", ylabel="layer / step")
-    figure.colorbar(image, ax=axes[0][-1], shrink=0.7)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="step", ylabel="layer")
+        figure.colorbar(image, ax=axis, shrink=0.8)
     return save(figure, folder / "experts_overview.png")
+
+
+def _load(report: dict[str, Any], folder: Path) -> Path:
+    """Draw the share of all choices that each expert has, in every layer and step."""
+    places = report["places"]
+    figure = new_figure(max(4.5, 0.45 * report["num_experts"] + 2.0), 1.4 + 0.24 * len(places))
+    axis = figure.subplots()
+    rows = [f"layer {place['layer']}, step {place['step']}" for place in places]
+    image = heat_map(axis, np.array([place["load"] for place in places]), rows, colours="Purples")
+    axis.set(title=f"Load (1/N = {1 / report['num_experts']:.3f})", xlabel="expert")
+    figure.colorbar(image, ax=axis, label="share of all choices", shrink=0.8)
+    return save(figure, folder / "experts_load.png")
 
 
 def _tokens(report: dict[str, Any], folder: Path) -> Path:

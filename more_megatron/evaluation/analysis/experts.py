@@ -20,8 +20,8 @@ from more_megatron.evaluation.analysis.routing import (
     routing_decisions,
 )
 from more_megatron.evaluation.analysis.token_kinds import KINDS, TokenKinds
-from more_megatron.evaluation.exported_model import ExportedModel, open_model, set_steps
-from more_megatron.evaluation.texts import read_texts, token_windows
+from more_megatron.evaluation.exported_model import ExportedModel, open_model
+from more_megatron.evaluation.texts import batches, read_texts, token_windows
 from more_megatron.progress import progress_bar
 from more_megatron.unfinished import unfinished_file
 
@@ -48,10 +48,9 @@ def analyze_experts(args: argparse.Namespace) -> list[str]:
     texts = read_texts(args.text)
     with open_model(args) as exported:
         check_routers(exported)
-        if args.num_steps is not None:
-            set_steps(exported, args.num_steps)
+        options = exported.call_options(args.num_steps)
         windows = list(token_windows(exported.tokenizer, texts, exported.length, args.max_tokens))
-        report = _Reading(exported, windows).report()
+        report = _Reading(exported, windows, options).report(args.batch_size)
     report = {"model": str(exported.source), "text": str(args.text), **report}
     args.output.mkdir(parents=True, exist_ok=True)
     with unfinished_file(args.output / "experts.json") as path:
@@ -66,13 +65,14 @@ class _Reading:
     Args:
         exported: The model.
         windows: Tokens of the text, in pieces that the model reads at once.
+        options: Arguments of every call.
     """
 
-    def __init__(self, exported: ExportedModel, windows: list[list[int]]) -> None:
+    def __init__(self, exported: ExportedModel, windows: list[list[int]], options: dict[str, Any]) -> None:
         self._model = exported.model
         self._experts = int(exported.model.config.num_experts)
         self._kinds = TokenKinds(exported.tokenizer, int(exported.model.config.vocab_size))
-        self._windows = windows
+        self._windows, self._options = windows, options
         counts = Counter(token for window in windows for token in window)
         self._frequent = counts.most_common(_FREQUENT)
         self._ranks = np.full(int(exported.model.config.vocab_size), -1)
@@ -82,13 +82,13 @@ class _Reading:
         # Of each place and the step before it in the same layer: sum of Jaccard indices, tokens that changed.
         self._changes: dict[_Place, np.ndarray] = {}
 
-    def report(self) -> dict[str, Any]:
-        """Read everything and return all figures."""
+    def report(self, batch_size: int) -> dict[str, Any]:
+        """Read everything, so many windows at a time, and return all figures."""
         total = sum(map(len, self._windows))
         with progress_bar(total, "tok", "reading", True) as bar:
-            for window in self._windows:
-                self._read(window)
-                bar.update(len(window))
+            for batch in batches(self._windows, batch_size):
+                self._read(batch)
+                bar.update(sum(map(len, batch)))
         places = []
         for (layer, step), statistics in sorted(self._places.items()):
             summary = {"layer": layer, "step": step, **statistics.summary()}
@@ -98,18 +98,20 @@ class _Reading:
             places.append(summary)
         return {
             "tokens": total,
-            "num_steps": int(self._model.config.mean_recurrence),
+            "num_steps": self._options.get("num_steps", self._model.config.mean_recurrence),
             "num_experts": self._experts,
             "kinds": dict(zip(KINDS, self._kind_counts.tolist(), strict=True)),
             "frequent_tokens": [{"token": self._kinds.name(token), "count": count} for token, count in self._frequent],
             "places": places,
         }
 
-    def _read(self, window: list[int]) -> None:
-        kinds, ranks = self._kinds.of(window), self._ranks[window]
+    def _read(self, batch: list[list[int]]) -> None:
+        kinds = np.concatenate([self._kinds.of(window) for window in batch])
+        ranks = self._ranks[batch].ravel()
         self._kind_counts += np.bincount(kinds, minlength=len(KINDS))
         former: dict[int, Decision] = {}
-        for decision in routing_decisions(self._model, torch.tensor(window, device=self._model.device)):
+        tokens = torch.tensor(batch, device=self._model.device)
+        for decision in routing_decisions(self._model, tokens, self._options):
             place = (decision.layer, decision.step)
             if place not in self._places:
                 self._places[place] = PlaceStatistics(len(KINDS), len(self._frequent), self._experts)

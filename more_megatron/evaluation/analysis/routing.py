@@ -21,13 +21,13 @@ _ROUTER = "router"
 
 @dataclass(frozen=True)
 class Decision:
-    """Where the tokens of one text went in one layer and step.
+    """Where the tokens of a batch went in one layer and step.
 
     Attributes:
         layer: Layer, from 0.
         step: Recurrence step, from 0.
-        experts: Experts of each token, [s, k].
-        probabilities: Of each token over all experts, [s, N]; their sum is 1.
+        experts: Experts of each token, [b s, k].
+        probabilities: Of each token over all experts, [b s, N]; their sum is 1.
     """
 
     layer: int
@@ -50,14 +50,15 @@ def check_routers(exported: ExportedModel) -> None:
 
 
 @torch.no_grad()
-def routing_decisions(model: Any, tokens: Tensor) -> Iterator[Decision]:
+def routing_decisions(model: Any, tokens: Tensor, options: dict[str, Any]) -> Iterator[Decision]:
     """Yield the decisions of the routers of experts, in the order of computation, without those of attention heads.
 
     Args:
         model: Model of ours in transformers.
-        tokens: One text, [s].
+        tokens: Texts, [b, s].
+        options: Further arguments of the call.
     """
-    output = model.model(tokens.unsqueeze(0), output_router_logits=True, use_cache=False)
+    output = model.model(tokens, output_router_logits=True, use_cache=False, **options)
     found = output.router_logits
     for logits, layer, step, router in zip(found, found.layers, found.steps, found.routers, strict=True):
         if router == _ROUTER:
@@ -82,12 +83,12 @@ class PlaceStatistics:
         self._entropy = 0.0
 
     def see(self, decision: Decision, kinds: np.ndarray, ranks: np.ndarray) -> None:
-        """Count a text.
+        """Count a batch.
 
         Args:
             decision: Where its tokens went.
-            kinds: Kind of each, [s].
-            ranks: Number of each among the frequent tokens, [s]; -1 for others.
+            kinds: Kind of each, [b s].
+            ranks: Number of each among the frequent tokens, [b s]; -1 for others.
         """
         experts = decision.experts.numpy()
         topk = experts.shape[1]
@@ -134,7 +135,7 @@ def mutual_information(counts: np.ndarray) -> float:
 
 
 def jaccard(first: Tensor, second: Tensor) -> Tensor:
-    """Return the shared experts of two decisions over all experts of both, for each token, [s], given [s, k] each."""
+    """Return how alike two decisions of [b s, k] are, for each token, [b s]: shared experts over all experts of both."""
     shared = (first.unsqueeze(2) == second.unsqueeze(1)).any(2).sum(1).float()
     return shared / (first.size(1) + second.size(1) - shared)
 

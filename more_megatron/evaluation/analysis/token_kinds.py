@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 __all__ = ["KINDS", "TokenKinds"]
 
 KINDS = ("numeric", "punctuation", "word", "sub-word", "single character", "other")
-"""`word`: a whole word in one token; `sub-word`: a part of a word; `other`: spaces, bytes and special tokens."""
+"""`word`: a whole word in one token; `sub-word`: a part of one; `other`: spaces, parts of characters, special tokens."""
 
 _NUMERIC, _PUNCTUATION, _WORD, _SUB_WORD, _SINGLE, _OTHER = range(len(KINDS))
 # What marks the beginning of a word in SentencePiece and in byte-level BPE, where a line break has a sign, too.
 _SPACES = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t"})
 _CONTINUES = "##"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenKinds:
@@ -55,8 +57,8 @@ class TokenKinds:
 
 def _text(piece: str | bytes) -> str:
     text = piece.decode("utf-8", "replace") if isinstance(piece, bytes) else piece
-    if text.startswith("<0x") and text.endswith(">"):
-        return ""
+    if byte := _BYTE.fullmatch(text):
+        return bytes.fromhex(byte[1]).decode("ascii", "ignore")
     if text.startswith(_CONTINUES) and len(text) > len(_CONTINUES):
         return text[len(_CONTINUES) :]
     return text.translate(_SPACES)
