@@ -11,7 +11,7 @@ import numpy as np
 __all__ = ["KINDS", "TokenKinds"]
 
 KINDS = ("numeric", "punctuation", "word", "sub-word", "single character", "other")
-"""`word`: a whole word in one token; `sub-word`: a part of one; `other`: spaces, parts of characters, special tokens."""
+"""`word`: a whole word in one token; `sub-word`: a part of one; `other`: spaces, parts of characters, specials."""
 
 _NUMERIC, _PUNCTUATION, _WORD, _SUB_WORD, _SINGLE, _OTHER = range(len(KINDS))
 # What marks the beginning of a word in SentencePiece and in byte-level BPE, where a line break has a sign, too.
