@@ -28,7 +28,7 @@ class PlannedTask:
     """A task on its data.
 
     Attributes:
-        name: What it is called in results.
+        name: What it is called in results: as the task, or as the file if the task has several.
         task: Its name among the harness's.
         path: File of its data; None for those the harness fetches from the hub.
     """
@@ -71,10 +71,10 @@ def plan_tasks(tasks: Sequence[str], data: Sequence[str]) -> list[PlannedTask]:
         if not paths:
             _check_hub(task)
     return [
-        PlannedTask(task if len(paths) < 2 else f"{task}, {path.stem}", task, path)
-        for task, paths in files.items()
-        for path in paths or [None]
-    ]
+        PlannedTask(task if len(found) == 1 else path.stem, task, path)
+        for task, found in files.items()
+        for path in found
+    ] + [PlannedTask(task, task, None) for task, found in files.items() if not found]
 
 
 def _check_hub(task: str) -> None:

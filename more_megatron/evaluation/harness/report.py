@@ -34,9 +34,8 @@ def write_report(records: Sequence[Record], settings: dict[str, Any], folder: Pa
         The table, and what was written, in lines.
     """
     table = markdown_table(records)
-    content = {"settings": settings, "results": [{**record, "settings": None} for record in records]}
-    for record in content["results"]:
-        del record["settings"]
+    results = [{key: value for key, value in record.items() if key != "settings"} for record in records]
+    content = {"settings": settings, "results": results}
     heading = f"# {settings['model']}\n\n"
     for name, text in (("results.json", json.dumps(content, indent=1) + "\n"), ("results.md", f"{heading}{table}\n")):
         with unfinished_file(folder / name) as path:
@@ -105,7 +104,8 @@ def _depths(records: Sequence[Record], folder: Path) -> Path | None:
                 axis.plot(places, line, "o-", label=entry, color=f"C{number % 10}", markersize=4)
         _depth_axis(axis, depths)
         axis.set(xlabel="recurrence steps r", title=title[0].upper() + title[1:])
-        axis.set_ylim((-0.02, 1.02) if title == "accuracy" else (0.0, None))
+        if title == "accuracy":
+            axis.set_ylim(-0.02, 1.02)
     _legend(figure, figure.axes)
     return save(figure, folder / "depths.png")
 
@@ -148,9 +148,10 @@ def _difficulties(records: Sequence[Record], folder: Path) -> Path | None:
     """Draw the accuracy of answers against their difficulty, a line for each depth; None if nothing has several."""
     lines: dict[str, dict[int | None, dict[int, float]]] = {}
     for record in records:
-        for task, by_difficulty in record.get("by_difficulty", {}).items():
+        tasks = record.get("by_difficulty", {})
+        for task, by_difficulty in tasks.items():
             if len(by_difficulty) > 1:
-                title = task if task == record["name"] else f"{record['name']}: {task}"
+                title = record["name"] if len(tasks) == 1 else f"{record['name']}/{task}"
                 found = {int(difficulty): measures["exact_match"] for difficulty, measures in by_difficulty.items()}
                 lines.setdefault(title, {})[record["num_steps"]] = found
     if not lines:
@@ -169,6 +170,8 @@ def _difficulties(records: Sequence[Record], folder: Path) -> Path | None:
         axis.set(xlabel="difficulty", ylim=(-0.02, 1.02), xticks=sorted(next(iter(by_depth.values()))))
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
+    for axis in axes[: len(lines) : columns]:
+        axis.set_ylabel("exact match")
     _legend(figure, axes[: len(lines)])
     return save(figure, folder / "difficulties.png")
 
