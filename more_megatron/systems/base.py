@@ -37,7 +37,7 @@ DEPTH = frozenset(
     f"recurrence_{name}"
     for name in (
         *("steps", "sampling", "sampling_unit", "min_steps", "max_steps"),
-        *("backprop_steps", "eval_steps", "curriculum"),
+        *("backprop_steps", "eval_steps", "eval_depths", "curriculum"),
     )
 )
 # Those that divide the layers of a model into groups.

@@ -11,6 +11,7 @@ from more_megatron.errors import MoREError
 from more_megatron.platform import Platform, select_platform
 from more_megatron.platform.packages import has_package, imports
 from more_megatron.systems import get_system
+from more_megatron.training.options import option_faults
 
 __all__ = ["check_flags"]
 
@@ -59,7 +60,7 @@ def check_flags(args: argparse.Namespace) -> None:
         raise MoREError("--use-checkpoint-args needs a checkpoint in --load: leave it out, or name another folder")
     if args.yaml_cfg is not None:  # The flags are not all there yet.
         return
-    for check in (_positive, _required, _shapes, _experts, _layout, _backend, _files, _unsupported):
+    for check in (_positive, _required, _shapes, _experts, _layout, _backend, _files, _unsupported, option_faults):
         for fault in check(args):
             raise MoREError(fault)
 
