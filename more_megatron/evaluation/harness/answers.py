@@ -10,7 +10,16 @@ from lm_eval.api.task import ConfigurableTask
 
 from more_megatron.evaluation.tasks.problem import is_match, read_problems
 
-__all__ = ["AnswerTask", "answer_behind", "load_problems", "process_results"]
+__all__ = ["Answer", "AnswerTask", "load_problems", "process_results"]
+
+
+class Answer(str):
+    """An answer as it stands behind its prompt, whose tokens are those that training counts, not the harness's."""
+
+    @classmethod
+    def of(cls, problem: dict[str, Any]) -> Answer:
+        """Return the answer of a problem."""
+        return cls(f" {problem['answer']}")
 
 
 def load_problems(path: str, **_: Any) -> dict[str, Any]:
@@ -40,13 +49,8 @@ class AnswerTask(ConfigurableTask):
         common = {"doc": doc, "metadata": kwargs["metadata"]}
         return [
             Instance(request_type="generate_until", arguments=(ctx, options), idx=0, **common),
-            Instance(request_type="loglikelihood", arguments=(ctx, answer_behind(doc)), idx=1, **common),
+            Instance(request_type="loglikelihood", arguments=(ctx, Answer.of(doc)), idx=1, **common),
         ]
-
-
-def answer_behind(doc: dict[str, Any]) -> str:
-    """Return the answer of a problem as it stands behind the prompt."""
-    return f" {doc['answer']}"
 
 
 def process_results(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:

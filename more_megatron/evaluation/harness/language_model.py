@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
 
 from more_megatron.evaluation.exported_model import ExportedModel
-from more_megatron.evaluation.harness.answers import AnswerTask, answer_behind
+from more_megatron.evaluation.harness.answers import Answer, AnswerTask
 
 __all__ = ["HarnessModel"]
 
@@ -50,17 +51,31 @@ class HarnessModel(HFLM):
 
         A prompt is never cut, however long that is.
         """
-        pairs = [self.encode_pair(problem["prompt"], answer_behind(problem)) for problem in task.eval_docs]
-        fitting = [number for number, pair in enumerate(pairs) if sum(map(len, pair)) <= self.max_length]
-        longest = 1 + max((len(pairs[number][1]) for number in fitting), default=0)
+        pairs = [self._encode_pair(problem["prompt"], Answer.of(problem)) for problem in task.eval_docs]
+        # The last token is predicted and not read.
+        fitting = [number for number, pair in enumerate(pairs) if sum(map(len, pair)) <= self.max_length + 1]
+        longest = max((len(pairs[number][1]) for number in fitting), default=0)
         for number in fitting:
             room = self.max_length - len(pairs[number][0])
             task.most_tokens[task.eval_docs[number]["prompt"]] = min(longest, room)
         return fitting
 
-    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Return the tokens of a prompt and of what follows it."""
-        return self._encode_pair(context, continuation)
+    def answer_tokens(self, problem: dict[str, Any]) -> int:
+        """Return how many tokens of a problem training counts."""
+        return len(self._encode_pair(problem["prompt"], Answer.of(problem))[1])
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return the tokens of a prompt and of what follows it.
+
+        An answer begins where the text first differs from its prompt, and has the token that ends a document: as in
+        `more_megatron/data/answers.py`.
+        """
+        if not isinstance(continuation, Answer):
+            return super()._encode_pair(context, continuation)
+        text = [*self.tok_encode(context + continuation), self.eot_token_id]
+        pairs = zip(text, self.tok_encode(context), strict=False)
+        start = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return text[:start], text[start:]
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None

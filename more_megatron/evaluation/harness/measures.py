@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from more_megatron.evaluation.harness.answers import AnswerTask, answer_behind
+from more_megatron.evaluation.harness.answers import AnswerTask
 from more_megatron.evaluation.harness.language_model import HarnessModel
 
 __all__ = ["collect"]
@@ -56,8 +56,8 @@ def _answers(name: str, samples: Sequence[dict[str, Any]], model: HarnessModel) 
     rows: dict[str, dict[int, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         problem = sample["doc"]
-        tokens = len(model.encode_pair(problem["prompt"], answer_behind(problem))[1])
-        row = (sample["exact_match"], sample["token_exact_match"], sample["answer_loss"], tokens)
+        measured = (sample["exact_match"], sample["token_exact_match"], sample["answer_loss"])
+        row = (*measured, float(model.answer_tokens(problem)))
         rows[problem["task"]][problem["difficulty"]].append(row)
     by_task = {
         task: [row for more in rows[task].values() for row in more]
