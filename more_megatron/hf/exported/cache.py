@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["Memory", "cache_sizes", "filled_as", "prepare_cache"]
+__all__ = ["Memory", "cache_sizes", "cut", "filled_as", "prepare_cache"]
 
 _STEP = "step."
 
@@ -200,6 +200,13 @@ def filled_as(cache: Cache, num_steps: int) -> Iterator[None]:
         yield
     finally:
         vars(cache)["more_steps"] = filled
+
+
+def cut(cache: Cache, length: int) -> None:
+    """Cut a cache to a number of tokens. To cut off none means different things to releases of transformers."""
+    surplus = cache.get_seq_length() - length
+    if surplus > 0:
+        cache.crop(-surplus)
 
 
 def cache_sizes(cache: Cache) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .options import CallOptions
+from .options import CallOptions, positive
+from .speculation import DRAFT_TOKENS, speculate
 
 __all__ = ["MoREGenerationMixin"]
 
@@ -23,7 +25,22 @@ class MoREGenerationMixin(GenerationMixin):
 
         With a criterion, and where an object is returned, that has `exit_steps`: the steps that each token took,
         [recurrences, b, tokens], 0 for padding. The last token was not given to the model. Not with beams.
+
+        Args:
+            args: As in transformers.
+            kwargs: As in transformers, the options, and for self-speculation:
+                draft_steps: Steps that drafts are made with, fewer than `num_steps`, which verify them.
+                lookahead_for_draft: Tokens of a draft, `draft_tokens` is the same. Default: 4.
+
+        Returns:
+            What transformers returns; where tokens were drafted and an object is wanted, a `SpeculativeOutput`.
+
+        Raises:
+            ValueError: If options have no effect, contradict each other or are out of range.
         """
+        draft = self._draft_options(kwargs)
+        if draft is not None:
+            return super().generate(*args, custom_generate=partial(speculate, **draft), **kwargs)
         steps: list[Tensor] | None = None
         if kwargs.get("criterion", kwargs.get("exit_criterion")) is not None:
             steps = kwargs["exit_log"] = []
@@ -33,6 +50,29 @@ class MoREGenerationMixin(GenerationMixin):
             if found.shape[1:] == output.sequences[:, 1:].shape and getattr(output, "beam_indices", None) is None:
                 output["exit_steps"] = found
         return output
+
+    def _draft_options(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return steps and tokens of drafts, which are taken from the arguments; None if there are to be none."""
+        model: Any = self
+        steps, names = kwargs.pop("draft_steps", None), ("lookahead_for_draft", "draft_tokens")
+        tokens = [value for value in (kwargs.pop(name, None) for name in names) if value is not None]
+        if steps is None:
+            if tokens:
+                raise ValueError(f"lookahead_for_draft {tokens[0]!r} has no effect without draft_steps")
+            return None
+        options = CallOptions.taken_from(dict(kwargs))
+        for name in ("criterion", "cache_steps", "warm_start", "num_beams", "assistant_model", "streamer"):
+            if kwargs.get(name, getattr(options, name, None)) not in (None, False, 1):
+                raise ValueError(f"draft_steps does not go together with {name}: leave one of them out")
+        if not model.system.recurrent:
+            raise ValueError("draft_steps has no effect: in this system the number of steps means nothing")
+        steps, most = positive("draft_steps", steps), options.steps(model.config)
+        if steps >= most:
+            raise ValueError(f"draft_steps {steps} must be below num_steps {most}")
+        return {
+            "draft_steps": steps,
+            "draft_tokens": positive("lookahead_for_draft", tokens[0]) if tokens else DRAFT_TOKENS,
+        }
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, exit_log: list[Tensor] | None = None, **kwargs: Any

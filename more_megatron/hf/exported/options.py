@@ -13,7 +13,7 @@ from .exits import Criterion, Exits, find_exits
 from .fields import Config
 from .interface import System
 
-__all__ = ["ALIASES", "CallOptions"]
+__all__ = ["ALIASES", "CallOptions", "positive"]
 
 ALIASES = {"exit_criterion": "criterion"}
 """Other names of the options."""
@@ -67,7 +67,7 @@ class CallOptions:
         Raises:
             ValueError: If it is not an integer of at least 1.
         """
-        return config.mean_recurrence if self.num_steps is None else _integer("num_steps", self.num_steps)
+        return config.mean_recurrence if self.num_steps is None else positive("num_steps", self.num_steps)
 
     def exits(self, config: Config, system: System, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
         """Return how tokens stop by themselves; None: they do not.
@@ -96,7 +96,7 @@ class CallOptions:
             return None
         if not system.caches_steps(config):
             raise ValueError("cache_steps has no effect: the cache of this system does not grow with the steps")
-        found = _integer("cache_steps", self.cache_steps)
+        found = positive("cache_steps", self.cache_steps)
         return None if found >= self.steps(config) else found
 
     def check_warm_start(self, config: Config, system: System) -> None:
@@ -109,7 +109,12 @@ class CallOptions:
             raise ValueError("warm_start has no effect: the recurrences of this system start from their input")
 
 
-def _integer(name: str, value: Any) -> int:
+def positive(name: str, value: Any) -> int:
+    """Return an integer of at least 1.
+
+    Raises:
+        ValueError: If it is none.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError("a truth value")
