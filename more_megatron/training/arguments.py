@@ -21,6 +21,7 @@ from more_megatron.platform.packages import has_package, imports
 from more_megatron.systems import default_name, flag_names, get_system, systems
 from more_megatron.training.blend_files import read_blend_files
 from more_megatron.training.flag_checks import check_flags, convert
+from more_megatron.training.options import TrainingFlags
 from more_megatron.training.stored_flags import given_flags, take_stored_flags
 from more_megatron.training.unread_flags import unread_flags
 
@@ -121,6 +122,7 @@ def _add_group(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     for system in systems().values():
         if system.Flags is not None:
             ArgumentGroupFactory(system.Flags).build_group(into_group)
+    ArgumentGroupFactory(TrainingFlags).build_group(into_group)
     return group
 
 
@@ -175,6 +177,7 @@ def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> ar
 
 
 def _complete(args: argparse.Namespace) -> None:
+    args.calculate_per_token_loss = args.calculate_per_token_loss or args.loss_on_answers
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     # Megatron trains MoE layers under tensor parallelism only with it.

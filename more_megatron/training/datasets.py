@@ -17,12 +17,16 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.config import MoREConfig
+from more_megatron.data.answers import answer_density, has_answers
+from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.errors import MoREError
 from more_megatron.platform.memory import check_fits_host
-from more_megatron.training.batch import stage_needs_data
+from more_megatron.training.batch import reads_boundaries, stage_needs_data
 from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
+from more_megatron.training.problem_datasets import AnswerDatasets
+from more_megatron.training.problems import Tasks
 
-__all__ = ["DatasetsProvider", "data_blends"]
+__all__ = ["DatasetsProvider", "counted_share", "data_blends", "run_tasks"]
 
 # Where a sample begins, and its place in the order.
 _INDEX_BYTES = 12
@@ -54,7 +58,7 @@ class DatasetsProvider:
         check_fits_host(_INDEX_BYTES * most, f"an index of {most:,} samples", remedy)
         print_rank_0("> building train, validation, and test datasets for GPT ...")
         builder = BlendedMegatronDatasetBuilder(
-            MockGPTDataset if args.mock_data else GPTDataset,
+            _kind(args),
             num_samples,
             functools.partial(self._is_built_here, vp_stage),
             _dataset_config(),
@@ -71,7 +75,18 @@ class DatasetsProvider:
     def _is_built_here(self, vp_stage: int | None) -> bool:
         if mpu.get_tensor_model_parallel_rank() != 0:
             return False
-        return get_args().dataloader_inter_document_masking or stage_needs_data(self._config, vp_stage)
+        return reads_boundaries() or stage_needs_data(self._config, vp_stage)
+
+
+def _kind(args: argparse.Namespace) -> Any:
+    if args.loss_on_answers:
+        return AnswerDatasets(run_tasks(args))
+    return MockGPTDataset if args.mock_data else GPTDataset
+
+
+def run_tasks(args: argparse.Namespace) -> Tasks:
+    """Return the tasks of a run that trains on answers."""
+    return Tasks.of(tuple(prefix for blend in data_blends(args) for prefix in blend))
 
 
 def _build(builder: BlendedMegatronDatasetBuilder) -> Any:
@@ -108,6 +123,15 @@ def data_blends(args: argparse.Namespace) -> list[list[str]]:
                 f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
             )
     return [prefixes for prefixes, _ in blends]
+
+
+def counted_share(args: argparse.Namespace) -> float:
+    """Return the share of the training tokens that count in the loss of a run that trains on answers."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    prefixes, weights = blend or blend_per_split[0]
+    weights = weights or [read_index(idx_path(prefix)).bin_bytes for prefix in prefixes]
+    shares = [answer_density(prefix) if has_answers(prefix) else 1.0 for prefix in prefixes]
+    return sum(weight * share for weight, share in zip(weights, shares, strict=True)) / sum(weights)
 
 
 def _dataset_config() -> GPTDatasetConfig:

@@ -12,6 +12,7 @@ from more_megatron.errors import MoREError
 from more_megatron.flags import flag
 from more_megatron.systems import flag_names, get_system
 from more_megatron.training.flag_table import RANGES, RULES
+from more_megatron.training.options import option_faults
 
 __all__ = ["check_flags", "convert"]
 
@@ -40,6 +41,8 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
     for is_broken, text in RULES:
         if is_broken(args):
             raise MoREError(re.sub(r"\{(\w+)\}", lambda found: f"{flag(found[1])} {getattr(args, found[1])}", text))
+    for fault in option_faults(args):
+        raise MoREError(fault)
 
 
 def convert(of_megatron: Callable[[str], object], choices: Iterable[enum.Enum], text: str) -> object:
