@@ -11,9 +11,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
-from megatron.training import print_rank_0
 from numpy.typing import NDArray
 
+from more_megatron.console import say
 from more_megatron.data.answers import has_answers, mask_prefix, task_names
 from more_megatron.errors import MoREError
 from more_megatron.training.problems import NO_TASK, Tasks, slots
@@ -101,7 +101,7 @@ class ProblemDataset(MegatronDataset):
         fits = sizes <= config.sequence_length
         self.left_out = int(len(fits) - fits.sum())
         if self.left_out:
-            print_rank_0(
+            say(
                 f"> {path}, {split.name}: {self.left_out} of {len(fits)} problems are longer than --seq-length "
                 f"{config.sequence_length} and left out"
             )
