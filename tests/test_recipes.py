@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ranks import run_ranks
-from tests.helpers.shell import PROJECT, calls_of, convert, train_call
+from tests.helpers.shell import PROJECT, calls_of, train_call, use
 from tools.sample_text import write_sample_text
 
 _README = (PROJECT / "README.md").read_text()
@@ -48,8 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (first,) = (call for call in calls_of(commands, folder) if call.program == "torchrun")
     assert [ended.code for ended in train_call(first, _SMALLER, folder)] == [0, 0]
     calls_of(_blocks(_RECIPES["Other data"], "bash").replace("\nrun ", "\n: "), folder)
-    (export, _) = calls_of(_blocks(_README.split("## Hugging Face")[1].split("## The flags")[0], "bash"), folder)
-    convert(export, folder)
+    export = calls_of(_blocks(_README.split("## Hugging Face")[1].split("## The flags")[0], "bash"), folder)[0]
+    use(export, "--no-progress", folder)
     return folder
 
 
