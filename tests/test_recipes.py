@@ -60,11 +60,11 @@ def test_recipe(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(variable, "1")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    exported = dict(re.findall(r"^export (\w+)=(\w+)$", _RECIPES[name], flags=re.MULTILINE))
     commands, program = _blocks(_RECIPES[name], "bash"), _blocks(_RECIPES[name], "python")
     assert commands or program
     for call in calls_of("\n".join((_definitions(), _blocks(_BEFORE, "bash"), commands)), folder):
-        ranks = train_call(call, _SMALLER, folder)
+        ranks = train_call(call, _SMALLER, folder, exported)
         output = "".join(ended.stdout + ended.stderr for ended in ranks)
         assert [ended.code for ended in ranks] == [0, 0], output[-3000:]
         assert "lm loss" in output
