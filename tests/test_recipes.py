@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.ranks import run_ranks
-from tests.helpers.shell import PROJECT, calls_of, convert, train_call
+from tests.helpers.shell import PROJECT, calls_of, train_call, use
 from tools.sample_text import write_sample_text
 
 _README = (PROJECT / "README.md").read_text()
@@ -48,8 +48,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (first,) = (call for call in calls_of(commands, folder) if call.program == "torchrun")
     assert [ended.code for ended in train_call(first, _SMALLER, folder)] == [0, 0]
     calls_of(_blocks(_RECIPES["Other data"], "bash").replace("\nrun ", "\n: "), folder)
-    (export, _) = calls_of(_blocks(_README.split("## Hugging Face")[1].split("## The flags")[0], "bash"), folder)
-    convert(export, folder)
+    export = calls_of(_blocks(_README.split("## Hugging Face")[1].split("## The flags")[0], "bash"), folder)[0]
+    use(export, "--no-progress", folder)
     return folder
 
 
@@ -60,11 +60,11 @@ def test_recipe(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(variable, "1")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    exported = dict(re.findall(r"^export (\w+)=(\w+)$", _RECIPES[name], flags=re.MULTILINE))
     commands, program = _blocks(_RECIPES[name], "bash"), _blocks(_RECIPES[name], "python")
     assert commands or program
     for call in calls_of("\n".join((_definitions(), _blocks(_BEFORE, "bash"), commands)), folder):
-        ranks = train_call(call, _SMALLER, folder)
+        ranks = train_call(call, _SMALLER, folder, exported)
         output = "".join(ended.stdout + ended.stderr for ended in ranks)
         assert [ended.code for ended in ranks] == [0, 0], output[-3000:]
         assert "lm loss" in output
