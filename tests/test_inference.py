@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.helpers.shell import PROJECT
-from tests.hf.reference_models import SYSTEMS, VOCABULARY, random_model
+from tests.hf.reference_models import VOCABULARY, random_model
 from tools import benchmark_inference
 
 
@@ -25,17 +25,9 @@ def _export(name: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [SYSTEMS[0], SYSTEMS[1]])
-def test_the_example(name: str, tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "examples/inference.py",
-        _export(name, tmp_path),
-        "--prompt",
-        "1 2 3",
-        "--new-tokens",
-        "4",
-    ]
+def test_the_example(tmp_path: Path) -> None:
+    export = _export("huginn", tmp_path)
+    command = [sys.executable, "examples/inference.py", export, "--prompt", "1 2 3", "--new-tokens", "4"]
     found = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     for title in ("Full depth, 4 steps", "Adaptive exit", "A cache of one step", "Warm start", "Self-speculation"):
