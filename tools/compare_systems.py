@@ -27,7 +27,7 @@ from more_megatron.evaluation.comparison.runner import Runner, apart
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison and return the exit code: 1 if a run failed."""
     args = _parse(arguments)
-    with one_line_errors("compare_systems.py", OSError):
+    with one_line_errors("compare_systems.py"):
         args.folder.mkdir(parents=True, exist_ok=True)
         plan = _plan(args)
         if args.plan:
