@@ -16,6 +16,7 @@ from typing import Any
 
 from more_megatron.evaluation.comparison.measures import ArmResult, Spread, health_series
 from more_megatron.evaluation.comparison.timing import Timing
+from more_megatron.evaluation.figures import new_figure
 
 __all__ = ["Drawn", "draw_all"]
 
@@ -67,7 +68,7 @@ def draw_all(arms: Sequence[ArmResult], timings: Sequence[Timing], matched: str)
         "training FLOPs",
         "nats a token",
         _against_flops,
-        "Validations on the way and at the end; mean over the seeds.",
+        "Mean over the seeds. Each validation on the way reads other samples, the same for all arms.",
     )
     yield from draw.lines(
         "depth",
@@ -177,9 +178,7 @@ class _Draw:
 
 
 def _new() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_INCHES, layout="constrained")
+    figure = new_figure(*_INCHES)
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
