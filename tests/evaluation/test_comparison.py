@@ -15,7 +15,7 @@ import pytest
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.comparison.experiment import Experiment, command_line, parse_flags
-from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, difference
+from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
 from more_megatron.evaluation.comparison.report import write_report
 from more_megatron.evaluation.comparison.runner import Runner
@@ -176,6 +176,22 @@ def test_a_finished_run_is_not_repeated_and_one_with_other_flags_is_refused(tmp_
     plan.arms[0].flags["train-iters"] = 9
     with pytest.raises(MoREError, match="moe-seed1 holds a finished run with other flags"):
         Runner(tmp_path, jobs=1).make(plan.runs)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_second_training_begins_with_the_weights_of_the_first_and_gives_the_answers(tmp_path: Path) -> None:
+    plan = _plan(1)
+    Runner(tmp_path, jobs=1, finetune={"train-iters": 3, "num-experts": None}).make(plan.runs)
+    folder = tmp_path / "runs" / "loop-seed1"
+    said = (folder / "finetune.txt").read_text()
+    words = said.splitlines()[0].split()
+    assert words[words.index("--load") + 1] == str(folder / "checkpoint")
+    assert words[words.index("--save") + 1] == str(folder / "finetuned")
+    assert "--finetune" in words
+    assert "--num-experts" not in words
+    _, run, _ = collect(plan, tmp_path)
+    assert (run.loss, list(run.curve)) == (0.401, [1, 8])
+    assert run.answers[2] == {"chains exact match": 0.2}
 
 
 def test_runs_end_with_a_comparison_that_is_killed(tmp_path: Path) -> None:
