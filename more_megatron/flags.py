@@ -18,6 +18,8 @@ from more_megatron.model.curriculum import Curriculum
 __all__ = ["MoREFlags", "flag"]
 
 _DEFAULT_STEPS = 4
+# A slip of the hand: nothing runs so many steps, and no block is so wide.
+_TOO_LARGE = 1_000_000
 
 
 def flag(name: str) -> str:
@@ -109,10 +111,10 @@ class MoREFlags:
             MoREError: If a field is out of range or contradicts another; the message names the flag.
         """
         for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps", "ffn_hidden_size"):
-            self._require(f"recurrence_{name}", at_least=1)
+            self._require(f"recurrence_{name}", at_least=1, below=_TOO_LARGE)
         for depth in self.recurrence_eval_depths or []:
-            if depth < 1:
-                raise MoREError(f"--recurrence-eval-depths {depth} must be at least 1")
+            if not 1 <= depth < _TOO_LARGE:
+                raise MoREError(f"--recurrence-eval-depths {depth} must be at least 1 and below {_TOO_LARGE}")
         for name in ("recurrence_state_std", "router_min_entropy", "router_min_entropy_coeff"):
             self._require(name, at_least=0)
         self._require("router_logit_ema", at_least=0, below=1)

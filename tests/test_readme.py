@@ -20,6 +20,7 @@ import pytest
 from more_megatron.flags import MoREFlags, flag
 from more_megatron.systems import systems
 from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
+from more_megatron.training.options import TrainingFlags
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, parse, train_call, use
 from tools.sample_text import write_sample_text
@@ -31,6 +32,7 @@ _SMALLER = (
     "--eval-iters 1 --eval-interval 2 --log-interval 1 --save-interval 2 --override-opt-param-scheduler"
 )
 _MOST_RANKS = 2
+_SPLITS = ("train", "valid", "test")
 _TEXT_BYTES = 200_000
 
 
@@ -39,8 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the texts that README.md assumes to be there."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "data").mkdir()
-    for split in ("train", "valid", "test"):
-        path = folder / "data" / f"wiki.{split}.tokens"
+    (folder / "quickstart").mkdir()
+    for path in (folder / "quickstart" / "text.txt", *(folder / "data" / f"wiki.{x}.tokens" for x in _SPLITS)):
         write_sample_text(path)
         path.write_text(path.read_text()[:_TEXT_BYTES])
     return folder
@@ -110,7 +112,7 @@ def test_systems_table_says_what_works() -> None:
 
 
 def test_every_flag_of_ours_is_named() -> None:
-    fields = [field.name for field in dataclasses.fields(MoREFlags)]
+    fields = [field.name for flags in (MoREFlags, TrainingFlags) for field in dataclasses.fields(flags)]
     own = [name for system in systems().values() for name in system.own_flags()]
     names = {flag(name) for name in (*fields, *own)} | set(_WAYS_BACK)
     assert not [name for name in sorted(names) if f"`{name}" not in _README]

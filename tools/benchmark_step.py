@@ -160,7 +160,7 @@ def main() -> None:
     flags = parse_flags()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
         os.environ.setdefault(name, value)
-    with one_line_errors("benchmark_step.py", Exception):
+    with one_line_errors("benchmark_step.py"):
         benchmarks = build(flags)
         figures = {"comparison": compare(flags, benchmarks)}
         if flags.depths:

@@ -51,7 +51,7 @@ class Result:
 def main() -> int:
     """Run the comparison and return the exit code."""
     args = _parse()
-    with one_line_errors("compare_systems.py", OSError):
+    with one_line_errors("compare_systems.py"):
         results = [_compare(args, system) for system in args.systems]
         report = _report(args, results)
         (args.folder / "report.md").write_text(report)

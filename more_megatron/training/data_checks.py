@@ -10,7 +10,6 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.training import get_tokenizer
-from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.data.answers import check_answers, has_answers
 from more_megatron.data.check import check_datasets
@@ -43,7 +42,6 @@ def check_data(args: argparse.Namespace) -> None:
     local = [[prefix for prefix in blend if not prefix.startswith(_REMOTE)] for blend in blends]
     for prefixes in local:
         check_datasets(prefixes, vocab_size=get_tokenizer().vocab_size, tokenizer_sha256=tokenizer_hash(args))
-    _check_weights(args)
     if args.loss_on_answers:
         masked = {prefix for prefixes in local for prefix in prefixes if has_answers(prefix)}
         if not masked:
@@ -53,14 +51,6 @@ def check_data(args: argparse.Namespace) -> None:
     if args.split is not None:
         for prefix in local[0]:
             _check_split(prefix, args)
-
-
-def _check_weights(args: argparse.Namespace) -> None:
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    for prefixes, weights in filter(None, [blend, *(blend_per_split or [])]):
-        for prefix, weight in zip(prefixes, weights or (), strict=False):
-            if not 0 < weight < float("inf"):
-                raise MoREError(f"the weight of {prefix} in its blend is {weight:g}: leave it out, or raise it above 0")
 
 
 def tokenizer_hash(args: argparse.Namespace) -> str | None:

@@ -58,7 +58,6 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
             labels=batch.labels,
             loss_mask=batch.loss_mask,
             packed_seq_params=batch.packed_seq_params,
-            padding_mask=_padding_mask(gpt, batch),
             extra_block_kwargs=micro_batch.block_kwargs(),
         )
     figures = {}
@@ -97,18 +96,6 @@ def _answers(batch: Batch, predicted: list[torch.Tensor]) -> Callable[[torch.Ten
     problems, labels, mask = batch.problems, batch.labels, batch.loss_mask
     assert problems is not None and labels is not None and mask is not None  # noqa: PT018
     return lambda losses: problems.report(run_tasks(get_args()), mask, losses, predicted[0] == labels)
-
-
-def _padding_mask(gpt: GPTModel, batch: Batch) -> torch.Tensor | None:
-    """Return what routers leave out of their losses, [b, s]."""
-    if batch.problems is None or gpt.config.num_moe_experts is None:
-        return None
-    mask = batch.problems.padding_mask
-    if gpt.config.sequence_parallel and not gpt.pre_process:
-        # Megatron divides it between ranks on the first stage only.
-        group = mpu.get_tensor_model_parallel_group()
-        mask = mask.chunk(group.size(), dim=1)[group.rank()]
-    return mask
 
 
 def _reported_steps(gpt: GPTModel, micro_batch: MicroBatch) -> float:

@@ -33,6 +33,8 @@ def model_config_from_args(args: argparse.Namespace) -> MoREModelConfig:
     check_system(config)
     model_config = gpt_config_from_args(args, config, MoREModelConfig)
     if model_config.transformer_layer_spec is None:
+        if args.spec is not None:
+            raise MoREError(f"--spec {' '.join(args.spec)} cannot be imported: name a module and what it holds")
         model_config.transformer_layer_spec = system.stack(config)
     model_config.pre_wrap_hooks.append(_mark_experts)
     model_config.pre_wrap_hooks.append(functools.partial(ask_for_former_weights, args))

@@ -35,12 +35,26 @@ class AnswerDatasets:
     def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
 
-    def __call__(self, dataset: IndexedDataset, path: str, *args: Any) -> MegatronDataset:
+    def __call__(self, dataset: IndexedDataset, path: str, *args: Any) -> _Blendable:
         """Build a dataset; arguments as for Megatron's."""
         numbers = [self._tasks.names.index(name) for name in task_names(path)]
         if has_answers(path):
-            return ProblemDataset(numbers, dataset, path, *args)
-        return _TextDataset(numbers[0], dataset, path, *args)
+            return _Blendable(ProblemDataset(numbers, dataset, path, *args))
+        return _Blendable(_TextDataset(numbers[0], dataset, path, *args))
+
+
+class _Blendable(torch.utils.data.Dataset):
+    """A dataset of either kind: Megatron blends those of one class only."""
+
+    def __init__(self, rows: MegatronDataset) -> None:
+        self.rows = rows
+        self.index_split, self.unique_identifiers = rows.index_split, rows.unique_identifiers
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        return self.rows[idx]
 
 
 class _TextDataset(GPTDataset):
@@ -58,13 +72,14 @@ class ProblemDataset(MegatronDataset):
     """Rows of whole problems, in random order for training and in their own for evaluation.
 
     A problem of n tokens takes n - 1 places: its last token is a label only. One that is longer than a row is left out.
+    The beginning of another problem fills up a row and counts nowhere: to routers it looks like any other.
 
     Args:
         tasks: Numbers of the tasks, in the order of the mask's.
         dataset: The problems.
         path: Prefix of the dataset.
         indices: Which of them.
-        num_samples: Rows wanted; None for one epoch.
+        num_samples: Fewest rows wanted; None for one epoch, which is the least.
         split: The split.
         config: Megatron's configuration.
     """
@@ -95,36 +110,39 @@ class ProblemDataset(MegatronDataset):
                 f"{path} has no problem for the {split.name} set that fits into --seq-length {config.sequence_length}: "
                 "raise it, or change --split"
             )
-        self._rows = self._pack(indices[fits], sizes[fits], num_samples)
+        self._problems, self._ends = self._pack(indices[fits], sizes[fits], num_samples)
 
     def _pack(
         self, problems: NDArray[np.int32], sizes: NDArray[np.int32], num_samples: int | None
-    ) -> list[NDArray[np.int32]]:
-        """Return the problems of each row, epoch by epoch."""
-        rows: list[NDArray[np.int32]] = []
-        epoch = 0
-        while epoch == 0 if num_samples is None else len(rows) < num_samples:
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return the problems of all rows, epoch by epoch, and where among them each row ends."""
+        epochs: list[NDArray[np.int32]] = []
+        ends = [0]
+        while not epochs or len(ends) <= (num_samples or 0):
             order = np.arange(len(problems))
             if self.index_split is Split.train:
-                order = np.random.default_rng([self.config.random_seed, epoch]).permutation(order)
-            rows += [problems[order[start:end]] for start, end in self._bounds(sizes[order])]
-            epoch += 1
-        return rows[:num_samples]
+                order = np.random.default_rng([self.config.random_seed, len(epochs)]).permutation(order)
+            first = len(epochs) * len(problems)
+            ends += [first + end for end in self._row_ends(sizes[order])]
+            epochs.append(problems[order])
+        return np.concatenate(epochs), np.array(ends, np.int64)
 
-    def _bounds(self, sizes: NDArray[np.int32]) -> Iterator[tuple[int, int]]:
-        """Yield first problem and end of each row."""
+    def _row_ends(self, sizes: NDArray[np.int32]) -> Iterator[int]:
+        """Yield how many problems there are up to the end of each row of an epoch."""
         length = self.config.sequence_length
-        ends = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-        start = 0
-        while start < len(sizes):
-            end = int(np.searchsorted(ends, ends[start] + length, side="right")) - 1
+        places = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
+        end = 0
+        while end < len(sizes):
+            fitting = int(np.searchsorted(places, places[end] + length, side="right")) - 1
             # One slot is for what fills up the row.
-            end = min(end, start + slots(length) - 1)
-            yield start, end
-            start = end
+            end = min(fitting, end + slots(length) - 1)
+            yield end
+
+    def _row(self, idx: int) -> NDArray[np.int32]:
+        return self._problems[self._ends[idx] : self._ends[idx + 1]]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._ends) - 1
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """Return a row; None: one that fills up a batch, of which nothing counts."""
@@ -132,7 +150,7 @@ class ProblemDataset(MegatronDataset):
         tokens, labels = np.zeros(length, np.int64), np.zeros(length, np.int64)
         counts, positions = np.zeros(length, np.float32), np.zeros(length, np.int64)
         starts, tasks, place = [], [], 0
-        for problem in self._rows[idx] if idx is not None else ():
+        for problem in self._row(idx) if idx is not None else ():
             text, answer = self.dataset.get(int(problem)), self._mask.get(int(problem))
             row = slice(place, place + len(text) - 1)
             tokens[row], labels[row], counts[row] = text[:-1], text[1:], answer[1:] > 0
@@ -142,6 +160,8 @@ class ProblemDataset(MegatronDataset):
             place = row.stop
         if place < length:
             positions[place:] = np.arange(length - place)
+            following = self._row(0 if idx is None else (idx + 1) % len(self))[0]
+            tokens[place:] = np.resize(self.dataset.get(int(following)), length - place)
             starts.append(place)
             tasks.append(NO_TASK)
         return {

@@ -97,11 +97,6 @@ class Problems:
         later = torch.ones(self.seq_length, self.seq_length, dtype=torch.bool, device=numbers.device).triu(1)
         return ((numbers.unsqueeze(1) != numbers.unsqueeze(2)) | later).unsqueeze(1)
 
-    @property
-    def padding_mask(self) -> torch.Tensor:
-        """True for what fills up rows, [b, s]."""
-        return self.tasks.gather(1, self.numbers) == NO_TASK
-
     def report(
         self, tasks: Tasks, mask: torch.Tensor, losses: torch.Tensor, is_right: torch.Tensor
     ) -> dict[str, torch.Tensor]:

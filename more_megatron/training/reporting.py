@@ -19,7 +19,7 @@ from more_megatron.training.evaluation import evaluate_at_depths
 from more_megatron.training.flops import count_recurrence, print_cost
 from more_megatron.training.row_length import announce_row_length
 
-__all__ = ["extend_loop", "prepare_reports"]
+__all__ = ["extend_loop", "prepare_reports", "report_figures"]
 
 
 def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
