@@ -40,7 +40,7 @@ def _experts(args: argparse.Namespace) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the analysis and return the exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(Path(__file__).name, OSError):
+    with one_line_errors(Path(__file__).name):
         try:
             for line in args.run(args):
                 print(line)

@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "are evaluated each by itself",
     )
     group.add_argument("--num-steps", nargs="+", type=int, metavar="R", help="recurrence steps (default: the model's)")
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N of each task, to try things")
+    group.add_argument("--limit", type=int, metavar="N", help="only N of each task, to try things")
     group.add_argument(
         "--seq-length", type=int, metavar="S", help="tokens of a window (default: the model's positions)"
     )
@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation and return the exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(Path(__file__).name, OSError):
+    with one_line_errors(Path(__file__).name):
         try:
             # The libraries take seconds to import, and --help needs none of them.
             from more_megatron.evaluation.harness.evaluation import evaluate
