@@ -47,7 +47,7 @@ class BlockRows(Rows):
     mask: Tensor | RowMask | None
     memory: Memory
 
-    def select(self, places: Tensor) -> Self:
+    def select(self, places: Tensor) -> BlockRows:
         """Return the rows of some tokens."""
         found = super().select(places)
         memory, mask = self.memory.select(self.context.shape, places), found.context.mask
