@@ -16,12 +16,13 @@ from more_megatron.config import MoREConfig
 from more_megatron.monitoring.figures import Figures, report_to
 from more_megatron.systems import get_system
 from more_megatron.training.flops import count_recurrence, print_cost
+from more_megatron.training.health import watch_health
 
 __all__ = ["prepare_reports", "report_figures"]
 
 
 def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Print what the model costs, and let Megatron's log count recurrence and report our losses and figures.
+    """Print what the model costs, and let Megatron's log count recurrence and report our losses, figures and health.
 
     Args:
         config: Model configuration.
@@ -33,6 +34,7 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
     steps = config.max_steps if system.repeats_router else 0
     set_moe_metrics_tracker(IterationTracker(steps, system.losses(config)))
     report_figures(system.figures(config))
+    watch_health(config, args)
 
 
 def report_figures(names: tuple[str, ...]) -> None:
