@@ -8,7 +8,7 @@ from urllib.request import Request, urlopen
 
 from more_megatron.data.errors import DataError
 
-__all__ = ["WIKITEXT_NAMES", "download"]
+__all__ = ["WIKITEXT_NAMES", "check_reachable", "download"]
 
 WIKITEXT_NAMES = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
 _CONNECT_SECONDS = 3.0
@@ -27,9 +27,9 @@ def download(name: str, split: str = "train") -> list[str]:
         raise DataError(f"--dataset {name} is not known; choose one of {known}, or OWNER/REPOSITORY/FOLDER")
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
-    from huggingface_hub import HfApi, constants, hf_hub_download
+    from huggingface_hub import HfApi, hf_hub_download
 
-    _check_reachable(constants.ENDPOINT, name)
+    check_reachable(name)
     try:
         wanted = f"{folder.rstrip('/')}/{split}"
         files = sorted(HfApi().list_repo_files(f"{owner}/{repository}", repo_type="dataset"))
@@ -43,10 +43,16 @@ def download(name: str, split: str = "train") -> list[str]:
     return paths
 
 
-def _check_reachable(endpoint: str, name: str) -> None:
-    """Fail within seconds where there is no network; the hub's client would try again for a minute."""
+def check_reachable(name: str) -> None:
+    """Fail within seconds where there is no network; the hub's client would try again for a minute.
+
+    Raises:
+        DataError: There is none.
+    """
+    from huggingface_hub import constants
+
     try:
-        with urlopen(Request(endpoint, method="HEAD"), timeout=_CONNECT_SECONDS):
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_CONNECT_SECONDS):
             pass
     except HTTPError:
         pass  # it answers

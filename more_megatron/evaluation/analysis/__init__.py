@@ -1,0 +1,1 @@
+"""What goes on inside a model: one question a file."""

@@ -1,0 +1,159 @@
+"""The model under evaluation: a Hugging Face folder, or a checkpoint that is exported into a temporary one."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from more_megatron.errors import MoREError, last_line
+
+__all__ = ["ExportedModel", "add_model_arguments", "open_model"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model in transformers, ready to be called.
+
+    Attributes:
+        source: What the user named.
+        model: The model, in evaluation.
+        tokenizer: Its tokenizer, which takes names of special tokens in a text as text, as training did.
+        recurrent: Whether the number of steps means anything to it.
+    """
+
+    source: Path
+    model: Any
+    tokenizer: Any
+    recurrent: bool
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest text that it reads at once."""
+        return int(self.model.config.max_position_embeddings)
+
+    def call_options(self, num_steps: int | None) -> dict[str, Any]:
+        """Return the arguments of every call that say how deep it goes.
+
+        Args:
+            num_steps: Recurrence steps; None for the model's own.
+
+        Raises:
+            MoREError: If the model has no steps, or cannot take so many.
+        """
+        import torch
+
+        if num_steps is None:
+            return {}
+        if not self.recurrent:
+            raise MoREError(f"--num-steps has no effect on {self.source}: it has no recurrence; leave the flag out")
+        options = {"num_steps": num_steps}
+        try:
+            with torch.no_grad():
+                self.model(torch.zeros(1, 1, dtype=torch.long, device=self.model.device), **options)
+        except ValueError as error:
+            raise MoREError(f"--num-steps {num_steps} cannot be taken by {self.source}: {error}") from error
+        return options
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a model, and where and how it runs."""
+    group = parser.add_argument_group("model")
+    source = group.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", type=Path, metavar="DIR", help="folder of a Hugging Face model")
+    source.add_argument("--load", type=Path, metavar="CKPT", help="folder that a run saved to, under any layout")
+    group.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of the checkpoint (default: the newest)")
+    group.add_argument("--tokenizer-model", metavar="M", help="where the tokenizer of the run is, if it has moved")
+    group.add_argument("--trust-remote-code", action="store_true", help="let the folder run code of its own")
+    group.add_argument("--dtype", choices=_DTYPES, help="dtype of the computation (default: that of the weights)")
+    group.add_argument("--device", default=None, metavar="D", help="cpu, cuda or cuda:N (default: cuda where it is)")
+    group.add_argument("--batch-size", type=int, default=8, metavar="B", help="texts at a time (default: 8)")
+
+
+@contextlib.contextmanager
+def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
+    """Yield the model that the flags name.
+
+    Args:
+        args: Flags of `add_model_arguments`.
+
+    Raises:
+        MoREError: If the folder or checkpoint is missing, damaged or without a tokenizer.
+    """
+    if args.batch_size < 1:
+        raise MoREError(f"--batch-size {args.batch_size} must be at least 1")
+    with contextlib.ExitStack() as stack:
+        folder = args.model
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="more-export-"))) / "model"
+            _export(args, folder)
+        yield _load(args, folder)
+
+
+def _export(args: argparse.Namespace, folder: Path) -> None:
+    from more_megatron.hf.conversion.export import ToHF, to_hf
+
+    to_hf(
+        ToHF(
+            load=args.load,
+            save=folder,
+            step=args.ckpt_step,
+            tokenizer_model=args.tokenizer_model,
+            trust_remote_code=args.trust_remote_code,
+        )
+    )
+
+
+def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from more_megatron.hf.exported.configuration_more import MoREConfig
+    from more_megatron.hf.exported.modeling_more import MoREForCausalLM
+
+    # An export is computed by this package's code, so that it need not be trusted.
+    AutoConfig.register(MoREConfig.model_type, MoREConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MoREConfig, MoREForCausalLM, exist_ok=True)
+    source = args.load or folder
+    if not (folder / "config.json").is_file():
+        raise MoREError(f"--model {folder} is not a folder of a Hugging Face model: it has no config.json")
+    device = _device(args.device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=args.dtype or "auto", trust_remote_code=args.trust_remote_code
+        )
+    except Exception as error:  # Whatever a damaged file makes of itself in transformers, safetensors or json.
+        raise MoREError(f"the model {source} cannot be loaded: {last_line(error)}") from error
+    recurrent = bool(getattr(getattr(model, "system", None), "recurrent", False))
+    return ExportedModel(source, model.eval().to(device), _tokenizer(args, folder), recurrent)
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise MoREError(f"--device {name} cannot be used: {last_line(error)}") from error
+
+
+def _tokenizer(args: argparse.Namespace, folder: Path) -> Any:
+    from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
+
+    try:
+        # Names of special tokens in a text were text to SentencePiece in training.
+        literal = (folder / "tokenizer.model").is_file()
+        tokenizer = open_tokenizer(folder, literal=literal, trust_remote_code=args.trust_remote_code)
+    except Exception as error:
+        raise MoREError(f"the model {args.load or folder} has no usable tokenizer: {last_line(error)}") from error
+    # Texts are cut into windows here; no need to warn of long ones.
+    tokenizer.model_max_length = sys.maxsize
+    return tokenizer

@@ -1,0 +1,86 @@
+"""What the figures of evaluation have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from more_megatron.errors import MoREError
+from more_megatron.unfinished import unfinished_file
+
+__all__ = ["heat_map", "new_figure", "save", "spread"]
+
+_MOST_NUMBERS = 200
+_MOST_TICKS = 16
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Return an empty figure of a size in inches, which needs no screen.
+
+    Raises:
+        MoREError: If matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MoREError("figures need matplotlib: pip install matplotlib, or the extra `eval`") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
+    return figure
+
+
+def spread(values: Sequence[int], most: int) -> list[int]:
+    """Return at most so many of some values, evenly spread, the first and the last among them."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(place)] for place in np.linspace(0, len(values) - 1, most)]
+
+
+def heat_map(
+    axis: Any,
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[Any] | None = None,
+    highest: float | None = None,
+    colours: str = "Blues",
+) -> Any:
+    """Draw a table as colours, with its numbers where there is room, and return the image.
+
+    Args:
+        axis: Axes of matplotlib.
+        values: [rows, columns]; NaN is left blank.
+        rows: Names of the rows; empty for none.
+        columns: Names of the columns. Default: their numbers.
+        highest: Value of the darkest colour. Default: the greatest of the values.
+        colours: Name of a sequential colour map.
+    """
+    top = highest if highest is not None else max(float(np.nanmax(values)), 1e-9)
+    image = axis.imshow(values, cmap=colours, vmin=0.0, vmax=top, aspect="auto", interpolation="nearest")
+    names = range(values.shape[1]) if columns is None else columns
+    shown = spread(range(values.shape[1]), _MOST_TICKS)
+    axis.set_xticks(shown, [str(names[column]) for column in shown], fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=8)
+    if not rows:
+        axis.tick_params(left=False)
+    if values.size <= _MOST_NUMBERS:
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                colour = "white" if value > 0.6 * top else "#222222"
+                axis.text(column, row, _number(value), ha="center", va="center", fontsize=7, color=colour)
+    return image
+
+
+def _number(value: float) -> str:
+    """Return two digits behind the point, without the zero in front of it."""
+    text = f"{value:.2f}"
+    return text.removeprefix("0") if value < 1.0 and text != "1.00" else text
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure under its final name when it is complete, and return that name."""
+    with unfinished_file(path) as unfinished:
+        figure.savefig(unfinished, dpi=130, format="png")
+    return path

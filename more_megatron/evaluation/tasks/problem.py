@@ -1,0 +1,87 @@
+"""A problem, files of problems, and when an answer is right."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from more_megatron.data.errors import DataError
+
+__all__ = ["Problem", "is_match", "read_problems", "write_problems"]
+
+_FIELDS = {"prompt": str, "answer": str, "task": str, "difficulty": int}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem.
+
+    Attributes:
+        prompt: What is given, without white space at its end.
+        answer: What is wanted, without white space around it.
+        task: Name of its task.
+        difficulty: What grows with the steps to the answer; its unit is the task's.
+    """
+
+    prompt: str
+    answer: str
+    task: str
+    difficulty: int
+
+    @classmethod
+    def ask(cls, question: str, answer: object, task: str, difficulty: int, story: Iterable[str] = ()) -> Problem:
+        """Return a problem in the form that all have: a story if there is one, the question, and `Answer:`."""
+        return cls("\n".join((*story, f"Question: {question}", "Answer:")), str(answer), task, difficulty)
+
+    @property
+    def text(self) -> str:
+        """The prompt with its answer."""
+        return f"{self.prompt} {self.answer}"
+
+
+def is_match(generated: str, answer: str) -> bool:
+    """Return whether what a model goes on with is the answer: up to a newline or full stop, letter case aside."""
+    return generated.strip().split("\n")[0].split(".")[0].strip().casefold() == answer.strip().casefold()
+
+
+def write_problems(path: str | os.PathLike[str], problems: Iterable[Problem]) -> None:
+    """Write a file of problems; it gets its name when it is whole."""
+    lines = [json.dumps(dataclasses.asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
+    unfinished = Path(f"{os.fspath(path)}.tmp")
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
+    """Read a file of problems.
+
+    Raises:
+        DataError: It is not there, has no problem, or a line that is none; the message says which and why.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): write it with tools/prepare_tasks.py") from error
+    problems = [_problem(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not problems:
+        raise DataError(f"{path} has no problems: write it with tools/prepare_tasks.py")
+    return problems
+
+
+def _problem(path: str | os.PathLike[str], number: int, line: str) -> Problem:
+    mend = 'a problem is {"prompt": text, "answer": text, "task": name, "difficulty": integer}'
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}: line {number} is no JSON ({error}): {mend}") from error
+    if not isinstance(record, dict):
+        raise DataError(f"{path}: line {number} is no JSON object: {mend}")
+    wrong = [name for name, kind in _FIELDS.items() if type(record.get(name)) is not kind]
+    wrong += [name for name in ("prompt", "answer", "task") if name not in wrong and not record[name].strip()]
+    if wrong:
+        raise DataError(f"{path}: line {number} has no usable {', '.join(wrong)}: {mend}")
+    return Problem(*(record[name] for name in _FIELDS))

@@ -1,0 +1,57 @@
+"""Texts as the model saw them in training: documents of the data room, as windows of tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from more_megatron.data.detokenize import Detokenize
+from more_megatron.data.reading import read_blocks, read_documents
+from more_megatron.data.sources import expand_inputs, open_source
+from more_megatron.errors import MoREError
+
+__all__ = ["batches", "read_texts", "token_windows"]
+
+
+def read_texts(path: str | Path, mode: Detokenize = Detokenize.NONE) -> list[str]:
+    """Return the documents of a file of any kind that the preprocessing tool reads, divided as it divides them.
+
+    Raises:
+        MoREError: If the file is missing, damaged or without text.
+    """
+    sources = [open_source(name, "text", None) for name in expand_inputs([str(path)])]
+    texts = [text.decode() for block in read_blocks(sources) for text in read_documents(block, mode).texts]
+    if not any(texts):
+        raise MoREError(f"{path} holds no text")
+    return texts
+
+
+def token_windows(tokenizer: Any, texts: Sequence[str], length: int, limit: int | None = None) -> Iterator[list[int]]:
+    """Yield the tokens of documents one after the other, each ended as in training, in windows.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        texts: The documents.
+        length: Tokens of a window; the last may be shorter.
+        limit: Tokens after which to stop; None for all.
+    """
+    held: list[int] = []
+    given = 0
+    for text in texts:
+        held += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        while len(held) >= length or (limit is not None and given + len(held) >= limit):
+            size = length if limit is None else min(length, limit - given)
+            yield held[:size]
+            held, given = held[size:], given + size
+            if given == limit:
+                return
+    if held:
+        yield held
+
+
+def batches(windows: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:
+    """Yield windows together, at most so many at a time, of one length each time."""
+    for _, alike in itertools.groupby(windows, key=len):
+        yield from (list(batch) for batch in itertools.batched(alike, size))
