@@ -14,6 +14,7 @@ from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config
 from .grouped import grouped_linear
+from .recurrence import Rows
 from .routing import Routing
 
 __all__ = ["CellExperts", "IteratedMoE", "lstm_cell"]
@@ -67,11 +68,11 @@ class CellExperts(nn.Module):
 
 
 class IteratedMoE(MoREMoE):
-    """Experts that are called with the rows, where they go to, and the number of steps."""
+    """Experts that are called with the rows, and with what rows these are."""
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return weighted outputs, [rows, h]."""
-        return routing.weigh(self.experts(routing.dispatch(x), routing, context.num_steps))
+        return routing.weigh(self.experts(routing.dispatch(x), Rows(context, self.layer_idx, routing)))
 
 
 def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .noise import state_noise
+from .records import Records
 from .rotary import Rotation
 
 __all__ = ["CallContext"]
@@ -32,6 +33,7 @@ class CallContext:
         input_states: Initial states of the first tokens, [states, b, up to s, h]; None for noise.
         embeddings: What the first layer is given, [b, s, h]. For loops only: layers may be recomputed.
         losses: Loops append what is to be added to the loss in training. For loops only.
+        records: What the call keeps of its recurrences.
     """
 
     positions: Tensor
@@ -45,6 +47,7 @@ class CallContext:
     input_states: Tensor | None
     embeddings: Tensor | None = None
     losses: list[Tensor] = dataclasses.field(default_factory=list)
+    records: Records = dataclasses.field(default_factory=Records)
 
     @property
     def mask(self) -> Tensor | None:

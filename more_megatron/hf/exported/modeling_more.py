@@ -8,6 +8,7 @@ every causal language model takes:
   Default: noise that depends on the seed, layer, position and channel only, so that a text has the same logits in every
   call.
 - `init_scale`: factor on the standard deviation of that noise.
+- `output_recurrent_states`: whether to return the state behind each step.
 
 The letters in shapes: b sequences, s tokens of this call, T tokens with those in the cache, k experts a token is sent
 to, N experts, h hidden size, d head size.
@@ -31,11 +32,12 @@ from .configuration_more import MoREConfig
 from .context import CallContext
 from .documents import find_documents
 from .norms import MoRERMSNorm
+from .records import Records
 from .rotary import rotation
 from .stack import Trace, build_loops, run_stack
 from .system import find_system
 
-__all__ = ["MoREForCausalLM", "MoREModel", "MoREModelOutput", "MoREPreTrainedModel"]
+__all__ = ["MoRECausalLMOutput", "MoREForCausalLM", "MoREModel", "MoREModelOutput", "MoREPreTrainedModel"]
 
 # Newer releases of transformers call it `cache`.
 _CACHE_FIELD = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -47,9 +49,23 @@ class MoREModelOutput(MoeModelOutputWithPast):
 
     Attributes:
         losses: What loops want to have added to the loss in training; None if nothing.
+        recurrent_states: The state behind each step, [recurrences, steps, b, s, h].
     """
 
     losses: tuple[Tensor, ...] | None = None
+    recurrent_states: Tensor | None = None
+
+
+@dataclass
+class MoRECausalLMOutput(MoeCausalLMOutputWithPast):
+    """What the model returns.
+
+    Attributes:
+        recurrent_states: The state behind each step, [recurrences, steps, b, s, h], in the order of the loops or, where
+            layers have recurrences inside them, of these layers.
+    """
+
+    recurrent_states: Tensor | None = None
 
 
 class MoREPreTrainedModel(PreTrainedModel):
@@ -131,6 +147,7 @@ class MoREModel(MoREPreTrainedModel):
         num_steps: int | None = None,
         input_states: Tensor | None = None,
         init_scale: float = 1.0,
+        output_recurrent_states: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> MoREModelOutput | tuple:
@@ -152,6 +169,8 @@ class MoREModel(MoREPreTrainedModel):
             num_steps: Recurrence steps.
             input_states: Initial states, [states, b, up to s, h].
             init_scale: Factor on the standard deviation of initial states.
+            output_recurrent_states: Whether to return the state behind each step, [recurrences, steps, b, s, h]; the
+                width is that of the state. Of a token with several experts it is the mean of theirs.
             cache: The same as `past_key_values`.
             kwargs: Ignored.
 
@@ -168,7 +187,8 @@ class MoREModel(MoREPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(context.positions)
         scale = self.system.embedding_scale(self.config)
         hidden_states = hidden_states if scale == 1.0 else hidden_states * scale
-        context = dataclasses.replace(context, embeddings=hidden_states)
+        records = Records(keep_states=output_recurrent_states)
+        context = dataclasses.replace(context, embeddings=hidden_states, records=records)
         trace = Trace(*self._asked(output_hidden_states, output_router_logits))
         groups = self.system.groups(self.config)
         hidden_states = run_stack(
@@ -181,6 +201,7 @@ class MoREModel(MoREPreTrainedModel):
             "hidden_states": trace.states,
             "router_logits": trace.logits,
             "losses": tuple(context.losses) or None,
+            "recurrent_states": context.records.recurrent_states(),
             _CACHE_FIELD: cache,
         }
         return self._as_asked(MoREModelOutput(**fields), return_dict)
@@ -294,9 +315,10 @@ class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
         num_steps: int | None = None,
         input_states: Tensor | None = None,
         init_scale: float = 1.0,
+        output_recurrent_states: bool = False,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast | tuple:
+    ) -> MoRECausalLMOutput | tuple:
         """Compute logits, and the loss if there are labels.
 
         Args:
@@ -321,6 +343,7 @@ class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
             num_steps=num_steps,
             input_states=input_states,
             init_scale=init_scale,
+            output_recurrent_states=output_recurrent_states,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -334,8 +357,10 @@ class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
         if loss is not None and self.training:
             for part in outputs.losses or ():
                 loss = loss + weight * part.to(loss.device)
-        fields = {name: outputs.get(name) for name in (_CACHE_FIELD, "hidden_states", "router_logits")}
-        output = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
+        fields = {
+            name: outputs.get(name) for name in (_CACHE_FIELD, "hidden_states", "router_logits", "recurrent_states")
+        }
+        output = MoRECausalLMOutput(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
         return self._as_asked(output, return_dict)
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class RecurrentExpertsMoE(MixingMoE):
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return weighted last states, [rows, h]."""
         state, rows = self.initial_rows(x, routing, context), self.block_rows(routing, context, memory)
-        return routing.weigh(self.experts(routing.dispatch(x), state, rows, context.num_steps))
+        return routing.weigh(self.experts(routing.dispatch(x), state, rows))
 
 
 class RecurrentExperts(System):

@@ -10,6 +10,7 @@ from .experts import MoREMoE
 from .fields import LOGIT_EMA, Field
 from .interface import System
 from .layer import MoRELayer
+from .recurrence import Rows, State, recur
 from .routing import averaged_logits
 
 __all__ = ["SYSTEM"]
@@ -28,11 +29,14 @@ class IteratedLayer(MoRELayer):
             return super().transform(hidden_states, context, memory)
         scale = self.config.residual_scale
         decisions: list[Tensor] = []
-        for _ in range(context.num_steps):
-            normed = self.post_attention_layernorm(hidden_states)
+
+        def step(number: int, rows: Rows, state: Tensor) -> State:
+            normed = self.post_attention_layernorm(state)
             decisions.append(averaged_logits(self.config, self.mlp.gate(normed), *decisions[-1:]))
-            output = self.mlp.mix(normed, decisions[-1], context, memory)
-            hidden_states = hidden_states + (output if scale == 1.0 else output * scale)
+            output = self.mlp.mix(normed, decisions[-1], rows.context, memory)
+            return (state + (output if scale == 1.0 else output * scale),)
+
+        (hidden_states,) = recur(step, (hidden_states,), Rows(context, self.layer_idx))
         return (hidden_states, *decisions)
 
 

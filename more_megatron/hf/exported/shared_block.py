@@ -44,7 +44,7 @@ class SharedBlockMoE(MixingMoE):
         """Return weighted projections of the last states, [rows, h]."""
         state, rows = self.initial_rows(x, routing, context), self.block_rows(routing, context, memory)
         projected = grouped_linear(routing.dispatch(x), self.experts.proj_in, routing.ends)
-        state = self.recurrent_block(projected, state, rows, context.num_steps)
+        state = self.recurrent_block(projected, state, rows)
         return routing.weigh(grouped_linear(state, self.experts.proj_out, routing.ends))
 
 

@@ -49,10 +49,8 @@ class CombinedBlockMoE(MoREMoE):
 
     def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
         """Return the block's last state, [b, s, h]."""
-        shape = (output.size(0), 1, output.size(1))
-        rows = BlockRows(shape, context.mask, context.rotation, memory.at("block"), routing=None)
-        state = context.initial_state(self.layer_idx, output).flatten(0, 1)
-        return self.recurrent_block(output.flatten(0, 1), state, rows, context.num_steps).view_as(output)
+        rows = BlockRows(context, self.layer_idx, mask=context.mask, memory=memory.at("block"))
+        return self.recurrent_block(output, context.initial_state(self.layer_idx, output), rows)
 
 
 class SharedBlockFFN(System):

@@ -11,6 +11,7 @@ from .cache import Memory
 from .context import CallContext
 from .fields import Config
 from .interface import Group, System
+from .recurrence import Rows
 from .router_logits import RouterLogits
 
 __all__ = ["Trace", "build_loops", "run_stack"]
@@ -93,7 +94,7 @@ def run_stack(
         memory: The cache.
         trace: What the call keeps.
     """
-    remaining = iter(loops)
+    remaining = enumerate(loops)
     for group in groups:
         if group.norm_first:
             hidden_states = norm(hidden_states)
@@ -101,7 +102,11 @@ def run_stack(
         former: dict[int, list[Tensor]] = {}
 
         def run_pass(
-            hidden_states: Tensor, step: int, group: Group = group, former: dict[int, list[Tensor]] = former
+            hidden_states: Tensor,
+            step: int,
+            rows: Rows,
+            group: Group = group,
+            former: dict[int, list[Tensor]] = former,
         ) -> Tensor:
             for layer_idx in group.layers:
                 trace.see_states(hidden_states)
@@ -109,11 +114,13 @@ def run_stack(
                 place = memory.at(f"layers.{layer_idx}")
                 place = place if group.loop is None else place.at(f"pass.{step}")
                 before = former.get(layer_idx, ()) if getattr(layer.mlp, "reads_former", False) else ()
-                hidden_states, *former[layer_idx] = layer(hidden_states, context, place, *before)
+                hidden_states, *former[layer_idx] = layer(hidden_states, rows.context, place, *before)
                 trace.see_logits(former[layer_idx], layer_idx, step, layer.routers)
             return hidden_states
 
-        hidden_states = (
-            run_pass(hidden_states, 0) if group.loop is None else next(remaining)(hidden_states, run_pass, context)
-        )
+        if group.loop is None:
+            hidden_states = run_pass(hidden_states, 0, Rows(context, -1))
+        else:
+            index, loop = next(remaining)
+            hidden_states = loop(hidden_states, run_pass, Rows(context, index))
     return hidden_states

@@ -1,0 +1,32 @@
+"""What a call keeps of its recurrences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["Records"]
+
+
+@dataclass
+class Records:
+    """What a call keeps of its recurrences, by their place: a layer may be computed again for its gradients.
+
+    Attributes:
+        keep_states: Whether states are kept.
+        states: State behind each step of each recurrence, [b, s, h], by recurrence and step.
+    """
+
+    keep_states: bool = False
+    states: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    def recurrent_states(self) -> Tensor | None:
+        """Return the states, [recurrences, steps, b, s, h]; None if they were not to be kept or nothing recurs."""
+        if not self.states:
+            return None
+        first = next(iter(self.states.values()))
+        recurrences = len({index for index, _ in self.states})
+        states = torch.stack([self.states[place].to(first.device) for place in sorted(self.states)])
+        return states.unflatten(0, (recurrences, -1))
