@@ -101,7 +101,9 @@ class LossHistory:
             steps = np.arange(len(smooth))
             slope, start = np.polyfit(steps, smooth, 1)
             yield Key(_CONCERN, "trend"), float(1000 * slope)
-            yield Key(_CONCERN, "variation"), float(np.std(smooth - start - slope * steps))
+            # The bend of a loss at the beginning of a run is no unrest.
+            if len(losses) == _WINDOW:
+                yield Key(_CONCERN, "variation"), float(np.std(smooth - start - slope * steps))
         rates = np.array([rate for _, _, _, rate in self._steps])[:-1]
         changes = np.diff(losses)
         if len(changes) > 2 and rates.std() > 0 and changes.std() > 0:
