@@ -49,6 +49,12 @@ def record_gradients(watch: Watch, chunks: Iterable[Any], owners: Mapping[torch.
         chunks: Chunks of the model in Megatron's wrapper, their gradients reduced.
         owners: Whom each parameter belongs to.
     """
+    zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    for owner in owners.values():
+        # Ranks of one stage need the same keys, whatever part of the gradients is theirs.
+        watch.add(Key(_CONCERN, owner.kind), zero)
+        if owner.experts:
+            watch.add(Key(_CONCERN, _BY_EXPERT, owner.place), zero.expand(owner.num_experts))
     for chunk in chunks:
         for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
             for parameter, gradient, start, share in _own_gradients(group):

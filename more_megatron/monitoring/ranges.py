@@ -39,6 +39,7 @@ class Range:
         is_collapse: Whether a value outside means that the run is lost if nothing is done.
         scale: Factor on both ends: "N" the number of experts, "ln N" its logarithm, empty 1.
         needs_injection: Whether it holds only for recurrences that inject their input in every step.
+        steps: Fewest and most recurrence steps that it holds for; None: any.
     """
 
     low: float | None = None
@@ -47,6 +48,7 @@ class Range:
     is_collapse: bool = False
     scale: str = ""
     needs_injection: bool = False
+    steps: tuple[int, int] | None = None
 
 
 Healthy = Mapping[str, Range]
@@ -72,9 +74,12 @@ _REPEATED_ENTROPY = _of_guide(1.2, 2.5, "tokens are routed without doubt: set --
 
 _EVERYWHERE = {
     "routing/dead experts": Range(None, 0, f"experts receive no tokens: {_BALANCE}", is_collapse=True),
-    "recurrence/mean change": Range(0.1, 2.0, _IGNORED, is_collapse=True, needs_injection=True),
-    "recurrence/change trend": Range(-0.1, 0.1, "states drift apart: lower the learning rate", needs_injection=True),
-    "recurrence/last step share": Range(0.05, 0.5, "states do not settle: train with more steps", needs_injection=True),
+    "recurrence/mean change": Range(0.1, 2.0, _IGNORED, needs_injection=True, steps=(2, 8)),
+    "recurrence/second step": Range(0.02, None, _IGNORED, is_collapse=True, needs_injection=True),
+    "recurrence/change trend": Range(None, 0.1, "states drift apart: lower the learning rate", needs_injection=True),
+    "recurrence/last step share": Range(
+        0.05, 0.5, "states do not move, or do not settle: look at the steps", needs_injection=True, steps=(4, 8)
+    ),
     "recurrence/token correlation": Range(None, 0.9, _ALIKE, is_collapse=True),
     "recurrence/adapter state norm": Range(0.1, 10.0, _IGNORED, is_collapse=True),
     "recurrence/adapter input norm": Range(
@@ -172,7 +177,10 @@ def findings(figures: Mapping[Key, float], ranges: Healthy, loads: Loads) -> lis
 
 
 def _applies(healthy: Range, key: Key, figures: Mapping[Key, float]) -> bool:
-    return not healthy.needs_injection or Key(key.concern, TO_INPUT, key.place) in figures
+    if healthy.needs_injection and Key(key.concern, TO_INPUT, key.place) not in figures:
+        return False
+    fewest, most = healthy.steps or (0, math.inf)
+    return fewest <= figures.get(Key(key.concern, "steps", key.place), 0) <= most
 
 
 def _scaled(healthy: Range, key: Key, loads: Loads) -> Range:

@@ -184,6 +184,7 @@ def _of_place(place: str, sums: dict[Key, np.ndarray]) -> Iterator[tuple[Key, fl
     moved = [means[key] for key in sorted(means, key=lambda key: key.step) if key.name == "change" and key.step > 1]
     if moved:
         # The first step leaves the random state, however far that may be.
+        yield Key(_CONCERN, "second step", place), means[Key(_CONCERN, "relative change", place, 2)]
         yield Key(_CONCERN, "mean change", place), float(np.mean(moved))
     if len(moved) > 1:
         yield Key(_CONCERN, "change trend", place), float(np.polyfit(np.arange(len(moved)), moved, 1)[0])

@@ -17,6 +17,7 @@ from more_megatron.systems import get_system
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
+from more_megatron.training.health import watch_health
 from more_megatron.training.model import model_config_from_args
 from more_megatron.training.reporting import report_figures
 from tests.helpers.corpus import shared_corpus
@@ -67,6 +68,7 @@ def train(command_line: str) -> History:
     """
     history = History()
     original = training.training_log
+    others = training.train_step, training.checkpoint_and_decide_exit
 
     def record(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # The arguments of `training_log` up to the gradient norm, which Megatron passes by position.
@@ -86,6 +88,7 @@ def train(command_line: str) -> History:
     names = get_system(args.more_variant).figures(model_config.transformer)
     training.training_log = record
     report_figures(names)
+    watch_health(model_config.transformer, args)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -98,4 +101,5 @@ def train(command_line: str) -> History:
             raise
     finally:
         training.training_log = original
+        training.train_step, training.checkpoint_and_decide_exit = others
     return history
