@@ -50,7 +50,10 @@ def record_gradients(watch: Watch, chunks: Iterable[Any], owners: Mapping[torch.
         owners: Whom each parameter belongs to.
     """
     zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
-    for owner in owners.values():
+    for parameter, owner in owners.items():
+        # The copy that the last stage has of tied embeddings is counted where they are.
+        if not param_is_not_shared(parameter):
+            continue
         # Ranks of one stage need the same keys, whatever part of the gradients is theirs.
         watch.add(Key(_CONCERN, owner.kind), zero)
         if owner.experts:

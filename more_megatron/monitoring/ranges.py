@@ -6,6 +6,7 @@ the logarithm of the number of experts, effective experts with their number. doc
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from more_megatron.monitoring.recurrence import TO_INPUT
 from more_megatron.monitoring.routing import Loads
 from more_megatron.monitoring.watch import Key
 
-__all__ = ["Finding", "Healthy", "Range", "findings", "healthy_ranges"]
+__all__ = ["Ends", "Finding", "Healthy", "Range", "findings", "healthy_ranges"]
 
 _BALANCE = "raise --moe-aux-loss-coeff, or lower the learning rate"
 _IGNORED = "the state is ignored: look at the adapter's state half, raise --recurrence-backprop-steps, draw the depth"
@@ -52,6 +53,8 @@ class Range:
 
 
 Healthy = Mapping[str, Range]
+# Lowest and highest healthy value.
+Ends = tuple[float | None, float | None]
 
 
 def _of_guide(low: float | None, high: float | None, hint: str, scale: str) -> Range:
@@ -92,12 +95,12 @@ _EVERYWHERE = {
 
 
 def healthy_ranges(
-    own: Healthy, overrides: Path | None, *, has_softmax_router: bool, repeats_router: bool
+    own: Mapping[str, Ends], overrides: Path | None, *, has_softmax_router: bool, repeats_router: bool
 ) -> dict[str, Range]:
     """Return the ranges that hold for a run, by figure.
 
     Args:
-        own: Those of its system's own figures.
+        own: Those that its system has otherwise, and those of its own figures: `(low, high)` by figure.
         overrides: YAML file: figure to `[low, high]`, `null` for an open end, `null` alone for no range.
         has_softmax_router: Whether experts compete for the probability of a token.
         repeats_router: Whether routers are asked in every step.
@@ -105,18 +108,18 @@ def healthy_ranges(
     Raises:
         MoREError: If the file cannot be read, or an entry is no range.
     """
-    ranges = {**_EVERYWHERE, **own}
+    ranges = dict(_EVERYWHERE)
     if has_softmax_router:
         ranges |= {f"routing/{name}": healthy for name, healthy in _ROUTING.items()}
         if repeats_router:
             ranges["routing/entropy"] = _REPEATED_ENTROPY
-    for name, ends in (_read(overrides) if overrides is not None else {}).items():
-        former = ranges.get(name, Range(hint="outside of the range that --health-ranges gives"))
+    for name, ends in (*own.items(), *(_read(overrides) if overrides is not None else {}).items()):
         if ends is None:
             ranges.pop(name, None)
         else:
             low, high = ends
-            ranges[name] = Range(low, high, former.hint, former.is_collapse)
+            former = ranges.get(name, Range(hint="docs/health.md says what it is"))
+            ranges[name] = dataclasses.replace(former, low=low, high=high, scale="")
     return ranges
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.costs import Cost
     from more_megatron.model.stack import Stack
-    from more_megatron.monitoring.ranges import Range
+    from more_megatron.monitoring.ranges import Ends
     from more_megatron.monitoring.watch import Watch
 
 __all__ = ["DEPTH", "DIVISION", "REPEATED_ROUTER", "System"]
@@ -154,8 +154,9 @@ class System:
         """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
         return ()
 
-    def health_ranges(self, config: MoREConfig) -> Mapping[str, Range]:
-        """Return the healthy ranges of its figures, by `system/NAME`; see `more_megatron.monitoring.ranges`."""
+    def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends]:
+        """Return the lowest and the highest healthy value of figures, where they are its own, as `system/lstm gate`, or
+        where it differs from others, as `recurrence/token correlation`; see `more_megatron.monitoring.ranges`."""
         return {}
 
     def record_health(self, watch: Watch, module: Any, share: float) -> None:
