@@ -22,7 +22,7 @@ __all__ = ["LossHistory", "Spike"]
 
 _CONCERN = "loss"
 _WINDOW, _SMOOTHING = 1000, 100
-# Losses before a spike that say what is usual.
+# Losses before a spike that say how much is usual, and the last of them that say what is.
 _USUAL, _FEWEST = 100, 10
 _DEVIATIONS, _LEAST_RISE = 6.0, 0.5
 _GRADIENT_SPIKE = 10.0
@@ -76,13 +76,17 @@ class LossHistory:
         )
 
     def _limit(self) -> float:
-        """Return the loss above which the next one is a spike: the median before it and six standard deviations."""
+        """Return the loss above which the next one is a spike: the median before it and six standard deviations.
+
+        Deviations are those of the changes from step to step, which a loss that falls does not widen.
+        """
         before = [loss for _, loss, _, _ in list(self._steps)[-_USUAL:] if math.isfinite(loss)]
         if len(before) < _FEWEST:
             return math.inf
-        median = statistics.median(before)
-        deviation = 1.4826 * statistics.median(abs(loss - median) for loss in before)
-        return median + max(_LEAST_RISE, _DEVIATIONS * deviation)
+        changes = np.diff(before)
+        # Median absolute deviation of a difference of two losses, as a standard deviation of one.
+        deviation = 1.4826 / math.sqrt(2.0) * float(np.median(np.abs(changes - np.median(changes))))
+        return statistics.median(before[-_FEWEST:]) + max(_LEAST_RISE, _DEVIATIONS * deviation)
 
     def figures(self) -> Iterator[tuple[Key, float]]:
         """Yield the figures of the window."""

@@ -83,8 +83,8 @@ def _export(folder: Path, **fields: object) -> Path:
 @pytest.mark.parametrize(
     ("fields", "starts"),
     [
-        ({"variant": "huginn", "num_experts": 0, "prelude_layers": 1, "coda_layers": 1}, True),
-        ({"variant": "loop", "num_experts": 0}, False),
+        ({"variant": "huginn", "moe_layers": [False] * 3, "prelude_layers": 1, "coda_layers": 1}, True),
+        ({"variant": "loop", "moe_layers": [False] * 3}, False),
     ],
 )
 def test_analysis_of_a_model(fields: dict, starts: bool, tmp_path: Path) -> None:
