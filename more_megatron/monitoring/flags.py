@@ -4,7 +4,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["HealthFlags"]
+__all__ = ["HEALTH_FILE", "HealthFlags"]
+
+# In the `--save` folder: a line of JSON for each step that was watched.
+HEALTH_FILE = "health.jsonl"
 
 
 @dataclass

@@ -81,7 +81,7 @@ _EVERYWHERE = {
     "recurrence/second step": Range(0.02, None, _IGNORED, is_collapse=True, needs_injection=True),
     "recurrence/change trend": Range(None, 0.1, "states drift apart: lower the learning rate", needs_injection=True),
     "recurrence/last step share": Range(
-        0.05, 0.5, "states do not move, or do not settle: look at the steps", needs_injection=True, steps=(4, 8)
+        0.05, 0.5, "states do not move, or do not settle: look at the steps", needs_injection=True, steps=(4, 4)
     ),
     "recurrence/token correlation": Range(None, 0.9, _ALIKE, is_collapse=True),
     "recurrence/adapter state norm": Range(0.1, 10.0, _IGNORED, is_collapse=True),

@@ -15,9 +15,7 @@ from more_megatron.monitoring.routing import Loads
 from more_megatron.monitoring.watch import Key
 from more_megatron.platform.packages import has_package
 
-__all__ = ["FILE", "Report", "load_figure"]
-
-FILE = "health.jsonl"
+__all__ = ["Report", "load_figure"]
 
 
 @dataclass(frozen=True)

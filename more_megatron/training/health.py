@@ -22,11 +22,12 @@ from megatron.training.utils import is_last_rank
 from more_megatron.config import MoREConfig
 from more_megatron.monitoring.depths import depth_figures
 from more_megatron.monitoring.first_non_finite import FirstNonFinite
+from more_megatron.monitoring.flags import HEALTH_FILE
 from more_megatron.monitoring.gradients import gradient_figures, gradients_of_experts, record_gradients
 from more_megatron.monitoring.loss import LossHistory
 from more_megatron.monitoring.ranges import Finding, findings, healthy_ranges
 from more_megatron.monitoring.recurrence import record_adapter, recurrence_figures
-from more_megatron.monitoring.report import FILE, Report
+from more_megatron.monitoring.report import Report
 from more_megatron.monitoring.routing import routing_figures, routing_loads, watch_router
 from more_megatron.monitoring.watch import Key, Watch, watching
 from more_megatron.platform.finite import Tracer, non_finite_stop, trace_reruns
@@ -189,7 +190,7 @@ class _Health(Tracer):
         if self._args.save is not None:
             folder = Path(self._args.save)
             folder.mkdir(parents=True, exist_ok=True)
-            report.append_to(folder / FILE)
+            report.append_to(folder / HEALTH_FILE)
         board, wandb = get_tensorboard_writer(), get_wandb_writer()
         if board:
             report.write_to_tensorboard(board)

@@ -15,7 +15,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import training
 
-from more_megatron.monitoring.report import FILE
+from more_megatron.monitoring.flags import HEALTH_FILE
 from tests.helpers.reuse import train_all
 
 __all__ = ["Recorded", "expected_figures", "read_records", "record_run"]
@@ -48,7 +48,7 @@ class Recorded:
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Return the records of a run's `--save` folder."""
-    return [json.loads(line) for line in (folder / FILE).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / HEALTH_FILE).read_text().splitlines()]
 
 
 def record_run(command_line: str) -> Recorded:

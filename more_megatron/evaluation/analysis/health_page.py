@@ -13,7 +13,7 @@ import numpy as np
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.figures import heat_map, new_figure, save, spread
-from more_megatron.monitoring.report import FILE
+from more_megatron.monitoring.flags import HEALTH_FILE
 
 __all__ = ["draw_health", "read_health"]
 
@@ -28,9 +28,11 @@ def read_health(folder: Path) -> list[Record]:
     Raises:
         MoREError: If the file is missing, empty or damaged.
     """
-    path = folder / FILE
+    path = folder / HEALTH_FILE
     if not path.is_file():
-        raise MoREError(f"--run {folder} has no {FILE}: give a run's --save folder, and train with --health-interval N")
+        raise MoREError(
+            f"--run {folder} has no {HEALTH_FILE}: give a run's --save folder, and train with --health-interval N"
+        )
     records: dict[int, Record] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:
@@ -57,10 +59,10 @@ def draw_health(folder: Path, output: Path) -> list[str]:
     panels = [panel for panel in _panels(records) if panel is not None]
     rows = -(-len(panels) // 3)
     figure = new_figure(15.0, 3.3 * rows)
-    axes = figure.subplots(rows, 3, squeeze=False).flat
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
     for axis, draw in zip(axes, panels, strict=False):
         draw(axis)
-    for axis in list(axes)[len(panels) :]:
+    for axis in axes[len(panels) :]:
         axis.axis("off")
     warned = [(record["iteration"], warning) for record in records for warning in record["warnings"]]
     figure.suptitle(f"Health of {folder.name}: {len(records)} steps watched, {len(warned)} warnings")
@@ -77,7 +79,7 @@ def _panels(records: Sequence[Record]) -> list[Callable[[Any], None] | None]:
         _over_time(records, "Gradient norm by kind", "norm", lambda tag: _is(tag, "gradient", "norm"), log=True),
         _warnings(records),
         _over_time(
-            records, "Length of the last state", "rms", lambda tag: _is(tag, "recurrence", "state norm"), log=True
+            records, "Length of the last state", "length / root of h", lambda tag: _is(tag, "recurrence", "state norm")
         ),
         _over_steps(records, "Relative change by step", lambda tag: _is(tag, "recurrence", "relative change")),
         _over_time(records, "Correlation of tokens' states", "cosine", lambda tag: tag.endswith("token correlation")),
@@ -97,24 +99,27 @@ def _panels(records: Sequence[Record]) -> list[Callable[[Any], None] | None]:
 
 
 def _is(tag: str, concern: str, name: str) -> bool:
+    """Return whether a figure is one of a concern: its last part is the name, or any norm."""
     bare = _STEP.sub("", tag)
-    return bare.startswith(f"{concern}/") and (bare.endswith(f"/{name}") or bare.endswith(f" {name}"))
+    return bare.startswith(f"{concern}/") and (bare.endswith(f"/{name}") or (name == "norm" and bare.endswith(" norm")))
 
 
 def _over_time(
     records: Sequence[Record], title: str, unit: str, belongs: Callable[[str], bool], log: bool = False
 ) -> Callable[[Any], None] | None:
-    """Return what draws figures over the iterations: of those with steps the last step; a line for some places."""
-    tags = {tag for record in records for tag in record["figures"] if belongs(tag)}
-    chosen = spread(_last_steps(tags), _MOST_LINES)
+    """Return what draws figures over the iterations: of those with steps the last; a line for some places."""
+    series = [{_series(tag): value for tag, value in _by_step(record) if belongs(tag)} for record in records]
+    names = {name for values in series for name in values}
+    chosen = spread(sorted(names, key=lambda name: (len(name), name)), _MOST_LINES)
     if not chosen:
         return None
 
+    iterations = [record["iteration"] for record in records]
+
     def draw(axis: Any) -> None:
-        for tag in chosen:
-            points = [(record["iteration"], record["figures"].get(tag)) for record in records]
-            x, y = zip(*((at, np.nan if value is None else value) for at, value in points), strict=True)
-            axis.plot(x, y, "o-", markersize=2.5, linewidth=1, label=_label(tag))
+        for name in chosen:
+            points = [np.nan if values.get(name) is None else values[name] for values in series]
+            axis.plot(iterations, points, "o-", markersize=2.5, linewidth=1, label=_label(name))
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("iteration", fontsize=8)
         axis.set_ylabel(unit, fontsize=8)
@@ -122,21 +127,20 @@ def _over_time(
         if log:
             axis.set_yscale("log")
         if len(chosen) > 1:
-            axis.legend(fontsize=6, ncols=2 if len(chosen) > 4 else 1)
+            axis.legend(fontsize=6, ncols=2 if len(chosen) > 4 else 1, framealpha=0.6)
 
     return draw
 
 
-def _last_steps(tags: set[str]) -> list[str]:
-    """Return the tags without a step, and of those with steps the one of the last."""
-    last: dict[str, tuple[int, str]] = {}
-    for tag in tags:
-        found = _STEP.search(tag)
-        is_depth = tag.startswith("depth/")
-        name = tag if found is None or is_depth else _STEP.sub("", tag)
-        step = int(found[1]) if found and not is_depth else 0
-        last[name] = max(last.get(name, (-1, "")), (step, tag))
-    return [tag for _, (_, tag) in sorted(last.items(), key=lambda entry: (len(entry[0]), entry[0]))]
+def _by_step(record: Record) -> list[tuple[str, float | None]]:
+    """Return the figures of a record, those of later recurrence steps behind those of earlier ones."""
+    steps = {tag: int(found[1]) for tag in record["figures"] if (found := _STEP.search(tag))}
+    return sorted(record["figures"].items(), key=lambda item: steps.get(item[0], 0))
+
+
+def _series(tag: str) -> str:
+    """Return the line that a figure belongs to: of recurrence steps the last one that was taken counts."""
+    return tag if tag.startswith("depth/") else _STEP.sub("", tag)
 
 
 def _label(tag: str) -> str:
@@ -144,7 +148,9 @@ def _label(tag: str) -> str:
     words = place or [concern]
     if len(words) > 1 and concern != "depth":
         words = [words[0], *words[2:]] if "adapter" not in tag and concern != "system" else words
-    return ", ".join(words).removesuffix(" norm") if concern == "gradient" else ", ".join(words)
+    if concern == "gradient":
+        return {"norm": "all", "mean norm": "all, mean of 1,000 steps"}.get(words[0], words[0].removesuffix(" norm"))
+    return ", ".join(words)
 
 
 def _over_steps(records: Sequence[Record], title: str, belongs: Callable[[str], bool]) -> Callable[[Any], None] | None:
@@ -171,18 +177,20 @@ def _over_steps(records: Sequence[Record], title: str, belongs: Callable[[str], 
     return draw
 
 
-def _warnings(records: Sequence[Record]) -> Callable[[Any], None]:
+def _warnings(records: Sequence[Record]) -> Callable[[Any], None] | None:
     """Return what draws when which figure lay outside of its range."""
     names = sorted({_warned(warning) for record in records for warning in record["warnings"]})
+    if not names:
+        return None
 
     def draw(axis: Any) -> None:
         for row, name in enumerate(names):
             at = [record["iteration"] for record in records if name in map(_warned, record["warnings"])]
             axis.plot(at, [row] * len(at), "s", color="#b2182b", markersize=4)
-        axis.set_title("Warnings" if names else "No warnings", fontsize=10)
+        axis.set_title("Warnings", fontsize=10)
         axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.set_ylim(-0.7, max(len(names), 1) - 0.3)
-        axis.set_xlim(records[0]["iteration"] - 1, records[-1]["iteration"] + 1)
+        axis.set_ylim(-0.7, len(names) - 0.3)
+        axis.set_xlim(0, 1.03 * records[-1]["iteration"])
         axis.invert_yaxis()
         axis.set_xlabel("iteration", fontsize=8)
         axis.tick_params(labelsize=7)

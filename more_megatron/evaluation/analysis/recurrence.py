@@ -21,7 +21,7 @@ from more_megatron.unfinished import unfinished_file
 __all__ = ["analyze_recurrence"]
 
 _MOST_STEPS = 64
-_SHOWN_OF_EACH_KIND = 4
+_SHOWN = 12
 _DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
@@ -163,9 +163,10 @@ def _shown(kinds: list[str] | None, tokens: int) -> list[int]:
     groups = [list(range(tokens))]
     if kinds is not None:
         groups = [[token for token, own in enumerate(kinds) if own == kind] for kind in KINDS]
+    groups = [group for group in groups if group]
     shown: list[int] = []
     for group in groups:
-        places = np.linspace(0, len(group) - 1, min(_SHOWN_OF_EACH_KIND, len(group)))
+        places = np.linspace(0, len(group) - 1, min(_SHOWN // len(groups), len(group)))
         shown += [group[round(place)] for place in places]
     return sorted(shown)
 

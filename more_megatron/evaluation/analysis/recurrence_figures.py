@@ -62,7 +62,7 @@ def _plane(report: dict[str, Any], folder: Path) -> Path:
         axis.margins(0.12)
     handles = [figure.axes[0].plot([], [], "o-", color=_COLOURS[kind], label=kind)[0] for kind in KINDS]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(KINDS), fontsize=8, frameon=False)
-    figure.suptitle(f"States of some tokens over {report['num_steps']} steps; the first state is the open circle")
+    figure.suptitle(f"States of some tokens over {report['num_steps']} steps, from the open circle on", fontsize=10)
     return save(figure, folder / "recurrence_trajectories.png")
 
 
