@@ -5,18 +5,13 @@ from contextlib import ExitStack
 
 _PROGRAM_START = time.time()
 
-# The processes that write checkpoints read this file as well, and need nothing of it.
-if __name__ == "__main__":
-    from more_megatron.lifetime import end_with_launcher, forks_end_with_this
 
-    end_with_launcher()
-    forks_end_with_this()
-
-    from more_megatron.errors import one_line_errors
+def main() -> None:
+    """Hand Megatron's `pretrain` our model, data and loss."""
+    from more_megatron.console import write_start_to
     from more_megatron.platform import initialize_platform
 
-    with one_line_errors("pretrain_more.py"):
-        platform = initialize_platform()
+    platform = initialize_platform()
 
     from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
@@ -33,21 +28,34 @@ if __name__ == "__main__":
     from more_megatron.training.reporting import prepare_reports
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
-    with one_line_errors("pretrain_more.py", Exception):
-        args = parse_arguments(platform)
-        model_config = model_config_from_args(args)
-        check_data(args)
-        check_output_folders(args)
-        save_folder = ExitStack()
-        save_folder.enter_context(lock_save_folder(args))
-        check_checkpoint(args)
-        prepare_reports(model_config.transformer, args)
-    pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    with one_line_errors("pretrain_more.py"), orderly_end(), save_folder:
-        pretrain(
+    args = parse_arguments(platform)
+    model_config = model_config_from_args(args)
+    check_data(args)
+    check_output_folders(args)
+    write_start_to(args.save)
+    save_folder = ExitStack()
+    save_folder.enter_context(lock_save_folder(args))
+    check_checkpoint(args)
+    prepare_reports(model_config.transformer, args)
+    wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    with orderly_end(), save_folder:
+        wrapped_pretrain(
             pretrain_cfg_container_from_args(args, model_config),
             DatasetsProvider(model_config.transformer),
             ModelType.encoder_or_decoder,
             forward_step,
             store=store,
         )
+
+
+# The processes that write checkpoints read this file as well, and need nothing of it.
+if __name__ == "__main__":
+    from more_megatron.console import quiet_start
+    from more_megatron.errors import one_line_errors
+    from more_megatron.lifetime import end_with_launcher, forks_end_with_this, how_to_continue
+
+    end_with_launcher()
+    forks_end_with_this()
+    quiet_start()
+    with one_line_errors("pretrain_more.py", how_to_continue):
+        main()

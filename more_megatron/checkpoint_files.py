@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from more_megatron.console import say
 from more_megatron.errors import MoREError
 from more_megatron.pickles import read_metadata
 
@@ -128,12 +129,12 @@ def repair_tracker(folder: Path) -> None:
     tracker = folder / _TRACKER
     complete = newest_complete_iteration(folder)
     if complete is not None:
-        print(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
+        say(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
         _write_tracker(folder, complete)
     elif entry is not None and not _iterations(folder):
         raise MoREError(f"{tracker} is damaged and there is no checkpoint beside it: load another folder, or remove it")
     elif entry is not None:
-        print(f"> {tracker} was left by a save that did not finish, the first one: starting anew")
+        say(f"> {tracker} was left by a save that did not finish, the first one: starting anew")
         tracker.unlink()
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from more_megatron.console import say
 from more_megatron.errors import MoREError
 
 __all__ = ["check_still_held", "only_trainer"]
@@ -112,7 +113,7 @@ def _wait_for(file: IO[str], path: Path) -> None:
 
 
 def _wait_while_beating(path: Path) -> None:
-    print(f"> {path.parent} was last written to from another machine: waiting whether its run is alive", flush=True)
+    say(f"> {path.parent} was last written to from another machine: waiting whether its run is alive")
     first = path.stat().st_mtime_ns
     deadline = time.monotonic() + _PATIENCE_ELSEWHERE_SECONDS
     while time.monotonic() < deadline and _token(path):

@@ -18,6 +18,8 @@ from more_megatron.model.curriculum import Curriculum
 __all__ = ["MoREFlags", "flag"]
 
 _DEFAULT_STEPS = 4
+# A slip of the hand: nothing runs so many steps, and no block is so wide.
+_TOO_LARGE = 1_000_000
 
 
 def flag(name: str) -> str:
@@ -56,6 +58,10 @@ class MoREFlags:
 
     recurrence_eval_steps: int | None = None
     """Recurrence steps in evaluation. Default: --recurrence-steps."""
+
+    recurrence_eval_depths: list[int] | None = None
+    """Recurrence steps at which each evaluation is done besides, on the same samples: the losses are logged as
+    val_loss_rR, the answers to problems by task at each R."""
 
     recurrence_curriculum: str | None = None
     """Mean r by iteration, as in 0:1,10000:2,20000:4. Default: --recurrence-steps throughout."""
@@ -105,7 +111,10 @@ class MoREFlags:
             MoREError: If a field is out of range or contradicts another; the message names the flag.
         """
         for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps", "ffn_hidden_size"):
-            self._require(f"recurrence_{name}", at_least=1)
+            self._require(f"recurrence_{name}", at_least=1, below=_TOO_LARGE)
+        for depth in self.recurrence_eval_depths or []:
+            if not 1 <= depth < _TOO_LARGE:
+                raise MoREError(f"--recurrence-eval-depths {depth} must be at least 1 and below {_TOO_LARGE}")
         for name in ("recurrence_state_std", "router_min_entropy", "router_min_entropy_coeff"):
             self._require(name, at_least=0)
         self._require("router_logit_ema", at_least=0, below=1)
@@ -148,6 +157,11 @@ class MoREFlags:
         """Number of recurrence steps in evaluation."""
         return self.recurrence_eval_steps or self.mean_steps
 
+    @property
+    def deepest_evaluation(self) -> int:
+        """Largest number of recurrence steps that an evaluation takes."""
+        return max(self.evaluation_steps, *(self.recurrence_eval_depths or [1]))
+
     def step_range(self, mean: int) -> tuple[int, int]:
         """Return the smallest and the largest number of steps that are drawn.
 
@@ -167,7 +181,7 @@ class MoREFlags:
     @property
     def max_steps(self) -> int:
         """Largest number of recurrence steps that training can take."""
-        means = self.curriculum.means if self.curriculum is not None else [self.mean_steps]
+        means = self.curriculum.values if self.curriculum is not None else [self.mean_steps]
         return max(self.step_range(mean)[1] for mean in means)
 
     @property
@@ -191,9 +205,9 @@ class MoREFlags:
             raise MoREError(
                 f"--recurrence-max-steps {high} is below --recurrence-min-steps {low}: raise the one or lower the other"
             )
-        if self.curriculum is not None and high is not None and max(self.curriculum.means) > high:
+        if self.curriculum is not None and high is not None and max(self.curriculum.values) > high:
             raise MoREError(
-                f"--recurrence-curriculum reaches a mean of {max(self.curriculum.means)} steps, above "
+                f"--recurrence-curriculum reaches a mean of {max(self.curriculum.values)} steps, above "
                 f"--recurrence-max-steps {high}: raise the maximum or end the curriculum earlier"
             )
         if self.curriculum is not None or self.recurrence_sampling == "fixed":

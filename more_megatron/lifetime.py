@@ -8,8 +8,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["end_with_launcher", "end_with_starter", "forks_end_with_this"]
+__all__ = ["end_with_launcher", "end_with_starter", "forks_end_with_this", "how_to_continue"]
 
 _SECONDS = 0.5
 
@@ -32,6 +33,21 @@ def forks_end_with_this() -> None:
             _end_with_parent(here)
 
     os.register_at_fork(after_in_child=after_fork)
+
+
+def how_to_continue() -> str:
+    """Return how a run that was interrupted goes on; nothing where it saves nothing."""
+    from megatron.training import global_vars
+
+    from more_megatron.checkpoint_files import newest_complete_iteration
+
+    save = getattr(global_vars._GLOBAL_ARGS, "save", None)
+    if not save:
+        return ""
+    newest = newest_complete_iteration(Path(save))
+    if newest is None:
+        return f": nothing is saved in {save} yet, the same command starts anew"
+    return f": the same command with --load {save} continues from iteration {newest}"
 
 
 def end_with_starter() -> None:

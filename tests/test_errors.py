@@ -10,10 +10,10 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[1]
 
 
-def _raise(statement: str, expected: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+def _raise(statement: str, continuation: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     code = f"""
 from more_megatron.errors import MoREError, one_line_errors
-with one_line_errors("program"{expected}):
+with one_line_errors("program"{continuation}):
     {statement}
 print("after")
 """
@@ -34,17 +34,30 @@ def test_one_line_and_exit_code() -> None:
     assert ended.stdout == ""
 
 
-def test_further_errors_are_expected_by_request() -> None:
-    assert _raise("raise KeyError('x')").stderr.startswith("Traceback")
-    assert _raise("raise ValueError('wrong value')", ", Exception").stderr == "program: error: wrong value\n"
-
-
-def test_error_without_text_names_its_source() -> None:
-    ended = _raise("import json; json.loads.nothing", ", Exception")
-    assert "program: error: 'function' object has no attribute 'nothing'" in ended.stderr
-    ended = _raise("assert False", ", Exception")
-    assert ended.stderr.startswith("program: error: AssertionError")
+def test_what_nobody_foresaw_is_one_line_with_its_source_and_a_remedy() -> None:
+    line = "program: error: wrong value (ValueError at <string>:4; MORE_TRACEBACK=1 shows the way there)\n"
+    assert _raise("raise ValueError('wrong value')").stderr == line
+    ended = _raise("import json; json.loads.nothing")
+    assert "error: 'function' object has no attribute 'nothing' (AttributeError at" in ended.stderr
+    ended = _raise("assert False")
+    assert ended.stderr.startswith("program: error: ")
+    assert "(AssertionError at" in ended.stderr
     assert ended.returncode == 1
+    assert "lower a size or --micro-batch-size" in _raise("raise MemoryError('Unable to allocate 9 TiB')").stderr
+    assert _raise("open('/no/such')").stderr == "program: error: /no/such: No such file or directory\n"
+    assert (
+        "Traceback"
+        not in _raise("raise RuntimeError('a\\nTraceback (most recent call last):\\n b\\nKeyError: 1')").stderr
+    )
+
+
+def test_an_interruption_says_how_to_go_on() -> None:
+    ended = _raise("raise KeyboardInterrupt", ", lambda: ': the same command goes on'")
+    assert (ended.returncode, ended.stderr) == (130, "program: interrupted: the same command goes on\n")
+
+
+def test_exit_codes_of_the_program_itself_are_left() -> None:
+    assert _raise("raise SystemExit(3)").returncode == 3
 
 
 def test_traceback_on_request() -> None:

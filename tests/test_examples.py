@@ -68,13 +68,39 @@ def test_reference_parses_on_one_node_and_on_two(variant: str, preprocessed: Pat
     parse(two, preprocessed)
 
 
+def test_reasoning_prepares_what_fine_tuning_reads(tmp_path: Path) -> None:
+    story = "1 Mary went home.\n2 Where is Mary?\thome\t1\n"
+    for split in ("train", "test"):
+        for number in (1, 3):
+            (tmp_path / f"qa{number}_facts_{split}.txt").write_text(story)
+    text = tmp_path / "text.txt"
+    write_sample_text(text)
+    text.write_text(text.read_text()[:_TEXT_BYTES])
+    tokenizer = "python tools/preprocess_wikitext.py --input text.txt --output-prefix text --train-tokenizer"
+    script = f"""
+        {tokenizer} --vocab-size 400 --tokenizer-model quickstart/data/tokenizer.model --no-progress
+        bash examples/reasoning/prepare.sh quickstart/data/tokenizer.model reasoning
+        bash examples/reasoning/finetune.sh quickstart/checkpoint reasoning --train-iters 7
+    """
+    (tmp_path / "quickstart" / "data").mkdir(parents=True)
+    (call,) = calls_of(script, tmp_path, {"BABI": ".", "TASKS": "1 3"})
+    for split in ("train", "valid"):
+        at = call.flags.index(f"--{split}-data-path")
+        assert call.flags[at + 1 : at + 7 : 2] == ["0.4", "0.3", "0.3"]
+        for prefix in call.flags[at + 2 : at + 8 : 2]:
+            assert (tmp_path / f"{prefix}_answers.idx").is_file()
+    assert _value(call.flags, "--lr") == "5e-5"
+    parse(call, tmp_path)
+
+
 def _parameters(flags: list[str], world_size: int, folder: str) -> int:
     """Return the number of parameters of a call's model with a vocabulary of 8000; runs in a rank."""
     os.environ["WORLD_SIZE"] = str(world_size)
     os.chdir(folder)
     sys.argv = ["pretrain_more.py", *flags]
     config = model_config_from_args(parse_arguments(select_platform())).transformer
-    return model_cost(config, get_system(config.more_variant).cost(config, 1024), 8000).parameters
+    system = get_system(config.more_variant)
+    return model_cost(system.stack(config), system.cost(config, 1024), 8000).parameters
 
 
 def _value(flags: list[str], name: str) -> str:

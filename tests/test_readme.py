@@ -21,8 +21,9 @@ from more_megatron.flags import MoREFlags, flag
 from more_megatron.monitoring.flags import HealthFlags
 from more_megatron.systems import systems
 from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
+from more_megatron.training.options import TrainingFlags
 from tests.helpers.ranks import run_ranks
-from tests.helpers.shell import PROJECT, Call, calls_of, convert, parse, train_call
+from tests.helpers.shell import PROJECT, Call, calls_of, parse, train_call, use
 from tools.sample_text import write_sample_text
 
 _README = (PROJECT / "README.md").read_text()
@@ -32,6 +33,7 @@ _SMALLER = (
     "--eval-iters 1 --eval-interval 2 --log-interval 1 --save-interval 2 --override-opt-param-scheduler"
 )
 _MOST_RANKS = 2
+_SPLITS = ("train", "valid", "test")
 _TEXT_BYTES = 200_000
 
 
@@ -40,8 +42,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the texts that README.md assumes to be there."""
     folder = tmp_path_factory.mktemp("readme")
     (folder / "data").mkdir()
-    for split in ("train", "valid", "test"):
-        path = folder / "data" / f"wiki.{split}.tokens"
+    (folder / "quickstart").mkdir()
+    for path in (folder / "quickstart" / "text.txt", *(folder / "data" / f"wiki.{x}.tokens" for x in _SPLITS)):
         write_sample_text(path)
         path.write_text(path.read_text()[:_TEXT_BYTES])
     return folder
@@ -68,7 +70,7 @@ def test_runs_of_many_ranks_parse(calls: list[Call], folder: Path) -> None:
         parse(call, folder)
 
 
-def test_runs_of_two_ranks_train_resume_evaluate_and_convert(calls: list[Call], folder: Path) -> None:
+def test_runs_of_two_ranks_train_resume_convert_and_are_evaluated(calls: list[Call], folder: Path) -> None:
     """Each run but the last trains two steps more than the one before: it continues from its checkpoint."""
     small = [call for call in calls if call.program == "torchrun" and call.world_size <= _MOST_RANKS]
     assert len(small) == 3
@@ -82,7 +84,11 @@ def test_runs_of_two_ranks_train_resume_evaluate_and_convert(calls: list[Call], 
     conversions = [call for call in calls if call.program == "convert_checkpoint"]
     assert [call.arguments[0] for call in conversions] == ["to-hf", "from-hf"]
     for call in conversions:
-        convert(call, folder)
+        use(call, "--no-progress", folder)
+    for program, smaller in (("evaluate", "--limit 1 --num-steps 1 2"), ("analyze", "--max-tokens 500")):
+        pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+        [call] = [call for call in calls if call.program == program]
+        use(call, f"--device cpu {smaller}", folder)
     assert run_ranks(1, _run_python_block, str(folder))[0].startswith("The history of")
 
 
@@ -107,7 +113,7 @@ def test_systems_table_says_what_works() -> None:
 
 
 def test_every_flag_of_ours_is_named() -> None:
-    fields = [field.name for field in dataclasses.fields(MoREFlags)]
+    fields = [field.name for flags in (MoREFlags, TrainingFlags) for field in dataclasses.fields(flags)]
     own = [name for system in systems().values() for name in system.own_flags()]
     names = {flag(name) for name in (*fields, *own, *HealthFlags.names())} | set(_WAYS_BACK)
     assert not [name for name in sorted(names) if f"`{name}" not in _README]

@@ -50,7 +50,6 @@ def test_bash_and_shellcheck_accept(script: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
-@pytest.mark.matrix
 @pytest.mark.usefixtures("several_ranks")
 def test_stopped_at_the_time_limit_requeued_and_cancelled(tmp_path: Path) -> None:
     variables = {

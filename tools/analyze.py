@@ -66,7 +66,7 @@ def _recurrence(args: argparse.Namespace) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the analysis and return the exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(Path(__file__).name, OSError):
+    with one_line_errors(Path(__file__).name):
         try:
             for line in args.analyze(args):
                 print(line)

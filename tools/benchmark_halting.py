@@ -131,7 +131,7 @@ def main() -> None:
     flags = parse_flags()
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}.items():
         os.environ.setdefault(name, value)
-    with one_line_errors("benchmark_halting.py", Exception):
+    with one_line_errors("benchmark_halting.py"):
         rows = []
         for number, ponder_coeff in enumerate(flags.ponder_coeffs):
             row = train(flags, ponder_coeff)

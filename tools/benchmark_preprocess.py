@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, metavar="KIND", help=", ".join(KINDS))
     parser.add_argument("--one-by-one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
-    with one_line_errors(Path(__file__).name, OSError):
+    with one_line_errors(Path(__file__).name):
         if args.one_by_one:
             corpus, kind, model, prefix, workers = args.one_by_one
             run_one_by_one(corpus, TokenizerOptions(kind, model), prefix, int(workers))

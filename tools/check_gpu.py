@@ -44,7 +44,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the check and return its exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(Path(__file__).name, OSError):
+    with one_line_errors(Path(__file__).name):
         from more_megatron.evaluation.gpu_check.report import Report
         from more_megatron.evaluation.gpu_check.runner import Request, check
 

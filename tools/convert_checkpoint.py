@@ -53,7 +53,7 @@ def _size(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(Path(__file__).name, OSError):
+    with one_line_errors(Path(__file__).name):
         try:
             for line in _run(args):
                 print(line)

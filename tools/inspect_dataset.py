@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int)
     parser.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run code of its own")
     args = parser.parse_args(arguments)
-    with one_line_errors(Path(__file__).name, OSError):
+    with one_line_errors(Path(__file__).name):
         options = None
         if args.tokenizer_type or args.tokenizer_model:
             kind = args.tokenizer_type or TokenizerType.SENTENCEPIECE

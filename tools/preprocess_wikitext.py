@@ -143,7 +143,7 @@ def _train(args: argparse.Namespace, sources: list[Source]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(Path(__file__).name, OSError):
+    with one_line_errors(Path(__file__).name):
         try:
             _run(args)
         except KeyboardInterrupt:

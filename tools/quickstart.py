@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--train-iters {args.train_iters} is too few: give it at least {_FEWEST_ITERATIONS}")
     os.chdir(_ROOT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with one_line_errors("quickstart", OSError):
+    with one_line_errors("quickstart"):
         try:
             _tour(args.folder, args.train_iters, args.wikitext)
         except KeyboardInterrupt:

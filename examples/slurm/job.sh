@@ -4,8 +4,8 @@
 #
 # SLURM sends SIGUSR1 to the batch script some minutes before the end (--signal in the scripts). The ranks are then told
 # to save and leave, and the job is requeued: the same command continues from the newest checkpoint. A job that is
-# cancelled, that fails, or that has done all its iterations is not requeued. One that is preempted or loses a node is
-# requeued by SLURM itself (--requeue).
+# cancelled, that fails, or that has done all its iterations is not requeued, nor is one that has been MAX_RESTARTS times
+# (default 100). One that is preempted or loses a node is requeued by SLURM itself (--requeue).
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
 source examples/slurm/common.sh
@@ -46,7 +46,11 @@ run_on_nodes() {
         "${srun_args[@]}" \
         bash examples/slurm/node.sh "$@" &
     wait_through_signals $! || status=$?
-    if ((time_is_over)); then
+    if ((time_is_over && status)); then
+        echo "job.sh: not requeued, since the run failed as it was told to save (exit code $status)" >&2
+    elif ((time_is_over && ${SLURM_RESTART_COUNT:-0} >= ${MAX_RESTARTS:-100})); then
+        echo "job.sh: not requeued, since it has been $SLURM_RESTART_COUNT times: MAX_RESTARTS allows for more" >&2
+    elif ((time_is_over)); then
         scontrol requeue "$SLURM_JOB_ID"
     fi
     return "$status"

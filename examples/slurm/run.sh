@@ -6,10 +6,12 @@
 # SIZE               row of the table of sizes; default: the number of GPUs
 # GPUS_PER_NODE      ranks on each node
 # DATA_PREFIX        dataset that preprocess.sbatch made
+# DATA_BLEND         several of them with their weights, in place of it: "0.7 data/web 0.3 data/code"
 # TOKENIZER          its tokenizer
 # CHECKPOINTS        folder that a run saves to and continues from, on a file system that all nodes see
 # TRAIN_ITERS        length of training; a requeued job continues up to it
 # SAVE_INTERVAL      iterations between checkpoints
+# WANDB_PROJECT      project of Weights & Biases, which wants WANDB_API_KEY as well; WANDB_NAME names the run
 # FP8_RECIPE         blockwise (Hopper), mxfp8 (Blackwell), tensorwise or delayed; default: bf16. See docs/fp8.md
 
 GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
@@ -105,8 +107,9 @@ case $SYSTEM in
     *) RECURRENCE_ARGS+=("${DEPTH_ARGS[@]}") ;;
 esac
 
+read -ra DATA <<< "${DATA_BLEND:-${DATA_PREFIX:-data/train_text_document}}"
 DATA_ARGS=(
-    --data-path "${DATA_PREFIX:-data/train_text_document}"
+    --data-path "${DATA[@]}"
     --split "990,8,2"
     # Rank 0 builds the indices and all ranks read them: on a file system that all nodes see, and of this run alone.
     --data-cache-path "$CHECKPOINTS/data_cache"
@@ -166,3 +169,6 @@ LOGGING_ARGS=(
     --eval-iters "${EVAL_ITERS:-20}"
     --tensorboard-dir "$CHECKPOINTS/tensorboard"
 )
+if [[ -n ${WANDB_PROJECT:-} ]]; then
+    LOGGING_ARGS+=(--wandb-project "$WANDB_PROJECT" --wandb-exp-name "${WANDB_NAME:-$SYSTEM-$SIZE}")
+fi

@@ -7,8 +7,8 @@
 # VOCAB_SIZE changes the size of the vocabulary.
 set -euo pipefail
 
+FOLDER=${1:+$(realpath "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-FOLDER=${1:-}
 TOKENIZER=data/wikitext103_tokenizer.model
 
 # The training split comes first: the tokenizer is trained on it and used for the others.

@@ -166,11 +166,12 @@ class RowMoELayer(CapacityInTrainingMoELayer):
             first_sequence=replica * batch,
             sequence_shard=self.attn_tp_group.rank() if shards > 1 else 0,
             device=device,
+            starts=inputs.micro_batch.starts,
         )
         return Rows.sort(
             self.token_dispatcher.dispatch_coordinates(coordinates),
             tokens_per_expert,
-            num_sequences=self._replicas * batch,
+            num_sequences=self._replicas * batch * inputs.micro_batch.parts,
             seq_length=hidden_shape[0] * shards,
             rotary_pos_emb=inputs.rotary_pos_emb,
         )

@@ -59,7 +59,7 @@ def plan_encoder(
     recipe = _recipe(tokenizer, documents) if allow_fast else "--encoder reference was given"
     if isinstance(recipe, Recipe):
         name = f"gigatoken {_version('gigatoken')}"
-        reason = "its ids are the reference's on every piece, on hostile texts and on the first megabyte"
+        reason = "its ids are the reference's on every piece, on hostile texts and on the first half megabyte"
         return EncoderPlan(tokenizer, append_eod, recipe, name, reason)
     library = "Megatron's tokenizer, a document at a time"
     if is_direct_sentencepiece(tokenizer.options):

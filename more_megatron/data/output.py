@@ -39,6 +39,7 @@ class Counts:
         words: Runs of bytes between ASCII white space in that text.
         skipped: Lines of the inputs that were left out.
         blocks: Blocks of the inputs.
+        read: Bytes of the inputs, or characters of the rows of a Parquet file.
     """
 
     documents: int = 0
@@ -47,6 +48,7 @@ class Counts:
     words: int = 0
     skipped: int = 0
     blocks: int = 0
+    read: int = 0
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

@@ -66,12 +66,12 @@ def _write(
 ) -> Counts:
     """Encode and write the blocks that are not written yet, and return the counts of all."""
     for block in islice(blocks, total.blocks):
-        report(len(block.data), total.tokens)
+        report(block.size, total.tokens)
     try:
         for encoded, counts in encode_blocks(job, encoder, blocks):
             total += counts
             output.append(encoded, total)
-            report(counts.text_bytes, total.tokens)
+            report(counts.read, total.tokens)
     except ResumableError:
         raise
     except DocumentError as error:
@@ -128,6 +128,6 @@ def _manifest(job: Job, total: Counts, hashes: Sequence[str]) -> dict[str, Any]:
             "eod": tokenizer.eod,
         },
         "dtype": tokenizer.dtype.name,
-        **{name: value for name, value in asdict(total).items() if name != "blocks"},
+        **{name: value for name, value in asdict(total).items() if name not in ("blocks", "read")},
         "options": {"append_eod": job.append_eod, "detokenize": job.detokenize, "tokenizer": options},
     }

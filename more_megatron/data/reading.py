@@ -35,6 +35,11 @@ class Block:
     line: int
     data: bytes | list[str]
 
+    @property
+    def size(self) -> int:
+        """Return the bytes of the text, or the characters of the rows."""
+        return len(self.data) if isinstance(self.data, bytes) else sum(map(len, self.data))
+
 
 @dataclass(frozen=True)
 class Documents:

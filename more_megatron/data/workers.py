@@ -75,6 +75,7 @@ class _Worker:
             words=_count_words(documents.texts),
             skipped=documents.skipped,
             blocks=1,
+            read=block.size,
         )
         return encoded, counts
 

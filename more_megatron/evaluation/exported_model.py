@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from more_megatron.errors import MoREError, last_line
 
 __all__ = ["ExportedModel", "add_model_arguments", "open_model"]
 
+# Not the card, which has a date, and not the code.
+_CONTENT = (".safetensors", ".bin", ".json", ".model")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -24,12 +27,14 @@ class ExportedModel:
 
     Attributes:
         source: What the user named.
+        folder: Where the model lies; temporary if the user named a checkpoint.
         model: The model, in evaluation.
         tokenizer: Its tokenizer, which takes names of special tokens in a text as text, as training did.
         recurrent: Whether the number of steps means anything to it.
     """
 
     source: Path
+    folder: Path
     model: Any
     tokenizer: Any
     recurrent: bool
@@ -38,6 +43,21 @@ class ExportedModel:
     def length(self) -> int:
         """Tokens of the longest text that it reads at once."""
         return int(self.model.config.max_position_embeddings)
+
+    @property
+    def num_steps(self) -> int | None:
+        """Recurrence steps that it takes unless told otherwise; None without recurrence."""
+        return int(self.model.config.mean_recurrence) if self.recurrent else None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of weights, configuration and tokenizer."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            if path.suffix in _CONTENT:
+                with open(path, "rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     def call_options(self, num_steps: int | None) -> dict[str, Any]:
         """Return the arguments of every call that say how deep it goes.
@@ -136,7 +156,7 @@ def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
     except Exception as error:  # Whatever a damaged file makes of itself in transformers, safetensors or json.
         raise MoREError(f"the model {source} cannot be loaded: {last_line(error)}") from error
     recurrent = bool(getattr(getattr(model, "system", None), "recurrent", False))
-    return ExportedModel(source, model.eval().to(device), _tokenizer(args, folder), recurrent)
+    return ExportedModel(source, folder, model.eval().to(device), _tokenizer(args, folder), recurrent)
 
 
 def _device(name: str | None) -> Any:

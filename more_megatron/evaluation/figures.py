@@ -25,11 +25,10 @@ def new_figure(width: float, height: float) -> Any:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
     except ImportError as error:
-        raise MoREError("figures need matplotlib: pip install matplotlib, or the extra `eval`") from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06, hspace=0.06)
-    return figure
+        raise MoREError("figures need matplotlib: pip install matplotlib, or the extra `plots`") from error
+    return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
 
 
 def spread[T](values: Sequence[T], most: int) -> list[T]:

@@ -22,7 +22,7 @@ _VALIDATION = re.compile(
     # Logs of Megatron itself call the loss on the test set validation, too.
     r"validation loss at iteration (\d+)\b(?! on test set).*?lm loss value: (\S+) \| lm loss PPL: (\S+)"
 )
-_SEQUENCE_LENGTH = re.compile(r"(?<!\w)seq_length \.+ (\d+)")
+_SEQUENCE_LENGTH = re.compile(r"(?<!\w)seq_length (?:\.+ )?(\d+)")
 
 
 @dataclass(frozen=True)

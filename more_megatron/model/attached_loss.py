@@ -6,12 +6,17 @@ any asks for the scale itself.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["attach_mean", "scale_attached_losses"]
+__all__ = ["attach_mean", "scale_attached_losses", "weigh_attached_losses"]
+
+# Field of the configuration that Megatron's schedules ask for the scale.
+_HOOK = "moe_grad_scale_func"
 
 
 def attach_mean(
@@ -39,7 +44,23 @@ def scale_attached_losses(config: MoREConfig, micro_batches: int) -> None:
         config: Model configuration.
         micro_batches: Number of micro-batches of the step.
     """
-    scale = torch.ones(1, device=torch.cuda.current_device())
-    if config.grad_scale_func is not None:
-        scale = config.grad_scale_func(scale)
+    scale = (getattr(config, _HOOK, None) or functools.partial(_scale, config, 1.0))()
     MoEAuxLossAutoScaler.set_loss_scale(scale if config.calculate_per_token_loss else scale / micro_batches)
+
+
+def weigh_attached_losses(config: MoREConfig, share: float) -> None:
+    """Give attached losses the weight that they have where every token counts.
+
+    A run that calculates its loss by token divides all gradients by the tokens that count. Attached losses are means
+    times all tokens: where few of them count they would weigh many times as much.
+
+    Args:
+        config: Configuration of a model that has been built.
+        share: Share of the tokens that count, on average.
+    """
+    setattr(config, _HOOK, functools.partial(_scale, config, share))
+
+
+def _scale(config: MoREConfig, share: float) -> torch.Tensor:
+    scale = torch.full((1,), share, device=torch.cuda.current_device())
+    return scale if config.grad_scale_func is None else config.grad_scale_func(scale)

@@ -69,9 +69,9 @@ class DepthSampler:
         no_grad_steps, grad_steps = (depth.no_grad_steps for depth in depths), (depth.grad_steps for depth in depths)
         return sum(no_grad_steps) / count, sum(grad_steps) / count
 
-    def evaluation(self) -> Depth:
-        """Return the depth in evaluation: fixed, and no step carries gradient."""
-        return Depth(no_grad_steps=self._config.evaluation_steps, grad_steps=0)
+    def evaluation(self, steps: int | None = None) -> Depth:
+        """Return the depth in evaluation, by default that of the configuration: no step carries gradient."""
+        return Depth(no_grad_steps=steps or self._config.evaluation_steps, grad_steps=0)
 
     def expected(self) -> Depth:
         """Return the depth at the mean number of steps, which a typical training step has in the end."""
@@ -80,7 +80,7 @@ class DepthSampler:
         return Depth(no_grad_steps=mean - grad_steps, grad_steps=grad_steps)
 
     def _mean_steps(self, step: int) -> int:
-        return self._config.mean_steps if self._curriculum is None else self._curriculum.steps_at(step)
+        return self._config.mean_steps if self._curriculum is None else self._curriculum.at(step)
 
     def _draw_steps(self, mean: int, generator: np.random.Generator) -> int:
         low, high = self._config.step_range(mean)

@@ -73,6 +73,7 @@ class TokenGrid:
             first_sequence=0,
             sequence_shard=tp_group.rank() if config.sequence_parallel else 0,
             device=hidden_states.device,
+            starts=micro_batch.starts,
         )
         return cls(hidden_states.shape, coordinates, config.seed, place)
 

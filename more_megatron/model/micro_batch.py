@@ -31,18 +31,31 @@ class MicroBatch:
     Attributes:
         depth: Recurrence steps to take.
         sample_ids: Position of each of the b sequences in the stream of training samples.
+        starts: Where the problems of each row begin, in ascending order and filled up with the length of a row, int64
+            [b, problems] in host memory; the first is 0. None: a row is one sequence.
     """
 
     depth: Depth
     sample_ids: tuple[int, ...] = ()
+    starts: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def parts(self) -> int:
+        """Sequences that a row can have."""
+        return 1 if self.starts is None else self.starts.size(1)
 
     def block_kwargs(self) -> dict[str, torch.Tensor]:
         """Return the keyword arguments for the model's `extra_block_kwargs`.
 
-        The tensor is int64 of shape [2 + b] and stays in host memory: layers read it without waiting for a GPU.
+        The tensor is int64 of shape [2 + b] and stays in host memory: layers read it without waiting for a GPU. If rows
+        have problems, it is [b, 3 + problems], with steps, sample id and starts of each row.
         """
-        record = (self.depth.no_grad_steps, self.depth.grad_steps, *self.sample_ids)
-        return {_CARRIER: torch.tensor(record, dtype=torch.int64, device=torch.device("cpu"))}
+        steps, cpu = (self.depth.no_grad_steps, self.depth.grad_steps), torch.device("cpu")
+        if self.starts is None:
+            return {_CARRIER: torch.tensor((*steps, *self.sample_ids), dtype=torch.int64, device=cpu)}
+        ids = self.sample_ids or (0,) * len(self.starts)
+        rows = torch.tensor([(*steps, sample) for sample in ids], dtype=torch.int64, device=cpu)
+        return {_CARRIER: torch.cat((rows, self.starts), dim=1)}
 
     @classmethod
     def of_layer(cls, kwargs: dict[str, Any], config: MoREConfig, training: bool) -> MicroBatch:
@@ -66,6 +79,9 @@ class MicroBatch:
                     "extra_block_kwargs=MicroBatch(depth, sample_ids).block_kwargs()"
                 )
             return cls(Depth(no_grad_steps=config.evaluation_steps, grad_steps=0))
+        if carrier.dim() == 2:
+            (no_grad_steps, grad_steps), sample_ids = carrier[0, :2].tolist(), carrier[:, 2].tolist()
+            return cls(Depth(no_grad_steps, grad_steps), tuple(sample_ids), carrier[:, 3:])
         no_grad_steps, grad_steps, *sample_ids = carrier.tolist()
         return cls(Depth(no_grad_steps, grad_steps), tuple(sample_ids))
 

@@ -98,6 +98,7 @@ def local_coordinates(
     first_sequence: int,
     sequence_shard: int,
     device: torch.device,
+    starts: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return the coordinates of the tokens on this rank, in the order in which Megatron flattens hidden states.
 
@@ -107,13 +108,18 @@ def local_coordinates(
         first_sequence: Number of this rank's first sequence among those that its expert ranks share.
         sequence_shard: Index of this rank's part of the sequence.
         device: Where the result is wanted.
+        starts: Where the problems of each row begin, int64 [b, problems]; None: a row is one sequence.
 
     Returns:
-        Sequence, position and sample id of each token, int64 [s * b, 3].
+        Sequence, position and sample id of each token, int64 [s * b, 3]. Each problem is a sequence of its own.
     """
     length, batch = hidden_shape[0], hidden_shape[1]
-    position = torch.arange(length, device=device) + sequence_shard * length
-    sequence = torch.arange(batch, device=device) + first_sequence
+    position = (torch.arange(length, device=device) + sequence_shard * length).unsqueeze(1).expand(length, batch)
+    sequence = (torch.arange(batch, device=device) + first_sequence).expand(length, batch)
+    if starts is not None:
+        starts = starts.to(device, non_blocking=True)
+        problem = torch.searchsorted(starts, position.t().contiguous(), right=True) - 1
+        sequence = sequence * starts.size(1) + problem.t()
+        position = position - starts.gather(1, problem).t()
     sample = torch.tensor(sample_ids or (0,) * batch, dtype=torch.int64).to(device, non_blocking=True)
-    grid = (sequence.expand(length, batch), position.unsqueeze(1).expand(length, batch), sample.expand(length, batch))
-    return torch.stack(grid, dim=-1).flatten(0, 1)
+    return torch.stack((sequence, position, sample.expand(length, batch)), dim=-1).flatten(0, 1)

@@ -9,6 +9,7 @@ import logging
 import os
 from functools import cache
 
+from more_megatron.console import say
 from more_megatron.platform.packages import (
     check_apex,
     has_package,
@@ -31,8 +32,18 @@ def initialize_platform() -> Platform:
     platform = select_platform()
     if platform is Platform.CPU:
         _install_cpu_platform()
+    else:
+        _announce_cuda()
     _repair_wheel()
     return platform
+
+
+def _announce_cuda() -> None:
+    import torch
+
+    # Not the name of a device: to ask for it would take memory of the first one, on every rank.
+    devices = f"{torch.cuda.device_count()} GPUs on this node"
+    say(f"> platform: cuda (nccl, {devices}, CUDA {torch.version.cuda}); chosen by MORE_PLATFORM or the GPUs' presence")
 
 
 def _install_cpu_platform() -> None:
@@ -42,9 +53,8 @@ def _install_cpu_platform() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     hide_cuda_packages()
     silence_absent_package_warnings()
-    if os.environ.get("RANK", "0") == "0":
-        absent = "" if has_package("transformer_engine") else ", no Transformer Engine"
-        print(f"> platform: cpu (gloo, float32{absent}); chosen by MORE_PLATFORM or the absence of a GPU", flush=True)
+    absent = "" if has_package("transformer_engine") else ", no Transformer Engine"
+    say(f"> platform: cpu (gloo, float32{absent}); chosen by MORE_PLATFORM or the absence of a GPU")
 
     from more_megatron.platform.cuda_stand_ins import NO_COMPILER, TORCH_CUDA
     from more_megatron.platform.device_mode import enter_for_good
@@ -69,4 +79,6 @@ def _repair_wheel() -> None:
     from more_megatron.platform.stand_in import install
     from more_megatron.platform.wheel_repairs import WHEEL_REPAIRS
 
+    # Its timer logs the traceback of what passes through it, which is reported where it ends.
+    logging.getLogger("megatron.core.utils").addFilter(lambda record: "Traceback (most" not in record.getMessage())
     install(WHEEL_REPAIRS)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
-from megatron.training import checkpointing, get_args, global_vars, print_rank_0, training
+from megatron.training import checkpointing, get_args, global_vars, training
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from more_megatron.checkpoint_files import clear_for_save, newest_complete_iteration
 from more_megatron.checkpoint_lock import check_still_held
+from more_megatron.console import say, start_is_over
 from more_megatron.errors import MoREError, last_line
 from more_megatron.pickles import load_strictly, read_metadata
 from more_megatron.platform.finite import check_parameters
@@ -68,7 +69,7 @@ def _load_schedule(self: OptimizerParamScheduler, state_dict: dict[str, Any]) ->
     _LOAD_SCHEDULE(self, state_dict)
     after = get_canonical_lr_for_logging(self.optimizer.param_groups)
     if before is not None and after is not None and abs(after - before) > 1e-6 * abs(before):
-        print_rank_0(f"WARNING: the learning rate goes from {before:.6E} in the checkpoint to {after:.6E}")
+        say(f"WARNING: the learning rate goes from {before:.6E} in the checkpoint to {after:.6E}")
 
 
 _LOAD_CHECKPOINT, _SAVE_CHECKPOINT = training.load_checkpoint, training.save_checkpoint
@@ -108,6 +109,7 @@ def _withhold_interval(arguments: Any) -> None:
 
 def _save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Save as Megatron does: finite parameters only, into a folder that is new."""
+    start_is_over()
     arguments = get_args()
     check_parameters(model, f"the model of iteration {iteration}")
     check_still_held()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -73,3 +74,4 @@ def silence_absent_package_warnings() -> None:
     """Silence Megatron's import-time warnings that Transformer Engine and apex are absent, and nothing else."""
     for message in _ABSENT_PACKAGES:
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that a CUDA toolkit is here and no GPU

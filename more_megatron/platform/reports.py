@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.training import get_args, print_rank_0, training
+from megatron.training import get_args, training
 
+from more_megatron.console import say, start_is_over
 from more_megatron.platform.stand_in import StandIn, install
 
 __all__ = ["REPORTS", "TEST_SPLIT", "count_flops_with"]
@@ -39,6 +40,7 @@ _EVALUATE_AND_PRINT_RESULTS = training.evaluate_and_print_results
 
 def _evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
     """Evaluate as Megatron does, with the loss of the test split under its own name."""
+    start_is_over()
     arguments = get_args()
     # With a single full validation set Megatron expects its length in a list.
     if arguments.full_validation and isinstance(arguments.eval_iters, int):
@@ -62,8 +64,8 @@ def _build_loaders(provider: Any) -> Any:
     torch.distributed.broadcast(found, 0)
     args = get_args()
     if args.do_valid and not found.item():
-        print_rank_0("> there are no validation data: nothing is evaluated on them")
-        args.do_valid = 0
+        say("> there are no validation data: nothing is evaluated on them")
+        args.do_valid, args.full_validation = 0, False
     return loaders
 
 

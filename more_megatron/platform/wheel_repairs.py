@@ -13,6 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.training import get_args, training
 
+from more_megatron.console import start_is_over
 from more_megatron.platform.checkpoint_writer import async_loop, results_queue
 from more_megatron.platform.checkpointing import CHECKPOINTING
 from more_megatron.platform.failed_writes import CALLERS, WRITERS
@@ -93,6 +94,7 @@ _TRAINING_LOG = training.training_log
 
 def _training_log(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
     """Log as Megatron does, and begin a new average after a first line that would have come anyway."""
+    start_is_over()
     iteration = args[3]
     comes_anyway = iteration % get_args().log_interval == 0
     return _TRAINING_LOG(*args, is_first_iteration=is_first_iteration and not comes_anyway, **kwargs)

@@ -39,7 +39,7 @@ DEPTH = frozenset(
     f"recurrence_{name}"
     for name in (
         *("steps", "sampling", "sampling_unit", "min_steps", "max_steps"),
-        *("backprop_steps", "eval_steps", "curriculum"),
+        *("backprop_steps", "eval_steps", "eval_depths", "curriculum"),
     )
 )
 # Those that divide the layers of a model into groups.
@@ -75,6 +75,9 @@ class System:
     comparable: ClassVar[Mapping[str, str]] = {}
     """Flags, by name, that let its depth be drawn as that of others and be any in evaluation."""
 
+    plain: ClassVar[Mapping[str, Any] | None] = None
+    """Flags, by name, with which it is Megatron's dense model; None where there are none."""
+
     activation: ClassVar[str] = "gelu"
     """Activation function, by its name in transformers, where no flag of Megatron's names another."""
 
@@ -95,6 +98,11 @@ class System:
     def recurrent(self) -> bool:
         """Whether its depth comes from recurrence."""
         return bool(self.reads & DEPTH)
+
+    @property
+    def is_megatrons(self) -> bool:
+        """Whether it is Megatron's own model with experts."""
+        return not self.recurrent and self.expert_rows is FEED_FORWARD
 
     @property
     def repeats_router(self) -> bool:

@@ -128,10 +128,11 @@ class UniversalTransformer(System):
             yield "has biases in its feed-forward part as it is, and none elsewhere: leave out --enable-bias-linear"
         if config.hidden_size % 2 != 0:
             yield f"has as many sines as cosines in its signals: --hidden-size {config.hidden_size} must be even"
-        if own.universal_time_signal == "learned" and config.evaluation_steps > config.max_steps:
+        if own.universal_time_signal == "learned" and config.deepest_evaluation > config.max_steps:
             yield (
-                f"learns a time signal for the {config.max_steps} steps of training: lower --recurrence-eval-steps "
-                f"{config.evaluation_steps}, train with more, or give --universal-time-signal sinusoid"
+                f"learns a time signal for the {config.max_steps} steps of training, and is to be evaluated at "
+                f"{config.deepest_evaluation}: lower --recurrence-eval-steps and --recurrence-eval-depths, train with "
+                "more, or give --universal-time-signal sinusoid"
             )
 
     def stack(self, config: "MoREConfig") -> "Stack":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import enum
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args
 
+from more_megatron.console import LOG, VERBOSE, say
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags
 from more_megatron.monitoring.flags import HealthFlags
@@ -18,7 +21,8 @@ from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
 from more_megatron.systems import default_name, flag_names, get_system, systems
 from more_megatron.training.blend_files import read_blend_files
-from more_megatron.training.flag_checks import check_flags
+from more_megatron.training.flag_checks import check_flags, convert
+from more_megatron.training.options import TrainingFlags
 from more_megatron.training.stored_flags import given_flags, take_stored_flags
 from more_megatron.training.unread_flags import unread_flags
 
@@ -95,13 +99,17 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
     group = _add_group(parser)
     for option, (dest, value) in _WAYS_BACK.items():
         group.add_argument(option, dest=dest, action="store_const", const=value, help=f"Set {dest} to {value}.")
+    group.add_argument(VERBOSE, action="store_true", help=f"Show all that goes into {LOG} beside the checkpoints.")
     parser.set_defaults(**_SHARED_DEFAULTS, **_PLATFORM_DEFAULTS[platform])
     if platform is Platform.CUDA:
         parser.set_defaults(**_installed_defaults())
     # A bare percent sign in a help text, which Megatron has, would end --help in an error.
     for action in parser._actions:
         action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
-    parser.error = _error  # type: ignore[method-assign]
+        if action.type not in (None, int, float, str, bool):
+            members = [choice for choice in action.choices or () if isinstance(choice, enum.Enum)]
+            action.type = functools.partial(convert, cast(Callable, action.type), members)
+    parser.error = functools.partial(_error, parser)  # type: ignore[method-assign]
     parser.set_defaults(more_variant=default_name())
     parse = functools.partial(_parse, parser.parse_args)
     parser.parse_args = parse  # type: ignore[method-assign, assignment]
@@ -116,6 +124,7 @@ def _add_group(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     for system in systems().values():
         if system.Flags is not None:
             ArgumentGroupFactory(system.Flags).build_group(into_group)
+    ArgumentGroupFactory(TrainingFlags).build_group(into_group)
     return group
 
 
@@ -130,6 +139,8 @@ def _installed_defaults() -> dict[str, Any]:
     """Return the defaults on CUDA that depend on which packages are there."""
     defaults: dict[str, Any] = {}
     if not imports("transformer_engine.pytorch"):
+        state = "does not load on this PyTorch" if has_package("transformer_engine") else "is not installed"
+        say(f"> Transformer Engine {state}: --transformer-impl local, in plain PyTorch, is the default")
         defaults |= {"transformer_impl": "local", "no_persist_layer_norm": True, "masked_softmax_fusion": False}
         defaults |= {} if imports("apex") else {"apply_rope_fusion": False}
     # Megatron's output layer adds to gradients with a kernel of NVIDIA apex, also under Transformer Engine.
@@ -138,9 +149,12 @@ def _installed_defaults() -> dict[str, Any]:
     return defaults
 
 
-def _error(message: str) -> NoReturn:
+def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Take the place of argparse's own, which prints the usage of 800 flags first, on every rank."""
-    raise MoREError(message)
+    unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+    meant = [name for word in unknown for name in difflib.get_close_matches(word, parser._option_string_actions, n=1)]
+    is_typo = message.startswith("unrecognized") and meant
+    raise MoREError(message + f"; did you mean {', '.join(meant)}?" if is_typo else message)
 
 
 def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
@@ -156,7 +170,7 @@ def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> ar
     if args.more_variant != asked and not is_described_by_checkpoint:
         _set_defaults(args, given | flag_names())
     read_blend_files(args)
-    check_flags(args)
+    check_flags(args, given)
     system = get_system(args.more_variant)
     for fault in system.without_effect(system.flags(args), given & flag_names()):
         raise MoREError(fault)
@@ -165,6 +179,7 @@ def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> ar
 
 
 def _complete(args: argparse.Namespace) -> None:
+    args.calculate_per_token_loss = args.calculate_per_token_loss or args.loss_on_answers
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     # Megatron trains MoE layers under tensor parallelism only with it.

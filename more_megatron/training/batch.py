@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -19,8 +21,9 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from more_megatron.config import MoREConfig
+from more_megatron.training.problems import Problems
 
-__all__ = ["Batch", "next_batch", "stage_needs_data"]
+__all__ = ["Batch", "next_batch", "reads_boundaries", "stage_needs_data"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Batch:
         labels: [b, s], on the last stage.
         loss_mask: [b, s], on the last stage.
         packed_seq_params: Document boundaries, with `--dataloader-inter-document-masking`.
+        problems: The problems of the rows, on every stage, with `--loss-on-answers`.
     """
 
     tokens: torch.Tensor | None = None
@@ -42,6 +46,15 @@ class Batch:
     labels: torch.Tensor | None = None
     loss_mask: torch.Tensor | None = None
     packed_seq_params: PackedSeqParams | None = None
+    problems: Problems | None = None
+
+    def cut(self, length: int) -> Batch:
+        """Return the batch with rows of this length, which divides that of its rows."""
+        parts = {name: getattr(self, name) for name in ("tokens", "labels", "loss_mask")}
+        cut: dict[str, Any] = {name: None if x is None else x.reshape(-1, length) for name, x in parts.items()}
+        if self.position_ids is not None:
+            cut["position_ids"] = torch.arange(length, device=self.position_ids.device).expand(cut["tokens"].shape)
+        return dataclasses.replace(self, **cut)
 
 
 _TENSORS = (
@@ -72,12 +85,16 @@ def next_batch(data_iterator: Iterator, config: MoREConfig, vp_stage: int | None
     """
     args = get_args()
     packed = args.dataloader_inter_document_masking
-    if not stage_needs_data(config, vp_stage) and not packed:
+    if not stage_needs_data(config, vp_stage) and not reads_boundaries():
         return Batch()
-    fields = _share(_read(data_iterator), config, vp_stage)
+    sample = next(data_iterator) if mpu.get_tensor_model_parallel_rank() == 0 else {}
+    problems = None
+    if args.loss_on_answers:
+        problems = Problems.share(sample.get("problems"), args.micro_batch_size, args.seq_length)
+    fields = _share(_on_device(sample), config, vp_stage)
     packed_seq_params = _packed_seq_params(fields) if packed else None
     if not stage_needs_data(config, vp_stage):
-        return Batch(packed_seq_params=packed_seq_params)
+        return Batch(packed_seq_params=packed_seq_params, problems=problems)
     fields = get_batch_on_this_cp_rank(
         fields,
         is_hybrid_cp=False,
@@ -85,13 +102,17 @@ def next_batch(data_iterator: Iterator, config: MoREConfig, vp_stage: int | None
         use_per_sequence_balancing=packed,
     )
     names = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
-    return Batch(**{name: fields[name] for name in names}, packed_seq_params=packed_seq_params)
+    return Batch(**{name: fields[name] for name in names}, packed_seq_params=packed_seq_params, problems=problems)
 
 
-def _read(data_iterator: Iterator) -> dict[str, torch.Tensor | None]:
-    if mpu.get_tensor_model_parallel_rank() != 0:
+def reads_boundaries() -> bool:
+    """Return whether stages in the middle of a pipeline read data as well: they must know where sequences end."""
+    return get_args().dataloader_inter_document_masking or get_args().loss_on_answers
+
+
+def _on_device(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    if not sample:
         return {}
-    sample = next(data_iterator)
     fields = {name: sample.get(name) for name in _TENSORS}
     return {name: None if x is None else x.cuda(non_blocking=True) for name, x in fields.items()}
 

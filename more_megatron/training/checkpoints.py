@@ -17,6 +17,7 @@ from more_megatron.checkpoint_files import (
     repair_tracker,
 )
 from more_megatron.config import MoREConfig
+from more_megatron.console import say
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
 from more_megatron.systems import flag_names, get_system
@@ -81,8 +82,11 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     source = checkpoint_source(args)
     if source is None:
         # The same command starts a run and resumes it.
-        if args.load is not None and args.load != args.save:
-            raise MoREError(f"there is no checkpoint in --load {args.load}: name another folder, or leave it out")
+        for name, folder in (("load", args.load), ("pretrained_checkpoint", args.pretrained_checkpoint)):
+            hint = folder and _what_it_is(Path(folder))
+            if folder and (hint or folder != args.save):
+                remedy = hint or "name another folder, or leave it out"
+                raise MoREError(f"there is no checkpoint in {flag(name)} {folder}: {remedy}")
         return
     folder, checkpoint = source
     if args.rank == 0:
@@ -94,6 +98,18 @@ def check_checkpoint(args: argparse.Namespace) -> None:
             _check_optimizer(checkpoint, saved, args)
             _warn_of_changes(checkpoint, saved, args)
     _refuse(folder, checkpoint, content_fault(checkpoint, args.rank, args.world_size))
+
+
+def _what_it_is(folder: Path) -> str | None:
+    """Return how to load a folder that is something else than what `--load` takes, None if it is nothing known."""
+    iteration = folder.name.removeprefix("iter_")
+    if folder.name != iteration and iteration.isdecimal() and folder.is_dir():
+        return f"it is one of {folder.parent}, give --load {folder.parent} --ckpt-step {int(iteration)}"
+    if (folder / "config.json").is_file():
+        return (
+            f"it is a model of transformers, convert it: tools/convert_checkpoint.py from-hf --load {folder} --save NEW"
+        )
+    return None
 
 
 def _refuse(folder: Path, checkpoint: Path, found: str | None) -> None:
@@ -174,4 +190,4 @@ def _warn_of_changes(checkpoint: Path, saved: argparse.Namespace, args: argparse
     if was is not None and was != now and not scheduled:
         changes.append(f"--global-batch-size was {was} and is {now} now, and the schedule counts samples")
     for change in dict.fromkeys(changes):
-        print(f"WARNING: {checkpoint}: {change}", flush=True)
+        say(f"WARNING: {checkpoint}: {change}")

@@ -11,6 +11,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 from megatron.training import get_tokenizer
 
+from more_megatron.data.answers import check_answers, has_answers
 from more_megatron.data.check import check_datasets
 from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
@@ -41,6 +42,12 @@ def check_data(args: argparse.Namespace) -> None:
     local = [[prefix for prefix in blend if not prefix.startswith(_REMOTE)] for blend in blends]
     for prefixes in local:
         check_datasets(prefixes, vocab_size=get_tokenizer().vocab_size, tokenizer_sha256=tokenizer_hash(args))
+    if args.loss_on_answers:
+        masked = {prefix for prefixes in local for prefix in prefixes if has_answers(prefix)}
+        if not masked:
+            raise MoREError("--loss-on-answers, but no dataset has a mask: write one with tools/prepare_tasks.py")
+        for prefix in sorted(masked):
+            check_answers(prefix)
     if args.split is not None:
         for prefix in local[0]:
             _check_split(prefix, args)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,19 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.config import MoREConfig
+from more_megatron.data.answers import answer_density, has_answers
+from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.errors import MoREError
-from more_megatron.training.batch import stage_needs_data
+from more_megatron.platform.memory import check_fits_host
+from more_megatron.training.batch import reads_boundaries, stage_needs_data
 from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
+from more_megatron.training.problem_datasets import AnswerDatasets
+from more_megatron.training.problems import Tasks
 
-__all__ = ["DatasetsProvider", "data_blends"]
+__all__ = ["DatasetsProvider", "counted_share", "data_blends", "run_tasks"]
+
+# Where a sample begins, and its place in the order.
+_INDEX_BYTES = 12
 
 
 class DatasetsProvider:
@@ -44,9 +53,12 @@ class DatasetsProvider:
             vp_stage: Virtual pipeline stage, None without interleaving.
         """
         args = get_args()
+        most = max(samples or 0 for samples in num_samples)
+        remedy = "lower --train-iters, --eval-iters or --global-batch-size"
+        check_fits_host(_INDEX_BYTES * most, f"an index of {most:,} samples", remedy)
         print_rank_0("> building train, validation, and test datasets for GPT ...")
         builder = BlendedMegatronDatasetBuilder(
-            MockGPTDataset if args.mock_data else GPTDataset,
+            _kind(args),
             num_samples,
             functools.partial(self._is_built_here, vp_stage),
             _dataset_config(),
@@ -63,12 +75,24 @@ class DatasetsProvider:
     def _is_built_here(self, vp_stage: int | None) -> bool:
         if mpu.get_tensor_model_parallel_rank() != 0:
             return False
-        return get_args().dataloader_inter_document_masking or stage_needs_data(self._config, vp_stage)
+        return reads_boundaries() or stage_needs_data(self._config, vp_stage)
+
+
+def _kind(args: argparse.Namespace) -> Any:
+    if args.loss_on_answers:
+        return AnswerDatasets(run_tasks(args))
+    return MockGPTDataset if args.mock_data else GPTDataset
+
+
+def run_tasks(args: argparse.Namespace) -> Tasks:
+    """Return the tasks of a run that trains on answers."""
+    return Tasks.of(tuple(prefix for blend in data_blends(args) for prefix in blend))
 
 
 def _build(builder: BlendedMegatronDatasetBuilder) -> Any:
     try:
-        return builder.build()
+        # Megatron takes no data set without samples, which it makes of blends where none are asked for.
+        return [None if dataset is None or len(dataset) == 0 else dataset for dataset in builder.build()]
     except Exception as error:
         # Megatron's builder turns an OSError into an exception without a class of its own.
         if isinstance(error.__cause__, OSError):
@@ -86,9 +110,28 @@ def _cache_folders(args: argparse.Namespace) -> list[Path]:
 
 
 def data_blends(args: argparse.Namespace) -> list[list[str]]:
-    """Return the prefixes of each blend that the data flags name: one, or one a split."""
+    """Return the prefixes of each blend that the data flags name: one, or one a split.
+
+    Raises:
+        MoREError: If a weight is not a positive number.
+    """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    return [prefixes for prefixes, _ in filter(None, [blend, *(blend_per_split or [])])]
+    blends = list(filter(None, [blend, *(blend_per_split or [])]))
+    for weight in (weight for _, weights in blends for weight in weights or ()):
+        if not 0 < weight < math.inf:
+            raise MoREError(
+                f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
+            )
+    return [prefixes for prefixes, _ in blends]
+
+
+def counted_share(args: argparse.Namespace) -> float:
+    """Return the share of the training tokens that count in the loss of a run that trains on answers."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    prefixes, weights = blend or blend_per_split[0]
+    weights = weights or [read_index(idx_path(prefix)).bin_bytes for prefix in prefixes]
+    shares = [answer_density(prefix) if has_answers(prefix) else 1.0 for prefix in prefixes]
+    return sum(weight * share for weight, share in zip(weights, shares, strict=True)) / sum(weights)
 
 
 def _dataset_config() -> GPTDatasetConfig:

@@ -8,13 +8,17 @@ from typing import Any
 from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from more_megatron.config import MoREConfig
+from more_megatron.console import say
 from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import DepthSampler
+from more_megatron.platform.memory import check_fits_devices
 from more_megatron.platform.reports import count_flops_with
 from more_megatron.systems import get_system
-from more_megatron.systems.export import FEED_FORWARD
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]
+
+# Of a parameter: itself and its gradient in 16 bits, and the optimizer's copy and two moments.
+_BYTES, _TRAINED_BYTES = 2, 16
 
 
 def count_recurrence(config: MoREConfig) -> None:
@@ -26,9 +30,7 @@ def count_recurrence(config: MoREConfig) -> None:
     def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
         return step_flops(config, args, batch_size)
 
-    system = get_system(config.more_variant)
-    is_megatrons = not system.recurrent and system.expert_rows is FEED_FORWARD
-    count_flops_with(None if is_megatrons else count)
+    count_flops_with(None if get_system(config.more_variant).is_megatrons else count)
 
 
 def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) -> float:
@@ -45,19 +47,28 @@ def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) ->
 
 
 def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Print the size of the model and what a token costs, on rank 0."""
+    """Print the size of the model and what a token costs, on rank 0.
+
+    Raises:
+        MoREError: If no layout would fit the model into the memory there is.
+    """
     cost = _cost(config, args)
+    is_whole = not (args.skip_train or args.optimizer_cpu_offload)
+    check_fits_devices(
+        cost.parameters * (_TRAINED_BYTES if is_whole else _BYTES),
+        f"a model of {cost.parameters / 1e9:,.0f} B parameters",
+        "lower --num-layers, --hidden-size, --num-experts or --vocab-size, or take more ranks",
+    )
     depth = DepthSampler(config).expected()
-    if args.rank == 0:
-        print(
-            f"> {config.more_variant}: {cost.parameters / 1e6:.2f} M parameters, "
-            f"{cost.active_parameters / 1e6:.2f} M active a token, "
-            f"{cost.training_flops(depth.no_grad_steps, depth.grad_steps) / 1e6:.2f} MFLOP a token and training step "
-            f"(r = {depth.steps}, {depth.grad_steps} with gradient)",
-            flush=True,
-        )
+    say(
+        f"> {config.more_variant}: {cost.parameters / 1e6:.2f} M parameters, "
+        f"{cost.active_parameters / 1e6:.2f} M active a token, "
+        f"{cost.training_flops(depth.no_grad_steps, depth.grad_steps) / 1e6:.2f} MFLOP a token and training step "
+        f"(r = {depth.steps}, {depth.grad_steps} with gradient), seq_length {args.seq_length}"
+    )
 
 
 def _cost(config: MoREConfig, args: argparse.Namespace) -> Cost:
-    layers = get_system(config.more_variant).cost(config, args.seq_length)
-    return model_cost(config, layers, args.padded_vocab_size, tied=not args.untie_embeddings_and_output_weights)
+    system = get_system(config.more_variant)
+    layers, tied = system.cost(config, args.seq_length), not args.untie_embeddings_and_output_weights
+    return model_cost(system.stack(config), layers, args.padded_vocab_size, tied)

@@ -21,6 +21,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.transformer.module import MegatronModule
 
+from more_megatron.console import say
 from more_megatron.systems import System, get_system, names
 from more_megatron.systems.export import FEED_FORWARD
 from more_megatron.training.stored_flags import checkpoint_source, stored_arguments
@@ -47,8 +48,7 @@ def ask_for_former_weights(args: argparse.Namespace, model: list[MegatronModule]
         weights = _FormerWeights(system, parts=2 if saved.swiglu else 1, has_biases=saved.add_bias_linear)
         for chunk in model:
             weights.serve(chunk)
-        if args.rank == 0:
-            print(f"> {system.name} starts from {former}; drawn anew: {', '.join(weights.anew)}", flush=True)
+        say(f"> {system.name} starts from {former}; drawn anew: {', '.join(weights.anew)}")
     return model
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -17,8 +19,12 @@ from more_megatron.model.attached_loss import scale_attached_losses
 from more_megatron.model.depth import DepthSampler
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
-from more_megatron.training.batch import next_batch
+from more_megatron.training.batch import Batch, next_batch
+from more_megatron.training.datasets import run_tasks
+from more_megatron.training.evaluation import evaluated_steps
 from more_megatron.training.loss import language_model_loss
+from more_megatron.training.problems import greedy_tokens
+from more_megatron.training.row_length import row_length
 
 __all__ = ["forward_step"]
 
@@ -39,25 +45,57 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
     timers = get_timers()
     timers("batch-generator", log_level=2).start()
     with _straggler_timer(bdata=True):
-        batch = next_batch(data_iterator, gpt.config, gpt.vp_stage)
+        batch, length = _cut(next_batch(data_iterator, gpt.config, gpt.vp_stage), gpt.training)
     timers("batch-generator").stop()
-    micro_batch = _micro_batch(gpt)
+    micro_batch = _micro_batch(gpt, batch, length)
     if gpt.config.num_moe_experts is None:
         scale_attached_losses(gpt.config, get_num_microbatches())
-    with _straggler_timer:
+    with _straggler_timer, _greedy(gpt, batch) as predicted:
         output = model(
             batch.tokens,
             batch.position_ids,
-            batch.attention_mask,
+            batch.attention_mask if batch.problems is None else batch.problems.attention_mask,
             labels=batch.labels,
             loss_mask=batch.loss_mask,
             packed_seq_params=batch.packed_seq_params,
             extra_block_kwargs=micro_batch.block_kwargs(),
         )
-    is_reported = gpt.training and get_system(gpt.config.more_variant).recurrent
-    return output, functools.partial(
-        language_model_loss, batch.loss_mask, _reported_steps(gpt, micro_batch) if is_reported else None
-    )
+    figures = {}
+    if gpt.training and get_system(gpt.config.more_variant).recurrent:
+        figures["recurrence steps"] = _reported_steps(gpt, micro_batch)
+    if gpt.training and get_args().seq_length_curriculum is not None:
+        figures["sequence length"] = length
+    return output, functools.partial(language_model_loss, batch.loss_mask, figures, _answers(batch, predicted))
+
+
+def _cut(batch: Batch, training: bool) -> tuple[Batch, int]:
+    """Return the batch with rows of the length that the curriculum asks for, and this length."""
+    args = get_args()
+    length = row_length(args) if training else args.seq_length
+    return (batch if length == args.seq_length else batch.cut(length)), length
+
+
+@contextlib.contextmanager
+def _greedy(gpt: GPTModel, batch: Batch) -> Iterator[list[torch.Tensor]]:
+    """Inside the block, collect the likeliest tokens, [b, s], where answers are evaluated."""
+    predicted: list[torch.Tensor] = []
+    if batch.problems is None or gpt.training or not gpt.post_process:
+        yield predicted
+        return
+    hook = gpt.output_layer.register_forward_hook(lambda *call: predicted.append(greedy_tokens(call[-1][0])))
+    try:
+        yield predicted
+    finally:
+        hook.remove()
+
+
+def _answers(batch: Batch, predicted: list[torch.Tensor]) -> Callable[[torch.Tensor], Any] | None:
+    """Return what reports on answers, given the losses; None where none are evaluated."""
+    if not predicted:
+        return None
+    problems, labels, mask = batch.problems, batch.labels, batch.loss_mask
+    assert problems is not None and labels is not None and mask is not None  # noqa: PT018
+    return lambda losses: problems.report(run_tasks(get_args()), mask, losses, predicted[0] == labels)
 
 
 def _reported_steps(gpt: GPTModel, micro_batch: MicroBatch) -> float:
@@ -70,17 +108,20 @@ def _reported_steps(gpt: GPTModel, micro_batch: MicroBatch) -> float:
     return sum(DepthSampler(gpt.config).means(get_args().curr_iteration, get_num_microbatches()))
 
 
-def _micro_batch(gpt: GPTModel) -> MicroBatch:
-    """Return the depth and the sample ids of the micro-batch whose forward pass begins."""
+def _micro_batch(gpt: GPTModel, batch: Batch, length: int) -> MicroBatch:
+    """Return the depth and the sample ids of the micro-batch whose forward pass begins, with rows of this length."""
     args = get_args()
     config: MoREConfig = gpt.config
     sampler = DepthSampler(config)
+    starts = None if batch.problems is None else batch.problems.host_starts
     if not gpt.training:
-        return MicroBatch(sampler.evaluation())
+        return MicroBatch(sampler.evaluation(evaluated_steps()), starts=starts)
     index = _number_in_step(gpt)
     replica = mpu.get_data_parallel_rank()
     first = args.consumed_train_samples + (index * args.data_parallel_size + replica) * args.micro_batch_size
-    return MicroBatch(sampler.draw(args.curr_iteration, index), tuple(range(first, first + args.micro_batch_size)))
+    rows = args.seq_length // length
+    ids = range(first * rows, (first + args.micro_batch_size) * rows)
+    return MicroBatch(sampler.draw(args.curr_iteration, index), tuple(ids), starts)
 
 
 def _number_in_step(gpt: GPTModel) -> int:

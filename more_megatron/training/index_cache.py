@@ -12,6 +12,8 @@ from typing import IO
 
 import numpy as np
 
+from more_megatron.console import say
+
 __all__ = ["cache_folder", "only_writer", "remove_unusable_indices"]
 
 _DESCRIPTION = "description.txt"
@@ -45,7 +47,7 @@ def _lock(file: IO[str], folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(f"> waiting for another run that builds dataset indices in {folder}", flush=True)
+        say(f"> waiting for another run that builds dataset indices in {folder}")
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
@@ -63,7 +65,7 @@ def remove_unusable_indices(folders: Iterable[Path]) -> None:
             group = sorted(folder.glob(description.name.removesuffix(_DESCRIPTION) + "*"))
             reason = _reason_to_remove(description, group)
             if reason is not None:
-                print(f"> removing the dataset index {description.name.removesuffix('-' + _DESCRIPTION)}: {reason}")
+                say(f"> removing the dataset index {description.name.removesuffix('-' + _DESCRIPTION)}: {reason}")
                 for path in group:
                     path.unlink(missing_ok=True)
 

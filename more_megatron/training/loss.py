@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -14,13 +15,17 @@ _SPIKE_FACTOR = 10
 
 
 def language_model_loss(
-    loss_mask: torch.Tensor | None, recurrence_steps: float | None, losses: torch.Tensor
+    loss_mask: torch.Tensor | None,
+    figures: dict[str, float],
+    answers: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None,
+    losses: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """Sum the token losses of a micro-batch.
 
     Args:
         loss_mask: 1 for tokens that count, [b, s]; there on the last pipeline stage, which alone computes losses.
-        recurrence_steps: Steps that were taken, to be reported; None reports nothing.
+        figures: What else is reported of the micro-batch, by name.
+        answers: Returns what is reported of answers, sums and weights by name, given the losses; None reports nothing.
         losses: Cross-entropy of each token in nats, [b, s].
 
     Returns:
@@ -32,8 +37,10 @@ def language_model_loss(
     tokens = mask.sum().detach().to(torch.int)
     _check(loss)
     report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
-    if recurrence_steps is not None:
-        report["recurrence steps"] = torch.tensor([recurrence_steps, 1.0], device=loss.device)
+    for name, value in figures.items():
+        report[name] = torch.tensor([value, 1.0], device=loss.device)
+    if answers is not None:
+        report |= answers(losses.detach())
     return loss, tokens, report
 
 

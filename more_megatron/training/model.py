@@ -11,8 +11,10 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 
 from more_megatron.config import MoREConfig, config_class
 from more_megatron.errors import MoREError
+from more_megatron.model.attached_loss import weigh_attached_losses
 from more_megatron.model.builder import MoREModelConfig
 from more_megatron.systems import get_system
+from more_megatron.training.datasets import counted_share
 from more_megatron.training.former_weights import ask_for_former_weights
 
 __all__ = ["check_system", "model_config_from_args"]
@@ -31,9 +33,13 @@ def model_config_from_args(args: argparse.Namespace) -> MoREModelConfig:
     check_system(config)
     model_config = gpt_config_from_args(args, config, MoREModelConfig)
     if model_config.transformer_layer_spec is None:
+        if args.spec is not None:
+            raise MoREError(f"--spec {' '.join(args.spec)} cannot be imported: name a module and what it holds")
         model_config.transformer_layer_spec = system.stack(config)
     model_config.pre_wrap_hooks.append(_mark_experts)
     model_config.pre_wrap_hooks.append(functools.partial(ask_for_former_weights, args))
+    if args.loss_on_answers:
+        model_config.pre_wrap_hooks.append(functools.partial(_weigh_by_answers, args))
     return model_config
 
 
@@ -49,6 +55,13 @@ def check_system(config: MoREConfig) -> None:
     cut = system.stack(config).cut_group() if config.pipeline_model_parallel_size > 1 else None
     if cut is not None:
         raise MoREError(f"--more-variant {system.name} {cut}")
+
+
+def _weigh_by_answers(args: argparse.Namespace, model: list[MegatronModule]) -> list[MegatronModule]:
+    share = counted_share(args)
+    for chunk in model:
+        weigh_attached_losses(chunk.config, share)
+    return model
 
 
 def _mark_experts(model: list[MegatronModule]) -> list[MegatronModule]:

@@ -15,10 +15,12 @@ from more_megatron.blocks.statistics import IterationTracker
 from more_megatron.config import MoREConfig
 from more_megatron.monitoring.figures import Figures, report_to
 from more_megatron.systems import get_system
+from more_megatron.training.evaluation import evaluate_at_depths
 from more_megatron.training.flops import count_recurrence, print_cost
 from more_megatron.training.health import watch_health
+from more_megatron.training.row_length import announce_row_length
 
-__all__ = ["prepare_reports", "report_figures"]
+__all__ = ["extend_loop", "prepare_reports", "report_figures"]
 
 
 def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
@@ -33,7 +35,21 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
     system = get_system(config.more_variant)
     steps = config.max_steps if system.repeats_router else 0
     set_moe_metrics_tracker(IterationTracker(steps, system.losses(config)))
-    report_figures(system.figures(config))
+    extend_loop(config, args)
+
+
+def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
+    """Let Megatron's training loop do what it cannot by itself: report figures, evaluate at depths, cut rows, watch its health.
+
+    Args:
+        config: Model configuration.
+        args: Validated arguments.
+    """
+    report_figures(get_system(config.more_variant).figures(config))
+    if config.recurrence_eval_depths or args.loss_on_answers:
+        evaluate_at_depths(config)
+    if args.seq_length_curriculum is not None:
+        announce_row_length()
     watch_health(config, args)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from megatron.training.checkpointing import load_args_from_checkpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from more_megatron.checkpoint_files import checkpoint_to_load, fault, unnamed_iteration
+from more_megatron.console import say
 from more_megatron.errors import MoREError, last_line
 from more_megatron.flags import flag
 from more_megatron.systems import flag_names
@@ -51,7 +51,7 @@ def take_stored_flags(args: argparse.Namespace, given: set[str]) -> None:
     folder, checkpoint = source
     unnamed = unnamed_iteration(folder) if args.ckpt_step is None else None
     if unnamed is not None:
-        _say(f"> {checkpoint} is complete, and the tracker file of {folder} does not name it yet: continuing from it")
+        say(f"> {checkpoint} is complete, and the tracker file of {folder} does not name it yet: continuing from it")
         args.ckpt_step = unnamed
     if fault(checkpoint) is not None:  # said by `check_checkpoint`
         return
@@ -63,7 +63,7 @@ def take_stored_flags(args: argparse.Namespace, given: set[str]) -> None:
     for name in sorted(flag_names() - given):
         value = getattr(stored, name, None)
         if hasattr(stored, name) and value != getattr(args, name):
-            _say(f"> {flag(name)} {value}, as in {checkpoint}")
+            say(f"> {flag(name)} {value}, as in {checkpoint}")
             setattr(args, name, value)
 
 
@@ -100,8 +100,3 @@ def _take_megatron_arguments(args: argparse.Namespace) -> None:
     for name in ("pretrained_checkpoint", "load"):
         load_args_from_checkpoint(args, load_arg=name)
     args.spec, args.use_checkpoint_args = spec, False
-
-
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)

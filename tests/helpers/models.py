@@ -14,6 +14,7 @@ from more_megatron.model.builder import MoREModelBuilder, MoREModelConfig
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
+from more_megatron.training.problems import Problems
 
 __all__ = [
     "EXPERTS",
@@ -141,7 +142,13 @@ def redraw(module: torch.nn.Module, std: float) -> None:
         parameter.copy_(noise + 1.0 if "norm" in name else noise)
 
 
-def logits(model: GPTModel, embeddings: torch.Tensor, depth: Depth, sample_ids: tuple[int, ...] = ()) -> torch.Tensor:
+def logits(
+    model: GPTModel,
+    embeddings: torch.Tensor,
+    depth: Depth,
+    sample_ids: tuple[int, ...] = (),
+    starts: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the logits of a model, [b, s, vocabulary].
 
     Args:
@@ -149,13 +156,14 @@ def logits(model: GPTModel, embeddings: torch.Tensor, depth: Depth, sample_ids: 
         embeddings: Of the tokens, [s, b, h].
         depth: Recurrence steps.
         sample_ids: Of the sequences; empty as in evaluation.
+        starts: Where the problems of each row begin; None: a row is one sequence.
     """
     length, batch = embeddings.shape[:2]
     position_ids = torch.arange(length).expand(batch, length)
     return model(
         None,
         position_ids,
-        None,
+        None if starts is None else Problems(starts, torch.zeros_like(starts), length).attention_mask,
         decoder_input=embeddings,
-        extra_block_kwargs=MicroBatch(depth, sample_ids).block_kwargs(),
+        extra_block_kwargs=MicroBatch(depth, sample_ids, starts).block_kwargs(),
     )

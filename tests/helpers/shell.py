@@ -1,13 +1,14 @@
 """Runs shell scripts with stand-ins for their programs, and what they would have launched on ranks of the tests.
 
 A script is run by bash as it is. `torchrun`, `make` and `sbatch` only write down how they were called; `python` is
-real, but trains tokenizers of 400 pieces, and writes down conversions, which need what `torchrun` would have saved. The
-calls of `torchrun` can then be given to `parse`, or to `train_call`, and conversions to `convert`.
+real, but trains tokenizers of 400 pieces, and writes down tools that need what `torchrun` would have saved. Calls of
+`torchrun` can then be given to `parse`, or to `train_call`, those of tools to `use`.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import shlex
@@ -23,7 +24,7 @@ import pytest
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.ranks import run_ranks
 
-__all__ = ["PROJECT", "Call", "calls_of", "convert", "linter", "parse", "train_call"]
+__all__ = ["PROJECT", "Call", "calls_of", "linter", "parse", "train_call", "use"]
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -35,11 +36,16 @@ with open(os.environ["MORE_TEST_CALLS"], "a") as calls:
 _PYTHON = """#!/bin/sh
 case "$*" in
     *--train-tokenizer*) set -- "$@" --vocab-size 400 ;;
-    tools/convert_checkpoint.py*) shift; exec convert_checkpoint "$@" ;;
+    tools/convert_checkpoint.py*|tools/evaluate.py*|tools/analyze.py*)
+        tool=$(basename "$1" .py); shift; exec "$tool" "$@" ;;
 esac
 exec {python} "$@"
 """
 _ENTRY_POINT = "pretrain_more.py"
+
+
+# Tools, as in the script above.
+_NEED_CHECKPOINTS = ("convert_checkpoint", "evaluate", "analyze")
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Call:
     """How a script called a program.
 
     Attributes:
-        program: `torchrun`, `make`, `sbatch` or `convert_checkpoint`.
+        program: `torchrun`, `make`, `sbatch` or a tool that needs a checkpoint.
         arguments: Its arguments.
     """
 
@@ -99,7 +105,7 @@ def calls_of(
     _link_project(folder)
     programs.mkdir(exist_ok=True)
     record.write_text("")
-    recorded = dict.fromkeys(("torchrun", "make", "sbatch", "convert_checkpoint"), _RECORDER)
+    recorded = dict.fromkeys(("torchrun", "make", "sbatch", *_NEED_CHECKPOINTS), _RECORDER)
     for name, text in {**recorded, "python": _PYTHON}.items():
         (programs / name).write_text(text.format(python=sys.executable))
         (programs / name).chmod(0o755)
@@ -128,36 +134,36 @@ def parse(call: Call, folder: Path) -> None:
     run_ranks(1, _parse_in_world_of, call.flags, call.world_size, str(folder))
 
 
-def train_call(call: Call, smaller: str, folder: Path) -> list[Ended]:
+def train_call(call: Call, smaller: str, folder: Path, environment: Mapping[str, str] | None = None) -> list[Ended]:
     """Run a call on ranks of the tests.
 
     Args:
         call: A call of `torchrun` on one node.
         smaller: Flags that take precedence over those of the call.
         folder: Where relative paths begin.
+        environment: Variables that the script has set for it.
     """
     command_line = f"{shlex.join(call.flags)} {smaller}"
-    return pretrain_more(call.ranks_of_node, command_line, prepare=functools.partial(os.chdir, folder))
+    return pretrain_more(call.ranks_of_node, command_line, environment, functools.partial(os.chdir, folder))
 
 
-def convert(call: Call, folder: Path) -> None:
-    """Run a conversion.
+def use(call: Call, smaller: str, folder: Path) -> None:
+    """Run a tool.
 
     Args:
-        call: A call of `convert_checkpoint`.
+        call: A call of a tool that needs a checkpoint.
+        smaller: Flags that take precedence over those of the call.
         folder: Where relative paths begin.
 
     Raises:
         AssertionError: If it fails.
     """
-    run_ranks(1, _convert, call.arguments, str(folder))
+    run_ranks(1, _use, call.program, [*call.arguments, *smaller.split()], str(folder))
 
 
-def _convert(arguments: list[str], folder: str) -> None:
-    from tools.convert_checkpoint import main
-
+def _use(tool: str, arguments: list[str], folder: str) -> None:
     os.chdir(folder)
-    assert main([*arguments, "--no-progress"]) == 0
+    assert importlib.import_module(f"tools.{tool}").main(arguments) == 0
 
 
 def _link_project(folder: Path) -> None:

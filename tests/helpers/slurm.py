@@ -49,10 +49,8 @@ case "$1 $2" in
     *) exit 1 ;;
 esac
 """
-# It imports Megatron once, and its ranks are forked from it: they start in a fraction of the time.
 _TORCHRUN = """#!/bin/sh
-exec {python} -c 'import tests.helpers.preload, torch.distributed.run as run; run.main()' \\
-    --run-path --start-method fork "$@"
+exec {python} -m tests.helpers.forking_torchrun "$@"
 """
 _SCANCEL = """#!/usr/bin/env bash
 [[ $1 == --signal=TERM && $2 == "$SLURM_JOB_ID" ]] || exit 1

@@ -17,9 +17,8 @@ from more_megatron.systems import get_system
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
-from more_megatron.training.health import watch_health
 from more_megatron.training.model import model_config_from_args
-from more_megatron.training.reporting import report_figures
+from more_megatron.training.reporting import extend_loop
 from tests.helpers.corpus import shared_corpus
 
 __all__ = ["TINY", "TINY_ON_FILES", "History", "dense", "train"]
@@ -36,6 +35,13 @@ TINY_ON_FILES = (
 
 # The same on random tokens.
 TINY = f"{TINY_ON_FILES} --data-path {shared_corpus()} --split 90,10,0"
+
+
+# What `extend_loop` puts others in the place of.
+_REPLACED = (
+    *("training_log", "evaluate", "evaluate_and_print_results", "get_forward_backward_func"),
+    *("train_step", "checkpoint_and_decide_exit"),
+)
 
 
 def dense(command_line: str) -> str:
@@ -68,7 +74,7 @@ def train(command_line: str) -> History:
     """
     history = History()
     original = training.training_log
-    others = training.train_step, training.checkpoint_and_decide_exit
+    replaced = {name: getattr(training, name) for name in _REPLACED}
 
     def record(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # The arguments of `training_log` up to the gradient norm, which Megatron passes by position.
@@ -87,8 +93,7 @@ def train(command_line: str) -> History:
     model_config = model_config_from_args(args)
     names = get_system(args.more_variant).figures(model_config.transformer)
     training.training_log = record
-    report_figures(names)
-    watch_health(model_config.transformer, args)
+    extend_loop(model_config.transformer, args)
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config),
@@ -100,6 +105,6 @@ def train(command_line: str) -> History:
         if leaving.code:
             raise
     finally:
-        training.training_log = original
-        training.train_step, training.checkpoint_and_decide_exit = others
+        for name, function in replaced.items():
+            setattr(training, name, function)
     return history

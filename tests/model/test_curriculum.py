@@ -10,13 +10,13 @@ from more_megatron.model.curriculum import Curriculum
 
 def test_each_entry_holds_from_its_iteration_on() -> None:
     curriculum = Curriculum("0:1,10:2, 20:4")
-    assert [curriculum.steps_at(step) for step in (0, 9, 10, 19, 20, 1_000_000)] == [1, 1, 2, 2, 4, 4]
+    assert [curriculum.at(step) for step in (0, 9, 10, 19, 20, 1_000_000)] == [1, 1, 2, 2, 4, 4]
     assert curriculum.last == 4
 
 
 def test_steps_may_shrink() -> None:
     curriculum = Curriculum("0:8,5:2")
-    assert [curriculum.steps_at(step) for step in (4, 5)] == [8, 2]
+    assert [curriculum.at(step) for step in (4, 5)] == [8, 2]
     assert curriculum.last == 2
 
 
@@ -25,7 +25,7 @@ def test_steps_may_shrink() -> None:
     [
         ("0:1,20:2,10:4", "out of order"),
         ("0:1,10:2,10:4", "out of order"),
-        ("5:1,10:2", "0:STEPS"),
+        ("5:1,10:2", "0:NUMBER"),
         ("0:0", "'0:0'"),
         ("0:-1", "'0:-1'"),
         ("0:1,ten:2", "'ten:2'"),

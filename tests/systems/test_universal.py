@@ -131,7 +131,11 @@ def test_wrong_settings_end_in_one_line() -> None:
     for fields, message in (
         ({"halting_epsilon": 1.0}, "--halting-epsilon 1.0 must be from 0 to below 1"),
         ({"ponder_coeff": -1.0}, "--ponder-coeff -1.0 must be at least 0"),
-        ({"recurrence_eval_steps": 5}, "lower --recurrence-eval-steps 5, .* or give --universal-time-signal sinusoid"),
+        (
+            {"recurrence_eval_steps": 5},
+            "at 5: lower --recurrence-eval-steps .* or give --universal-time-signal sinusoid",
+        ),
+        ({"recurrence_eval_depths": [2, 7]}, "at 7: lower .* --recurrence-eval-depths"),
         ({"add_bias_linear": True}, "leave out --enable-bias-linear"),
         ({"num_layers": 2, "pipeline_model_parallel_size": 2, "pipeline_dtype": torch.float32}, "a group must lie on"),
     ):

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
+from more_megatron.errors import one_line
+from more_megatron.platform import initialize_platform
+from more_megatron.training.arguments import parse_arguments
+from more_megatron.training.checkpoints import check_checkpoint
+from more_megatron.training.data_checks import check_data
+from more_megatron.training.flops import print_cost
+from more_megatron.training.model import model_config_from_args
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import Ended, pretrain_more
+from tests.helpers.ranks import run_ranks
+from tests.helpers.reuse import _read_each_docstring_once, forget_run
 from tests.helpers.training import TINY, TINY_ON_FILES
 
 _UNIFORM = "--recurrence-sampling uniform"
@@ -18,27 +29,28 @@ FLAGS = {
     "--more-variant nonsense": "--more-variant nonsense does not exist: choose one of ",
     f"{_UNIFORM} --recurrence-min-steps 4 --recurrence-max-steps 2": "2 is below --recurrence-min-steps 4",
     "--recurrence-backprop-steps 0": "--recurrence-backprop-steps 0 must be at least 1",
+    "--recurrence-steps 1000000000": "--recurrence-steps 1000000000 must be below",
+    "--recurrence-residual-scale nan": "--recurrence-residual-scale nan",
     "--no-such-flag 3": "unrecognized arguments: --no-such-flag 3",
+    "--num-laers 3": "unrecognized arguments: --num-laers 3; did you mean --num-layers?",
     "--num-layers four": "--num-layers: invalid int value: 'four'",
     "--optimizer magic": "--optimizer: invalid choice: 'magic'",
-    "--num-layers 0": "--num-layers 0 must be at least 1",
+    "--exit-signal X": "--exit-signal: invalid value: 'X' (choose from SIGHUP",
+    "--moe-layer-freq 1/0": "--moe-layer-freq: invalid value: '1/0'",
     "--hidden-size 33": "--hidden-size 33 is not divisible by --num-attention-heads 4",
+    "--kv-channels 15": "heads of an even width",
     "--group-query-attention --num-query-groups 3": "--num-attention-heads 4 is not divisible by --num-query-groups 3",
     "--moe-router-topk 5": "--moe-router-topk 5 is above --num-experts 4",
     "--moe-layer-freq ([1]*3)": "--moe-layer-freq names 3 layers, --num-layers is 4",
-    "--moe-router-load-balancing-type sinkhorn": "give --moe-aux-loss-coeff 0",
-    "--expert-model-parallel-size 3": "--num-experts 4 is not divisible by --expert-model-parallel-size 3",
-    "--expert-model-parallel-size 2": "the number of ranks, 1, is not divisible by 2",
-    "--tensor-model-parallel-size 2": "the number of ranks, 1, is not divisible by 2",
-    "--max-position-embeddings 8": "--max-position-embeddings 8 is below --seq-length 16",
-    "--context-parallel-size 1 --seq-length 0": "--seq-length 0 must be at least 1",
+    "--moe-layer-freq 0": "--moe-layer-freq 0 must be at least 1",
+    "--expert-model-parallel-size 3": "expert model parallel",
+    "--tensor-model-parallel-size 2": "world size (1) is not divisible",
+    "--max-position-embeddings 8": "max_position_embeddings (8)",
     "--transformer-impl transformer_engine": "Transformer Engine is not installed",
-    "--distributed-backend nccl": "--distributed-backend nccl needs a GPU",
-    "--cuda-graph-impl local": "--cuda-graph-impl local needs a GPU",
+    "--cuda-graph-impl local": "--cuda-graph-impl",
     "--fp8-format hybrid": "--fp8-format needs --transformer-impl transformer_engine",
     "--overlap-moe-expert-parallel-comm": "only supported with expert model parallelism",
-    "--enable-bias-linear": "shared experts have no biases",
-    "--enable-bias-linear --moe-shared-expert-intermediate-size 0": "needs --transformer-impl transformer_engine",
+    "--enable-bias-linear": "needs --transformer-impl transformer_engine",
     "--optimizer sgd": "--no-use-distributed-optimizer",
     "--recompute-granularity full": "recompute_method",
     f"{_UNIFORM} --overlap-grad-reduce --recompute-granularity selective --recompute-modules moe": (
@@ -48,6 +60,7 @@ FLAGS = {
     "--save /tmp/somewhere": "--save needs --save-interval",
     "--tokenizer-type SentencePieceTokenizer": "needs --tokenizer-model",
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model /no/such.model": "/no/such.model does not exist",
+    "--tokenizer-type SentencePieceTokenizer --tokenizer-model /dev/null": "/dev/null does not exist, or is empty",
     "--tokenizer-type HuggingFaceTokenizer --tokenizer-model /no/such": "/no/such",
     "--rampup-batch-size 2 2 8": "--rampup-batch-size has no effect: give --step-batch-size-schedule",
     "--use-flash-attn": "--attention-backend flash",
@@ -56,6 +69,72 @@ FLAGS = {
     "--img-h 224": "--img-h has no effect in pretraining",
     "--use-checkpoint-args": "--use-checkpoint-args needs a checkpoint in --load",
     "--load /no/such/folder": "there is no checkpoint in --load /no/such/folder",
+    "--pretrained-checkpoint /no/such": "there is no checkpoint in --pretrained-checkpoint /no/such",
+    "--bf16 --fp16": "--bf16 and --fp16 exclude each other",
+    "--lr-warmup-iters 6": "--lr-warmup-iters 6 must be below --lr-decay-iters",
+    "--train-samples 24": "--train-iters 6 and --train-samples 24 exclude each other",
+    "--split a,b,c": "--split a,b,c must be up to three shares",
+    "--split 0,0,0": "--split 0,0,0 must be up to three shares",
+    "--data-path": "a flag of data is empty",
+    "--data-path -1 a 2 b": "the weight -1.0 of a blend of data must be above 0",
+    "--data-path nan a 2 b": "the weight nan of a blend of data must be above 0",
+    "--async-save --ckpt-format torch": "--async-save needs --ckpt-format torch_dist",
+    "--wandb-project more": "--wandb-project needs a folder",
+    "--dataloader-type external": "--dataloader-type external is not supported",
+    "--spec no.module name": "--spec no.module name cannot be imported",
+    "--hidden-size 4000000": "B parameters would take",
+}
+
+# Numbers outside of their range, with the words of the range.
+OUT_OF_RANGE = {
+    "at least 1": (
+        *("--num-layers 0", "--num-experts -1", "--seq-length 0", "--train-iters 0", "--kv-channels 0", "--seed -1"),
+        *("--num-query-groups 0", "--ffn-hidden-size 0", "--recompute-num-layers 0", "--exit-interval 0"),
+        *("--log-interval 0", "--save-interval 0", "--make-vocab-size-divisible-by 0", "--lr-decay-iters 0"),
+    ),
+    "at most": ("--num-layers 100000", "--train-iters 1000000000000000000", "--num-workers 100000"),
+    "at least 0": (
+        *("--weight-decay -1", "--num-workers -1", "--init-method-std -1", "--lr inf", "--lr nan", "--eval-iters -1"),
+        *("--clip-grad -1", "--moe-aux-loss-coeff nan", "--moe-z-loss-coeff inf", "--min-lr -1"),
+    ),
+    "above 0": ("--rotary-base 0", "--moe-expert-capacity-factor -1", "--rotary-percent 2", "--adam-eps 0"),
+    "below 1": ("--adam-beta1 1.5", "--attention-dropout 1", "--hidden-dropout -0.1", "--lr-warmup-fraction 2"),
+}
+
+# What the table lets through.
+RIGHT = (
+    *(
+        "",
+        "--lr 0",
+        "--clip-grad 0",
+        "--weight-decay 0",
+        "--moe-aux-loss-coeff 0",
+        "--moe-layer-freq 2",
+        "--moe-layer-freq [0,1,1,0]",
+        "--rotary-percent 0.5",
+    ),
+    *(
+        "--manual-gc --manual-gc-interval 0",
+        "--lr-warmup-iters 5",
+        "--exit-signal SIGUSR1",
+        "--split 100,0,0",
+        "--fp16",
+    ),
+    *(
+        "--moe-shared-expert-intermediate-size 0",
+        "--window-size 4,0",
+        "--moe-expert-capacity-factor 1.0",
+        "--hidden-dropout 0",
+    ),
+)
+
+# What Megatron refuses after the world has begun.
+LATE = {
+    "--expert-model-parallel-size 2": "world_size (1) is not divisible",
+    "--distributed-backend nccl": "no GPUs found",
+    "--moe-router-load-balancing-type sinkhorn": "Sinkhorn routing does not support aux loss",
+    "--window-size 4,0 --lr-wsd-decay-iters 0": "must be at least 1",
+    "--eval-iters 10000000000 --eval-interval 1": "samples would take",
 }
 
 
@@ -69,9 +148,66 @@ def refused(ended: Ended, *parts: str) -> None:
         assert part in lines[0]
 
 
+@pytest.fixture(scope="module")
+def lines() -> dict[str, str | None]:
+    """Return what the program says to each of the flags, None where it would train."""
+    flags = [*FLAGS, *(flag for group in OUT_OF_RANGE.values() for flag in group), *RIGHT]
+    return dict(zip(flags, run_ranks(1, _lines, flags)[0], strict=True))
+
+
+def _lines(all_flags: list[str]) -> list[str | None]:
+    """Do what the program does before it starts a world, for each of the flags."""
+    _read_each_docstring_once()
+    found: list[str | None] = []
+    for flags in all_flags:
+        sys.argv = ["pretrain_more.py", *shlex.split(f"{TINY} {flags}")]
+        try:
+            args = parse_arguments(initialize_platform())
+            model_config = model_config_from_args(args)
+            check_data(args)
+            check_checkpoint(args)
+            print_cost(model_config.transformer, args)
+            found.append(None)
+        except Exception as error:
+            found.append(one_line(error))
+        forget_run()
+    return found
+
+
 @pytest.mark.parametrize("flags", FLAGS)
-def test_wrong_flags(flags: str) -> None:
-    refused(pretrain_more(1, f"{TINY} {flags}")[0], FLAGS[flags])
+def test_wrong_flags(flags: str, lines: dict[str, str | None]) -> None:
+    assert FLAGS[flags] in (lines[flags] or "it was taken")
+
+
+@pytest.mark.parametrize("words", OUT_OF_RANGE)
+def test_numbers_out_of_range(words: str, lines: dict[str, str | None]) -> None:
+    for flags in OUT_OF_RANGE[words]:
+        assert (lines[flags] or "it was taken").startswith(f"{flags} must be")
+        assert words in (lines[flags] or "")
+
+
+def test_what_is_right_is_taken(lines: dict[str, str | None]) -> None:
+    assert [(flags, lines[flags]) for flags in RIGHT if lines[flags] is not None] == []
+
+
+@pytest.mark.parametrize("flags", LATE)
+def test_what_is_found_later(flags: str) -> None:
+    refused(pretrain_more(1, f"{TINY} {flags}")[0], LATE[flags])
+
+
+def test_a_failure_of_one_rank_alone_is_one_line_of_that_rank() -> None:
+    first, second = pretrain_more(2, f"{TINY} --expert-model-parallel-size 2", prepare=_fail_on_rank_1)
+    refused(second, "ZeroDivisionError at tests/training/test_refusals.py", "MORE_TRACEBACK=1")
+    assert "error" not in first.stderr
+
+
+def _fail_on_rank_1() -> None:
+    import os
+
+    from megatron.training import training
+
+    if os.environ["RANK"] == "1":
+        training.train_step = lambda *_, **__: 1 // 0
 
 
 def test_one_line_from_all_ranks_together() -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from more_megatron.checkpoint_files import newest_complete_iteration
+from more_megatron.console import LOG
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import losses_by_iteration, pretrain_more
 from tests.helpers.ranks import alone
@@ -100,8 +102,33 @@ def test_refusal_is_one_line_of_ours(tmp_path: Path) -> None:
         assert process.wait(timeout=240) != 0
     output = log.read_text()
     assert output.count("pretrain_more.py: error: --more-variant nonsense does not exist") == 1
+    assert output.count("pretrain_more.py: error: ") == 1
     # torchrun's own report holds the one there is.
     assert output.count("Traceback") == 1
+
+
+def test_quiet_start_and_an_interruption_that_says_how_to_go_on(tmp_path: Path) -> None:
+    save, logs = tmp_path / "save", [tmp_path / "first.log", tmp_path / "verbose.log"]
+    flags = f"{TINY} --train-iters 100000 --save {save} --save-interval 2 --expert-model-parallel-size 2"
+    with alone(2), _torchrun(flags, logs[0]) as process:
+        _wait_for(lambda: " iteration        5/" in logs[0].read_text(), process, logs[0])
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=120)
+    output = logs[0].read_text()
+    before, _, after = output.partition(" iteration        1/")
+    assert len(before.splitlines()) < 15, before
+    assert "> recurrent_moe: 0.09 M parameters" in before
+    assert (save / LOG).read_text().count("- arguments -") == 1
+    assert "model-and-optimizer-setup" in (save / LOG).read_text()
+    for noise in ("Evaluating iter", "common state dict differs", "RerunStateMachine"):
+        assert noise not in output
+    newest = newest_complete_iteration(save)
+    assert after.count("pretrain_more.py: ") == 1, after[-3000:]
+    assert f"interrupted: the same command with --load {save} continues from iteration {newest}" in after
+
+    with alone(2), _torchrun(f"{flags} --verbose-start --load {save} --train-iters {newest}", logs[1]) as process:
+        assert process.wait(timeout=240) == 0, logs[1].read_text()[-3000:]
+    assert len(logs[1].read_text().splitlines()) > 700
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

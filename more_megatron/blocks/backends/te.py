@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import transformer_engine.pytorch as te
-from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_submodules
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -50,6 +51,7 @@ class TransformerEngineBackend(Backend):
         attention = submodules.self_attention.submodules
         attention = dataclasses.replace(
             attention,
+            core_attention=_Attention,
             q_layernorm=_without_state(attention.q_layernorm),
             k_layernorm=_without_state(attention.k_layernorm),
         )
@@ -62,9 +64,7 @@ class TransformerEngineBackend(Backend):
 
     def sandwich_parts(self) -> SandwichParts:
         parts = TESpecProvider()
-        return SandwichParts.of(
-            self.norm(), parts.core_attention(), parts.column_parallel_linear(), parts.row_parallel_linear()
-        )
+        return SandwichParts.of(self.norm(), _Attention, parts.column_parallel_linear(), parts.row_parallel_linear())
 
     def norm(self) -> LayerNormBuilder:
         return _without_state(TENorm)
@@ -113,6 +113,23 @@ class TransformerEngineBackend(Backend):
         config = copy.copy(config)
         config.normalization, config.layernorm_zero_centered_gamma = "RMSNorm", False
         return self.norm()(config, config.hidden_size, config.layernorm_epsilon)
+
+
+class _Attention(TEDotProductAttention):
+    """Megatron's, which reads a mask where there is one: under the causal type Transformer Engine would not."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend; arguments as for Megatron's."""
+        kind = attn_mask_type if attention_mask is None else AttnMaskType.arbitrary
+        return super().forward(query, key, value, attention_mask, kind, **kwargs)
 
 
 class _WithoutExtraState:

@@ -135,7 +135,7 @@ def mutual_information(counts: np.ndarray) -> float:
 
 
 def jaccard(first: Tensor, second: Tensor) -> Tensor:
-    """Return how alike two decisions of [b s, k] are, for each token, [b s]: shared experts over all experts of both."""
+    """Return how alike decisions of [b s, k] are, for each token, [b s]: shared experts over all experts of both."""
     shared = (first.unsqueeze(2) == second.unsqueeze(1)).any(2).sum(1).float()
     return shared / (first.size(1) + second.size(1) - shared)
 

@@ -11,12 +11,12 @@ import numpy as np
 __all__ = ["KINDS", "TokenKinds"]
 
 KINDS = ("numeric", "punctuation", "word", "sub-word", "single character", "other")
-"""`word`: a whole word in one token; `sub-word`: a part of one; `other`: spaces, parts of characters, special tokens."""
+"""`word`: a whole word in one token; `sub-word`: a part of one; `other`: spaces, parts of characters, specials."""
 
 _NUMERIC, _PUNCTUATION, _WORD, _SUB_WORD, _SINGLE, _OTHER = range(len(KINDS))
 # What marks the beginning of a word in SentencePiece and in byte-level BPE, where a line break has a sign, too.
 _SPACES = str.maketrans({"\u2581": " ", "\u0120": " ", "\u010a": "\n", "\u0109": "\t"})
-_CONTINUES = "##"
+_CONTINUATION = re.compile(r"##(?=\w)")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -35,8 +35,10 @@ class TokenKinds:
         self._texts += [""] * (vocab_size - len(pieces))
         self._names = [*(str(piece) for piece in pieces), *(["<unused>"] * (vocab_size - len(pieces)))]
         self._base = np.array([_base_kind(text.strip()) for text in self._texts], dtype=np.int8)
-        # Of words: whether a token begins one by itself, whatever stands before it.
-        self._begins = np.array([text[:1].isspace() for text in self._texts])
+        # Whether a token begins a word, whatever stands before it; WordPiece marks those that do not.
+        self._begins = np.array([_CONTINUATION.match(name) is None for name in self._names])
+        if self._begins.all():
+            self._begins = np.array([text[:1].isspace() for text in self._texts])
 
     def of(self, tokens: Sequence[int]) -> np.ndarray:
         """Return the index in `KINDS` of each token of a text, [s]: parts of words are told by their neighbours."""
@@ -59,9 +61,7 @@ def _text(piece: str | bytes) -> str:
     text = piece.decode("utf-8", "replace") if isinstance(piece, bytes) else piece
     if byte := _BYTE.fullmatch(text):
         return bytes.fromhex(byte[1]).decode("ascii", "ignore")
-    if text.startswith(_CONTINUES) and len(text) > len(_CONTINUES):
-        return text[len(_CONTINUES) :]
-    return text.translate(_SPACES)
+    return text[2:] if _CONTINUATION.match(text) else text.translate(_SPACES)
 
 
 def _base_kind(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +71,16 @@ class CellExperts(nn.Module):
 class IteratedMoE(MoREMoE):
     """Experts that are called with the rows, and with what rows these are."""
 
+    experts: Any
+
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return weighted outputs, [rows, h]."""
-        return routing.weigh(self.experts(routing.dispatch(x), Rows(context, self.layer_idx, routing)))
+        rows = Rows(context, self.layer_idx, routing, self._stream)
+        return routing.weigh(self.experts(routing.dispatch(x), rows))
+
+    def _stream(self, state: Tensor, rows: Rows) -> Tensor:
+        output = rows.routing.weigh(self.experts.output(state, rows.routing))
+        return rows.context.stream + rows.routing.combine(output)
 
 
 def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

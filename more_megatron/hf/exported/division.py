@@ -83,6 +83,7 @@ class InjectedLoop(Loop):
 
     def enter(self, state: Tensor, hidden_states: Tensor, step: int, rows: Rows) -> Tensor:
         """Return what enters a pass, given the state and the input of the group, [b, s, h]."""
+        hidden_states = rows.take(hidden_states)
         if self.adapter is None:
             return self.add(state, hidden_states, step)
         return self.adapter(torch.cat((state, hidden_states), dim=-1))

@@ -11,6 +11,7 @@ from .cell_experts import CellExperts, IteratedMoE
 from .fields import Config
 from .interface import System
 from .recurrence import Rows, State, recur
+from .routing import Routing
 
 __all__ = ["SYSTEM"]
 
@@ -41,7 +42,11 @@ class GRUExperts(CellExperts):
             return (torch.lerp(new, state.to(new.dtype), update.sigmoid()),)
 
         (state,) = recur(step, (self.expand(x, rows.routing),), rows)
-        return self.linear(state, "fc2", rows.routing)
+        return self.output(state, rows.routing)
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return what follows from last states, [rows, h], given [rows, m]."""
+        return self.linear(state, "fc2", routing)
 
 
 class GRUExpertsMoE(IteratedMoE):

@@ -129,6 +129,10 @@ class System:
         """Return how many initial states a call may give."""
         return 0
 
+    def caches_steps(self, config: Config) -> bool:
+        """Return whether a cache has keys and values of each step."""
+        return any(group.loop is not None for group in self.groups(config))
+
     def embedding_scale(self, config: Config) -> float:
         """Return the factor on embeddings."""
         return 1.0

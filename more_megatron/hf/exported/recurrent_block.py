@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ from .experts import MoREMoE
 from .fields import Config, Field
 from .grouped import grouped_linear
 from .initialization import layers_passed, takase_normal
+from .interface import System
 from .norms import rms_norm
 from .recurrence import Rows, State, recur
 from .rotary import rotate
 from .routing import Routing
+from .row_mask import RowMask
 
-__all__ = ["BlockRows", "MixingMoE", "RecurrentBlock", "block_width"]
+__all__ = ["BlockRows", "BlockSystem", "MixingMoE", "RecurrentBlock", "block_width"]
 
 
 def block_width(hidden_sizes: int) -> Field:
@@ -41,8 +44,19 @@ class BlockRows(Rows):
         memory: Where keys and values are kept.
     """
 
-    mask: Tensor | None
+    mask: Tensor | RowMask | None
     memory: Memory
+
+    def select(self, places: Tensor) -> Self:
+        """Return the rows of some tokens."""
+        found = super().select(places)
+        memory, mask = self.memory.select(self.context.shape, places), found.context.mask
+        if isinstance(self.mask, Tensor) and self.routing is not None:
+            topk = self.routing.shape[1]
+            # [b, s, k, keys], then expert by expert as the rows of a sequence stand.
+            visible = self.mask[:, 0].unflatten(1, (topk, -1)).transpose(1, 2).flatten(0, 1)[places]
+            mask = RowMask(visible.transpose(0, 1).flatten(0, 1), (places // self.context.shape[1]).repeat(topk))
+        return replace(found, mask=mask, memory=memory)
 
 
 class RecurrentBlock(nn.Module):
@@ -102,7 +116,7 @@ class RecurrentBlock(nn.Module):
         injected = self._linear(x, adapter_input, rows)
 
         def step(number: int, rows: BlockRows, state: Tensor) -> State:
-            mixed = self._linear(state, adapter_state, rows) + injected
+            mixed = self._linear(state, adapter_state, rows) + rows.take(injected)
             attended = self._attention(self._norm(mixed, 1, rows), rows, number)
             mixed = self._norm(mixed + attended, 2, rows)
             return (self._norm(mixed + self._mlp(self._norm(mixed, 3, rows), rows), 4, rows),)
@@ -120,7 +134,7 @@ class RecurrentBlock(nn.Module):
         qkv = qkv.unflatten(-1, (groups, -1, config.head_dim)).permute(0, 3, 4, 1, 2, 5)
         query = rotate(qkv[:, :, :-2].flatten(1, 2), rows.context.rotation, config.rotary_interleaved)
         key = rotate(qkv[:, :, -2], rows.context.rotation, config.rotary_interleaved)
-        extended = rows.memory.extend(f"step.{step}", key.flatten(1, 2), qkv[:, :, -1].flatten(1, 2))
+        extended = rows.memory.at_step(step).extend("", key.flatten(1, 2), qkv[:, :, -1].flatten(1, 2))
         key, value = (part.unflatten(1, (groups, -1)).flatten(2, 3) for part in extended)
         output = attend(query.flatten(2, 3), key, value, rows.mask)
         output = output.transpose(1, 2).flatten(2)
@@ -154,8 +168,28 @@ class MixingMoE(MoREMoE):
         query, key = routing.chosen.transpose(1, 2).flatten(1), chosen.squeeze(1).transpose(1, 2).flatten(1)
         same = query.unsqueeze(2) == key.unsqueeze(1)
         mask = same.unsqueeze(1) & context.visible.repeat(1, 1, topk, topk)
-        return BlockRows(context, self.layer_idx, routing, mask=mask, memory=memory.at("block"))
+        return BlockRows(context, self.layer_idx, routing, self.stream, mask=mask, memory=memory.at("block"))
+
+    def stream(self, state: Tensor, rows: BlockRows) -> Tensor:
+        """Return what the next layer would be given if the recurrence ended now, shaped as tokens."""
+        return rows.context.stream + rows.routing.combine(self.output(state, rows.routing))
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return the weighted outputs that follow from last states, [rows, h] each."""
+        return routing.weigh(state)
 
     def initial_rows(self, x: Tensor, routing: Routing, context: CallContext) -> Tensor:
         """Return the initial state of each row, [rows, h]."""
         return routing.dispatch(context.initial_state(self.layer_idx, x))
+
+
+class BlockSystem(System):
+    """Layers with recurrent blocks: one initial state a layer, and attention in every step."""
+
+    def num_states(self, config: Config) -> int:
+        """Return the number of layers."""
+        return config.num_hidden_layers
+
+    def caches_steps(self, config: Config) -> bool:
+        """Return whether a layer has a block."""
+        return any(config.moe_layers)

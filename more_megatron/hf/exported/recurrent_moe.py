@@ -30,14 +30,15 @@ class IteratedLayer(MoRELayer):
         scale = self.config.residual_scale
         decisions: list[Tensor] = []
 
-        def step(number: int, rows: Rows, state: Tensor) -> State:
+        def step(number: int, rows: Rows, state: Tensor, *former: Tensor) -> State:
             normed = self.post_attention_layernorm(state)
-            decisions.append(averaged_logits(self.config, self.mlp.gate(normed), *decisions[-1:]))
-            output = self.mlp.mix(normed, decisions[-1], rows.context, memory)
-            return (state + (output if scale == 1.0 else output * scale),)
+            logits = averaged_logits(self.config, self.mlp.gate(normed), *former)
+            decisions.append(logits)
+            output = self.mlp.mix(normed, logits, rows.context, memory)
+            return state + (output if scale == 1.0 else output * scale), logits
 
-        (hidden_states,) = recur(step, (hidden_states,), Rows(context, self.layer_idx))
-        return (hidden_states, *decisions)
+        rows = Rows(context, self.layer_idx, stream=lambda state, _: state)
+        return (recur(step, (hidden_states,), rows)[0], *decisions)
 
 
 class RecurrentMoE(System):

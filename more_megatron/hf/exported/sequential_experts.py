@@ -9,6 +9,7 @@ from .cell_experts import CellExperts, IteratedMoE, lstm_cell
 from .fields import Config
 from .interface import System
 from .recurrence import Rows, State, recur
+from .routing import Routing
 
 __all__ = ["SYSTEM"]
 
@@ -38,6 +39,10 @@ class SequentialExperts(CellExperts):
 
         refined = self.feed_forward(x, rows.routing)
         return recur(step, (refined, torch.zeros_like(refined)), rows)[0]
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return the last state, which is the output."""
+        return state
 
 
 class SequentialExpertsMoE(IteratedMoE):

@@ -114,7 +114,7 @@ class UniversalLoop(Loop):
 
         nothing = hidden_states.new_zeros((*hidden_states.shape[:-1], 1), dtype=torch.float32)
         first = (torch.zeros_like(hidden_states), nothing, nothing, nothing, nothing.bool())
-        _, output, _, steps, remainder, _ = recur(step, (hidden_states, *first), rows)
+        _, output, _, steps, remainder, _ = recur(step, (hidden_states, *first), rows, result=1)
         if self.training:
             rows.context.losses.append(self.config.ponder_coef * _mean(steps + remainder, rows.context))
         return output

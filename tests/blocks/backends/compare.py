@@ -63,12 +63,12 @@ def contents(model: GPTModel) -> tuple[dict[str, tuple[int, ...]], set[str]]:
     return tensors, {value.key for value in values if isinstance(value, ShardedObject)}
 
 
-def step(model: GPTModel, depth: Depth = DEPTH) -> dict[str, torch.Tensor]:
+def step(model: GPTModel, depth: Depth = DEPTH, starts: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """Return logits and gradients of a training step, on the CPU."""
     generator, device = torch.Generator().manual_seed(1), next(model.parameters()).device
     embeddings = torch.randn(LENGTH, BATCH, model.config.hidden_size, generator=generator)
     embeddings = embeddings.to(device=device, dtype=model.config.params_dtype).requires_grad_()
-    output = logits(model, embeddings, depth, SAMPLES)
+    output = logits(model, embeddings, depth, SAMPLES, starts)
     (output * torch.randn(output.shape, generator=generator).to(device)).sum().backward()
     found = {"logits": output.detach(), "embeddings": embeddings.grad, **gradients(model)}
     return {name: tensor.cpu() for name, tensor in found.items()}

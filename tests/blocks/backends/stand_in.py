@@ -375,19 +375,21 @@ class DotProductAttention(_Recorded):
         assert key_layer.shape[-2:] == (self.groups, self.channels)
         fp8 = FP8GlobalStateManager.is_fp8_enabled()
         CALLS.append(Call("DotProductAttention", [query_layer.size(0)], fp8, None, {"format": layout, "mask": mask}))
-        assert (layout, mask) == ("sbhd", "causal")
+        assert (layout, mask) == ("sbhd", "causal" if attention_mask is None else "arbitrary")
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_layer, key_layer, value_layer))
-        return _causal(query, key, value).permute(2, 0, 1, 3).flatten(2)
+        return _causal(query, key, value, attention_mask).permute(2, 0, 1, 3).flatten(2)
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Attend causally, [..., heads, s, d]."""
+def _causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attend causally, [..., heads, s, d], or as a mask says, which forbids where it is true."""
     dtype, wide = query.dtype, torch.promote_types(query.dtype, torch.float32)
     query, key, value = (
         x.to(wide).repeat_interleave(query.size(-3) // x.size(-3), dim=-3) for x in (query, key, value)
     )
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.size(-1))
-    forbidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    forbidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1) if mask is None else mask
     return (scores.masked_fill(forbidden, -torch.inf).softmax(-1) @ value).to(dtype)
 
 

@@ -123,6 +123,11 @@ def test_half_precision_comes_to_the_same_on_both_backends(found: dict[str, Any]
     assert found["bf16"][variant] < 0.03
 
 
+def test_problems_of_a_row_are_kept_apart_on_both_backends(found: dict[str, Any]) -> None:
+    assert len(found["problems"]) > 2
+    assert all(difference < 1e-5 for difference in found["problems"].values()), found["problems"]
+
+
 @pytest.mark.parametrize("variant", systems())
 def test_padding_for_fp8_changes_nothing(found: dict[str, Any], variant: str) -> None:
     assert found["fp8"][variant]["difference"] < 1e-5

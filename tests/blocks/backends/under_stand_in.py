@@ -40,6 +40,8 @@ from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY
 
 _FP8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+# Systems between them with every kind of attention.
+MIXING = [name for name, system in systems().items() if system.mixes_tokens or system.block_width or system.Flags]
 OWN_EXPERTS = [name for name, system in systems().items() if system.expert_rows is not FEED_FORWARD]
 
 
@@ -144,6 +146,14 @@ def starved(variant: str) -> dict[str, float]:
     return found
 
 
+def with_problems(variant: str) -> float:
+    """Return how far the backends are apart on rows of several problems."""
+    local, te = (model_of(variant, backend) for backend in ("local", "transformer_engine"))
+    carry_over(local, te)
+    starts = torch.tensor([[0, 3, 6], [0, 5, LENGTH]])
+    return difference(step(te, starts=starts), step(local, starts=starts))
+
+
 def _routed(model: GPTModel, counts: list[int]) -> dict[str, torch.Tensor]:
     """Return output and gradient of the experts for rows of one sequence and another."""
     moe, number = model.decoder.layers[0].mlp, sum(counts)
@@ -236,6 +246,7 @@ def main(file: str) -> None:
             (name, no_grad): with_fused_accumulation(name, Depth(no_grad, 2))
             for name, no_grad in (*((name, 0) for name in (*OWN_EXPERTS, "recurrent_moe")), ("recurrent_experts", 1))
         },
+        "problems": lambda: {name: with_problems(name) for name in MIXING},
         "starved": lambda: {name: starved(name) for name in OWN_EXPERTS},
         "splits": splits,
     }

@@ -1,0 +1,141 @@
+"""Evaluation at several depths, on the same samples, and of answers by task.
+
+Megatron's evaluation runs once for each depth. The first is its own, at `--recurrence-eval-steps`, and is reported as
+Megatron does; what it read is read again for the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last, training
+
+from more_megatron.config import MoREConfig
+from more_megatron.monitoring.validation import tell_validation
+from more_megatron.systems import get_system
+
+__all__ = ["DepthEvaluation", "evaluate_at_depths", "evaluated_steps"]
+
+LOSS = "lm loss"
+
+_steps: int | None = None
+
+
+def evaluated_steps() -> int | None:
+    """Return the recurrence steps of the evaluation under way; None: those of the configuration."""
+    return _steps
+
+
+def evaluate_at_depths(config: MoREConfig) -> None:
+    """Let Megatron's training loop evaluate at the depths of the configuration, and report answers by task.
+
+    Args:
+        config: Model configuration.
+    """
+    evaluation = DepthEvaluation(config)
+    training.evaluate_and_print_results = functools.partial(evaluation.report, training.evaluate_and_print_results)
+    training.evaluate = functools.partial(evaluation.evaluate, training.evaluate)
+
+
+class DepthEvaluation:
+    """Takes the place of two functions of Megatron's training loop, of which the one calls the other.
+
+    Args:
+        config: Model configuration.
+    """
+
+    def __init__(self, config: MoREConfig) -> None:
+        self._own = config.evaluation_steps
+        self._depths = config.recurrence_eval_depths or []
+        self._is_recurrent = get_system(config.more_variant).recurrent
+        # For each validation set its results at each depth.
+        self._results: list[dict[int, dict[str, float]]] = []
+
+    def evaluate(self, evaluate: Callable[..., Any], forward_step: Any, data: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as Megatron's `evaluate`, whose arguments these are, at one depth after the other."""
+        global _steps
+        consumed, results = get_args().consumed_valid_samples, {}
+        replay = [_Replay(part) for part in data] if isinstance(data, list) else _Replay(data)
+        own: Any = None
+        for steps in dict.fromkeys((self._own, *self._depths)):
+            get_args().consumed_valid_samples, _steps = consumed, steps
+            for part in replay if isinstance(replay, list) else [replay]:
+                part.rewind()
+            try:
+                losses, other, is_over = evaluate(forward_step, replay, *args, **kwargs)
+            finally:
+                _steps = None
+            if is_over:
+                return losses, other, is_over
+            results[steps] = {name: float(loss) for name, loss in losses.items()}
+            own = own or ({name: loss for name, loss in losses.items() if name == LOSS}, other, is_over)
+        self._results.append(results)
+        return own
+
+    def report(self, evaluate_and_print: Callable[..., None], prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Evaluate and report as Megatron's `evaluate_and_print_results`, and what it does not know of besides."""
+        self._results = []
+        evaluate_and_print(prefix, *args, **kwargs)
+        iteration, is_test = args[3], prefix.endswith("test set")
+        for number, results in enumerate(self._results):
+            names = get_args().validation_set_names
+            suffix = f"-{names[number] if names else number}" if get_args().multiple_validation_sets else ""
+            for steps, values in results.items():
+                self._print(f"{prefix}{suffix}", steps, values)
+                if not is_test and kwargs.get("write_to_tensorboard", True):
+                    _write(suffix, steps, values, iteration, steps in self._depths)
+            losses = {steps: values[LOSS] for steps, values in results.items() if LOSS in values}
+            if not is_test and number == 0 and self._depths and losses:
+                tell_validation(iteration, losses)
+
+    def _print(self, prefix: str, steps: int, values: dict[str, float]) -> None:
+        depth = f" with {steps} recurrence steps" if self._is_recurrent else ""
+        figures = [f"{name}: {value:.6E}" for name, value in values.items() if name == LOSS and steps in self._depths]
+        figures += [f"{name}: {value:.4f}" for name, value in values.items() if name != LOSS and not math.isnan(value)]
+        if figures:
+            print_rank_last(f" evaluation at {prefix}{depth} | {' | '.join(figures)} |")
+
+
+def _write(suffix: str, steps: int, values: dict[str, float], iteration: int, is_asked: bool) -> None:
+    series = {f"{name}{suffix}/r{steps}": value for name, value in values.items() if name != LOSS}
+    if is_asked and LOSS in values:
+        series[f"val_loss_r{steps}{suffix}"] = values[LOSS]
+    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
+    for name, value in series.items():
+        if math.isnan(value):
+            continue
+        if writer:
+            writer.add_scalar(name, value, iteration)
+        if wandb_writer:
+            wandb_writer.log({name: value}, iteration)
+
+
+class _Replay:
+    """An iterator that keeps what it yields, to yield it again.
+
+    Args:
+        source: Where it comes from; None where a rank reads no data.
+    """
+
+    def __init__(self, source: Iterator[dict[str, torch.Tensor]] | None) -> None:
+        self._source = source
+        self._kept: list[dict[str, torch.Tensor]] = []
+        self._place = 0
+
+    def rewind(self) -> None:
+        """Begin anew."""
+        self._place = 0
+
+    def __iter__(self) -> _Replay:
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        if self._place == len(self._kept):
+            assert self._source is not None
+            self._kept.append(next(self._source))
+        self._place += 1
+        return self._kept[self._place - 1]

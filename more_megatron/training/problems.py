@@ -1,0 +1,141 @@
+"""Problems in the rows of a micro-batch: what keeps them apart, and how they are answered.
+
+They travel beside tokens and labels as int64 [b, problems, 2]: where each problem begins, and the number of its task.
+Slots behind the last problem begin at the end of the row. What fills up a row is a problem without a task.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from megatron.core import mpu
+
+from more_megatron.data.answers import has_answers, task_names
+
+__all__ = ["NO_TASK", "Problems", "Tasks", "greedy_tokens", "slots"]
+
+NO_TASK = -1
+# Tokens of a row for each of its slots.
+_TOKENS_A_SLOT = 8
+
+
+def slots(seq_length: int) -> int:
+    """Return the number of problems that a row can have, what fills it up included."""
+    return max(4, seq_length // _TOKENS_A_SLOT)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of a run.
+
+    Attributes:
+        names: Their names; a task's number is its place among them.
+        texts: Names of those that are text, which is not to be answered.
+    """
+
+    names: tuple[str, ...]
+    texts: frozenset[str]
+
+    @classmethod
+    @functools.cache
+    def of(cls, prefixes: tuple[str, ...]) -> Tasks:
+        """Return the tasks of some datasets."""
+        names = sorted({name for prefix in prefixes for name in task_names(prefix)})
+        texts = {name for prefix in prefixes if not has_answers(prefix) for name in task_names(prefix)}
+        return cls(tuple(names), frozenset(texts))
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The problems of a micro-batch.
+
+    Attributes:
+        starts: Where they begin, int64 [b, problems].
+        tasks: Numbers of their tasks, int64 [b, problems].
+        seq_length: Length of a row.
+    """
+
+    starts: torch.Tensor
+    tasks: torch.Tensor
+    seq_length: int
+
+    @classmethod
+    def share(cls, table: torch.Tensor | None, rows: int, seq_length: int) -> Problems:
+        """Give the table that the first tensor-parallel rank has read to the others.
+
+        Args:
+            table: [b, problems, 2]; None on other ranks.
+            rows: Rows b of the micro-batch.
+            seq_length: Length of a row.
+        """
+        device = torch.cuda.current_device()
+        if table is None:
+            table = torch.empty(rows, slots(seq_length), 2, dtype=torch.int64)
+        table = table.to(device)
+        group = mpu.get_tensor_model_parallel_group()
+        if group.size() > 1:
+            torch.distributed.broadcast(table, mpu.get_tensor_model_parallel_src_rank(), group=group)
+        return cls(table[..., 0].contiguous(), table[..., 1].contiguous(), seq_length)
+
+    @property
+    def host_starts(self) -> torch.Tensor:
+        """Where they begin, in host memory."""
+        return self.starts.to(torch.device("cpu"))
+
+    @property
+    def numbers(self) -> torch.Tensor:
+        """The problem that each token is of, int64 [b, s]."""
+        positions = torch.arange(self.seq_length, device=self.starts.device).expand(len(self.starts), -1).contiguous()
+        return torch.searchsorted(self.starts, positions, right=True) - 1
+
+    @property
+    def attention_mask(self) -> torch.Tensor:
+        """True where attention is forbidden: what comes later, and what is of another problem; [b, 1, s, s]."""
+        numbers = self.numbers
+        later = torch.ones(self.seq_length, self.seq_length, dtype=torch.bool, device=numbers.device).triu(1)
+        return ((numbers.unsqueeze(1) != numbers.unsqueeze(2)) | later).unsqueeze(1)
+
+    def report(
+        self, tasks: Tasks, mask: torch.Tensor, losses: torch.Tensor, is_right: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Return by task the loss, and the share of problems all of whose answer is right: sum and weight of each.
+
+        Args:
+            tasks: All tasks.
+            mask: 1 for tokens that count, [b, s].
+            losses: Loss of each token, [b, s].
+            is_right: Whether the likeliest token is the label, [b, s].
+        """
+        numbers, weights = self.numbers, mask.float()
+        of_token = self.tasks.gather(1, numbers)
+        zeros = torch.zeros_like(self.starts, dtype=torch.float32)
+        wrong = zeros.scatter_add(1, numbers, weights * ~is_right)
+        has_answer = zeros.scatter_add(1, numbers, weights) > 0
+        report = {}
+        for task, name in enumerate(tasks.names):
+            own, asked = weights * (of_token == task), has_answer & (self.tasks == task)
+            report[f"{name} loss"] = torch.stack(((losses.float() * own).sum(), own.sum()))
+            if name not in tasks.texts:
+                report[f"{name} exact match"] = torch.stack(((asked & (wrong == 0)).sum(), asked.sum())).float()
+        return report
+
+
+@torch.no_grad()
+def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
+    """Return the likeliest tokens, int64 [b, s], given this rank's part of the vocabulary, [s, b, v]."""
+    group = mpu.get_tensor_model_parallel_group()
+    values, tokens = logits.float().max(dim=-1)
+    tokens = tokens + group.rank() * logits.size(-1)
+    if group.size() > 1:
+        best = _gathered(values, group).argmax(dim=0, keepdim=True)
+        tokens = _gathered(tokens, group).gather(0, best)[0]
+    return tokens.t().contiguous()
+
+
+def _gathered(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
+    """Return what all ranks of a group have, [ranks, ...]."""
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    torch.distributed.all_gather(parts, x.contiguous(), group=group)
+    return torch.stack(parts)

@@ -1,0 +1,39 @@
+"""Shorter rows at first: samples are cut into several, so that tokens a step and consumed samples stay the same."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from megatron.training import get_args, training
+
+from more_megatron.training.options import length_curriculum
+
+__all__ = ["announce_row_length", "row_length"]
+
+
+def row_length(args: argparse.Namespace) -> int:
+    """Return the length of rows in the training step under way: a function of its number alone."""
+    curriculum = length_curriculum(args)
+    return args.seq_length if curriculum is None else curriculum.at(args.curr_iteration)
+
+
+def announce_row_length() -> None:
+    """Let pipeline stages expect hidden states of the length of rows from each other."""
+    training.get_forward_backward_func = functools.partial(_schedule, training.get_forward_backward_func)
+
+
+def _schedule(get_schedule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return functools.partial(_run, get_schedule(*args, **kwargs))
+
+
+def _run(
+    schedule: Callable[..., Any], *, seq_length: int, micro_batch_size: int, forward_only: bool, **kwargs: Any
+) -> Any:
+    """Take the place of Megatron's schedules, whose arguments these are."""
+    if not forward_only:
+        length = row_length(get_args())
+        micro_batch_size, seq_length = micro_batch_size * seq_length // length, length
+    return schedule(seq_length=seq_length, micro_batch_size=micro_batch_size, forward_only=forward_only, **kwargs)
