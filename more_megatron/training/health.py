@@ -182,7 +182,8 @@ class _Health(Tracer):
     def _warm_up(self) -> int:
         """Return the iterations in which the learning rate rises: figures of them say nothing yet."""
         args = self._args
-        samples = (args.lr_warmup_samples or 0) / args.global_batch_size
+        # Without a batch size there is a schedule of them; its warm-up is in iterations.
+        samples = (args.lr_warmup_samples or 0) / (args.global_batch_size or 1)
         share = (args.lr_warmup_fraction or 0.0) * (args.lr_decay_iters or args.train_iters or 0)
         return math.ceil(max(args.lr_warmup_iters or 0, samples, share))
 

@@ -39,7 +39,7 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Let Megatron's training loop do what it cannot by itself: report figures, evaluate at depths, cut rows, watch its health.
+    """Let Megatron's training loop do what it cannot by itself: figures, depths in evaluation, short rows, health.
 
     Args:
         config: Model configuration.
