@@ -22,7 +22,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "recurrence",
         help="how states move over the steps of a recurrence; or with --run how healthy a training run was",
     )
-    _add_common(recurrence, max_tokens=128, required=False)
+    _add_common(recurrence, max_tokens=128, steps="64, or as many as the model can take", required=False)
     recurrence.add_argument(
         "--initial-states", type=int, default=4, metavar="K", help="random ones to start from (default: 4)"
     )
@@ -33,14 +33,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _add_common(parser: argparse.ArgumentParser, max_tokens: int = 20_000, required: bool = True) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser, max_tokens: int = 20_000, steps: str = "the model's own", required: bool = True
+) -> None:
     """Add what every analysis reads and writes."""
     add_model_arguments(parser, required)
     parser.add_argument("--text", type=Path, required=required, metavar="FILE", help="text to read, of any kind")
     parser.add_argument(
         "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"of the text (default: {max_tokens})"
     )
-    parser.add_argument("--num-steps", type=int, metavar="R", help="recurrence steps (default: the model's own)")
+    parser.add_argument("--num-steps", type=int, metavar="R", help=f"recurrence steps (default: {steps})")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of JSON and figures")
 
 
