@@ -21,7 +21,7 @@ from more_megatron.monitoring.recurrence import TO_INPUT
 from more_megatron.monitoring.routing import Loads
 from more_megatron.monitoring.watch import Key
 
-__all__ = ["Ends", "Finding", "Healthy", "Range", "findings", "healthy_ranges"]
+__all__ = ["OF_SOFTMAX", "Ends", "Finding", "Healthy", "Range", "findings", "healthy_ranges"]
 
 _BALANCE = "raise --moe-aux-loss-coeff, or lower the learning rate"
 _IGNORED = "the state is ignored: look at the adapter's state half, raise --recurrence-backprop-steps, draw the depth"
@@ -73,6 +73,8 @@ _ROUTING = {
     "largest probability trend": Range(-0.1, 0.3, "the router gets surer from step to step: set --router-min-entropy"),
     "largest load": Range(None, 0.9, f"one expert takes nearly all tokens: {_BALANCE}", is_collapse=True),
 }
+# Those that hold where experts compete for the probability of a token.
+OF_SOFTMAX = tuple(f"routing/{name}" for name in _ROUTING)
 _REPEATED_ENTROPY = _of_guide(1.2, 2.5, "tokens are routed without doubt: set --router-min-entropy", "ln N")
 
 _EVERYWHERE = {
@@ -95,12 +97,12 @@ _EVERYWHERE = {
 
 
 def healthy_ranges(
-    own: Mapping[str, Ends], overrides: Path | None, *, has_softmax_router: bool, repeats_router: bool
+    own: Mapping[str, Ends | None], overrides: Path | None, *, has_softmax_router: bool, repeats_router: bool
 ) -> dict[str, Range]:
     """Return the ranges that hold for a run, by figure.
 
     Args:
-        own: Those that its system has otherwise, and those of its own figures: `(low, high)` by figure.
+        own: Those that its system has otherwise, and of its own figures: `(low, high)` by figure, or None for no range.
         overrides: YAML file: figure to `[low, high]`, `null` for an open end, `null` alone for no range.
         has_softmax_router: Whether experts compete for the probability of a token.
         repeats_router: Whether routers are asked in every step.

@@ -162,9 +162,11 @@ class System:
         """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
         return ()
 
-    def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends]:
-        """Return the lowest and the highest healthy value of figures, where they are its own, as `system/lstm gate`, or
-        where it differs from others, as `recurrence/token correlation`; see `more_megatron.monitoring.ranges`."""
+    def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends | None]:
+        """Return the healthy ranges of its own figures, and of others where it differs; see `monitoring.ranges`.
+
+        The lowest and the highest value by figure, as `system/lstm gate`; None: there is no range.
+        """
         return {}
 
     def record_health(self, watch: Watch, module: Any, share: float) -> None:
