@@ -99,7 +99,8 @@ def _parameters(flags: list[str], world_size: int, folder: str) -> int:
     os.chdir(folder)
     sys.argv = ["pretrain_more.py", *flags]
     config = model_config_from_args(parse_arguments(select_platform())).transformer
-    return model_cost(config, get_system(config.more_variant).cost(config, 1024), 8000).parameters
+    system = get_system(config.more_variant)
+    return model_cost(system.stack(config), system.cost(config, 1024), 8000).parameters
 
 
 def _value(flags: list[str], name: str) -> str:

@@ -72,7 +72,8 @@ def build(flags: argparse.Namespace) -> dict:
     from megatron.training import global_vars
     from megatron.training.initialize import initialize_megatron
 
-    from more_megatron.evaluation.step_benchmark import StepBenchmark, at_equal_cost, system_cost
+    from more_megatron.evaluation.comparison.matching import Goal, match, system_cost
+    from more_megatron.evaluation.step_benchmark import StepBenchmark
     from more_megatron.platform import Platform, initialize_platform
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.model import model_config_from_args
@@ -89,13 +90,13 @@ def build(flags: argparse.Namespace) -> dict:
         if flags.dense:
             args.num_experts = args.moe_ffn_hidden_size = args.moe_shared_expert_intermediate_size = None
         configs[system] = model_config_from_args(args)
-        cost = system_cost(configs[system].transformer, args.padded_vocab_size, flags.seq_length)
+        cost = system_cost(configs[system], flags.seq_length)
         target = max(target, cost.training_flops(depth.no_grad_steps, depth.grad_steps))
     with contextlib.redirect_stdout(io.StringIO()):
         initialize_megatron(allow_no_cuda=platform is Platform.CPU)
     for system, config in configs.items():
         if not flags.same_layers:
-            config = at_equal_cost(config, target, depth, args.padded_vocab_size, flags.seq_length)
+            config = match(config, Goal(flops=target), depth, flags.seq_length)
         benchmarks[system] = StepBenchmark(config, flags.seq_length, flags.batch_size)
     return benchmarks
 
@@ -113,7 +114,7 @@ def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
     from more_megatron.evaluation.step_benchmark import time_systems
 
     tokens = flags.batch_size * flags.seq_length
-    timings = time_systems(benchmarks, comparison_depth(flags), flags.rounds, flags.warmup)
+    timings = time_systems(benchmarks, dict.fromkeys(benchmarks, comparison_depth(flags)), flags.rounds, flags.warmup)
     baseline = next((t.achieved_flops(tokens) for t in timings if t.name == "moe"), None)
     heads = ("M params", "MFLOP/tok", "tokens/s", "GFLOP/s", "peak MB", "vs moe")
     print(f"{'system':18} " + " ".join(f"{head:>10}" for head in heads))

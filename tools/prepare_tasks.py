@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(os.path.basename(__file__), OSError):
+    with one_line_errors(os.path.basename(__file__)):
         _run(args)
     return 0
 

@@ -6,9 +6,9 @@ reported is the median of the ratios.
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,26 +18,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.config import MoREConfig
-from more_megatron.errors import MoREError
-from more_megatron.model.costs import Cost, model_cost
+from more_megatron.evaluation.comparison.matching import system_cost
+from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
-from more_megatron.systems import get_system
 
 __all__ = [
     "StepBenchmark",
     "SystemTiming",
-    "at_equal_cost",
     "forward",
-    "match_flops",
     "peak_bytes",
     "reset_peak",
     "step_time_by_depth",
-    "system_cost",
     "time_systems",
 ]
-
-_WIDTH_MULTIPLE = 16
 
 
 @dataclass(frozen=True)
@@ -50,6 +44,7 @@ class SystemTiming:
         flops_per_token: Operations a token of a training step.
         seconds: Time of a step in each round.
         peak_bytes: Most memory that the process (or the GPU) held during a step.
+        step_bytes: By how much that was above what it held before.
     """
 
     name: str
@@ -57,6 +52,7 @@ class SystemTiming:
     flops_per_token: float
     seconds: list[float]
     peak_bytes: int
+    step_bytes: int
 
     def achieved_flops(self, tokens: int) -> list[float]:
         """Return operations a second in each round, for steps of `tokens` tokens."""
@@ -80,7 +76,7 @@ class StepBenchmark:
         self._model = self._model.cuda(device).to(self.config.params_dtype).train()
         self._vocab_size, self._seq_length = model_config.vocab_size, seq_length
         self.fill(batch_size)
-        self.cost = system_cost(self.config, self._model.vocab_size, seq_length)
+        self.cost = system_cost(model_config, seq_length)
 
     def fill(self, batch_size: int) -> None:
         """Draw a batch of another size."""
@@ -122,82 +118,36 @@ def forward(
     return model(tokens, positions, None, labels=labels, **extra)
 
 
-def at_equal_cost(
-    model_config: GPTModelConfig, target: float, depth: Depth, vocab_size: int, seq_length: int
-) -> GPTModelConfig:
-    """Return the model whose layers `match_flops` has widened or narrowed; arguments as there."""
-    matched = copy.copy(model_config)
-    matched.transformer = match_flops(model_config.transformer, target, depth, vocab_size, seq_length)
-    # The stack holds widths of its own.
-    matched.transformer_layer_spec = get_system(matched.transformer.more_variant).stack(matched.transformer)
-    return matched
-
-
-def match_flops(config: MoREConfig, target: float, depth: Depth, vocab_size: int, seq_length: int) -> MoREConfig:
-    """Return the configuration with the width of its experts chosen so that a token costs `target` operations.
-
-    Args:
-        config: Model configuration.
-        target: Operations a token of a training step.
-        depth: Recurrence steps.
-        vocab_size: Size of the vocabulary, with padding.
-        seq_length: Length of a sequence.
-
-    Raises:
-        MoREError: If the system costs more than that at any width.
-    """
-    name = get_system(config.more_variant).width_flag(config)
-
-    def flops(width: int) -> float:
-        setattr(matched, name, width)
-        return system_cost(matched, vocab_size, seq_length).training_flops(depth.no_grad_steps, depth.grad_steps)
-
-    matched = copy.copy(config)
-    base = flops(_WIDTH_MULTIPLE)
-    if base > target:
-        raise MoREError(
-            f"{config.more_variant} costs {base / 1e6:.1f} MFLOP a token at the least, more than {target / 1e6:.1f}: "
-            "raise the target or take fewer recurrence steps"
-        )
-    width = _WIDTH_MULTIPLE
-    # Costs rise with the width, but not all in proportion.
-    while flops(width) < target:
-        width += _WIDTH_MULTIPLE
-    if width > _WIDTH_MULTIPLE and target - flops(width - _WIDTH_MULTIPLE) < flops(width) - target:
-        flops(width - _WIDTH_MULTIPLE)
-    return matched
-
-
-def system_cost(config: MoREConfig, vocab_size: int, seq_length: int) -> Cost:
-    """Return the cost of a whole model with separate embeddings."""
-    return model_cost(config, get_system(config.more_variant).cost(config, seq_length), vocab_size)
-
-
-def time_systems(benchmarks: dict[str, StepBenchmark], depth: Depth, rounds: int, warmup: int) -> list[SystemTiming]:
+def time_systems(
+    benchmarks: Mapping[str, StepBenchmark], depths: Mapping[str, Depth], rounds: int, warmup: int
+) -> list[SystemTiming]:
     """Time each system once a round.
 
     Args:
         benchmarks: Systems by name.
-        depth: Recurrence steps of the recurrent ones.
+        depths: Recurrence steps of each; those without recurrence leave them be.
         rounds: Rounds that count.
         warmup: Rounds before them that do not.
     """
     seconds: dict[str, list[float]] = {name: [] for name in benchmarks}
-    peaks = dict.fromkeys(benchmarks, 0)
+    peaks, rises = dict.fromkeys(benchmarks, 0), dict.fromkeys(benchmarks, 0)
     for number in range(warmup + rounds):
         for name, benchmark in benchmarks.items():
             reset_peak()
-            duration = benchmark.step(depth)
+            before = peak_bytes()
+            duration = benchmark.step(depths[name])
             if number >= warmup:
                 seconds[name].append(duration)
                 peaks[name] = max(peaks[name], peak_bytes())
+                rises[name] = max(rises[name], peak_bytes() - before)
     return [
         SystemTiming(
             name,
             benchmark.cost,
-            benchmark.cost.training_flops(depth.no_grad_steps, depth.grad_steps),
+            benchmark.cost.training_flops(depths[name].no_grad_steps, depths[name].grad_steps),
             seconds[name],
             peaks[name],
+            rises[name],
         )
         for name, benchmark in benchmarks.items()
     ]

@@ -7,8 +7,12 @@ counted causally: half of the rectangle. Norms, activations and the softmax are 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from more_megatron.config import MoREConfig
+
+if TYPE_CHECKING:
+    from more_megatron.model.stack import Stack
 
 __all__ = ["Cost", "attention_cost", "gated_mlp_cost", "linear_cost", "mlp_cost", "model_cost"]
 
@@ -82,19 +86,22 @@ def mlp_cost(config: MoREConfig, ffn_hidden_size: int) -> Cost:
     return linear_cost(hidden, ffn_hidden_size) + linear_cost(ffn_hidden_size, hidden)
 
 
-def model_cost(config: MoREConfig, layers: Cost, vocab_size: int, tied: bool = False) -> Cost:
+def model_cost(stack: Stack, layers: Cost, vocab_size: int, tied: bool = False) -> Cost:
     """Return the cost of a whole model.
 
     Args:
-        config: Model configuration.
-        layers: Cost of its layers.
+        stack: What it is made of.
+        layers: Cost of the stack.
         vocab_size: Size of the vocabulary, with padding.
         tied: Whether input and output embeddings are one.
     """
-    embedding = linear_cost(config.hidden_size, vocab_size)
+    hidden = stack.config.hidden_size
+    embedding = linear_cost(hidden, vocab_size)
     # The output layer meets all rows; where it is the embedding, they are stored once.
-    head = Cost(0, embedding.parameters - config.hidden_size, embedding.once) if tied else embedding
-    return Cost(embedding.parameters, config.hidden_size) + head + Cost(config.hidden_size, config.hidden_size) + layers
+    head = Cost(0, embedding.parameters - hidden, embedding.once) if tied else embedding
+    norm = 0 if stack.norm is None else (2 if stack.config.normalization == "LayerNorm" else 1) * hidden
+    vectors = norm + (vocab_size if stack.head_bias else 0)
+    return Cost(embedding.parameters, hidden) + head + Cost(vectors, vectors) + layers
 
 
 def attention_cost(config: MoREConfig, context: float) -> Cost:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.costs import Cost
     from more_megatron.model.stack import Stack
+    from more_megatron.monitoring.ranges import Ends
+    from more_megatron.monitoring.watch import Watch
 
 __all__ = ["DEPTH", "DIVISION", "REPEATED_ROUTER", "System"]
 
@@ -73,6 +75,9 @@ class System:
     comparable: ClassVar[Mapping[str, str]] = {}
     """Flags, by name, that let its depth be drawn as that of others and be any in evaluation."""
 
+    plain: ClassVar[Mapping[str, Any] | None] = None
+    """Flags, by name, with which it is Megatron's dense model; None where there are none."""
+
     activation: ClassVar[str] = "gelu"
     """Activation function, by its name in transformers, where no flag of Megatron's names another."""
 
@@ -93,6 +98,11 @@ class System:
     def recurrent(self) -> bool:
         """Whether its depth comes from recurrence."""
         return bool(self.reads & DEPTH)
+
+    @property
+    def is_megatrons(self) -> bool:
+        """Whether it is Megatron's own model with experts."""
+        return not self.recurrent and self.expert_rows is FEED_FORWARD
 
     @property
     def repeats_router(self) -> bool:
@@ -151,6 +161,20 @@ class System:
     def figures(self, config: MoREConfig) -> tuple[str, ...]:
         """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
         return ()
+
+    def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends]:
+        """Return the lowest and the highest healthy value of figures, where they are its own, as `system/lstm gate`, or
+        where it differs from others, as `recurrence/token correlation`; see `more_megatron.monitoring.ranges`."""
+        return {}
+
+    def record_health(self, watch: Watch, module: Any, share: float) -> None:
+        """Record what is to be known of a module's parameters when a step is watched. Asked for every module.
+
+        Args:
+            watch: Where to.
+            module: A module of the model.
+            share: One part in as many as there are ranks that hold the same experts.
+        """
 
     def ffn_hidden_size(self, sizes: Any) -> int:
         """Return the width of the MLP in the recurrent block.

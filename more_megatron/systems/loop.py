@@ -26,6 +26,7 @@ class LoopedTransformer(System):
     summary = "groups of ordinary layers repeated, with or without prelude, coda and injection"
     reads = DEPTH | DIVISION | REPEATED_ROUTER | {"recurrence_injection"}
     defaults: ClassVar[Mapping[str, Any]] = {"num_experts": None}
+    plain: ClassVar[Mapping[str, Any]] = {"recurrence_steps": 1}
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
         """Yield what the system cannot do of what `config` asks for."""

@@ -32,8 +32,8 @@ RANGES = (
     ("(0, 1]", r"rotary_percent|sample_rate"),
     ("(0, inf)", r"(adam_|layernorm_)eps(ilon)?|moe_expert\w*_capacity_factor|\w*loss_scale|loss_scale_window"),
     ("(0, inf)", r"rotary_base|\w+_scaling_factor|mup_(width|embedding|output)_mult|inprocess_\w+_(interval|timeout)"),
-    ("[0, inf)", r"manual_gc_interval|moe_shared_expert_intermediate_size|delta_offload\w+|min_offloaded\w+"),
-    ("[1, inf)", r"\w+_(interval|size|freq|multiple|divisible_by|instances|granularity|buckets|minutes|mins|jump)"),
+    ("[0, inf)", r"\w+_freq|manual_gc_interval|moe_shared_expert_intermediate_size|delta_offload\w+|min_offloaded\w+"),
+    ("[1, inf)", r"\w+_(interval|size|multiple|divisible_by|instances|granularity|buckets|minutes|mins|jump)"),
     ("[1, inf)", r"hysteresis|kv_channels|train_samples|lr_(wsd_)?decay_\w+|recompute_num_layers|\w+_after_init"),
     (
         "[1, inf)",
@@ -57,10 +57,6 @@ def _is_split(split: str) -> bool:
 def _has_odd_heads(a: Namespace) -> bool:
     turned = int((a.kv_channels or a.hidden_size // a.num_attention_heads) * a.rotary_percent)
     return a.position_embedding_type == "rope" and (turned == 0 or turned % 2 == 1)
-
-
-def _reads_file(a: Namespace) -> bool:
-    return a.tokenizer_type in _FILE_TOKENIZERS
 
 
 def _has_content(path: str) -> bool:
@@ -131,10 +127,6 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         "{lr_warmup_iters} must be below --lr-decay-iters, by default --train-iters: lower it",
     ),
     (
-        lambda a: (a.lr_warmup_samples or 0) >= (a.lr_decay_samples or a.train_samples or math.inf),
-        "{lr_warmup_samples} must be below --lr-decay-samples, by default --train-samples: lower it",
-    ),
-    (
         lambda a: a.split is not None and not _is_split(a.split),
         "{split} must be up to three shares that are not negative and not all 0, as in --split 90,5,5",
     ),
@@ -174,12 +166,8 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
     ),
     # Files
     (
-        lambda a: _reads_file(a) and a.tokenizer_model is None,
-        "{tokenizer_type} needs --tokenizer-model: give the path of its file",
-    ),
-    (
-        lambda a: _reads_file(a) and not _has_content(a.tokenizer_model),
-        "{tokenizer_model} does not exist, or is empty: give the path of the tokenizer's file",
+        lambda a: a.tokenizer_type in _FILE_TOKENIZERS and not _has_content(a.tokenizer_model or ""),
+        "{tokenizer_type} needs --tokenizer-model, the path of its file: {tokenizer_model} does not exist, or is empty",
     ),
     *(
         (

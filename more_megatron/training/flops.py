@@ -14,7 +14,6 @@ from more_megatron.model.depth import DepthSampler
 from more_megatron.platform.memory import check_fits_devices
 from more_megatron.platform.reports import count_flops_with
 from more_megatron.systems import get_system
-from more_megatron.systems.export import FEED_FORWARD
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]
 
@@ -31,9 +30,7 @@ def count_recurrence(config: MoREConfig) -> None:
     def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
         return step_flops(config, args, batch_size)
 
-    system = get_system(config.more_variant)
-    is_megatrons = not system.recurrent and system.expert_rows is FEED_FORWARD
-    count_flops_with(None if is_megatrons else count)
+    count_flops_with(None if get_system(config.more_variant).is_megatrons else count)
 
 
 def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) -> float:
@@ -72,5 +69,6 @@ def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def _cost(config: MoREConfig, args: argparse.Namespace) -> Cost:
-    layers = get_system(config.more_variant).cost(config, args.seq_length)
-    return model_cost(config, layers, args.padded_vocab_size, tied=not args.untie_embeddings_and_output_weights)
+    system = get_system(config.more_variant)
+    layers, tied = system.cost(config, args.seq_length), not args.untie_embeddings_and_output_weights
+    return model_cost(system.stack(config), layers, args.padded_vocab_size, tied)

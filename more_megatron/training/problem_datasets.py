@@ -11,9 +11,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 from megatron.core.datasets.utils import Split
-from megatron.training import print_rank_0
 from numpy.typing import NDArray
 
+from more_megatron.console import say
 from more_megatron.data.answers import has_answers, mask_prefix, task_names
 from more_megatron.errors import MoREError
 from more_megatron.training.problems import NO_TASK, Tasks, slots
@@ -69,7 +69,7 @@ class _TextDataset(GPTDataset):
 
 
 class ProblemDataset(MegatronDataset):
-    """Rows of whole problems, in random order for training and in their own for evaluation.
+    """Rows of whole problems, in random order: an evaluation of few rows sees all tasks as well.
 
     A problem of n tokens takes n - 1 places: its last token is a label only. One that is longer than a row is left out.
     The beginning of another problem fills up a row and counts nowhere: to routers it looks like any other.
@@ -101,7 +101,7 @@ class ProblemDataset(MegatronDataset):
         fits = sizes <= config.sequence_length
         self.left_out = int(len(fits) - fits.sum())
         if self.left_out:
-            print_rank_0(
+            say(
                 f"> {path}, {split.name}: {self.left_out} of {len(fits)} problems are longer than --seq-length "
                 f"{config.sequence_length} and left out"
             )
@@ -119,9 +119,7 @@ class ProblemDataset(MegatronDataset):
         epochs: list[NDArray[np.int32]] = []
         ends = [0]
         while not epochs or len(ends) <= (num_samples or 0):
-            order = np.arange(len(problems))
-            if self.index_split is Split.train:
-                order = np.random.default_rng([self.config.random_seed, len(epochs)]).permutation(order)
+            order = np.random.default_rng([self.config.random_seed, len(epochs)]).permutation(len(problems))
             first = len(epochs) * len(problems)
             ends += [first + end for end in self._row_ends(sizes[order])]
             epochs.append(problems[order])

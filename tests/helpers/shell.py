@@ -134,16 +134,17 @@ def parse(call: Call, folder: Path) -> None:
     run_ranks(1, _parse_in_world_of, call.flags, call.world_size, str(folder))
 
 
-def train_call(call: Call, smaller: str, folder: Path) -> list[Ended]:
+def train_call(call: Call, smaller: str, folder: Path, environment: Mapping[str, str] | None = None) -> list[Ended]:
     """Run a call on ranks of the tests.
 
     Args:
         call: A call of `torchrun` on one node.
         smaller: Flags that take precedence over those of the call.
         folder: Where relative paths begin.
+        environment: Variables that the script has set for it.
     """
     command_line = f"{shlex.join(call.flags)} {smaller}"
-    return pretrain_more(call.ranks_of_node, command_line, prepare=functools.partial(os.chdir, folder))
+    return pretrain_more(call.ranks_of_node, command_line, environment, functools.partial(os.chdir, folder))
 
 
 def use(call: Call, smaller: str, folder: Path) -> None:

@@ -162,7 +162,8 @@ def test_the_cost_of_huginn_0125() -> None:
     hidden, heads, width, vocabulary, length = 5280, 55, 17920, 65536, 4096
     sizes = {"hidden_size": hidden, "num_attention_heads": heads, "ffn_hidden_size": width, "num_layers": 8}
     config = small_config("huginn", **{**_HUGINN, **sizes}, num_moe_experts=None)
-    cost = model_cost(config, get_system("huginn").cost(config, length), vocabulary, tied=True)
+    system = get_system("huginn")
+    cost = model_cost(system.stack(config), system.cost(config, length), vocabulary, tied=True)
     # Published: 3,564,976,800; a bias of values that stays zero is stored, too.
     assert cost.parameters == cost.active_parameters == 3_564_976_800 + 8 * hidden
     layer = 2 * (4 * hidden**2 + 3 * hidden * width) + 4 * hidden * length / 2

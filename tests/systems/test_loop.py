@@ -176,12 +176,13 @@ def test_the_cost_of_a_loop_counts_passes() -> None:
 def _parameters() -> None:
     """Compare the parameters that the formulas count with those that are built."""
     start_ranks()
-    for system in ("loop", "huginn"):
+    for system in (get_system("loop"), get_system("huginn")):
         for fields in _KINDS.values():
-            kept = {name: value for name, value in fields.items() if system == "loop" or "group" not in name}
-            config = small_config(system, **kept, moe_shared_expert_intermediate_size=24)
+            kept = {name: value for name, value in fields.items() if system.name == "loop" or "group" not in name}
+            config = small_config(system.name, **kept, moe_shared_expert_intermediate_size=24)
             built = sum(parameter.numel() for parameter in gpt_model(config, _LENGTH).parameters())
-            assert model_cost(config, get_system(system).cost(config, _LENGTH), _VOCABULARY).parameters == built
+            cost = model_cost(system.stack(config), system.cost(config, _LENGTH), _VOCABULARY)
+            assert cost.parameters == built
 
 
 def test_all_parameters_are_counted() -> None:

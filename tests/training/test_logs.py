@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from more_megatron.evaluation.training_log import read_log
+from more_megatron.systems import systems
+from tests.helpers.models import small_config
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.training import TINY
 
@@ -57,6 +59,22 @@ def test_tensorboard_has_the_curves(run: tuple[Path, Ended]) -> None:
         value = float(line.split("lm loss value: ")[1].split(" ")[0])
         assert events.Scalars(f"lm loss {split}")[-1].value == pytest.approx(value, rel=1e-5)
     assert [event.step for event in events.Scalars("lm loss")] == [1, 2, 3]
+
+
+def test_every_curve_is_explained(run: tuple[Path, Ended]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run[0] / "tensorboard"))
+    events.Reload()
+    page = (Path(__file__).parents[2] / "docs" / "monitoring.md").read_text()
+    explained = set(re.findall(r"`([^`]+)`", page))
+    tags = [tag.removesuffix(" vs samples") for tag in events.Tags()["scalars"] if not tag.startswith("health/")]
+    assert "router entropy/step 1" in tags
+    assert [tag for tag in tags if re.sub(r"\d+$", "N", tag) not in explained] == []
+    for system in systems().values():
+        config = small_config(system.name)
+        names = {*system.losses(config), *system.figures(config)}
+        assert [name for name in names if re.sub(r"\d+$", "N", name) not in explained] == []
 
 
 def test_wandb_keeps_the_run_offline(run: tuple[Path, Ended]) -> None:

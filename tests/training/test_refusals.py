@@ -110,6 +110,7 @@ RIGHT = (
         "--weight-decay 0",
         "--moe-aux-loss-coeff 0",
         "--moe-layer-freq 2",
+        "--moe-layer-freq [0,1,1,0]",
         "--rotary-percent 0.5",
     ),
     *(

@@ -10,12 +10,15 @@ from .context import CallContext
 from .fields import Config
 from .norms import build_norm
 from .rotary import rotate
+from .row_mask import RowMask
 
 __all__ = ["MoREAttention", "attend"]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | RowMask | None) -> Tensor:
     """Return the attention of [b, heads, rows, d] to [b, groups, keys, d] where the mask is True; None: causal."""
+    if isinstance(mask, RowMask):
+        return mask.attend(query, key, value)
     return F.scaled_dot_product_attention(
         query,
         key,

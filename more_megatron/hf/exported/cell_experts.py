@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config
 from .grouped import grouped_linear
+from .recurrence import Rows
 from .routing import Routing
 
 __all__ = ["CellExperts", "IteratedMoE", "lstm_cell"]
@@ -67,11 +69,18 @@ class CellExperts(nn.Module):
 
 
 class IteratedMoE(MoREMoE):
-    """Experts that are called with the rows, where they go to, and the number of steps."""
+    """Experts that are called with the rows, and with what rows these are."""
+
+    experts: Any
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return weighted outputs, [rows, h]."""
-        return routing.weigh(self.experts(routing.dispatch(x), routing, context.num_steps))
+        rows = Rows(context, self.layer_idx, routing, self._stream)
+        return routing.weigh(self.experts(routing.dispatch(x), rows))
+
+    def _stream(self, state: Tensor, rows: Rows) -> Tensor:
+        output = rows.routing.weigh(self.experts.output(state, rows.routing))
+        return rows.context.stream + rows.routing.combine(output)
 
 
 def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

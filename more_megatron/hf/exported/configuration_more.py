@@ -27,7 +27,15 @@ class MoREConfig(PretrainedConfig):
     """
 
     model_type = "more"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "hidden_states", "router_logits", "aux_loss"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [  # noqa: RUF012
+        "past_key_values",
+        "cache",
+        "hidden_states",
+        "router_logits",
+        "aux_loss",
+        "recurrent_states",
+        "exit_steps",
+    ]
 
     def __init__(self, variant: str | None = None, **fields: Any) -> None:
         variant = system_names()[0] if variant is None else variant

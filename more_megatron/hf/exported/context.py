@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cache import Memory
+from .exits import Exits
 from .noise import state_noise
+from .records import Records
 from .rotary import Rotation
+from .row_mask import RowMask
 
 __all__ = ["CallContext"]
 
@@ -30,8 +34,16 @@ class CallContext:
         noise_seed: Seed of initial states.
         state_std: Standard deviation of initial states.
         input_states: Initial states of the first tokens, [states, b, up to s, h]; None for noise.
+        shape: (b, s) of the call.
         embeddings: What the first layer is given, [b, s, h]. For loops only: layers may be recomputed.
         losses: Loops append what is to be added to the loss in training. For loops only.
+        records: What the call keeps of its recurrences.
+        exits: How tokens stop by themselves; None: all take `num_steps`.
+        warm: Where the last states of tokens are kept, from which the tokens behind them start; None: nowhere.
+        stream: What the result of a recurrence inside a layer is added to, [b, s, h], where `exits` reads logits.
+        places: Which tokens of the call these are where others have stopped, n of b s; None: all. Then the first two
+            dimensions of what a token has are [1, n] in the place of [b, s].
+        whole: The context of all tokens where others have stopped.
     """
 
     positions: Tensor
@@ -43,12 +55,22 @@ class CallContext:
     noise_seed: int
     state_std: float
     input_states: Tensor | None
+    shape: tuple[int, int]
     embeddings: Tensor | None = None
     losses: list[Tensor] = dataclasses.field(default_factory=list)
+    records: Records = dataclasses.field(default_factory=Records)
+    exits: Exits | None = None
+    warm: Memory | None = None
+    stream: Tensor | None = None
+    places: Tensor | None = None
+    whole: CallContext | None = None
 
-    @property
-    def mask(self) -> Tensor | None:
+    @functools.cached_property
+    def mask(self) -> Tensor | RowMask | None:
         """The keys that each token sees, [b, 1, s, T]; None where the plain causal kernel does."""
+        if self.places is not None and self.whole is not None:
+            visible = self.whole.visible.expand(self.shape[0], -1, -1, -1)
+            return RowMask(visible.flatten(0, 2)[self.places], self.places // self.shape[1])
         plain = self.padding is None and self.documents is None and (self.past == 0 or self.positions.size(1) == 1)
         return None if plain else self.visible
 
@@ -78,6 +100,7 @@ class CallContext:
             layer: Layer in the noise's coordinates, from 1. Default: `index + 1`.
         """
         given = None if self.input_states is None else self.input_states[index].to(like)
+        given = self._last_state(index) if given is None else given
         if given is not None and given.size(1) == like.size(1):
             return given
         number = index + 1 if layer is None else layer
@@ -85,12 +108,51 @@ class CallContext:
         noise = noise.to(like.dtype).expand_as(like)
         return noise if given is None else torch.cat((given, noise[:, given.size(1) :]), dim=1)
 
+    def _last_state(self, index: int) -> Tensor | None:
+        """Return the last state of the token before the first of the call, [b, 1, h]; None if there is none."""
+        held = None if self.warm is None else self.warm.held(f"states.{index}")
+        if held is None:
+            return None
+        states = held[0][:, 0]
+        if self.padding is None:
+            return states[:, -1:]
+        # The last that is no padding.
+        last = (~self.padding[:, : states.size(1)]).long().cumsum(-1).argmax(-1)
+        return states[torch.arange(len(last), device=last.device), last].unsqueeze(1)
+
+    def real_tokens(self) -> Tensor:
+        """Return the places of the tokens of the call that are no padding; of all if they are nothing else."""
+        places = torch.arange(self.shape[0] * self.shape[1], device=self.positions.device)
+        if self.padding is None:
+            return places
+        real = ~self.padding[:, self.past :].flatten()
+        return places[real] if bool(real.any()) else places
+
+    def select(self, places: Tensor) -> CallContext:
+        """Return the context of some tokens of the call, given their places among all, b s."""
+        batch = self.shape[0]
+
+        def rows(part: Tensor) -> Tensor:
+            return part.expand(batch, -1, *part.shape[2:]).flatten(0, 1)[places].unsqueeze(0)
+
+        turned = None if self.rotation is None else (rows(self.rotation[0]), rows(self.rotation[1]))
+        stream = None if self.stream is None else rows(self.stream)
+        return dataclasses.replace(
+            self, positions=rows(self.positions), rotation=turned, stream=stream, places=places, whole=self
+        )
+
+    def beside(self, part: Tensor | None) -> CallContext:
+        """Return the context of a recurrence to whose result a part, [b, s, h], is added, among others."""
+        if part is None or self.exits is None or not self.exits.criterion.reads_logits:
+            return self
+        return dataclasses.replace(self, stream=part if self.stream is None else self.stream + part)
+
     def to(self, device: torch.device, **kwargs: Any) -> CallContext:
         """Return a copy on another device, which is how accelerate hands arguments to layers that live there."""
 
         def move(value: Any) -> Any:
             if isinstance(value, tuple):
                 return tuple(move(part) for part in value)
-            return value.to(device, **kwargs) if isinstance(value, Tensor) else value
+            return value.to(device, **kwargs) if isinstance(value, Tensor | CallContext) else value
 
         return CallContext(**{field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)})

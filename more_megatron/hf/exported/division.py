@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config, Field
 from .initialization import takase_normal
-from .interface import Group, Loop, RunPass
+from .interface import Group, Loop
+from .recurrence import Rows
 from .routing import averaged_logits
 
 __all__ = ["AROUND", "InjectedLoop", "RepeatedMoE", "check_division", "divided", "injection"]
@@ -81,20 +81,12 @@ class InjectedLoop(Loop):
         super().__init__(config)
         self.adapter = _Adapter(config) if config.injection == "linear" else None
 
-    def forward(self, hidden_states: Tensor, run_pass: RunPass, context: CallContext) -> Tensor:
-        """Return what the group makes of its input, [b, s, h]."""
-        state = self.first_state(hidden_states, context)
-        for step in range(context.num_steps):
-            if self.adapter is not None:
-                entry = self.adapter(torch.cat((state, hidden_states), dim=-1))
-            else:
-                entry = self.add(state, hidden_states, step)
-            state = run_pass(entry, step)
-        return state
-
-    def first_state(self, hidden_states: Tensor, context: CallContext) -> Tensor:
-        """Return the state in front of the first pass, given the input of the group, [b, s, h]."""
-        return hidden_states
+    def enter(self, state: Tensor, hidden_states: Tensor, step: int, rows: Rows) -> Tensor:
+        """Return what enters a pass, given the state and the input of the group, [b, s, h]."""
+        hidden_states = rows.take(hidden_states)
+        if self.adapter is None:
+            return self.add(state, hidden_states, step)
+        return self.adapter(torch.cat((state, hidden_states), dim=-1))
 
     def add(self, state: Tensor, hidden_states: Tensor, step: int) -> Tensor:
         """Return what enters a pass where no matrix injects, given the state and the input of the group."""

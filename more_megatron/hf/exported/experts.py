@@ -95,17 +95,16 @@ class MoREMoE(nn.Module):
     def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
         """Return the output, [b, s, h], of the experts that the logits, [b, s, N], choose."""
         routing = Routing(*self.gate.choose(logits), self.config.num_experts)
-        output = routing.combine(self.apply_experts(x, routing, context, memory))
-        return self.finish(self.with_shared_expert(output, x), context, memory)
+        shared = self.shared_output(x)
+        output = routing.combine(self.apply_experts(x, routing, context.beside(shared), memory))
+        return self.finish(output if shared is None else output + shared, context, memory)
 
-    def with_shared_expert(self, output: Tensor, x: Tensor) -> Tensor:
-        """Return the output, [b, s, h], with that of the shared expert where there is one, given what it reads."""
+    def shared_output(self, x: Tensor) -> Tensor | None:
+        """Return the output of the shared expert, [b, s, h], where there is one, given what it reads."""
         if self.shared_expert is None:
-            return output
+            return None
         shared = self.shared_expert(x)
-        if self.shared_expert_gate is not None:
-            shared = shared * self.shared_expert_gate(x).sigmoid()
-        return output + shared
+        return shared if self.shared_expert_gate is None else shared * self.shared_expert_gate(x).sigmoid()
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return weighted outputs of the routed experts, [rows, h]."""

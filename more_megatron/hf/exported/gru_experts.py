@@ -10,6 +10,7 @@ from torch import Tensor
 from .cell_experts import CellExperts, IteratedMoE
 from .fields import Config
 from .interface import System
+from .recurrence import Rows, State, recur
 from .routing import Routing
 
 __all__ = ["SYSTEM"]
@@ -32,13 +33,19 @@ class GRUExperts(CellExperts):
         weight.uniform_(-bound, bound)
         weight[:, :2] += torch.empty_like(weight[:, :2]).uniform_(-bound, bound)
 
-    def forward(self, rows: Tensor, routing: Routing, num_steps: int) -> Tensor:
-        """Return [rows, h]."""
-        state = self.expand(rows, routing)
-        for _ in range(num_steps):
-            reset, update, new, hidden = self.linear(state, "gru", routing).chunk(4, dim=-1)
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """Return [rows, h], given that."""
+
+        def step(number: int, rows: Rows, state: Tensor) -> State:
+            reset, update, new, hidden = self.linear(state, "gru", rows.routing).chunk(4, dim=-1)
             new = torch.tanh(new + reset.sigmoid() * hidden)
-            state = torch.lerp(new, state.to(new.dtype), update.sigmoid())
+            return (torch.lerp(new, state.to(new.dtype), update.sigmoid()),)
+
+        (state,) = recur(step, (self.expand(x, rows.routing),), rows)
+        return self.output(state, rows.routing)
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return what follows from last states, [rows, h], given [rows, m]."""
         return self.linear(state, "fc2", routing)
 
 

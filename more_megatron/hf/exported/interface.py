@@ -8,9 +8,11 @@ files by such lines, and an export has exactly those that its system leads to. N
 - Another layer (norms, residuals, attention): a subclass of `MoRELayer`, named by `System.layer_class`, or
   `System.build_layer` (recurrent_moe.py). A layer that returns the logits of several routers names them in `routers`.
 - Layers that are repeated: `System.groups` returns groups, and a group's `loop` is a subclass of `Loop`, which has the
-  adapter, the time signals or the halting as parameters, `model.loops.0.adapter.weight` for example. It is called once
-  and calls `run_pass(hidden_states, step)` for every pass over the group's layers. Keys and values, router logits and
-  hidden states of each pass are kept apart for it.
+  adapter, the time signals or the halting as parameters, `model.loops.0.adapter.weight` for example. It says where the
+  state begins (`first_state`) and what enters a pass (`enter`). Keys and values, router logits and hidden states of
+  each pass are kept apart for it.
+- Whatever recurs does so in `recur(step, state, rows)` (recurrence.py), which knows what a call wants of it: the states
+  of all steps, for example.
 - Initial states: `context.initial_state(index, like)`, where `System.num_states` says how many there are.
 - What grows with the text: `memory.extend(name, keys, values)` appends to [b, any, s, any] and returns all of it; names
   are free, `memory.at(name)` makes a room. Anything kept elsewhere breaks generation with a cache.
@@ -37,12 +39,13 @@ from .fields import Config, Field
 from .layer import MoRELayer
 from .mlp import MoREMLP
 from .norms import build_norm
+from .recurrence import Rows, State, recur
 from .router_logits import RouterLogits, load_balancing_loss
 
 __all__ = ["Group", "Loop", "RunPass", "System"]
 
-RunPass = Callable[[Tensor, int], Tensor]
-"""Runs the layers of a group once: hidden states, [b, s, h], and the number of the pass, from 0."""
+RunPass = Callable[[Tensor, int, Rows], Tensor]
+"""Runs the layers of a group once: hidden states, [b, s, h], the number of the pass, from 0, and what rows they are."""
 
 
 class Loop(nn.Module):
@@ -52,11 +55,21 @@ class Loop(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, hidden_states: Tensor, run_pass: RunPass, context: CallContext) -> Tensor:
+    def forward(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows) -> Tensor:
         """Return what the group makes of its input, [b, s, h]."""
-        for step in range(context.num_steps):
-            hidden_states = run_pass(hidden_states, step)
+
+        def step(number: int, rows: Rows, state: Tensor) -> State:
+            return (run_pass(self.enter(state, hidden_states, number, rows), number, rows),)
+
+        return recur(step, (self.first_state(hidden_states, rows.context),), rows)[0]
+
+    def first_state(self, hidden_states: Tensor, context: CallContext) -> Tensor:
+        """Return the state in front of the first pass, given the input of the group, [b, s, h]."""
         return hidden_states
+
+    def enter(self, state: Tensor, hidden_states: Tensor, step: int, rows: Rows) -> Tensor:
+        """Return what enters a pass, given the state and the input of the group, [b, s, h]."""
+        return state
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,10 @@ class System:
     def num_states(self, config: Config) -> int:
         """Return how many initial states a call may give."""
         return 0
+
+    def caches_steps(self, config: Config) -> bool:
+        """Return whether a cache has keys and values of each step."""
+        return any(group.loop is not None for group in self.groups(config))
 
     def embedding_scale(self, config: Config) -> float:
         """Return the factor on embeddings."""

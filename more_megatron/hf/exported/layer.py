@@ -60,6 +60,7 @@ class MoRELayer(GradientCheckpointingLayer):
         self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
     ) -> tuple[Tensor, ...]:
         """Return what follows attention: hidden states and the logits of each routing decision."""
+        context = context.beside(hidden_states)
         output, *logits = self.feed_forward(self.post_attention_layernorm(hidden_states), context, memory, *former)
         return (hidden_states + output, *logits)
 

@@ -1,13 +1,8 @@
 """MoRE (Mixture of Recurrent Experts) models for Hugging Face transformers.
 
 Every system of the training code, computing in evaluation what the training code computes. Calls take, beside what
-every causal language model takes:
-
-- `num_steps`: recurrence steps r. Default: `mean_recurrence` of the configuration. Without effect where nothing recurs.
-- `input_states`: initial states of the recurrences, [states, b, up to s, h]; tokens beyond them begin with noise.
-  Default: noise that depends on the seed, layer, position and channel only, so that a text has the same logits in every
-  call.
-- `init_scale`: factor on the standard deviation of that noise.
+every causal language model takes, what options.py names: the number of steps, when tokens stop by themselves, where
+recurrences start, and what is kept of them.
 
 The letters in shapes: b sequences, s tokens of this call, T tokens with those in the cache, k experts a token is sent
 to, N experts, h hidden size, d head size.
@@ -16,13 +11,13 @@ to, N experts, h hidden size, d head size.
 from __future__ import annotations
 
 import dataclasses
-import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 
@@ -30,12 +25,15 @@ from .cache import Memory, prepare_cache
 from .configuration_more import MoREConfig
 from .context import CallContext
 from .documents import find_documents
+from .generation import MoREGenerationMixin
 from .norms import MoRERMSNorm
+from .options import CallOptions
+from .records import Records
 from .rotary import rotation
-from .stack import Trace, build_loops, run_stack
+from .stack import Stack, Trace, build_loops
 from .system import find_system
 
-__all__ = ["MoREForCausalLM", "MoREModel", "MoREModelOutput", "MoREPreTrainedModel"]
+__all__ = ["MoRECausalLMOutput", "MoREForCausalLM", "MoREModel", "MoREModelOutput", "MoREPreTrainedModel"]
 
 # Newer releases of transformers call it `cache`.
 _CACHE_FIELD = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -47,9 +45,27 @@ class MoREModelOutput(MoeModelOutputWithPast):
 
     Attributes:
         losses: What loops want to have added to the loss in training; None if nothing.
+        recurrent_states: The state behind each step, [recurrences, steps, b, s, h].
+        exit_steps: Steps that each token took, [recurrences, b, s].
     """
 
     losses: tuple[Tensor, ...] | None = None
+    recurrent_states: Tensor | None = None
+    exit_steps: Tensor | None = None
+
+
+@dataclass
+class MoRECausalLMOutput(MoeCausalLMOutputWithPast):
+    """What the model returns.
+
+    Attributes:
+        recurrent_states: The state behind each step, [recurrences, steps, b, s, h], in the order of the loops or, where
+            layers have recurrences inside them, of these layers.
+        exit_steps: Steps that each token took where tokens stop by themselves, [recurrences, b, s]; 0 for padding.
+    """
+
+    recurrent_states: Tensor | None = None
+    exit_steps: Tensor | None = None
 
 
 class MoREPreTrainedModel(PreTrainedModel):
@@ -128,10 +144,9 @@ class MoREModel(MoREPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
-        num_steps: int | None = None,
-        input_states: Tensor | None = None,
-        init_scale: float = 1.0,
         cache: Cache | None = None,
+        options: CallOptions | None = None,
+        read: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> MoREModelOutput | tuple:
         """Compute hidden states.
@@ -149,11 +164,10 @@ class MoREModel(MoREPreTrainedModel):
             output_router_logits: Whether to return the logits of each routing decision, [b s, N], which know their
                 layer and step.
             return_dict: Whether to return an object instead of a tuple.
-            num_steps: Recurrence steps.
-            input_states: Initial states, [states, b, up to s, h].
-            init_scale: Factor on the standard deviation of initial states.
             cache: The same as `past_key_values`.
-            kwargs: Ignored.
+            options: What the call says of its recurrences. Default: what it says by their names.
+            read: Output layer, for criteria that read logits.
+            kwargs: The options by their names.
 
         Raises:
             ValueError: If arguments contradict each other, or the cache was filled with another number of steps.
@@ -161,87 +175,86 @@ class MoREModel(MoREPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        num_steps = self.config.mean_recurrence if num_steps is None else _checked_steps(num_steps)
-        cache = self._cache(past_key_values if cache is None else cache, use_cache, num_steps)
-        context = self._context(hidden_states, attention_mask, position_ids, cache, num_steps, input_states, init_scale)
+        options = CallOptions.taken_from(kwargs) if options is None else options
+        exits = options.exits(self.config, self.system, None if read is None else lambda x: read(self.norm(x)))
+        if exits is not None and any(self._asked(output_hidden_states, output_router_logits)):
+            raise ValueError("hidden states and router logits are not kept where tokens stop by themselves")
+        cache = past_key_values if cache is None else cache
+        memory = self._memory(cache, use_cache, options, exits is not None)
+        context = self._context(hidden_states, attention_mask, position_ids, memory, options)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(context.positions)
         scale = self.system.embedding_scale(self.config)
         hidden_states = hidden_states if scale == 1.0 else hidden_states * scale
-        context = dataclasses.replace(context, embeddings=hidden_states)
+        context = dataclasses.replace(context, embeddings=hidden_states, exits=exits)
         trace = Trace(*self._asked(output_hidden_states, output_router_logits))
         groups = self.system.groups(self.config)
-        hidden_states = run_stack(
-            hidden_states, groups, self.layers, self.loops, self.norm, context, Memory(cache), trace
-        )
-        hidden_states = self.norm(hidden_states)
+        stack = Stack(groups, self.layers, self.loops, self.norm, context, memory, trace)
+        hidden_states = self.norm(stack.run(hidden_states))
         trace.see_states(hidden_states)
         fields: dict[str, Any] = {
             "last_hidden_state": hidden_states,
             "hidden_states": trace.states,
             "router_logits": trace.logits,
             "losses": tuple(context.losses) or None,
-            _CACHE_FIELD: cache,
+            "recurrent_states": context.records.recurrent_states(),
+            "exit_steps": context.records.exit_steps(),
+            _CACHE_FIELD: memory.cache if self._uses_cache(cache, use_cache) else None,
         }
         return self._as_asked(MoREModelOutput(**fields), return_dict)
 
-    def _cache(self, cache: Cache | None, use_cache: bool | None, num_steps: int) -> Cache | None:
-        """Return the cache to fill, ready for this call; None for none."""
+    def _uses_cache(self, cache: Cache | None, use_cache: bool | None) -> bool:
+        """Return whether a call has a cache."""
         if self.training and self.gradient_checkpointing:
-            return None
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
-        if cache is None and use_cache:
-            cache = DynamicCache()
-        if cache is not None:
-            prepare_cache(cache, num_steps if self.system.recurrent else None)
-        return cache
+            return False
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        return cache is not None or bool(wanted)
+
+    def _memory(self, cache: Cache | None, use_cache: bool | None, options: CallOptions, exits: bool) -> Memory:
+        """Return the cache to fill, ready for this call; one that holds nothing for none."""
+        slots = options.slots(self.config, self.system)
+        if not self._uses_cache(cache, use_cache):
+            # Tokens that go on see what those that stopped have left.
+            return Memory(DynamicCache() if exits else None, slots=1)
+        cache = DynamicCache() if cache is None else cache
+        prepare_cache(cache, options.steps(self.config) if self.system.recurrent else None, slots)
+        return Memory(cache, past=cache.get_seq_length(), slots=slots)
 
     def _context(
         self,
         embeddings: Tensor,
         attention_mask: Tensor | None,
         positions: Tensor | None,
-        cache: Cache | None,
-        num_steps: int,
-        input_states: Tensor | None,
-        init_scale: float,
+        memory: Memory,
+        options: CallOptions,
     ) -> CallContext:
         """Return what the layers are told."""
-        past = 0 if cache is None else cache.get_seq_length()
+        past = memory.past
         padding = _find_padding(embeddings, attention_mask, past)
         documents = None
         if positions is not None:
-            documents = find_documents(positions, padding, Memory(cache), past)
+            documents = find_documents(positions, padding, memory, past)
         elif padding is not None:
             positions = ((~padding).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         else:
             positions = torch.arange(past, past + embeddings.size(1), device=embeddings.device).unsqueeze(0)
-        if input_states is not None:
-            _check_states(input_states, self.system.num_states(self.config), embeddings)
+        if options.input_states is not None:
+            _check_states(options.input_states, self.system.num_states(self.config), embeddings)
+        options.check_warm_start(self.config, self.system)
         return CallContext(
             positions=positions.long(),
             rotation=rotation(self.config, positions),
             padding=padding,
             documents=documents,
             past=past,
-            num_steps=num_steps,
+            num_steps=options.steps(self.config),
             noise_seed=self.config.noise_seed,
-            state_std=self.config.state_std * init_scale,
-            input_states=input_states,
+            state_std=self.config.state_std * options.init_scale,
+            input_states=options.input_states,
+            shape=(embeddings.size(0), embeddings.size(1)),
+            records=Records(options.output_recurrent_states),
+            warm=memory if options.warm_start else None,
         )
-
-
-def _checked_steps(num_steps: Any) -> int:
-    try:
-        if isinstance(num_steps, bool):
-            raise TypeError("a truth value")
-        found = operator.index(num_steps)
-    except TypeError:
-        raise ValueError(f"num_steps {num_steps!r} must be an integer") from None
-    if found < 1:
-        raise ValueError(f"num_steps {found} must be at least 1")
-    return found
 
 
 def _find_padding(embeddings: Tensor, attention_mask: Tensor | None, past: int) -> Tensor | None:
@@ -266,7 +279,7 @@ def _check_states(input_states: Tensor, number: int, embeddings: Tensor) -> None
         raise ValueError(f"input_states has shape {tuple(input_states.shape)}, and not {shape}")
 
 
-class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
+class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
     """A MoRE model with an output layer over the vocabulary."""
 
     # A mapping since transformers 5, names before; a mapping is both.
@@ -291,12 +304,9 @@ class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        num_steps: int | None = None,
-        input_states: Tensor | None = None,
-        init_scale: float = 1.0,
         cache: Cache | None = None,
         **kwargs: Any,
-    ) -> MoeCausalLMOutputWithPast | tuple:
+    ) -> MoRECausalLMOutput | tuple:
         """Compute logits, and the loss if there are labels.
 
         Args:
@@ -304,10 +314,12 @@ class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
             output_router_logits: Whether to return router logits, and to compute the load-balancing loss, which is
                 added to the loss with `router_aux_loss_coef`.
             logits_to_keep: Number of last positions to compute logits of, or their indices. Default: all.
-            kwargs: For the loss function of transformers, such as `num_items_in_batch`.
+            kwargs: The options of `CallOptions`, and what the loss function of transformers takes, such as
+                `num_items_in_batch`.
 
         All other arguments are those of `MoREModel`.
         """
+        options = CallOptions.taken_from(kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -318,9 +330,8 @@ class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
             return_dict=True,
-            num_steps=num_steps,
-            input_states=input_states,
-            init_scale=init_scale,
+            options=options,
+            read=self.lm_head,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -334,30 +345,12 @@ class MoREForCausalLM(MoREPreTrainedModel, GenerationMixin):
         if loss is not None and self.training:
             for part in outputs.losses or ():
                 loss = loss + weight * part.to(loss.device)
-        fields = {name: outputs.get(name) for name in (_CACHE_FIELD, "hidden_states", "router_logits")}
-        output = MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
+        fields = {
+            name: outputs.get(name)
+            for name in (_CACHE_FIELD, "hidden_states", "router_logits", "recurrent_states", "exit_steps")
+        }
+        output = MoRECausalLMOutput(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
         return self._as_asked(output, return_dict)
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """Return the arguments of the next call: of the initial states those of its tokens."""
-        states = kwargs.pop("input_states", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        if states is not None:
-            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            cache = inputs.get("past_key_values", inputs.get("cache"))
-            past = 0 if cache is None else cache.get_seq_length()
-            states = states[:, :, past : past + tokens.size(1)]
-            inputs["input_states"] = states if states.size(2) > 0 else None
-        return inputs
-
-    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Repeat each sequence, for beams and samples; in initial states sequences are the second dimension."""
-        states = kwargs.pop("input_states", None)
-        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
-        input_ids, found = expand(expand_size=expand_size, **kwargs)
-        if states is not None:
-            found["input_states"] = states.repeat_interleave(expand_size, dim=1)
-        return input_ids, found
 
 
 def _weight(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:

@@ -99,7 +99,8 @@ class SigmaMoE(MoREMoE):
         logits = self.gate(normed)
         routing = Routing(*self.gate.choose(logits), self.config.num_experts)
         output = routing.combine(self.apply_experts(stream[0], routing, context, memory))
-        return self.with_shared_expert(output, normed), logits
+        shared = self.shared_output(normed)
+        return output if shared is None else output + shared, logits
 
 
 class HeadWeight(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,14 @@ from .experts import MoREMoE
 from .fields import Config, Field
 from .grouped import grouped_linear
 from .initialization import layers_passed, takase_normal
+from .interface import System
 from .norms import rms_norm
-from .rotary import Rotation, rotate
+from .recurrence import Rows, State, recur
+from .rotary import rotate
 from .routing import Routing
+from .row_mask import RowMask
 
-__all__ = ["BlockRows", "MixingMoE", "RecurrentBlock", "block_width"]
+__all__ = ["BlockRows", "BlockSystem", "MixingMoE", "RecurrentBlock", "block_width"]
 
 
 def block_width(hidden_sizes: int) -> Field:
@@ -31,23 +34,28 @@ def block_width(hidden_sizes: int) -> Field:
     return Field(int, default, "Width of the MLP in a recurrent block.", low=1)
 
 
-@dataclass(frozen=True)
-class BlockRows:
-    """The rows that a recurrent block works on.
+@dataclass(frozen=True, kw_only=True)
+class BlockRows(Rows):
+    """The rows that a recurrent block works on, [rows, h]: sorted by expert, or [b, s, h] without experts.
 
     Attributes:
-        shape: (b, k, s): each token is k rows.
         mask: Keys that each row sees, [b, 1, k s, k T]; None where the plain causal kernel does.
-        rotation: Cosine and sine of each token's angles.
         memory: Where keys and values are kept.
-        routing: Where the rows are sorted by expert; None if they are in the order of `shape`.
     """
 
-    shape: tuple[int, int, int]
-    mask: Tensor | None
-    rotation: Rotation | None
+    mask: Tensor | RowMask | None
     memory: Memory
-    routing: Routing | None
+
+    def select(self, places: Tensor) -> BlockRows:
+        """Return the rows of some tokens."""
+        found = super().select(places)
+        memory, mask = self.memory.select(self.context.shape, places), found.context.mask
+        if isinstance(self.mask, Tensor) and self.routing is not None:
+            topk = self.routing.shape[1]
+            # [b, s, k, keys], then expert by expert as the rows of a sequence stand.
+            visible = self.mask[:, 0].unflatten(1, (topk, -1)).transpose(1, 2).flatten(0, 1)[places]
+            mask = RowMask(visible.transpose(0, 1).flatten(0, 1), (places // self.context.shape[1]).repeat(topk))
+        return replace(found, mask=mask, memory=memory)
 
 
 class RecurrentBlock(nn.Module):
@@ -101,16 +109,18 @@ class RecurrentBlock(nn.Module):
         else:
             takase_normal(self.config, weight, layers_passed(self.config) if name in ("proj", "fc2") else None)
 
-    def forward(self, x: Tensor, state: Tensor, rows: BlockRows, num_steps: int) -> Tensor:
-        """Return the last state, [rows, h], given what is injected in every step and the first, [rows, h] each."""
+    def forward(self, x: Tensor, state: Tensor, rows: BlockRows) -> Tensor:
+        """Return the last state, given what is injected in every step and the first, [rows, h] or [b, s, h] each."""
         adapter_state, adapter_input = self.adapter.split(self.config.hidden_size, dim=-1)
         injected = self._linear(x, adapter_input, rows)
-        for step in range(num_steps):
-            mixed = self._linear(state, adapter_state, rows) + injected
-            attended = self._attention(self._norm(mixed, 1, rows), rows, step)
+
+        def step(number: int, rows: BlockRows, state: Tensor) -> State:
+            mixed = self._linear(state, adapter_state, rows) + rows.take(injected)
+            attended = self._attention(self._norm(mixed, 1, rows), rows, number)
             mixed = self._norm(mixed + attended, 2, rows)
-            state = self._norm(mixed + self._mlp(self._norm(mixed, 3, rows), rows), 4, rows)
-        return state
+            return (self._norm(mixed + self._mlp(self._norm(mixed, 3, rows), rows), 4, rows),)
+
+        return recur(step, (state,), rows)[0]
 
     def _attention(self, x: Tensor, rows: BlockRows, step: int) -> Tensor:
         config, routing = self.config, rows.routing
@@ -118,16 +128,16 @@ class RecurrentBlock(nn.Module):
         qkv = self._linear(x, self.qkv, rows)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias
-        qkv = qkv if routing is None else qkv[routing.restore]
         # [b, groups, queries of a group + 2, k, s, d]
-        qkv = qkv.view(*rows.shape, groups, -1, config.head_dim).permute(0, 3, 4, 1, 2, 5)
-        query = rotate(qkv[:, :, :-2].flatten(1, 2), rows.rotation, config.rotary_interleaved)
-        key = rotate(qkv[:, :, -2], rows.rotation, config.rotary_interleaved)
-        extended = rows.memory.extend(f"step.{step}", key.flatten(1, 2), qkv[:, :, -1].flatten(1, 2))
+        qkv = qkv.unsqueeze(1) if routing is None else qkv[routing.restore].unflatten(0, routing.shape)
+        qkv = qkv.unflatten(-1, (groups, -1, config.head_dim)).permute(0, 3, 4, 1, 2, 5)
+        query = rotate(qkv[:, :, :-2].flatten(1, 2), rows.context.rotation, config.rotary_interleaved)
+        key = rotate(qkv[:, :, -2], rows.context.rotation, config.rotary_interleaved)
+        extended = rows.memory.at_step(step).extend("", key.flatten(1, 2), qkv[:, :, -1].flatten(1, 2))
         key, value = (part.unflatten(1, (groups, -1)).flatten(2, 3) for part in extended)
         output = attend(query.flatten(2, 3), key, value, rows.mask)
-        output = output.unflatten(2, rows.shape[1:]).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 2)
-        return self._linear(output if routing is None else output[routing.order], self.proj, rows)
+        output = output.transpose(1, 2).flatten(2)
+        return self._linear(output if routing is None else output.flatten(0, 1)[routing.order], self.proj, rows)
 
     def _mlp(self, x: Tensor, rows: BlockRows) -> Tensor:
         gate, up = self._linear(x, self.fc1.flatten(-3, -2), rows).chunk(2, dim=-1)
@@ -157,8 +167,28 @@ class MixingMoE(MoREMoE):
         query, key = routing.chosen.transpose(1, 2).flatten(1), chosen.squeeze(1).transpose(1, 2).flatten(1)
         same = query.unsqueeze(2) == key.unsqueeze(1)
         mask = same.unsqueeze(1) & context.visible.repeat(1, 1, topk, topk)
-        return BlockRows(routing.shape, mask, context.rotation, memory.at("block"), routing)
+        return BlockRows(context, self.layer_idx, routing, self.stream, mask=mask, memory=memory.at("block"))
+
+    def stream(self, state: Tensor, rows: BlockRows) -> Tensor:
+        """Return what the next layer would be given if the recurrence ended now, shaped as tokens."""
+        return rows.context.stream + rows.routing.combine(self.output(state, rows.routing))
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return the weighted outputs that follow from last states, [rows, h] each."""
+        return routing.weigh(state)
 
     def initial_rows(self, x: Tensor, routing: Routing, context: CallContext) -> Tensor:
         """Return the initial state of each row, [rows, h]."""
         return routing.dispatch(context.initial_state(self.layer_idx, x))
+
+
+class BlockSystem(System):
+    """Layers with recurrent blocks: one initial state a layer, and attention in every step."""
+
+    def num_states(self, config: Config) -> int:
+        """Return the number of layers."""
+        return config.num_hidden_layers
+
+    def caches_steps(self, config: Config) -> bool:
+        """Return whether a layer has a block."""
+        return any(config.moe_layers)

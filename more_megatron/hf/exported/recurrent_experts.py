@@ -6,9 +6,7 @@ from torch import Tensor
 
 from .cache import Memory
 from .context import CallContext
-from .fields import Config
-from .interface import System
-from .recurrent_block import MixingMoE, RecurrentBlock, block_width
+from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_width
 from .routing import Routing
 
 __all__ = ["SYSTEM"]
@@ -24,18 +22,14 @@ class RecurrentExpertsMoE(MixingMoE):
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return weighted last states, [rows, h]."""
         state, rows = self.initial_rows(x, routing, context), self.block_rows(routing, context, memory)
-        return routing.weigh(self.experts(routing.dispatch(x), state, rows, context.num_steps))
+        return self.output(self.experts(routing.dispatch(x), state, rows), routing)
 
 
-class RecurrentExperts(System):
-    """One initial state a layer."""
+class RecurrentExperts(BlockSystem):
+    """The layers with such experts."""
 
     moe_class = RecurrentExpertsMoE
     fields = {"recurrent_intermediate_size": block_width(2)}  # noqa: RUF012
-
-    def num_states(self, config: Config) -> int:
-        """Return the number of layers."""
-        return config.num_hidden_layers
 
 
 SYSTEM = RecurrentExperts()

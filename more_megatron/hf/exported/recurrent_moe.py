@@ -10,6 +10,7 @@ from .experts import MoREMoE
 from .fields import LOGIT_EMA, Field
 from .interface import System
 from .layer import MoRELayer
+from .recurrence import Rows, State, recur
 from .routing import averaged_logits
 
 __all__ = ["SYSTEM"]
@@ -28,12 +29,16 @@ class IteratedLayer(MoRELayer):
             return super().transform(hidden_states, context, memory)
         scale = self.config.residual_scale
         decisions: list[Tensor] = []
-        for _ in range(context.num_steps):
-            normed = self.post_attention_layernorm(hidden_states)
-            decisions.append(averaged_logits(self.config, self.mlp.gate(normed), *decisions[-1:]))
-            output = self.mlp.mix(normed, decisions[-1], context, memory)
-            hidden_states = hidden_states + (output if scale == 1.0 else output * scale)
-        return (hidden_states, *decisions)
+
+        def step(number: int, rows: Rows, state: Tensor, *former: Tensor) -> State:
+            normed = self.post_attention_layernorm(state)
+            logits = averaged_logits(self.config, self.mlp.gate(normed), *former)
+            decisions.append(logits)
+            output = self.mlp.mix(normed, logits, rows.context, memory)
+            return state + (output if scale == 1.0 else output * scale), logits
+
+        rows = Rows(context, self.layer_idx, stream=lambda state, _: state)
+        return (recur(step, (hidden_states,), rows)[0], *decisions)
 
 
 class RecurrentMoE(System):

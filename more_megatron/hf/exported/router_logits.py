@@ -44,6 +44,18 @@ class RouterLogits(tuple):
         made.batch = batch
         return made
 
+    def by_layer(self, router: str | None = None) -> dict[int, Tensor]:
+        """Return the logits of all steps of each layer that has the router, [steps, b, s, N].
+
+        Args:
+            router: Name of the router. Default: the first of each layer.
+        """
+        steps: dict[int, dict[int, Tensor]] = {}
+        for logits, layer, step, name in zip(self, self.layers, self.steps, self.routers, strict=True):
+            if router in (None, name):
+                steps.setdefault(layer, {}).setdefault(step, logits.unflatten(0, (self.batch, -1)))
+        return {layer: torch.stack([found[step] for step in sorted(found)]) for layer, found in steps.items()}
+
     def at(self, layer: int, step: int = 0, router: str | None = None) -> Tensor:
         """Return the logits of one decision.
 

@@ -89,7 +89,7 @@ class Routing:
     def __init__(self, probs: Tensor, experts: Tensor, num_experts: int) -> None:
         batch, length, topk = experts.shape
         self.shape = (batch, topk, length)
-        self.chosen = experts
+        self.chosen, self._weights = experts, probs
         unsorted = experts.transpose(1, 2).flatten()
         self.order = unsorted.argsort(stable=True)
         self.restore = self.order.argsort()
@@ -97,6 +97,13 @@ class Routing:
         numbers = torch.arange(num_experts, device=experts.device)
         self.ends = torch.searchsorted(self.experts, numbers, right=True, out_int32=True)
         self.probs = probs.transpose(1, 2).flatten()[self.order].unsqueeze(-1)
+
+    def select(self, places: Tensor) -> tuple[Routing, Tensor]:
+        """Return the routing of some tokens, n of b s, as one sequence, and which of the rows here its rows are."""
+        probs, experts = (part.flatten(0, 1)[places].unsqueeze(0) for part in (self._weights, self.chosen))
+        made = Routing(probs, experts, len(self.ends))
+        rows = self.restore.view(self.shape).transpose(1, 2).flatten(0, 1)[places]
+        return made, rows.t().flatten()[made.order]
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Return the row of each token and expert, [rows, h], given [b, s, h]."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from .cell_experts import CellExperts, IteratedMoE, lstm_cell
 from .fields import Config
 from .interface import System
+from .recurrence import Rows, State, recur
 from .routing import Routing
 
 __all__ = ["SYSTEM"]
@@ -27,15 +28,21 @@ class SequentialExperts(CellExperts):
         shapes = {"lstm": (4, hidden, hidden), "lstm_bias": (4, hidden), "gate": (1, hidden), "gate_bias": (1,)}
         super().__init__(config, shapes)
 
-    def forward(self, rows: Tensor, routing: Routing, num_steps: int) -> Tensor:
-        """Return [rows, h]."""
-        refined = self.feed_forward(rows, routing)
-        cell, vector = torch.zeros_like(refined), self.gate[routing.experts, 0]
-        for _ in range(num_steps):
-            new, cell = lstm_cell(self.linear(refined, "lstm", routing), cell)
-            gate = torch.sigmoid((refined * vector).sum(-1, keepdim=True) + self.gate_bias[routing.experts])
-            refined = refined + gate * (new - refined)
-        return refined
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """Return [rows, h], given that."""
+
+        def step(number: int, rows: Rows, refined: Tensor, cell: Tensor) -> State:
+            new, cell = lstm_cell(self.linear(refined, "lstm", rows.routing), cell)
+            experts = rows.routing.experts
+            gate = torch.sigmoid((refined * self.gate[experts, 0]).sum(-1, keepdim=True) + self.gate_bias[experts])
+            return refined + gate * (new - refined), cell
+
+        refined = self.feed_forward(x, rows.routing)
+        return recur(step, (refined, torch.zeros_like(refined)), rows)[0]
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return the last state, which is the output."""
+        return state
 
 
 class SequentialExpertsMoE(IteratedMoE):

@@ -9,8 +9,7 @@ from .cache import Memory
 from .context import CallContext
 from .fields import Config
 from .grouped import grouped_linear
-from .interface import System
-from .recurrent_block import MixingMoE, RecurrentBlock, block_width
+from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_width
 from .routing import Routing
 
 __all__ = ["SYSTEM"]
@@ -44,19 +43,19 @@ class SharedBlockMoE(MixingMoE):
         """Return weighted projections of the last states, [rows, h]."""
         state, rows = self.initial_rows(x, routing, context), self.block_rows(routing, context, memory)
         projected = grouped_linear(routing.dispatch(x), self.experts.proj_in, routing.ends)
-        state = self.recurrent_block(projected, state, rows, context.num_steps)
+        state = self.recurrent_block(projected, state, rows)
+        return self.output(state, routing)
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return the weighted projections of last states, [rows, h]."""
         return routing.weigh(grouped_linear(state, self.experts.proj_out, routing.ends))
 
 
-class SharedBlock(System):
-    """One initial state a layer."""
+class SharedBlock(BlockSystem):
+    """The layers with such experts."""
 
     moe_class = SharedBlockMoE
     fields = {"recurrent_intermediate_size": block_width(4)}  # noqa: RUF012
-
-    def num_states(self, config: Config) -> int:
-        """Return the number of layers."""
-        return config.num_hidden_layers
 
 
 SYSTEM = SharedBlock()

@@ -12,8 +12,8 @@ from .experts import MoREMoE
 from .fields import Config
 from .grouped import grouped_linear
 from .initialization import layers_passed, takase_normal
-from .interface import System
-from .recurrent_block import BlockRows, RecurrentBlock, block_width
+from .recurrence import Rows
+from .recurrent_block import BlockRows, BlockSystem, RecurrentBlock, block_width
 from .routing import Routing
 
 __all__ = ["SYSTEM"]
@@ -49,21 +49,19 @@ class CombinedBlockMoE(MoREMoE):
 
     def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
         """Return the block's last state, [b, s, h]."""
-        shape = (output.size(0), 1, output.size(1))
-        rows = BlockRows(shape, context.mask, context.rotation, memory.at("block"), routing=None)
-        state = context.initial_state(self.layer_idx, output).flatten(0, 1)
-        return self.recurrent_block(output.flatten(0, 1), state, rows, context.num_steps).view_as(output)
+        rows = BlockRows(context, self.layer_idx, stream=_stream, mask=context.mask, memory=memory.at("block"))
+        return self.recurrent_block(output, context.initial_state(self.layer_idx, output), rows)
 
 
-class SharedBlockFFN(System):
-    """One initial state a layer."""
+def _stream(state: Tensor, rows: Rows) -> Tensor:
+    return state if rows.context.stream is None else rows.context.stream + state
+
+
+class SharedBlockFFN(BlockSystem):
+    """The layers with such experts."""
 
     moe_class = CombinedBlockMoE
     fields = {"recurrent_intermediate_size": block_width(4)}  # noqa: RUF012
-
-    def num_states(self, config: Config) -> int:
-        """Return the number of layers."""
-        return config.num_hidden_layers
 
 
 SYSTEM = SharedBlockFFN()

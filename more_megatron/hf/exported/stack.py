@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,9 +13,10 @@ from .cache import Memory
 from .context import CallContext
 from .fields import Config
 from .interface import Group, System
+from .recurrence import Rows
 from .router_logits import RouterLogits
 
-__all__ = ["Trace", "build_loops", "run_stack"]
+__all__ = ["Stack", "Trace", "build_loops"]
 
 
 class Trace:
@@ -71,20 +74,10 @@ def build_loops(config: Config, system: System) -> nn.ModuleList:
     return nn.ModuleList(group.loop(config) for group in groups if group.loop is not None)
 
 
-def run_stack(
-    hidden_states: Tensor,
-    groups: Iterable[Group],
-    layers: nn.ModuleList,
-    loops: nn.ModuleList,
-    norm: nn.Module,
-    context: CallContext,
-    memory: Memory,
-    trace: Trace,
-) -> Tensor:
-    """Return what the last layer makes of the embeddings, [b, s, h].
+class Stack:
+    """Runs the groups of one call.
 
     Args:
-        hidden_states: Embeddings, [b, s, h].
         groups: The groups of the stack.
         layers: All layers.
         loops: The loops, one for each group that has one.
@@ -93,27 +86,81 @@ def run_stack(
         memory: The cache.
         trace: What the call keeps.
     """
-    remaining = iter(loops)
-    for group in groups:
-        if group.norm_first:
-            hidden_states = norm(hidden_states)
 
-        former: dict[int, list[Tensor]] = {}
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        layers: nn.ModuleList,
+        loops: nn.ModuleList,
+        norm: nn.Module,
+        context: CallContext,
+        memory: Memory,
+        trace: Trace,
+    ) -> None:
+        self.groups, self.layers, self.loops, self.norm = groups, layers, loops, norm
+        self.context, self.memory, self.trace = context, memory, trace
 
-        def run_pass(
-            hidden_states: Tensor, step: int, group: Group = group, former: dict[int, list[Tensor]] = former
-        ) -> Tensor:
-            for layer_idx in group.layers:
-                trace.see_states(hidden_states)
-                layer: Any = layers[layer_idx]
-                place = memory.at(f"layers.{layer_idx}")
-                place = place if group.loop is None else place.at(f"pass.{step}")
-                before = former.get(layer_idx, ()) if getattr(layer.mlp, "reads_former", False) else ()
-                hidden_states, *former[layer_idx] = layer(hidden_states, context, place, *before)
-                trace.see_logits(former[layer_idx], layer_idx, step, layer.routers)
-            return hidden_states
+    def run(self, hidden_states: Tensor) -> Tensor:
+        """Return what the last layer makes of the embeddings, [b, s, h]."""
+        loops = enumerate(self.loops)
+        for number, group in enumerate(self.groups):
+            if group.norm_first:
+                hidden_states = self.norm(hidden_states)
+            run_pass = partial(self._run_layers, group, {}, self.memory, self.trace)
+            if group.loop is None:
+                hidden_states = run_pass(hidden_states, 0, Rows(self.context, -1))
+            else:
+                index, loop = next(loops)
+                rows = Rows(self.context, index, stream=partial(self._behind, self.groups[number + 1 :], {}))
+                hidden_states = loop(hidden_states, run_pass, rows)
+        return hidden_states
 
-        hidden_states = (
-            run_pass(hidden_states, 0) if group.loop is None else next(remaining)(hidden_states, run_pass, context)
-        )
-    return hidden_states
+    def _run_layers(
+        self,
+        group: Group,
+        former: dict[int, tuple[Tensor, ...]],
+        memory: Memory,
+        trace: Trace,
+        hidden_states: Tensor,
+        step: int,
+        rows: Rows,
+    ) -> Tensor:
+        """Run the layers of a group once.
+
+        Args:
+            group: The group.
+            former: Router logits of each layer in the pass before, of all tokens; those of this one are put here.
+            memory: The cache.
+            trace: What the call keeps.
+            hidden_states: What the first layer is given, [b, s, h] or, where tokens have stopped, [1, n, h].
+            step: Number of the pass, from 0.
+            rows: Which tokens these are.
+        """
+        memory = memory.select(self.context.shape, rows.chosen)
+        for layer_idx in group.layers:
+            trace.see_states(hidden_states)
+            layer: Any = self.layers[layer_idx]
+            place = memory.at(f"layers.{layer_idx}")
+            place = place if group.loop is None else place.at_step(step)
+            whole = former.get(layer_idx, ())
+            hidden_states, *logits = layer(hidden_states, rows.context, place, *map(rows.take, whole))
+            if getattr(layer.mlp, "reads_former", False):
+                former[layer_idx] = tuple(rows.put(old, new) for old, new in zip_longest(whole, logits))
+            trace.see_logits(logits, layer_idx, step, layer.routers)
+        return hidden_states
+
+    def _behind(self, groups: Sequence[Group], aside: dict, state: Tensor, rows: Rows) -> Tensor:
+        """Return what the final norm would be given if a loop ended with a state: the groups behind that run once.
+
+        Args:
+            groups: The groups behind the loop.
+            aside: Their keys and values, which the cache must not have yet.
+            state: The state, [b, s, h] or, where tokens have stopped, [1, n, h].
+            rows: Which tokens these are.
+        """
+        memory = self.memory.write_aside(aside)
+        for group in groups:
+            state = self.norm(state) if group.norm_first else state
+            if group.loop is None:
+                state = self._run_layers(group, {}, memory, Trace(False, False), state, 0, rows)
+        return state

@@ -20,6 +20,7 @@ from .interface import Group, Loop, RunPass, System
 from .layer import MoRELayer
 from .mlp import MoREMLP
 from .norms import build_norm
+from .recurrence import Rows, State, recur
 
 __all__ = ["SYSTEM"]
 
@@ -65,43 +66,57 @@ class UniversalLoop(Loop):
         """Draw the time signals."""
         weight.normal_(0.0, self.config.hidden_size**-0.5)
 
-    def forward(self, hidden_states: Tensor, run_pass: RunPass, context: CallContext) -> Tensor:
+    def forward(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows) -> Tensor:
         """Return what the group makes of its input, [b, s, h]."""
+        context = rows.context
         if self.time is not None and context.num_steps > len(self.time):
             raise ValueError(
                 f"num_steps {context.num_steps} is above {len(self.time)}, the steps that the model learned a time "
                 "signal for: take at most these, or train with --universal-time-signal sinusoid"
             )
-        positions = _sinusoid(context.positions, self.config.hidden_size).to(hidden_states.dtype)
         if self.halting is not None:
-            return self._halted(hidden_states, positions, run_pass, context, self.halting)
-        for step in range(context.num_steps):
-            hidden_states = run_pass(hidden_states + positions + self._time(step, hidden_states), step)
-        return hidden_states
+            return self._halted(hidden_states, run_pass, rows, self.halting)
+        return super().forward(hidden_states, run_pass, rows)
+
+    def enter(self, state: Tensor, hidden_states: Tensor, step: int, rows: Rows) -> Tensor:
+        """Return the state with the signals of position and step."""
+        positions = _sinusoid(rows.context.positions, self.config.hidden_size).to(state.dtype)
+        return state + positions + self._time(step, state)
 
     def _time(self, step: int, like: Tensor) -> Tensor:
         if self.time is None:
             return _sinusoid(torch.full((), float(step), device=like.device), like.size(-1)).to(like.dtype)
         return (self.time[step] * math.sqrt(like.size(-1))).to(like)
 
-    def _halted(
-        self, state: Tensor, positions: Tensor, run_pass: RunPass, context: CallContext, halting: nn.Module
-    ) -> Tensor:
+    def _halted(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows, halting: nn.Module) -> Tensor:
         """Return the output of all positions. Those that have halted still take part in every pass."""
-        output, total = torch.zeros_like(state), state.new_zeros((*state.shape[:-1], 1), dtype=torch.float32)
-        steps, remainder, halted = total, total, torch.zeros_like(total, dtype=torch.bool)
-        for step in range(context.num_steps):
-            entering = state + positions + self._time(step, state)
+
+        def step(
+            number: int,
+            rows: Rows,
+            state: Tensor,
+            output: Tensor,
+            total: Tensor,
+            steps: Tensor,
+            remainder: Tensor,
+            halted: Tensor,
+        ) -> State:
+            entering = self.enter(state, hidden_states, number, rows)
             probability = halting(entering)
             ends = ~halted & (total + probability > 1.0 - self.config.halting_epsilon)
             goes_on = (~halted & ~ends).float()
             weight = goes_on * probability + ends * (1.0 - total)
             remainder = remainder + ends * (1.0 - total)
             total, steps, halted = total + goes_on * probability, steps + ~halted, halted | ends
-            state = run_pass(entering, step)
+            state = run_pass(entering, number, rows)
             output = self._combined(output, state, weight.to(state.dtype))
+            return state, output, total, steps, remainder, halted
+
+        nothing = hidden_states.new_zeros((*hidden_states.shape[:-1], 1), dtype=torch.float32)
+        first = (torch.zeros_like(hidden_states), nothing, nothing, nothing, nothing.bool())
+        _, output, _, steps, remainder, _ = recur(step, (hidden_states, *first), rows, result=1)
         if self.training:
-            context.losses.append(self.config.ponder_coef * _mean(steps + remainder, context))
+            rows.context.losses.append(self.config.ponder_coef * _mean(steps + remainder, rows.context))
         return output
 
     def _combined(self, output: Tensor, state: Tensor, weight: Tensor) -> Tensor:

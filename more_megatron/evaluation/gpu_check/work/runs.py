@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import io
+import shlex
 import signal
 import sys
 from argparse import Namespace
@@ -100,7 +101,7 @@ def train(command_line: str) -> list[Iteration]:
 @contextlib.contextmanager
 def _command_line(flags: str) -> Iterator[None]:
     former = sys.argv
-    sys.argv = ["pretrain_more.py", *flags.split()]
+    sys.argv = ["pretrain_more.py", *shlex.split(flags)]
     try:
         yield
     finally:

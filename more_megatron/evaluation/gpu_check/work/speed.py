@@ -13,15 +13,14 @@ import torch
 from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.errors import MoREError
+from more_megatron.evaluation.comparison.matching import Goal, match, system_cost
 from more_megatron.evaluation.gpu_check.outcomes import Finding
 from more_megatron.evaluation.gpu_check.plan import Sizes
 from more_megatron.evaluation.gpu_check.work.runs import configure, sole_rank
 from more_megatron.evaluation.step_benchmark import (
     StepBenchmark,
-    at_equal_cost,
     peak_bytes,
     reset_peak,
-    system_cost,
 )
 from more_megatron.model.depth import Depth
 from more_megatron.platform import Platform, initialize_platform
@@ -46,7 +45,7 @@ def save_target(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
     costs = {}
     for name, line in lines.items():
         args, model_config = configure(line)
-        cost = system_cost(model_config.transformer, args.padded_vocab_size, args.seq_length)
+        cost = system_cost(model_config, args.seq_length)
         costs[name] = cost.training_flops(0, sizes.steps)
     Path(folder, "target.json").write_text(json.dumps(max(costs.values())))
     return Finding({f"GFLOP a token, {name}": cost / 1e9 for name, cost in costs.items()})
@@ -92,7 +91,7 @@ def _matched(line: str, folder: str, sizes: Sizes) -> tuple[GPTModelConfig, int]
     args, model_config = configure(line)
     target = json.loads(Path(folder, "target.json").read_text())
     depth = Depth(0, sizes.steps)
-    return at_equal_cost(model_config, target, depth, args.padded_vocab_size, args.seq_length), args.seq_length
+    return match(model_config, Goal(flops=target), depth, args.seq_length), args.seq_length
 
 
 def _filled(

@@ -1,0 +1,264 @@
+"""What is compared: an experiment file, and the flags of each of its runs.
+
+Nothing here needs Megatron: costs and widths are found in `planning`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from more_megatron.errors import MoREError
+from more_megatron.flags import MoREFlags
+from more_megatron.systems import flag_names, get_system, systems
+
+__all__ = ["MATCHES", "Arm", "Experiment", "Flags", "command_line", "parse_flags"]
+
+# Flags of `pretrain_more.py` by name without the dashes; True: a switch, None: left out, a list: several values.
+Flags = dict[str, Any]
+
+MATCHES = ("flops", "parameters", "both", "flags")
+_TUPLES = ("seeds", "depths")
+_OF_EXPERTS = re.compile(r"moe-|num-experts$")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of the comparison.
+
+    Attributes:
+        name: In the report.
+        system: Name of the system.
+        flags: What it alone is given; they stand over what all are given.
+        reference: Whether it is the dense model of as many layers as the recurrences run.
+    """
+
+    name: str
+    system: str
+    flags: Flags = field(default_factory=dict)
+    reference: bool = False
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether its layers have experts: by default, or because it is given some."""
+        return bool(self.flags.get("num-experts", get_system(self.system).defaults.get("num_experts", True)))
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What an experiment file says. Each attribute is a key of it.
+
+    Attributes:
+        title: What the report is headed with.
+        match: What all arms have in common: training FLOPs a token at the mean depth (`flops`), `parameters`, `both`
+            where widths allow, or nothing but their `flags`.
+        target: Arm whose cost the others are brought to. Default: the most expensive one as its flags describe it.
+        seeds: One run of each arm for each of them.
+        tokens: Training tokens of a run.
+        total_flops: Operations of a whole run, in place of `tokens`. Default of both: what `flags` say.
+        depths: Recurrence steps at which a trained model is evaluated.
+        baseline: Arm that the others are compared with. Default: the first that is Megatron's own.
+        flags: Flags of all arms that read them: those of experts are for arms with experts, those of the MoRE group
+            for systems that know them.
+        arms: By name, with flags of their own.
+        deep: Name of a dense arm of r times the layers, where one is wanted.
+        sweep: Flags, and the values that they take in turn, all combinations of them.
+        finetune: Flags of a second run that begins with the weights of the first; None: there is none.
+    """
+
+    title: str
+    arms: tuple[Arm, ...]
+    match: str = "flops"
+    target: str | None = None
+    seeds: tuple[int, ...] = (1, 2)
+    tokens: float | None = None
+    total_flops: float | None = None
+    depths: tuple[int, ...] = (1, 2, 4, 8, 16)
+    baseline: str | None = None
+    flags: Flags = field(default_factory=dict)
+    deep: str | None = None
+    sweep: dict[str, list[Any]] = field(default_factory=dict)
+    finetune: Flags | None = None
+
+    @classmethod
+    def read(cls, path: Path, **changes: Any) -> Self:
+        """Return the experiment of a YAML file.
+
+        Args:
+            path: The file. Its key `extends` names another one beside it, whose keys hold where it says nothing else;
+                of its flags those that it does not name.
+            changes: Keys that stand over those of the file; None: as the file says.
+
+        Raises:
+            MoREError: If the file cannot be read, or says what cannot be.
+        """
+        content = _content(path)
+        keys = {"title": path.stem, "arms": None} | content | {k: v for k, v in changes.items() if v is not None}
+        try:
+            return cls.of(keys)
+        except MoREError as error:
+            raise MoREError(f"{path}: {error}") from None
+
+    @classmethod
+    def of(cls, keys: Mapping[str, Any]) -> Self:
+        """Return the experiment of the keys of a file.
+
+        Raises:
+            MoREError: If they say what cannot be.
+        """
+        known = {key.name for key in dataclasses.fields(cls)}
+        if unknown := sorted(set(keys) - known):
+            raise MoREError(f"there is no key {unknown[0]}: choose among {', '.join(sorted(known))}")
+        values = dict(keys) | {name: tuple(keys[name]) for name in _TUPLES if name in keys}
+        experiment = cls(**values | {"arms": tuple(_arms(keys.get("arms")))})
+        if experiment.deep is not None:
+            experiment = dataclasses.replace(experiment, arms=(*experiment.arms, experiment._deep_arm()))
+        experiment._check()
+        return dataclasses.replace(experiment, baseline=experiment.baseline or experiment._megatrons_own())
+
+    def _check(self) -> None:
+        names = [arm.name for arm in self.arms]
+        for key, value in (("baseline", self.baseline), ("target", self.target)):
+            if value is not None and value not in names:
+                raise MoREError(f"{key} {value} is none of the arms: {', '.join(names)}")
+        if self.match not in MATCHES:
+            raise MoREError(f"match {self.match} does not exist: choose one of {', '.join(MATCHES)}")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise MoREError(f"seeds {list(self.seeds)} must be one or more, each once")
+        if self.tokens is not None and self.total_flops is not None:
+            raise MoREError("tokens and total_flops are two budgets: give one of them")
+
+    def _megatrons_own(self) -> str:
+        own = (arm.name for arm in self.arms if get_system(arm.system).is_megatrons)
+        return next(own, self.arms[0].name)
+
+    def _deep_arm(self) -> Arm:
+        name, plain = next((name, system.plain) for name, system in systems().items() if system.plain is not None)
+        return Arm(str(self.deep), name, _dashed(plain), reference=True)
+
+    def only(self, names: list[str] | None) -> Self:
+        """Return the experiment with these arms; None: as it is.
+
+        Raises:
+            MoREError: If an arm does not exist.
+        """
+        if names is None:
+            return self
+        if missing := set(names) - {arm.name for arm in self.arms}:
+            raise MoREError(f"--arms {sorted(missing)[0]} is none of {', '.join(arm.name for arm in self.arms)}")
+        arms = tuple(arm for arm in self.arms if arm.name in names)
+        return dataclasses.replace(self, arms=arms, baseline=self.baseline if self.baseline in names else arms[0].name)
+
+    def with_flags(self, flags: Flags) -> Self:
+        """Return the experiment with further flags of all arms."""
+        return dataclasses.replace(self, flags=self.flags | flags)
+
+    def points(self) -> Iterator[Flags]:
+        """Yield the flags of each point of the sweep; none where nothing is swept."""
+        for values in itertools.product(*self.sweep.values()):
+            yield dict(zip(self.sweep, values, strict=True))
+
+    def flags_of(self, arm: Arm, point: Flags) -> Flags:
+        """Return the flags of an arm but for widths, seed and output folders."""
+        system, shared = get_system(arm.system), self.flags | point
+        # A system refuses flags that it never reads.
+        read = {"more_variant", *system.own_flags(), *(() if arm.reference else system.reads)}
+        given = {
+            name: value
+            for name, value in shared.items()
+            if (name.replace("-", "_") in read or name.replace("-", "_") not in flag_names())
+            and (arm.has_experts or not _OF_EXPERTS.match(name))
+        }
+        if arm.reference:
+            given["num-layers"] = given["num-layers"] * _mean_steps(shared)
+        comparable = {} if arm.reference else _dashed(system.comparable)
+        if "recurrence_eval_depths" in read:
+            comparable["recurrence-eval-depths"] = list(self.depths)
+        flags = {"more-variant": arm.system} | given | comparable | arm.flags
+        return {name: value for name, value in flags.items() if value is not None}
+
+
+def _dashed(flags: Mapping[str, Any]) -> Flags:
+    return {name.replace("_", "-"): value for name, value in flags.items()}
+
+
+def _mean_steps(flags: Flags) -> int:
+    """Return the mean recurrence steps of a training run."""
+    names = {field.name for field in dataclasses.fields(MoREFlags)}
+    ours = {name.replace("-", "_"): value for name, value in flags.items()}
+    return MoREFlags(**{name: value for name, value in ours.items() if name in names}).mean_steps
+
+
+def command_line(flags: Flags) -> list[str]:
+    """Return flags as arguments of a program."""
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+    return words
+
+
+def parse_flags(text: str) -> Flags:
+    """Return flags by name, given as one types them.
+
+    Raises:
+        MoREError: If a word is neither a flag nor follows one.
+    """
+    flags: Flags = {}
+    name = ""
+    for word in shlex.split(text):
+        if re.match(r"--[a-z]", word):
+            name, _, value = word.removeprefix("--").partition("=")
+            flags[name] = value or True
+        elif not name:
+            raise MoREError(f"{word} follows no flag")
+        else:
+            flags[name] = word if flags[name] is True else [*_as_list(flags[name]), word]
+    return flags
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """Return the keys of an experiment file and of the one that it extends."""
+    try:
+        content = yaml.safe_load(os.path.expandvars(path.read_text()))
+    except (OSError, yaml.YAMLError) as error:
+        raise MoREError(f"the experiment file {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise MoREError(f"the experiment file {path} is no table of keys: see docs/comparison.md")
+    if (other := content.pop("extends", None)) is None:
+        return content
+    base = _content(path.parent / str(other))
+    return base | content | {"flags": base.get("flags", {}) | content.get("flags", {})}
+
+
+def _arms(given: Any) -> Iterator[Arm]:
+    """Yield the arms of a table or a list of names; none: all systems.
+
+    Raises:
+        MoREError: If an arm is no table, or names a system that does not exist.
+    """
+    table = dict.fromkeys(given) if isinstance(given, list | tuple) else given or dict.fromkeys(systems())
+    for name, flags in table.items():
+        if isinstance(flags, Arm):
+            yield flags
+            continue
+        if not isinstance(flags, dict | None):
+            raise MoREError(f"arm {name} must be a table of flags, not {flags!r}")
+        own = dict(flags or {})
+        arm = Arm(str(name), own.pop("system", str(name)), own)
+        get_system(arm.system)
+        yield arm

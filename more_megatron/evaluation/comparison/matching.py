@@ -1,0 +1,173 @@
+"""Systems at equal cost: how wide the parts of each must be so that it costs what the others cost.
+
+Widths are found by bisection on the cost formulas, on which nothing has to be linear: a GRU of its own width costs the
+square of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron.core.fp8_utils import get_fp8_align_size
+from megatron.training.models.gpt import GPTModelConfig
+
+from more_megatron.config import MoREConfig
+from more_megatron.errors import MoREError
+from more_megatron.model.costs import Cost, model_cost
+from more_megatron.model.depth import Depth
+from more_megatron.systems import get_system
+
+__all__ = ["Goal", "match", "system_cost", "widths", "with_widths"]
+
+# `torch.nn.functional.grouped_mm` wants rows of so many.
+_ALIGNMENT_BYTES = 16
+# Of such steps: more than any model has.
+_MOST = 1 << 24
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a model is to cost; None: whatever comes of the other.
+
+    Attributes:
+        flops: Operations a token of a training step.
+        parameters: Parameters that are stored.
+    """
+
+    flops: float | None = None
+    parameters: float | None = None
+
+
+def system_cost(model_config: GPTModelConfig, seq_length: int) -> Cost:
+    """Return the cost of a whole model, its embeddings included.
+
+    Args:
+        model_config: Megatron's model configuration with a `MoREConfig`; its vocabulary is padded.
+        seq_length: Length of a sequence.
+    """
+    config = model_config.transformer
+    system = get_system(config.more_variant)
+    layers, tied = system.cost(config, seq_length), model_config.share_embeddings_and_output_weights
+    return model_cost(system.stack(config), layers, model_config.vocab_size, tied)
+
+
+def widths(config: MoREConfig) -> tuple[str, ...]:
+    """Return the fields that widen a model: that of what is repeated, and that of the shared expert if there is one."""
+    own = get_system(config.more_variant).width_flag(config)
+    shared = config.num_moe_experts is not None and config.moe_shared_expert_intermediate_size is not None
+    return (own, "moe_shared_expert_intermediate_size") if shared else (own,)
+
+
+def with_widths(model_config: GPTModelConfig, values: Mapping[str, int]) -> GPTModelConfig:
+    """Return the model with other widths; the given one stays as it is."""
+    changed = copy.copy(model_config)
+    changed.transformer = copy.copy(model_config.transformer)
+    for name, value in values.items():
+        setattr(changed.transformer, name, value)
+    # The stack holds widths of its own.
+    changed.transformer_layer_spec = get_system(changed.transformer.more_variant).stack(changed.transformer)
+    return changed
+
+
+def match(model_config: GPTModelConfig, goal: Goal, depth: Depth, seq_length: int) -> GPTModelConfig:
+    """Return the model with widths chosen so that it costs what `goal` says.
+
+    One goal sets the width of what is repeated. Two set that of the shared expert as well; a system without one, or
+    whose two widths cannot serve both, meets the operations and comes as near to the parameters as they allow.
+
+    Args:
+        model_config: Megatron's model configuration with a `MoREConfig`.
+        goal: What it is to cost.
+        depth: Recurrence steps of a training step.
+        seq_length: Length of a sequence.
+
+    Raises:
+        MoREError: If the system costs more than that at any width.
+    """
+    own, *shared = widths(model_config.transformer)
+    search, chosen = _Search(model_config, depth, seq_length), {}
+    if goal.flops is not None and goal.parameters is not None and shared:
+        search.refuse_below_least(search.flops, goal.flops, (own, *shared))
+        chosen = {shared[0]: search.shared_width(own, shared[0], goal.flops, goal.parameters)}
+        chosen[own] = search.width(own, search.flops, goal.flops, chosen)
+    elif goal.flops is not None or goal.parameters is not None:
+        measure, target = (search.parameters, goal.parameters) if goal.flops is None else (search.flops, goal.flops)
+        search.refuse_below_least(measure, target or 0.0, (own,))
+        chosen = {own: search.width(own, measure, target or 0.0, {})}
+    return with_widths(model_config, chosen)
+
+
+class _Search:
+    """Costs of a model at any width, and widths at which they are reached.
+
+    Args:
+        model_config: The model.
+        depth: Recurrence steps of a training step.
+        seq_length: Length of a sequence.
+    """
+
+    def __init__(self, model_config: GPTModelConfig, depth: Depth, seq_length: int) -> None:
+        self._model, self._depth, self._seq_length = model_config, depth, seq_length
+        self._step = _width_multiple(model_config.transformer)
+
+    def flops(self, widths: Mapping[str, int]) -> float:
+        """Return operations a token of a training step."""
+        return self._cost(widths).training_flops(self._depth.no_grad_steps, self._depth.grad_steps)
+
+    def parameters(self, widths: Mapping[str, int]) -> float:
+        """Return parameters."""
+        return self._cost(widths).parameters
+
+    def _cost(self, widths: Mapping[str, int]) -> Cost:
+        return system_cost(with_widths(self._model, widths), self._seq_length)
+
+    def refuse_below_least(self, measure: Callable[..., float], target: float, names: Sequence[str]) -> None:
+        """Refuse what not even the smallest widths meet.
+
+        Raises:
+            MoREError: If `measure` is larger than `target` at any width.
+        """
+        least = measure(dict.fromkeys(names, self._step))
+        if least > target:
+            system, what = self._model.transformer.more_variant, measure.__name__
+            raise MoREError(
+                f"{system} has {least / 1e6:.2f} M {what} at the least, more than {target / 1e6:.2f} M: raise what is "
+                "to be met, or give it fewer layers, experts or recurrence steps"
+            )
+
+    def width(self, name: str, measure: Callable[..., float], target: float, others: Mapping[str, int]) -> int:
+        """Return the width at which `measure` is nearest to `target`."""
+        return self._step * _nearest(lambda count: measure({**others, name: count * self._step}), target)
+
+    def shared_width(self, own: str, shared: str, flops: float, parameters: float) -> int:
+        """Return the width of the shared expert at which the other one serves both goals, or nearly."""
+        most = self.width(shared, self.flops, flops, {own: self._step}) // self._step
+
+        def parameters_at(count: int) -> float:
+            fixed = {shared: count * self._step}
+            return self.parameters(fixed | {own: self.width(own, self.flops, flops, fixed)})
+
+        # What the shared expert takes from routed ones, of which a token meets few, makes the model smaller.
+        sign = 1 if parameters_at(most) > parameters_at(1) else -1
+        return self._step * _nearest(lambda count: sign * parameters_at(count), sign * parameters, most)
+
+
+def _nearest(measure: Callable[[int], float], target: float, most: int = _MOST) -> int:
+    """Return the number from 1 to `most` at which a measure that rises is nearest to `target`."""
+    low, high = 0, 1
+    while high < most and measure(high) < target:
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if measure(middle) < target else (low, middle)
+    return low if low > 0 and target - measure(low) < measure(high) - target else high
+
+
+def _width_multiple(config: MoREConfig) -> int:
+    """Return what a width must be a multiple of: ranks that split it, times what products of grouped rows want."""
+    ranks = max(config.tensor_model_parallel_size, config.expert_tensor_parallel_size or 1)
+    if config.fp8 is not None:
+        return ranks * int(get_fp8_align_size(config.fp8_recipe))
+    return ranks * max(_ALIGNMENT_BYTES // config.params_dtype.itemsize, 1)

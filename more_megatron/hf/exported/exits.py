@@ -1,0 +1,214 @@
+"""Adaptive exit: when a token's recurrence has gone far enough.
+
+A criterion compares what two successive steps lead to. Write your own as a subclass and give an instance of it in the
+place of a name: `model.generate(..., criterion=MyCriterion(), exit_threshold=0.1)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CRITERIA", "Criterion", "Exits", "find_exits"]
+
+
+class Criterion:
+    """A distance between what two successive steps lead to; a token stops when it is strictly below a threshold.
+
+    Attributes:
+        threshold: The threshold if a call names none.
+        reads_logits: Whether it reads logits, and not states. Where a recurrence is not followed by others, these are
+            what the model would say if the recurrence ended now; else what it would say without those.
+    """
+
+    threshold: float
+    reads_logits: bool = False
+
+    def measure(self, seen: Tensor, former: Tensor | None) -> Tensor:
+        """Return what the next step is compared with, [n, any].
+
+        Args:
+            seen: States or logits of n tokens, [n, any], in float32 or float64. In front of the first step these are
+                the initial states, or logits of zero.
+            former: What was measured a step before; None in front of the first step.
+        """
+        return seen
+
+    def distance(self, former: Tensor, now: Tensor) -> Tensor:
+        """Return the distance between what was measured in two successive steps, [n]."""
+        raise NotImplementedError
+
+    def stops(self, former: Tensor, now: Tensor, threshold: float) -> Tensor:
+        """Return which tokens stop, [n]."""
+        return self.distance(former, now) < threshold
+
+
+class KLDivergence(Criterion):
+    """Divergence of the predictions of a step from those of the step before."""
+
+    threshold = 1e-3
+    reads_logits = True
+
+    def measure(self, seen: Tensor, former: Tensor | None) -> Tensor:
+        """Return the logarithms of the probabilities."""
+        return seen.log_softmax(-1)
+
+    def distance(self, former: Tensor, now: Tensor) -> Tensor:
+        """Return `KL(former || now)`, which rounding must not make negative."""
+        return (former.exp() * (former - now)).sum(-1).clamp(min=0.0)
+
+
+class EntropyDifference(Criterion):
+    """Change of the entropy of the predictions."""
+
+    threshold = 1e-3
+    reads_logits = True
+
+    def measure(self, seen: Tensor, former: Tensor | None) -> Tensor:
+        """Return the entropy in nats."""
+        logs = seen.log_softmax(-1)
+        return -(logs.exp() * logs).sum(-1, keepdim=True)
+
+    def distance(self, former: Tensor, now: Tensor) -> Tensor:
+        """Return the difference."""
+        return (now - former).abs().squeeze(-1)
+
+
+class LatentDifference(Criterion):
+    """Norm of the change of the state, relative to the norm of the state."""
+
+    threshold = 0.03
+
+    def distance(self, former: Tensor, now: Tensor) -> Tensor:
+        """Return the ratio of the norms."""
+        return (now - former).norm(dim=-1) / now.norm(dim=-1).clamp(min=torch.finfo(now.dtype).tiny)
+
+
+class Cosine(Criterion):
+    """One minus the cosine of the angle between two states."""
+
+    threshold = 1e-3
+
+    def distance(self, former: Tensor, now: Tensor) -> Tensor:
+        """Return the distance, which rounding must not make negative."""
+        return (1.0 - torch.cosine_similarity(former, now, dim=-1)).clamp(min=0.0)
+
+
+class ArgmaxStability(Criterion):
+    """Steps in a row that predicted the same token. It is no distance: a token stops at the threshold or above."""
+
+    threshold = 5
+    reads_logits = True
+
+    def measure(self, seen: Tensor, former: Tensor | None) -> Tensor:
+        """Return the token that is predicted, -1 in front of the first step, and the steps it has not changed for."""
+        token = seen.argmax(-1).to(seen.dtype)
+        if former is None:
+            return torch.stack((torch.full_like(token, -1.0), torch.zeros_like(token)), dim=-1)
+        return torch.stack((token, torch.where(token == former[:, 0], former[:, 1] + 1.0, 0.0)), dim=-1)
+
+    def stops(self, former: Tensor, now: Tensor, threshold: float) -> Tensor:
+        """Return which tokens have been stable for long enough."""
+        return now[:, 1] >= threshold
+
+
+CRITERIA: dict[str, type[Criterion]] = {
+    "kl": KLDivergence,
+    "entropy-diff": EntropyDifference,
+    "latent-diff": LatentDifference,
+    "argmax-stability": ArgmaxStability,
+    "cosine": Cosine,
+}
+
+
+@dataclass(frozen=True)
+class Exits:
+    """How the tokens of a call stop.
+
+    Attributes:
+        criterion: What is compared.
+        threshold: What it is compared with.
+        min_steps: Steps that every token takes.
+        read: Returns logits, given what the output layer and its norm are applied to.
+    """
+
+    criterion: Criterion
+    threshold: float
+    min_steps: int
+    read: Callable[[Tensor], Tensor] | None
+
+    def stops(self, former: Tensor, now: Tensor, steps: int) -> Tensor:
+        """Return which tokens stop behind so many steps, [n], given what was measured a step before and now."""
+        if steps < self.min_steps:
+            return torch.zeros(len(now), dtype=torch.bool, device=now.device)
+        return self.criterion.stops(former, now, self.threshold)
+
+    def measure(self, state: Tensor, stream: Callable[[], Tensor] | None, former: Tensor | None) -> Tensor:
+        """Return what the criterion measures, [n, any].
+
+        Args:
+            state: States of n tokens, [n, any].
+            stream: Returns what the last norm would be given if the recurrence ended now, [..., h] of these tokens.
+                None: nobody knows.
+            former: What was measured a step before; None in front of the first step.
+        """
+        if not self.criterion.reads_logits:
+            return self.criterion.measure(_wide(state), former)
+        if stream is None or self.read is None:
+            raise ValueError(f"{type(self.criterion).__name__} reads logits, to which this recurrence does not lead")
+        logits = self.read(stream()).flatten(0, -2)
+        return self.criterion.measure(_wide(torch.zeros_like(logits) if former is None else logits), former)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def find_exits(
+    criterion: str | Criterion | None,
+    threshold: float | str | None,
+    min_steps: int | None,
+    num_steps: int,
+    read: Callable[[Tensor], Tensor] | None,
+) -> Exits | None:
+    """Return how tokens stop; None: together, after `num_steps`.
+
+    Args:
+        criterion: A name in `CRITERIA`, or a criterion; None or "none" for none.
+        threshold: Its threshold; None or "auto" for its own.
+        min_steps: Steps that every token takes; None: 1.
+        num_steps: Most steps.
+        read: Returns logits, given what the output layer and its norm are applied to; None where there is none.
+
+    Raises:
+        ValueError: If there is no such criterion, or an argument has no effect or is out of range.
+    """
+    names = ", ".join(CRITERIA)
+    if criterion is None or criterion == "none":
+        for name, value in {"exit_threshold": threshold, "min_steps": min_steps}.items():
+            if value is not None:
+                raise ValueError(f"{name} {value!r} has no effect without a criterion: choose one of {names}")
+        return None
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion {criterion!r} does not exist: choose one of {names}")
+        criterion = CRITERIA[criterion]()
+    if criterion.reads_logits and read is None:
+        raise ValueError(f"{type(criterion).__name__} reads logits: load the model with AutoModelForCausalLM")
+    min_steps = 1 if min_steps is None else min_steps
+    if not isinstance(min_steps, int) or not 1 <= min_steps <= num_steps:
+        raise ValueError(f"min_steps {min_steps!r} must be an integer between 1 and num_steps {num_steps}")
+    return Exits(criterion, _threshold(criterion, threshold), min_steps, read)
+
+
+def _threshold(criterion: Criterion, threshold: Any) -> float:
+    if threshold is None or threshold == "auto":
+        return criterion.threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0.0:
+        raise ValueError(f"exit_threshold {threshold!r} must be a number of at least 0, or 'auto'")
+    return float(threshold) if math.isfinite(threshold) else math.inf

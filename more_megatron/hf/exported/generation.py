@@ -1,0 +1,113 @@
+"""Generation: what `generate` does beside what transformers does."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.utils import ModelOutput
+
+from .options import CallOptions, positive
+from .speculation import DRAFT_TOKENS, speculate
+
+__all__ = ["MoREGenerationMixin"]
+
+
+class MoREGenerationMixin(GenerationMixin):
+    """Generation with the options of calls."""
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate, with what every model of transformers takes and the options of `CallOptions`.
+
+        With a criterion, and where an object is returned, that has `exit_steps`: the steps that each token took,
+        [recurrences, b, tokens], 0 for padding. The last token was not given to the model. Not with beams.
+
+        Args:
+            args: As in transformers.
+            kwargs: As in transformers, the options, and for self-speculation:
+                draft_steps: Steps that drafts are made with, fewer than `num_steps`, which verify them.
+                lookahead_for_draft: Tokens of a draft, `draft_tokens` is the same. Default: 4.
+
+        Returns:
+            What transformers returns; where tokens were drafted and an object is wanted, a `SpeculativeOutput`.
+
+        Raises:
+            ValueError: If options have no effect, contradict each other or are out of range.
+        """
+        draft = self._draft_options(kwargs)
+        if draft is not None:
+            return super().generate(*args, custom_generate=partial(speculate, **draft), **kwargs)
+        steps: list[Tensor] | None = None
+        if kwargs.get("criterion", kwargs.get("exit_criterion")) is not None:
+            steps = kwargs["exit_log"] = []
+        output = super().generate(*args, **kwargs)
+        if steps and not isinstance(output, Tensor):
+            found = torch.cat(steps, dim=-1) if len({part.shape[:2] for part in steps}) == 1 else steps[0]
+            if found.shape[1:] == output.sequences[:, 1:].shape and getattr(output, "beam_indices", None) is None:
+                output["exit_steps"] = found
+        return output
+
+    def _draft_options(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return steps and tokens of drafts, which are taken from the arguments; None if there are to be none."""
+        model: Any = self
+        steps, names = kwargs.pop("draft_steps", None), ("lookahead_for_draft", "draft_tokens")
+        tokens = [value for value in (kwargs.pop(name, None) for name in names) if value is not None]
+        if steps is None:
+            if tokens:
+                raise ValueError(f"lookahead_for_draft {tokens[0]!r} has no effect without draft_steps")
+            return None
+        options = CallOptions.taken_from(dict(kwargs))
+        for name in ("criterion", "cache_steps", "warm_start", "num_beams", "assistant_model", "streamer"):
+            if kwargs.get(name, getattr(options, name, None)) not in (None, False, 1):
+                raise ValueError(f"draft_steps does not go together with {name}: leave one of them out")
+        if not model.system.recurrent:
+            raise ValueError("draft_steps has no effect: in this system the number of steps means nothing")
+        steps, most = positive("draft_steps", steps), options.steps(model.config)
+        if steps >= most:
+            raise ValueError(f"draft_steps {steps} must be below num_steps {most}")
+        return {
+            "draft_steps": steps,
+            "draft_tokens": positive("lookahead_for_draft", tokens[0]) if tokens else DRAFT_TOKENS,
+        }
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, exit_log: list[Tensor] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Return the arguments of the next call: of the initial states those of its tokens."""
+        states = kwargs.pop("input_states", None)
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if states is not None:
+            tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+            cache = inputs.get("past_key_values", inputs.get("cache"))
+            past = 0 if cache is None else cache.get_seq_length()
+            states = states[:, :, past : past + tokens.size(1)]
+            inputs["input_states"] = states if states.size(2) > 0 else None
+        return inputs
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: ModelOutput, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Note the steps that the tokens of a call took."""
+        if model_kwargs.get("exit_log") is not None and outputs.get("exit_steps") is not None:
+            model_kwargs["exit_log"].append(outputs["exit_steps"])
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
+        """Look for misspelled arguments; the options are none of them."""
+        known = CallOptions.names()
+        GenerationMixin._validate_model_kwargs(
+            self, {name: value for name, value in model_kwargs.items() if name not in known}
+        )
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Repeat each sequence, for beams and samples; in initial states sequences are the second dimension."""
+        states = kwargs.pop("input_states", None)
+        expand: Any = super()._expand_inputs_for_generation  # type: ignore[misc]
+        input_ids, found = expand(expand_size=expand_size, **kwargs)
+        if states is not None:
+            found["input_states"] = states.repeat_interleave(expand_size, dim=1)
+        return input_ids, found

@@ -1,0 +1,126 @@
+"""What a call may say of its recurrences."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+from .exits import Criterion, Exits, find_exits
+from .fields import Config
+from .interface import System
+
+__all__ = ["ALIASES", "CallOptions", "positive"]
+
+ALIASES = {"exit_criterion": "criterion"}
+"""Other names of the options."""
+
+
+@dataclass(frozen=True)
+class CallOptions:
+    """What a call, of the model or of `generate`, may say of its recurrences.
+
+    Attributes:
+        num_steps: Recurrence steps r. Default: `mean_recurrence` of the configuration. Without effect where nothing
+            recurs.
+        input_states: Initial states of the recurrences, [states, b, up to s, h]; tokens beyond them begin with noise.
+            Default: noise that depends on the seed, layer, position and channel only, so that a text has the same
+            logits in every call.
+        init_scale: Factor on the standard deviation of that noise.
+        criterion: When a token stops by itself, before `num_steps`: a name in `exits.CRITERIA` or a `Criterion`.
+            `exit_criterion` is the same.
+        exit_threshold: Distance below which it does. Default, or "auto": that of the criterion.
+        min_steps: Steps that it takes at least. Default: 1.
+        cache_steps: Steps of which a cache keeps keys and values, later ones writing over earlier ones. Default: all.
+        warm_start: Whether the first token of a call starts from the last state of the token before it, in the cache.
+        output_recurrent_states: Whether to return the state behind each step; the width is that of the state. Of a
+            token with several experts it is the mean of theirs, and a token that stops keeps its last.
+    """
+
+    num_steps: Any = None
+    input_states: Tensor | None = None
+    init_scale: float = 1.0
+    criterion: str | Criterion | None = None
+    exit_threshold: float | str | None = None
+    min_steps: int | None = None
+    cache_steps: int | None = None
+    warm_start: bool = False
+    output_recurrent_states: bool = False
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """Return the names of all options."""
+        return {field.name for field in fields(cls)} | set(ALIASES)
+
+    @classmethod
+    def taken_from(cls, kwargs: dict[str, Any]) -> CallOptions:
+        """Return the options among the arguments of a call, where they are taken away."""
+        given = {ALIASES.get(name, name): kwargs.pop(name) for name in cls.names() if name in kwargs}
+        return cls(**{name: value for name, value in given.items() if value is not None})
+
+    def steps(self, config: Config) -> int:
+        """Return the number of steps.
+
+        Raises:
+            ValueError: If it is not an integer of at least 1.
+        """
+        return config.mean_recurrence if self.num_steps is None else positive("num_steps", self.num_steps)
+
+    def exits(self, config: Config, system: System, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
+        """Return how tokens stop by themselves; None: they do not.
+
+        Args:
+            config: Model configuration.
+            system: The system.
+            read: Returns logits, given what the output layer and its norm are applied to; None where there is none.
+
+        Raises:
+            ValueError: If there is no such criterion, or an argument has no effect or is out of range.
+        """
+        steps = self.steps(config)
+        found = find_exits(self.criterion, self.exit_threshold, self.min_steps, steps, read)
+        if found is not None and not system.recurrent:
+            raise ValueError("criterion has no effect: in this system the number of steps means nothing")
+        return found
+
+    def slots(self, config: Config, system: System) -> int | None:
+        """Return the steps that a cache keeps; None: all.
+
+        Raises:
+            ValueError: If that has no effect, or is no integer of at least 1.
+        """
+        if self.cache_steps is None:
+            return None
+        if not system.caches_steps(config):
+            raise ValueError("cache_steps has no effect: the cache of this system does not grow with the steps")
+        found = positive("cache_steps", self.cache_steps)
+        return None if found >= self.steps(config) else found
+
+    def check_warm_start(self, config: Config, system: System) -> None:
+        """Check that there are states to start from.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if self.warm_start and system.num_states(config) == 0:
+            raise ValueError("warm_start has no effect: the recurrences of this system start from their input")
+
+
+def positive(name: str, value: Any) -> int:
+    """Return an integer of at least 1.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError("a truth value")
+        found = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} {value!r} must be an integer") from None
+    if found < 1:
+        raise ValueError(f"{name} {found} must be at least 1")
+    return found

@@ -1,0 +1,144 @@
+"""Systems at equal cost: what is built costs what was asked for, by PyTorch's own count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from more_megatron.evaluation.gpu_check.plan import DRY, command_line
+from more_megatron.systems import names
+from tests.helpers.ranks import run_ranks
+
+_SIZES = {"transformer-impl": "local", "seq-length": 32, "hidden-size": 64, "moe-router-topk": 1}
+_STEPS, _TOLERANCE = 2, 0.03
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a matched model costs: by formula, and as built.
+
+    Attributes:
+        target: Operations a token that were asked for.
+        by_formula: Those of the widths that were found.
+        counted: Those that PyTorch counts.
+        parameters: By formula.
+        built: As built.
+        ratios: Operations and parameters over what was asked for, where both were; None without a second width.
+        parameter_ratio: Parameters over what was asked for, where they alone were.
+    """
+
+    target: float
+    by_formula: float
+    counted: float
+    parameters: int
+    built: int
+    ratios: tuple[float, float] | None
+    parameter_ratio: float
+
+
+@pytest.fixture(scope="module")
+def matched() -> dict[str, Counted]:
+    """Each system, brought to twice its operations."""
+    return run_ranks(1, _matched, list(names()))[0]
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_model_is_built_with_the_parameters_that_its_formula_says(matched: dict[str, Counted], name: str) -> None:
+    assert matched[name].built == matched[name].parameters
+
+
+@pytest.mark.parametrize("name", names())
+def test_matched_operations_are_those_that_pytorch_counts(matched: dict[str, Counted], name: str) -> None:
+    found = matched[name]
+    assert found.by_formula == pytest.approx(found.target, rel=_TOLERANCE)
+    assert found.counted == pytest.approx(found.target, rel=_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", names())
+def test_parameters_are_matched_alone_and_where_widths_allow_together_with_operations(
+    matched: dict[str, Counted], name: str
+) -> None:
+    assert matched[name].parameter_ratio == pytest.approx(1.0, rel=_TOLERANCE)
+    if matched[name].ratios is not None:
+        assert matched[name].ratios == pytest.approx((1.0, 1.0), rel=_TOLERANCE)
+
+
+def test_what_no_width_meets_is_refused_in_one_line() -> None:
+    (message,) = run_ranks(1, _refusal, names()[0])
+    assert "at the least" in message
+    assert "\n" not in message
+
+
+def _refusal(name: str) -> str:
+    from more_megatron.errors import MoREError
+    from more_megatron.evaluation.comparison.matching import Goal, match
+    from more_megatron.evaluation.gpu_check.work.runs import configure
+    from more_megatron.model.depth import Depth
+
+    args, model = configure(command_line(name, DRY.speed, _SIZES))
+    with pytest.raises(MoREError) as refusal:
+        match(model, Goal(flops=1.0), Depth(0, _STEPS), args.seq_length)
+    return str(refusal.value)
+
+
+def _matched(systems: list[str]) -> dict[str, Counted]:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from more_megatron.evaluation.comparison.matching import Goal, match, system_cost, widths
+    from more_megatron.evaluation.gpu_check.work.runs import configure, fresh_model
+    from more_megatron.evaluation.step_benchmark import forward
+    from more_megatron.model.depth import Depth
+
+    aten = torch.ops.aten
+    formulas = {
+        aten._grouped_mm: _grouped,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    found, depth = {}, Depth(0, _STEPS)
+    for name in systems:
+        args, model = configure(command_line(name, DRY.speed, _SIZES))
+        length = args.seq_length
+        before = system_cost(model, length)
+        target, size = 2 * before.training_flops(0, _STEPS), 1.7 * before.parameters
+        by_size, by_both = (match(model, goal, depth, length) for goal in (Goal(None, size), Goal(target, size)))
+        both = system_cost(by_both, length)
+        ratios = both.training_flops(0, _STEPS) / target, both.parameters / size
+        has_two = len(widths(model.transformer)) > 1
+        model = match(model, Goal(flops=target), depth, length)
+        cost = system_cost(model, length)
+        built = fresh_model(model)
+        tokens = torch.arange(4 * length).view(4, length) % model.vocab_size
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            forward(built, tokens, tokens, depth, tuple(range(4))).mean().backward()
+        found[name] = Counted(
+            target=target,
+            by_formula=cost.training_flops(0, _STEPS),
+            counted=counter.get_total_flops() / tokens.numel(),
+            parameters=cost.parameters,
+            built=sum(parameter.numel() for parameter in built.parameters()),
+            ratios=ratios if has_two else None,
+            parameter_ratio=system_cost(by_size, length).parameters / size,
+        )
+    return found
+
+
+# Shapes in the order of PyTorch's arguments. It counts none of these by itself.
+
+
+def _grouped(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: object) -> int:
+    """Each row [rows, k] meets one of the matrices [groups, k, n]; of gradients [m, rows] and [rows, n]."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+def _attention(query: tuple[int, ...], key: tuple[int, ...], *_: object, **__: object) -> int:
+    """Two products of [b, heads, s, d], of which causality leaves half."""
+    batch, heads, length, channels = query
+    return 2 * batch * heads * length * key[2] * channels
+
+
+def _attention_backward(_: object, query: tuple[int, ...], key: tuple[int, ...], *__: object, **___: object) -> int:
+    """Two products for each of the forward pass."""
+    return 2 * _attention(query, key)
