@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     import torch
 
-    with one_line_errors("benchmark_inference", OSError, ValueError), torch.no_grad():
+    with one_line_errors(Path(__file__).name), torch.no_grad():
         bench = _Benchmark(args)
         for title, header, rows in (
             ("Steps", "steps | loss | tokens/s", bench.depths),

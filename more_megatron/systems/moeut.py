@@ -17,6 +17,7 @@ from more_megatron.systems.export import MODEL, MOE, STATES_OF_MOE, Row
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Layer, Stack
+    from more_megatron.monitoring.ranges import Ends
 
 __all__ = ["SYSTEM"]
 
@@ -134,6 +135,12 @@ class MoEUT(System):
         """Return the names of losses that are logged: minus the entropies, at least -log of the number of experts."""
         heads = () if config.switchhead_num_experts == 1 else ("value_balance_loss", "output_balance_loss")
         return ("expert_balance_loss", *heads)
+
+    def health_ranges(self, config: "MoREConfig") -> "Mapping[str, Ends | None]":
+        """Return the healthy ranges of its figures: of sigmoids, and of many small experts in one batch, none."""
+        from more_megatron.monitoring.ranges import OF_SOFTMAX
+
+        return dict.fromkeys((*OF_SOFTMAX, "routing/dead experts"))
 
     def figures(self, config: "MoREConfig") -> tuple[str, ...]:
         """Return the names of figures that its parts record."""

@@ -32,7 +32,10 @@ RANGES = (
     ("(0, 1]", r"rotary_percent|sample_rate"),
     ("(0, inf)", r"(adam_|layernorm_)eps(ilon)?|moe_expert\w*_capacity_factor|\w*loss_scale|loss_scale_window"),
     ("(0, inf)", r"rotary_base|\w+_scaling_factor|mup_(width|embedding|output)_mult|inprocess_\w+_(interval|timeout)"),
-    ("[0, inf)", r"\w+_freq|manual_gc_interval|moe_shared_expert_intermediate_size|delta_offload\w+|min_offloaded\w+"),
+    (
+        "[0, inf)",
+        r"\w+_freq|(manual_gc|health)_interval|moe_shared_expert_intermediate_size|delta_offload\w+|min_offloaded\w+",
+    ),
     ("[1, inf)", r"\w+_(interval|size|multiple|divisible_by|instances|granularity|buckets|minutes|mins|jump)"),
     ("[1, inf)", r"hysteresis|kv_channels|train_samples|lr_(wsd_)?decay_\w+|recompute_num_layers|\w+_after_init"),
     (

@@ -89,13 +89,13 @@ def _train(folder: str) -> tuple[str, str]:
     common = (
         f"{TINY_ON_FILES} --more-variant recurrent_moe --recurrence-steps 3 --seq-length {_LENGTH} "
         f"--tokenizer-type SentencePieceTokenizer --tokenizer-model {folder}/model --data-cache-path {folder}/cache "
-        f"--train-data-path {folder}/P_train --init-method-std 0.2 --num-layers 2 --train-iters 16 "
-        "--micro-batch-size 4 --lr 1e-2 "
+        f"--train-data-path {folder}/P_train --init-method-std 0.2 --num-layers 2 --train-iters 48 "
+        "--micro-batch-size 4 --lr 5e-3 "
     )
     depths = " ".join(map(str, _DEPTHS))
     answers = (
         f"--valid-data-path {folder}/P_test --loss-on-answers --full-validation "
-        f"--recurrence-eval-depths {depths} --eval-iters 1 --save {folder}/checkpoint --save-interval 16"
+        f"--recurrence-eval-depths {depths} --eval-iters 1 --save {folder}/checkpoint --save-interval 48"
     )
     text = (
         f"--valid-data-path {folder}/text --load {folder}/checkpoint --skip-train "
@@ -144,7 +144,8 @@ def test_accuracy_and_loss_of_answers_are_the_trainers(run: _Run, tmp_path: Path
             assert measured["loss"] == pytest.approx(figures[f"{task} loss"], abs=2e-4)
             # One word or number: what is generated is what is likeliest.
             assert measured["exact_match"] == measured["token_exact_match"]
-    assert 0.2 < found["arithmetic", _DEPTHS[0]]["arithmetic/even"]["token_exact_match"] < 1.0
+    accuracies = [found["arithmetic", depth]["arithmetic"]["token_exact_match"] for depth in _DEPTHS]
+    assert any(0.1 < accuracy < 1.0 for accuracy in accuracies), accuracies
     assert (tmp_path / "depths.png").stat().st_size > 10_000
 
 

@@ -42,7 +42,9 @@ def write_report(records: Sequence[Record], settings: dict[str, Any], folder: Pa
             path.write_text(text)
     figures = [figure for draw in (_depths, _parts, _difficulties) if (figure := draw(records, folder)) is not None]
     written = (folder / "results.json", folder / "results.md", *figures)
-    return [*table.splitlines(), "", f"written: {', '.join(map(str, written))}"]
+    skipped = {record["name"]: record.get("skipped", 0) for record in records}
+    notes = [f"{name}: {count} problems are too long and left out" for name, count in skipped.items() if count]
+    return [*table.splitlines(), "", *notes, f"written: {', '.join(map(str, written))}"]
 
 
 def markdown_table(records: Sequence[Record]) -> str:
@@ -105,7 +107,7 @@ def _depths(records: Sequence[Record], folder: Path) -> Path | None:
         _depth_axis(axis, depths)
         axis.set(xlabel="recurrence steps r", title=title[0].upper() + title[1:])
         if title == "accuracy":
-            axis.set_ylim(-0.02, 1.02)
+            _accuracy_axis([axis])
     _legend(figure, figure.axes)
     return save(figure, folder / "depths.png")
 
@@ -115,6 +117,14 @@ def _depth_axis(axis: Any, depths: Sequence[int]) -> None:
     axis.set_xticks(depths, [str(depth) for depth in depths])
     axis.minorticks_off()
     axis.grid(alpha=0.3)
+
+
+def _accuracy_axis(axes: Sequence[Any]) -> None:
+    """Let panels begin at 0 and be as high as the best of their lines needs, all alike."""
+    best = max(float(np.max(line.get_ydata())) for axis in axes for line in axis.lines)
+    top = min(1.0, max(0.1, 1.25 * best))
+    for axis in axes:
+        axis.set_ylim(-0.02 * top, 1.02 * top)
 
 
 def _legend(figure: Any, axes: Sequence[Any]) -> None:
@@ -167,9 +177,10 @@ def _difficulties(records: Sequence[Record], folder: Path) -> Path | None:
         for (depth, found), colour in zip(by_depth.items(), colours, strict=False):
             label = "accuracy" if depth is None else f"r = {depth}"
             axis.plot(list(found), list(found.values()), "o-", color=colour, label=label, markersize=3)
-        axis.set(xlabel="difficulty", ylim=(-0.02, 1.02), xticks=sorted(next(iter(by_depth.values()))))
+        axis.set(xlabel="difficulty", xticks=sorted(next(iter(by_depth.values()))))
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
+    _accuracy_axis(axes[: len(lines)])
     for axis in axes[: len(lines) : columns]:
         axis.set_ylabel("exact match")
     _legend(figure, axes[: len(lines)])
