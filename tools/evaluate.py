@@ -33,6 +33,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "are evaluated each by itself",
     )
     group.add_argument("--num-steps", nargs="+", type=int, metavar="R", help="recurrence steps (default: the model's)")
+    group.add_argument(
+        "--exit-criterion",
+        metavar="NAME",
+        help="let each token stop by itself by kl, entropy-diff, latent-diff, argmax-stability or cosine",
+    )
+    group.add_argument("--exit-threshold", type=float, metavar="T", help="when it does (default: the criterion's)")
     group.add_argument("--limit", type=int, metavar="N", help="only N of each task, to try things")
     group.add_argument(
         "--seq-length", type=int, metavar="S", help="tokens of a window (default: the model's positions)"

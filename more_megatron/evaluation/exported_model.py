@@ -18,6 +18,7 @@ __all__ = ["ExportedModel", "add_model_arguments", "open_model"]
 
 # Not the card, which has a date, and not the code.
 _CONTENT = (".safetensors", ".bin", ".json", ".model")
+_FLAGS = {"num_steps": "--num-steps", "criterion": "--exit-criterion", "exit_threshold": "--exit-threshold"}
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,27 +60,30 @@ class ExportedModel:
                     digest.update(hashlib.file_digest(file, "sha256").digest())
         return digest.hexdigest()
 
-    def call_options(self, num_steps: int | None) -> dict[str, Any]:
+    def call_options(self, num_steps: int | None, **exits: Any) -> dict[str, Any]:
         """Return the arguments of every call that say how deep it goes.
 
         Args:
             num_steps: Recurrence steps; None for the model's own.
+            exits: How tokens stop by themselves before that: `criterion`, `exit_threshold`; None: by default.
 
         Raises:
-            MoREError: If the model has no steps, or cannot take so many.
+            MoREError: If the model has no steps, cannot take so many, or cannot stop so.
         """
         import torch
 
-        if num_steps is None:
+        options = {name: value for name, value in {"num_steps": num_steps, **exits}.items() if value is not None}
+        if not options:
             return {}
         if not self.recurrent:
-            raise MoREError(f"--num-steps has no effect on {self.source}: it has no recurrence; leave the flag out")
-        options = {"num_steps": num_steps}
+            flag = "--num-steps" if num_steps is not None else "--exit-criterion"
+            raise MoREError(f"{flag} has no effect on {self.source}: it has no recurrence; leave the flag out")
         try:
             with torch.no_grad():
                 self.model(torch.zeros(1, 1, dtype=torch.long, device=self.model.device), **options)
         except ValueError as error:
-            raise MoREError(f"--num-steps {num_steps} cannot be taken by {self.source}: {error}") from error
+            asked = " ".join(f"{_FLAGS[name]} {value}" for name, value in options.items())
+            raise MoREError(f"{asked} cannot be taken by {self.source}: {error}") from error
         return options
 
 

@@ -190,6 +190,17 @@ def test_answers_do_not_depend_on_the_batch(run: _Run, tmp_path: Path) -> None:
             assert together["chains", 2][entry][name] == pytest.approx(value, abs=1e-5), (entry, name)
 
 
+def test_tokens_that_stop_by_themselves(run: _Run, tmp_path: Path) -> None:
+    data = f"wikitext={run.folder}/text"
+    exits = "--exit-criterion latent-diff --exit-threshold"
+    shallow = _evaluate(run, tmp_path / "1", "--num-steps 1", data)["wikitext", 1]["wikitext"]
+    at_once = _evaluate(run, tmp_path / "exits", f"--num-steps 3 {exits} 1e9", data)["wikitext", 3]["wikitext"]
+    never = _evaluate(run, tmp_path / "never", f"--num-steps 3 {exits} 0", data)["wikitext", 3]["wikitext"]
+    assert at_once["mean_steps"] == 1.0
+    assert at_once["loss"] == pytest.approx(shallow["loss"], abs=1e-5)
+    assert never["mean_steps"] == 3.0
+
+
 def test_what_is_finished_is_not_done_again(run: _Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from more_megatron.evaluation.harness import evaluation
 
@@ -249,6 +260,11 @@ def test_hellaswag_from_a_file(run: _Run, tmp_path: Path) -> None:
         ("--tasks babi --data babi=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON"),
         ("--tasks hellaswag --data hellaswag=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON object with"),
         ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 0", "--num-steps 0 cannot be taken by"),
+        (
+            "--tasks wikitext --data wikitext=FOLDER/long.jsonl --exit-criterion no",
+            "--exit-criterion no cannot be taken by .*: criterion 'no' does not exist: choose one of kl,",
+        ),
+        ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --exit-threshold 1", "needs --exit-criterion: name one"),
         ("--tasks wikitext --data wikitext=FOLDER/empty", "empty is empty"),
         ("--tasks babi --data babi=FOLDER/long.jsonl", "no problem of .*long.jsonl fits into 48 tokens"),
         ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --seq-length 49", "--seq-length 49 must be from 1 to 48"),

@@ -33,12 +33,15 @@ def evaluate(args: argparse.Namespace) -> list[str]:
         MoREError: If model, tasks or data are not as they must be, or the folder has results of other settings.
     """
     _check_installed()
+    if args.exit_threshold is not None and args.exit_criterion is None:
+        raise MoREError("--exit-threshold needs --exit-criterion: name one")
     if args.limit is not None and args.limit < 1:
         raise MoREError(f"--limit {args.limit} must be at least 1")
     tasks = plan_tasks(args.tasks, args.data)
     with open_model(args) as exported:
         depths = dict.fromkeys(args.num_steps or [exported.num_steps])
-        options = {depth: exported.call_options(depth) for depth in depths}
+        exits = {"criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
+        options = {depth: exported.call_options(depth, **exits) for depth in depths}
         length = exported.length if args.seq_length is None else args.seq_length
         if not 1 <= length <= exported.length:
             raise MoREError(f"--seq-length {length} must be from 1 to {exported.length}, the positions of the model")
@@ -99,7 +102,7 @@ class _Evaluation:
             return _finished(path, settings)
         print(f"{planned.name}{'' if depth is None else f' at r = {depth}'}", file=sys.stderr, flush=True)
         start = time.monotonic()
-        self._language_model.call_options = options
+        self._language_model.begin(options)
         measured = self._measure(planned)
         record = {
             "name": planned.name,
@@ -140,7 +143,10 @@ class _Evaluation:
             # Everything is loaded; the harness would list its own tasks again.
             task_manager=TaskManager(include_defaults=False),
         )
-        return {**collect(planned.name, loaded["tasks"], found, model), "skipped": skipped}
+        record = {**collect(planned.name, loaded["tasks"], found, model), "skipped": skipped}
+        if model.mean_steps is not None:
+            next(iter(record["measures"].values()))["mean_steps"] = model.mean_steps
+        return record
 
 
 def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class HarnessModel(HFLM):
         seq_length: Longest text that is read at once; longer ones are read in windows of this length.
 
     Attributes:
-        call_options: Arguments of every call and generation: the number of steps, and whatever else ends them.
+        call_options: Arguments of every call and generation: the number of steps, and when a token stops before.
     """
 
     def __init__(self, exported: ExportedModel, batch_size: int, seq_length: int) -> None:
@@ -35,12 +35,28 @@ class HarnessModel(HFLM):
             # Log-probabilities of half-precision models are not rounded again.
             softmax_dtype="float32",
         )
-        self.call_options: dict[str, Any] = {}
+        self.begin({})
+
+    def begin(self, call_options: dict[str, Any]) -> None:
+        """Make every call from now on with these arguments, and count the steps of its tokens anew."""
+        self.call_options = call_options
+        self._steps = self._tokens = 0
+
+    @property
+    def mean_steps(self) -> float | None:
+        """Steps that a token took where tokens stop by themselves, generated ones not counted; else None."""
+        return self._steps / self._tokens if self._tokens else None
 
     def _model_call(self, inps: torch.Tensor, attn_mask: Any = None, labels: Any = None) -> torch.Tensor:
         """Return logits, [b, s, vocabulary]; right padding is behind every token that counts."""
         with torch.no_grad():
-            return self.model(inps, use_cache=False, **self.call_options).logits
+            output = self.model(inps, use_cache=False, **self.call_options)
+        steps = getattr(output, "exit_steps", None)
+        if steps is not None:
+            # The harness fills up rows with zeros, and gives no mask.
+            taken = steps[:, inps.flip(1).cumsum(1).flip(1) > 0]
+            self._steps, self._tokens = self._steps + int(taken.sum()), self._tokens + taken.numel()
+        return output.logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
         """Return texts with what the model adds to them, [b, up to max_length]."""
