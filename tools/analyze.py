@@ -17,16 +17,32 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     experts = commands.add_parser("experts", help="which expert takes which kinds of tokens, by layer and step")
     _add_common(experts)
-    experts.set_defaults(run=_experts)
+    experts.set_defaults(analyze=_experts)
+    recurrence = commands.add_parser(
+        "recurrence",
+        help="how states move over the steps of a recurrence; or with --run how healthy a training run was",
+    )
+    _add_common(recurrence, max_tokens=128, steps="64, or as many as the model can take", required=False)
+    recurrence.add_argument(
+        "--initial-states", type=int, default=4, metavar="K", help="random ones to start from (default: 4)"
+    )
+    recurrence.add_argument(
+        "--run", type=Path, metavar="FOLDER", help="draw the health.jsonl of a run's --save folder; no model is needed"
+    )
+    recurrence.set_defaults(analyze=_recurrence)
     return parser.parse_args(arguments)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(
+    parser: argparse.ArgumentParser, max_tokens: int = 20_000, steps: str = "the model's own", required: bool = True
+) -> None:
     """Add what every analysis reads and writes."""
-    add_model_arguments(parser)
-    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to read, of any kind")
-    parser.add_argument("--max-tokens", type=int, default=20_000, metavar="N", help="of the text (default: 20000)")
-    parser.add_argument("--num-steps", type=int, metavar="R", help="recurrence steps (default: the model's own)")
+    add_model_arguments(parser, required)
+    parser.add_argument("--text", type=Path, required=required, metavar="FILE", help="text to read, of any kind")
+    parser.add_argument(
+        "--max-tokens", type=int, default=max_tokens, metavar="N", help=f"of the text (default: {max_tokens})"
+    )
+    parser.add_argument("--num-steps", type=int, metavar="R", help=f"recurrence steps (default: {steps})")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of JSON and figures")
 
 
@@ -37,12 +53,24 @@ def _experts(args: argparse.Namespace) -> list[str]:
     return analyze_experts(args)
 
 
+def _recurrence(args: argparse.Namespace) -> list[str]:
+    if args.run is not None:
+        from more_megatron.evaluation.analysis.health_page import draw_health
+
+        return draw_health(args.run, args.output)
+    if args.text is None or (args.model is None and args.load is None):
+        raise MoREError("give --text and one of --model and --load; or --run for the health of a training run")
+    from more_megatron.evaluation.analysis.recurrence import analyze_recurrence
+
+    return analyze_recurrence(args)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the analysis and return the exit code."""
     args = parse_arguments(arguments)
     with one_line_errors(Path(__file__).name):
         try:
-            for line in args.run(args):
+            for line in args.analyze(args):
                 print(line)
         except KeyboardInterrupt:
             raise MoREError("interrupted; nothing was written") from None

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_megatron.errors import MoREError, one_line_errors
 from more_megatron.evaluation.comparison import planning, timing
 from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment, parse_flags
+from more_megatron.evaluation.comparison.report import check_packages, write_report
 from more_megatron.evaluation.comparison.runner import Runner, apart
 
 
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the comparison and return the exit code: 1 if a run failed."""
     args = _parse(arguments)
     with one_line_errors("compare_systems.py"):
+        if args.run is None and not args.plan:
+            check_packages()
         args.folder.mkdir(parents=True, exist_ok=True)
         plan = _plan(args)
         if args.plan:
@@ -35,11 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         runs = plan.runs if args.run is None else [_chosen(plan, args.run)]
         if not args.report:
-            Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights).make(runs)
-            if args.time:
+            finetune = plan.experiment["finetune"]
+            finished = Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights, finetune).make(runs)
+            if args.time and args.run is None:
                 apart(timing.save_timings, plan, args.folder / "timings.json", log=args.folder / "timing.log")
         if args.run is not None:
-            return 0
+            return 0 if finished else 1
         return _report(args, plan)
 
 
@@ -94,8 +98,6 @@ def _chosen(plan: planning.Plan, index: int) -> planning.Run:
 
 
 def _report(args: argparse.Namespace, plan: planning.Plan) -> int:
-    from more_megatron.evaluation.comparison.report import write_report
-
     failed = write_report(plan, args.folder)
     print(f"report: {args.folder / 'report.html'}")
     for run in failed:

@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "are evaluated each by itself",
     )
     group.add_argument("--num-steps", nargs="+", type=int, metavar="R", help="recurrence steps (default: the model's)")
-    group.add_argument("--limit", type=int, metavar="N", help="only the first N of each task, to try things")
+    group.add_argument("--limit", type=int, metavar="N", help="only N of each task, to try things")
     group.add_argument(
         "--seq-length", type=int, metavar="S", help="tokens of a window (default: the model's positions)"
     )

@@ -41,8 +41,8 @@ DATA_ARGS=(
 
 TRAINING_ARGS=(
     --loss-on-answers
-    --micro-batch-size 4
-    --global-batch-size 8
+    --micro-batch-size 8
+    --global-batch-size 16
     --train-iters 200
     --lr "${LR:-5e-5}"
     --min-lr 0

@@ -38,7 +38,9 @@ from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.truncation import iterate_residual
+from more_megatron.monitoring.recurrence import States, watch_states
 from more_megatron.monitoring.refinement import Refinement
+from more_megatron.monitoring.watch import current_watch
 
 __all__ = [
     "CellExperts",
@@ -53,6 +55,7 @@ __all__ = [
 class CellExperts(Experts):
     """Experts that iterate on each token: what they have in common."""
 
+    layer_number = 0
     _depth: Depth | None = None
 
     @contextlib.contextmanager
@@ -84,6 +87,13 @@ class CellExperts(Experts):
         output = padding.unpad(self.compute(padding.pad(hidden_states), padding, self._depth))
         return (output * probs.unsqueeze(-1)).to(output.dtype), None
 
+    def watched(self, padding: RowPadding, depth: Depth) -> States | None:
+        """Return what sees the states of an iteration, this rank's channels of them; None if nobody watches."""
+        if current_watch() is None:
+            return None
+        place, group = f"layer {self.layer_number}", self.placement.split_group
+        return watch_states(place, depth.steps, is_padding=padding.is_padding(), group=group, split=True)
+
     @abstractmethod
     def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         """Compute all local experts.
@@ -106,6 +116,7 @@ class CellMoELayer(CapacityInTrainingMoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; the experts draw their weights."""
         super().set_layer_number(layer_number)
+        self.experts.layer_number = layer_number
         self.experts.initialize(layer_number)
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
@@ -152,7 +163,8 @@ class GRUExperts(CellExperts):
             products = self.gru.product(gather_columns(state, self.placement), groups)
             return gru_step(products, bias, state), None
 
-        return self.ffn.contract(iterate_residual(step, self.ffn.expand(x, groups), depth), groups)
+        state = iterate_residual(step, self.ffn.expand(x, groups), depth, self.watched(padding, depth))
+        return self.ffn.contract(state, groups)
 
 
 class SequentialExperts(CellExperts):
@@ -192,7 +204,7 @@ class SequentialExperts(CellExperts):
                 watched.add(refined, after, gate)
             return after, cell
 
-        refined = iterate_residual(step, self._own_columns(self.ffn(x, groups)), depth)
+        refined = iterate_residual(step, self._own_columns(self.ffn(x, groups)), depth, self.watched(padding, depth))
         if watched is not None:
             watched.record(padding.unpad, self.placement.split_group if self.placement.split_size > 1 else None)
         return self._as_part_of_sum(refined)

@@ -14,6 +14,7 @@ from more_megatron.blocks.layer import LayerInputs, MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter, RouterStep
 from more_megatron.config import MoREConfig
 from more_megatron.model.truncation import iterate_residual
+from more_megatron.monitoring.recurrence import watch_states
 
 __all__ = [
     "IteratedMoELayer",
@@ -54,7 +55,8 @@ class RecurrentMoETransformerLayer(MicroBatchTransformerLayer):
 
     def _apply_moe(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         step = functools.partial(self._step, inputs=inputs, in_graph=torch.is_grad_enabled())
-        return iterate_residual(step, hidden_states, inputs.micro_batch.depth)
+        depth = inputs.micro_batch.depth
+        return iterate_residual(step, hidden_states, depth, watch_states(f"layer {self.layer_number}", depth.steps))
 
     def _step(
         self,

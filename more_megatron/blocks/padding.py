@@ -66,6 +66,13 @@ class RowPadding:
         """Undo `pad`."""
         return padded if self.places is None else padded.index_select(0, self.places)
 
+    def is_padding(self) -> torch.Tensor | None:
+        """Return True for each row that is padding, [rows]; None without padding."""
+        if self.places is None:
+            return None
+        padding = torch.ones(sum(self.groups.sizes), dtype=torch.bool, device=self.places.device)
+        return padding.index_fill(0, self.places, False)
+
     def pad_segments(self, segments: Segments) -> Segments:
         """Return the segments, each group's followed by one of its padding, which so reaches no row.
 

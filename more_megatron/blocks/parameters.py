@@ -29,6 +29,8 @@ __all__ = [
     "grouped_linear_weights",
     "grouped_norm_weight",
     "grouped_parameter",
+    "linear_columns",
+    "local_groups",
     "sharded_parameters",
 ]
 
@@ -233,6 +235,32 @@ def draw_parameter(weights: Weights, placement: Placement, draw: Callable[[int],
             targets = [(parameter, placement.groups[content.group])]
         for target, group in targets:
             target.copy_(content.of_whole(draw(group), placement).reshape(target.shape))
+
+
+def local_groups(parameter: torch.nn.Parameter, number: int) -> range:
+    """Return which of the rank's groups a parameter holds weights of, one after the other; empty if of none.
+
+    Args:
+        parameter: Any parameter.
+        number: Number of groups on this rank.
+    """
+    content: _Content | None = getattr(parameter, _CONTENT, None)
+    if content is None:
+        return range(0)
+    return range(number) if content.group is None else range(content.group, content.group + 1)
+
+
+def linear_columns(parameter: torch.nn.Parameter, number: int) -> dict[int, torch.Tensor]:
+    """Return the parts of the input dimension that a parameter holds, by their number.
+
+    Args:
+        parameter: Of any linear map.
+        number: Number of equal parts that its input has.
+    """
+    content: _Content | None = getattr(parameter, _CONTENT, None)
+    if content is not None and content.columns > 1:
+        return {content.column: parameter}
+    return dict(enumerate(parameter.chunk(number, dim=-1)))
 
 
 def sharded_parameters(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from more_megatron.blocks.block_experts import routed_context
 from more_megatron.blocks.experts import Experts
@@ -16,6 +17,7 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
+from more_megatron.monitoring.watch import Key, Watch
 
 __all__ = ["ProjectionExperts", "projection_experts_cost"]
 
@@ -80,6 +82,27 @@ class ProjectionExperts(Experts):
         identity = torch.eye(weights.size(1), device=weights.device)
         deviation = weights @ weights.transpose(1, 2) - identity
         return deviation.square().sum(dim=(1, 2)).mean() / weights.size(1)
+
+    @torch.no_grad()
+    def record_projections(self, watch: Watch, place: str, share: float) -> None:
+        """Record how far projections are from orthogonal, and from those of other experts. All expert ranks call it.
+
+        The divergence of two is one minus the cosine of the angle between them; its mean over all pairs follows from
+        the sum of the weights at unit length.
+
+        Args:
+            watch: Where to.
+            place: Layer of the experts.
+            share: One part in as many as there are ranks that hold the same experts.
+        """
+        watch.add_mean(Key("system", "projection orthogonality", place), self.orthogonality_penalty(), share=share)
+        number, group = self.placement.num_groups, parallel_state.get_expert_model_parallel_group()
+        for name in ("proj_in", "proj_out"):
+            weights = self.backend.stacked(getattr(self, name)).detach().float().flatten(1)
+            total = torch.nn.functional.normalize(weights, dim=1).sum(0)
+            torch.distributed.all_reduce(total, group=group)
+            divergence = 1.0 - (total.double().square().sum() - number) / max(number * (number - 1), 1)
+            watch.add_mean(Key("system", f"{name} divergence", place), divergence, share=share)
 
 
 def projection_experts_cost(config: MoREConfig, ffn_hidden_size: int, seq_length: int) -> Cost:

@@ -36,6 +36,7 @@ from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.noise import state_noise
 from more_megatron.model.truncation import iterate_state
+from more_megatron.monitoring.recurrence import watch_states
 
 __all__ = ["RecurrentBlock", "block_cost"]
 
@@ -116,7 +117,14 @@ class RecurrentBlock(MegatronModule):
             attended = norm_2(mixed + self._attention(norm_1(mixed), rows, rotation))
             return norm_4(attended + self._mlp(norm_3(attended), rows))
 
-        return iterate_state(step, self._initial_state(rows).to(inputs.dtype), depth)
+        see = watch_states(
+            f"layer {self.layer_number}",
+            depth.steps,
+            inputs,
+            is_padding=rows.is_padding,
+            group=self.placement.split_group,
+        )
+        return iterate_state(step, self._initial_state(rows).to(inputs.dtype), depth, see)
 
     def _linear(self, x: torch.Tensor, weights: Any, rows: Rows) -> torch.Tensor:
         return self._backend.linear(x, weights, rows.groups)

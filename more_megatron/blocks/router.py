@@ -75,6 +75,11 @@ class IteratedRouter(TopKRouter):
         self._logits = logits if beta > 0.0 else None
         return logits
 
+    @property
+    def recurrence_step(self) -> int:
+        """Number of the step under way, from 0."""
+        return self._step.index
+
     def take_logits(self) -> torch.Tensor | None:
         """Return the logits of the last call, which the next step averages with, and forget them; None if none does."""
         logits, self._logits = self._logits, None

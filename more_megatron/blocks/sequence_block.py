@@ -22,6 +22,7 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.truncation import iterate_state
+from more_megatron.monitoring.recurrence import watch_states
 
 __all__ = ["SequenceBlock"]
 
@@ -37,6 +38,7 @@ class SequenceBlock(MegatronModule):
 
     def __init__(self, config: MoREConfig, ffn_hidden_size: int, pg_collection: ProcessGroupCollection) -> None:
         super().__init__(config=config)
+        self.layer_number = 0
         initializer = BlockInitializer(config, layer_number=0)
         config = copy.copy(backend_of(config).looped(config))
         config.gated_linear_unit, config.activation_func = True, torch.nn.functional.silu
@@ -55,6 +57,7 @@ class SequenceBlock(MegatronModule):
 
     def initialize(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the adapter, which is no module of Megatron's."""
+        self.layer_number = layer_number
         if self.config.perform_initialization:
             initializer = BlockInitializer(self.config, layer_number)
             weight = initializer.truncated_normal(tuple(self.adapter.shape), "sequence/adapter", initializer.in_std)
@@ -80,7 +83,8 @@ class SequenceBlock(MegatronModule):
             attended = self.norm_2(mixed + self.attention(self.norm_1(mixed), **attention_kwargs)[0])
             return self.norm_4(attended + self.mlp(self.norm_3(attended))[0])
 
-        return iterate_state(step, state.to(inputs.dtype), depth)
+        see = watch_states(f"layer {self.layer_number}", depth.steps, inputs)
+        return iterate_state(step, state.to(inputs.dtype), depth, see)
 
 
 def _truncated_normal(weight: torch.Tensor, std: float) -> torch.Tensor:

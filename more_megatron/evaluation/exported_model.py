@@ -83,10 +83,15 @@ class ExportedModel:
         return options
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name a model, and where and how it runs."""
+def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Add the flags that name a model, and where and how it runs.
+
+    Args:
+        parser: Where to.
+        required: Whether a model must be named.
+    """
     group = parser.add_argument_group("model")
-    source = group.add_mutually_exclusive_group(required=True)
+    source = group.add_mutually_exclusive_group(required=required)
     source.add_argument("--model", type=Path, metavar="DIR", help="folder of a Hugging Face model")
     source.add_argument("--load", type=Path, metavar="CKPT", help="folder that a run saved to, under any layout")
     group.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of the checkpoint (default: the newest)")

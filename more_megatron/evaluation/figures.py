@@ -31,7 +31,7 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
 
 
-def spread(values: Sequence[int], most: int) -> list[int]:
+def spread[T](values: Sequence[T], most: int) -> list[T]:
     """Return at most so many of some values, evenly spread, the first and the last among them."""
     if len(values) <= most:
         return list(values)

@@ -126,7 +126,7 @@ class RepeatingDecoder(TransformerBlock):
             if run.loop is None:
                 hidden_states = self._run_once(run.layers, hidden_states, attention_mask, **kwargs)
             else:
-                grid = TokenGrid.of(hidden_states, micro_batch, self.config, self.tp_group)
+                grid = TokenGrid.of(hidden_states, micro_batch, self.config, self.tp_group, self._place(run.layers))
                 passes = _Passes(self, run.layers, micro_batch, attention_mask, kwargs)
                 hidden_states = self.loops[run.loop](hidden_states, passes, micro_batch.depth, grid)
         if self.coda == len(self.runs):
@@ -141,6 +141,14 @@ class RepeatingDecoder(TransformerBlock):
     def _run_once(self, layers: range, *args: Any, **kwargs: Any) -> torch.Tensor:
         view: Any = _View(self, layers, is_checkpointed_outside=False)
         return TransformerBlock.forward(view, *args, **kwargs)
+
+    def place_of_loop(self, name: str) -> str:
+        """Return which layers a loop of this stage repeats, in words."""
+        return self._place(next(run.layers for run in self.runs if run.loop == name))
+
+    def _place(self, layers: range) -> str:
+        first, last = (self.layers[index].layer_number for index in (layers[0], layers[-1]))
+        return f"layer {first}" if first == last else f"layers {first}-{last}"
 
     def _normed(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return apply_module(self.final_layernorm)(hidden_states)

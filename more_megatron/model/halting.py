@@ -21,7 +21,7 @@ from more_megatron.model.attached_loss import attach_mean
 from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
-from more_megatron.model.truncation import detached_increments
+from more_megatron.model.truncation import detached_increments, unseen
 from more_megatron.monitoring.figures import record_figure
 
 __all__ = ["HALTING_FIGURES", "Halting"]
@@ -119,7 +119,14 @@ class _Halting(MegatronModule):
             initializer = BlockInitializer(config, group + 1)
             self.weight.data.copy_(initializer.glorot((1, config.hidden_size), "loop/halting"))
 
-    def forward(self, inputs: torch.Tensor, enter: StateInPass, run: StateInPass, depth: Depth) -> torch.Tensor:
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        enter: StateInPass,
+        run: StateInPass,
+        depth: Depth,
+        see: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """Return the output of all positions, [s, b, h].
 
         Args:
@@ -127,17 +134,22 @@ class _Halting(MegatronModule):
             enter: Maps a state to what enters the pass of this number, which decides who halts in it.
             run: Runs the group once.
             depth: Number of passes: none halts later. The increments of the first ones are constants.
+            see: Called with the input and the state after each pass; None if nobody watches.
         """
         progress = _Progress.start(inputs)
+        see = see or unseen
+        see(inputs)
         if depth.no_grad_steps > 0:
             with torch.no_grad():
                 progress = progress.detached()
                 for index in range(depth.no_grad_steps):
                     # Megatron adds residuals with gradient whatever the mode.
                     progress = self._step(progress, enter, run, index).detached()
+                    see(progress.state)
             progress = progress.incremented(inputs)
         for index in range(depth.no_grad_steps, depth.steps):
             progress = self._step(progress, enter, run, index)
+            see(progress.state)
         return self._with_ponder_loss(progress)
 
     def _step(self, progress: _Progress, enter: StateInPass, run: StateInPass, index: int) -> _Progress:

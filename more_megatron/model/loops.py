@@ -25,6 +25,7 @@ from more_megatron.model.noise import local_coordinates, state_noise
 from more_megatron.model.signals import Signals
 from more_megatron.model.stack import Loop
 from more_megatron.model.truncation import iterate_residual, iterate_state
+from more_megatron.monitoring.recurrence import watch_states
 
 __all__ = ["InjectedLoop", "ResidualLoop", "RunGroup", "TokenGrid"]
 
@@ -40,11 +41,13 @@ class TokenGrid:
         shape: Of the hidden states, [s, b, h]; s is this rank's part of the sequence.
         coordinates: Sequence, position and sample id of each token, int64 [s * b, 3].
         seed: Seed of the run.
+        place: Where in the model they are, in words.
     """
 
     shape: torch.Size
     coordinates: torch.Tensor
     seed: int
+    place: str = ""
 
     @classmethod
     def of(
@@ -53,6 +56,7 @@ class TokenGrid:
         micro_batch: MicroBatch,
         config: MoREConfig,
         tp_group: torch.distributed.ProcessGroup,
+        place: str = "",
     ) -> TokenGrid:
         """Return the grid of hidden states, [s, b, h].
 
@@ -61,6 +65,7 @@ class TokenGrid:
             micro_batch: Who its sequences are.
             config: Model configuration.
             tp_group: Tensor-parallel group, over which sequence parallelism splits the sequence.
+            place: Where in the model they are, in words.
         """
         coordinates = local_coordinates(
             hidden_states.shape,
@@ -70,7 +75,7 @@ class TokenGrid:
             device=hidden_states.device,
             starts=micro_batch.starts,
         )
-        return cls(hidden_states.shape, coordinates, config.seed)
+        return cls(hidden_states.shape, coordinates, config.seed, place)
 
     @property
     def positions(self) -> torch.Tensor:
@@ -122,14 +127,14 @@ class _ResidualLoop(torch.nn.Module):
         self.signals, self.halting = signals, halting
 
     def forward(self, inputs: torch.Tensor, run: RunGroup, depth: Depth, grid: TokenGrid) -> torch.Tensor:
-        enter = self._entrance(inputs, grid)
+        enter, see = self._entrance(inputs, grid), watch_states(grid.place, depth.steps)
         if self.halting is not None:
-            return self.halting(inputs, enter, run, depth)
+            return self.halting(inputs, enter, run, depth, see)
 
         def step(state: torch.Tensor, carried: None, index: int) -> tuple[torch.Tensor, None]:
             return run(enter(state, index), index), carried
 
-        return iterate_residual(step, inputs, depth)
+        return iterate_residual(step, inputs, depth, see)
 
     def _entrance(self, inputs: torch.Tensor, grid: TokenGrid) -> RunGroup:
         """Return what turns a state into what enters a pass."""
@@ -191,7 +196,8 @@ class _InjectedLoop(MegatronModule):
         if self._random_state:
             state = grid.noise(self._group + 1, self.config.recurrence_state_std).to(inputs.dtype)
         inject, passes = self._injector(inputs), iter(range(depth.steps))
-        return iterate_state(lambda state: run(inject(state), next(passes)), state, depth)
+        see = watch_states(grid.place, depth.steps, inputs)
+        return iterate_state(lambda state: run(inject(state), next(passes)), state, depth, see)
 
     def _injector(self, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
         if self._injection == "add":

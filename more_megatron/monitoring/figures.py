@@ -13,6 +13,8 @@ from collections.abc import Iterable, Set
 
 import torch
 
+from more_megatron.monitoring.watch import Key, watch_of_step
+
 __all__ = ["Figures", "is_reported", "record_figure", "report_to"]
 
 
@@ -96,3 +98,6 @@ def record_figure(name: str, values: torch.Tensor, weights: torch.Tensor | None 
     """
     if _figures is not None:
         _figures.add(name, values, weights)
+    watch = watch_of_step()
+    if watch is not None:
+        watch.add_mean(Key("system", name), values, weights)

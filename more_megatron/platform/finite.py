@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
+from megatron.core.rerun_state_machine import RerunMode, RerunState, RerunStateMachine
 from megatron.training import get_args
 
 from more_megatron.checkpoint_files import newest_clean_iteration
 from more_megatron.errors import MoREError
 from more_megatron.platform.stand_in import StandIn
 
-__all__ = ["FINITE", "check_parameters"]
+__all__ = ["FINITE", "Tracer", "check_parameters", "non_finite_stop", "trace_reruns"]
 
 
 def check_parameters(model: Sequence[torch.nn.Module], where: str) -> None:
@@ -34,10 +34,10 @@ def check_parameters(model: Sequence[torch.nn.Module], where: str) -> None:
         torch.distributed.all_reduce(found)
     if found.item() > 0:
         example = f", such as {wrong[0].removeprefix('module.')}" if wrong else ""
-        raise _stop(f"{found.item()} parameters of {where} are not finite{example}")
+        raise non_finite_stop(f"{found.item()} parameters of {where} are not finite{example}")
 
 
-def _stop(reason: str) -> MoREError:
+def non_finite_stop(reason: str) -> MoREError:
     """Return the error that ends the run, with what to do about it."""
     args = get_args()
     folder = args.save or args.load
@@ -48,6 +48,41 @@ def _stop(reason: str) -> MoREError:
         else f"--ckpt-step {clean} continues from the newest checkpoint whose parameters are finite"
     )
     return MoREError(f"{reason}; nothing was saved of it; {remedy}")
+
+
+class Tracer:
+    """Looks where the first number came from that is not finite; this one does not look."""
+
+    def begin(self) -> None:
+        """Look at the step that is computed next: for the second time, after its loss was not finite."""
+
+    def explain(self, here: bool) -> str:
+        """Return what to add to the reason of a stop.
+
+        Args:
+            here: Whether this rank alone asks; else all ranks do, and are to get the same answer.
+        """
+        return ""
+
+
+_tracer = Tracer()
+
+
+def trace_reruns(tracer: Tracer) -> None:
+    """Let a tracer look closer when a step fails."""
+    global _tracer
+    _tracer = tracer
+
+
+_SHOULD_RUN = RerunStateMachine.should_run_forward_backward
+
+
+def _should_run_forward_backward(self: RerunStateMachine, *args: Any) -> bool:
+    """Decide as Megatron does, and tell who traces reruns."""
+    runs = _SHOULD_RUN(self, *args)
+    if runs and self.state is RerunState.RERUNNING_IN_PLACE:
+        _tracer.begin()
+    return runs
 
 
 _VALIDATE_RESULT = RerunStateMachine.validate_result
@@ -66,7 +101,8 @@ def _validate_result(
     """Validate as Megatron does, and the first step of a process, too."""
     unchecked = self.mode is RerunMode.VALIDATE_RESULTS and not self.first_iteration_complete
     if unchecked and fatal and rejection_func(result):
-        raise _stop(f"iteration {get_args().curr_iteration + 1}: {message}")
+        reason = f"iteration {get_args().curr_iteration + 1}: {message}"
+        raise non_finite_stop(reason + _tracer.explain(here=True))
     _VALIDATE_RESULT(self, result, rejection_func, message, *args, fatal=fatal, **kwargs)
 
 
@@ -76,7 +112,8 @@ def _should_checkpoint_and_exit(self: RerunStateMachine) -> tuple[bool, bool, in
     if leave:
         call = self.failed_validation_call
         found = call.caller.message if call is not None else "found on another rank"
-        raise _stop(f"iteration {get_args().curr_iteration + 1}: {found}")
+        reason = f"iteration {get_args().curr_iteration + 1}: {found}"
+        raise non_finite_stop(reason + _tracer.explain(here=False))
     return save, leave, code
 
 
@@ -88,6 +125,14 @@ FINITE = (
         "the first step of every start is not checked, and parameters that are not finite are stepped with",
         "core/rerun_state_machine.py",
         "# Do not validate results on the first iteration",
+    ),
+    StandIn(
+        "megatron.core.rerun_state_machine:RerunStateMachine",
+        "should_run_forward_backward",
+        _should_run_forward_backward,
+        "nobody can look where the numbers came from when it computes a step that failed a second time",
+        "core/rerun_state_machine.py",
+        "self.state = RerunState.RERUNNING_IN_PLACE",
     ),
     StandIn(
         "megatron.core.rerun_state_machine:RerunStateMachine",

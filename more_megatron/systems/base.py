@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.costs import Cost
     from more_megatron.model.stack import Stack
+    from more_megatron.monitoring.ranges import Ends
+    from more_megatron.monitoring.watch import Watch
 
 __all__ = ["DEPTH", "DIVISION", "REPEATED_ROUTER", "System"]
 
@@ -159,6 +161,20 @@ class System:
     def figures(self, config: MoREConfig) -> tuple[str, ...]:
         """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
         return ()
+
+    def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends]:
+        """Return the lowest and the highest healthy value of figures, where they are its own, as `system/lstm gate`, or
+        where it differs from others, as `recurrence/token correlation`; see `more_megatron.monitoring.ranges`."""
+        return {}
+
+    def record_health(self, watch: Watch, module: Any, share: float) -> None:
+        """Record what is to be known of a module's parameters when a step is watched. Asked for every module.
+
+        Args:
+            watch: Where to.
+            module: A module of the model.
+            share: One part in as many as there are ranks that hold the same experts.
+        """
 
     def ffn_hidden_size(self, sizes: Any) -> int:
         """Return the width of the MLP in the recurrent block.

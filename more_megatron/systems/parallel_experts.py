@@ -6,7 +6,7 @@ y = w0 FFN(x) + w1 LSTM(x), w = softmax(W4 relu(W3 x + b3) + b4)
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from more_megatron.systems.base import System
@@ -15,6 +15,7 @@ from more_megatron.systems.export import Row
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
+    from more_megatron.monitoring.ranges import Ends
 
 __all__ = ["SYSTEM"]
 
@@ -54,6 +55,10 @@ class ParallelExperts(System):
         from more_megatron.blocks.parallel_experts import BRANCH_FIGURES
 
         return BRANCH_FIGURES
+
+    def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends]:
+        """Return the healthy ranges of its figures: without entropy, experts use one of their branches alone."""
+        return {"system/lstm gate entropy": (0.02, None)}
 
     def stack(self, config: MoREConfig) -> Stack:
         """Return the layers of the whole model."""

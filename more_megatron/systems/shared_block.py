@@ -6,7 +6,7 @@ y_i = W_out_i . R(W_in_i . x)
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
@@ -16,6 +16,7 @@ from more_megatron.systems.export import Row
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
+    from more_megatron.monitoring.watch import Watch
 
 __all__ = ["SYSTEM"]
 
@@ -83,6 +84,13 @@ class SharedBlock(System):
     def losses(self, config: "MoREConfig") -> tuple[str, ...]:
         """Return the names of losses that are logged."""
         return ("orthogonality_loss",) if config.projection_orthogonality_coeff > 0.0 else ()
+
+    def record_health(self, watch: "Watch", module: Any, share: float) -> None:
+        """Record how far the projections are from orthogonal, and from each other."""
+        from more_megatron.blocks.block_moe import SharedBlockMoELayer
+
+        if isinstance(module, SharedBlockMoELayer):
+            module.experts.record_projections(watch, f"layer {module.layer_number}", share)
 
     def stack(self, config: "MoREConfig") -> "Stack":
         """Return the layers of the whole model."""

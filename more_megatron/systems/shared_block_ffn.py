@@ -6,7 +6,7 @@ Light experts (h -> 2h, GELU, 2h -> h, dropout) are combined; then one recurrent
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from more_megatron.systems.base import DEPTH, System
@@ -15,6 +15,7 @@ from more_megatron.systems.export import Row
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
+    from more_megatron.monitoring.ranges import Ends
 
 __all__ = ["SYSTEM"]
 
@@ -62,6 +63,14 @@ class CombinedBlock(System):
 
         yield from recurrence_refusals(config)
         yield from expert_refusals(config, self.ffn_hidden_size(config))
+
+    def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends]:
+        """Return the healthy ranges of its figures.
+
+        What is injected, the combined output of light experts, is small at first: the block turns states that are much
+        alike, and they do not settle within a few steps.
+        """
+        return {"recurrence/token correlation": (None, 0.998), "recurrence/last step share": (0.05, None)}
 
     def stack(self, config: MoREConfig) -> Stack:
         """Return the layers of the whole model."""

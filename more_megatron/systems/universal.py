@@ -27,6 +27,7 @@ from more_megatron.systems.export import (
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
+    from more_megatron.monitoring.ranges import Ends
 
 __all__ = ["SYSTEM"]
 
@@ -162,6 +163,10 @@ class UniversalTransformer(System):
 
         own: Any = config
         return HALTING_FIGURES if own.halting == "act" else ()
+
+    def health_ranges(self, config: "MoREConfig") -> "Mapping[str, Ends]":
+        """Return the healthy ranges of its figures: signals that are added in every pass make all states alike."""
+        return {"recurrence/token correlation": (None, 0.998), "system/steps to halt": (1.05, None)}
 
     def architecture(self, args: Any) -> dict[str, Any]:
         """Return what decides, besides what all models have, which tensors there are: values by flag."""

@@ -69,7 +69,7 @@ class _TextDataset(GPTDataset):
 
 
 class ProblemDataset(MegatronDataset):
-    """Rows of whole problems, in random order for training and in their own for evaluation.
+    """Rows of whole problems, in random order: an evaluation of few rows sees all tasks as well.
 
     A problem of n tokens takes n - 1 places: its last token is a label only. One that is longer than a row is left out.
     The beginning of another problem fills up a row and counts nowhere: to routers it looks like any other.
@@ -119,9 +119,7 @@ class ProblemDataset(MegatronDataset):
         epochs: list[NDArray[np.int32]] = []
         ends = [0]
         while not epochs or len(ends) <= (num_samples or 0):
-            order = np.arange(len(problems))
-            if self.index_split is Split.train:
-                order = np.random.default_rng([self.config.random_seed, len(epochs)]).permutation(order)
+            order = np.random.default_rng([self.config.random_seed, len(epochs)]).permutation(len(problems))
             first = len(epochs) * len(problems)
             ends += [first + end for end in self._row_ends(sizes[order])]
             epochs.append(problems[order])

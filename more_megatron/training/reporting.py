@@ -17,13 +17,14 @@ from more_megatron.monitoring.figures import Figures, report_to
 from more_megatron.systems import get_system
 from more_megatron.training.evaluation import evaluate_at_depths
 from more_megatron.training.flops import count_recurrence, print_cost
+from more_megatron.training.health import watch_health
 from more_megatron.training.row_length import announce_row_length
 
 __all__ = ["extend_loop", "prepare_reports", "report_figures"]
 
 
 def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Print what the model costs, and let Megatron's log count recurrence and report our losses and figures.
+    """Print what the model costs, and let Megatron's log count recurrence and report our losses, figures and health.
 
     Args:
         config: Model configuration.
@@ -38,7 +39,7 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Let Megatron's training loop do what it cannot by itself: report figures, evaluate at depths, cut rows.
+    """Let Megatron's training loop do what it cannot by itself: figures, depths in evaluation, short rows, health.
 
     Args:
         config: Model configuration.
@@ -49,6 +50,7 @@ def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
         evaluate_at_depths(config)
     if args.seq_length_curriculum is not None:
         announce_row_length()
+    watch_health(config, args)
 
 
 def report_figures(names: tuple[str, ...]) -> None:

@@ -38,7 +38,10 @@ TINY = f"{TINY_ON_FILES} --data-path {shared_corpus()} --split 90,10,0"
 
 
 # What `extend_loop` puts others in the place of.
-_REPLACED = ("training_log", "evaluate", "evaluate_and_print_results", "get_forward_backward_func")
+_REPLACED = (
+    *("training_log", "evaluate", "evaluate_and_print_results", "get_forward_backward_func"),
+    *("train_step", "checkpoint_and_decide_exit"),
+)
 
 
 def dense(command_line: str) -> str:

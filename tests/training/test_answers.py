@@ -134,8 +134,10 @@ def test_the_loss_is_the_cross_entropy_of_answers(run: str) -> None:
 
 def test_answers_are_reported_by_task(run: str) -> None:
     depths = "--recurrence-eval-depths 1 3"
-    [ended] = pretrain_more(1, f"{run} {_SYSTEM} --full-validation --eval-iters 1 --eval-interval 3 {depths}")
+    flags = f"{_SYSTEM} --seq-length 16 --full-validation --eval-iters 1 --eval-interval 3 {depths}"
+    [ended] = pretrain_more(1, f"{run} {flags}")
     assert ended.code == 0, ended.stderr
+    assert "problems are longer than --seq-length 16 and left out" in ended.stdout
     lines = [line for line in ended.stdout.splitlines() if line.startswith(" evaluation at iteration 3 with")]
     assert len(lines) == 2, ended.stdout
     for line, depth in zip(lines, (3, 1), strict=True):

@@ -16,10 +16,12 @@ from typing import Any
 
 from more_megatron.evaluation.comparison.measures import ArmResult, Spread, health_series
 from more_megatron.evaluation.comparison.timing import Timing
+from more_megatron.evaluation.figures import new_figure
 
 __all__ = ["Drawn", "draw_all"]
 
 _INCHES = (5.6, 4.2)
+_MANY = 1e4
 _STYLES = ("-", "--", ":", "-.")
 Points = Sequence[tuple[float, float]]
 
@@ -66,7 +68,7 @@ def draw_all(arms: Sequence[ArmResult], timings: Sequence[Timing], matched: str)
         "training FLOPs",
         "nats a token",
         _against_flops,
-        "Validations on the way and at the end; mean over the seeds.",
+        "Mean over the seeds. Each validation on the way reads other samples, the same for all arms.",
     )
     yield from draw.lines(
         "depth",
@@ -120,6 +122,8 @@ class _Draw:
         points = {arm.arm.name: points_of(arm) for arm in self._arms}
         if not any(len(each) > 0 for each in points.values()):
             return
+        from matplotlib.ticker import EngFormatter
+
         figure, axes = _new()
         for number, arm in enumerate(self._arms):
             style: dict[str, Any] = {"color": _colour(number), "label": arm.arm.name, "linewidth": 1.4}
@@ -132,6 +136,8 @@ class _Draw:
         if by_depth:
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:.0f}")
+        elif max(at for each in points.values() for at, _ in each) > _MANY:
+            axes.xaxis.set_major_formatter(EngFormatter())
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         _focus(axes, points.values())
@@ -172,9 +178,7 @@ class _Draw:
 
 
 def _new() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=_INCHES, layout="constrained")
+    figure = new_figure(*_INCHES)
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -192,8 +196,8 @@ def _focus(axes: Any, lines: Any) -> None:
     values = [y for points in lines for _, y in points if math.isfinite(y)]
     lasts = [points[-1][1] for points in lines if len(points) > 0]
     low, high = min(values), max(values)
-    if lasts and high > max(lasts) > low:
-        axes.set_ylim(top=min(high, max(lasts) + 2.5 * (max(lasts) - low) + 0.05) + 0.02)
+    if lasts and high > max(lasts):
+        axes.set_ylim(top=max(lasts) + max(0.3 * (high - max(lasts)), 0.1 * (high - low)))
 
 
 def _error_bars(axes: Any, arm: ArmResult, colour: Any) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
-from more_megatron.evaluation.comparison.runner import read_record
+from more_megatron.evaluation.comparison.runner import FINETUNE_LOG, LOG, read_record
 from more_megatron.evaluation.training_log import TrainingLog, read_log
 
 __all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "health_series", "results_by_arm"]
@@ -84,7 +84,8 @@ class RunResult:
         losses: The same by recurrence steps.
         curve: Training loss by training step.
         validations: Validation loss by training step.
-        answers: Figures of answers, such as the exact match of a task, by recurrence steps; 0: none to choose.
+        answers: Figures of answers, such as the exact match of a task, by recurrence steps (0: none to choose); after
+            fine-tuning if there was such.
         tokens_per_second: As trained, beside other runs.
         health: Rows of health.jsonl; empty where the run wrote none.
     """
@@ -205,14 +206,22 @@ def _result(run: Run, folder: Path) -> RunResult:
         return RunResult(run.name, run.seed, "missing")
     if record.state != "finished":
         return RunResult(run.name, run.seed, record.state, record.reason)
-    lines = (folder / "log.txt").read_text(errors="replace").splitlines()
-    return _of_log(RunResult(run.name, run.seed, record.state), lines, folder)
+    result = _of_log(RunResult(run.name, run.seed, record.state), _lines(folder / LOG), folder)
+    if not (folder / FINETUNE_LOG).exists():
+        return result
+    tuned = _lines(folder / FINETUNE_LOG)
+    last = read_log(tuned).validations
+    return dataclasses.replace(result, answers=_answers(_at_depths(tuned, last[-1].iteration if last else 0)))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()
 
 
 def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
     log: TrainingLog = read_log(lines)
     if not log.validations:
-        return dataclasses.replace(result, state="failed", reason=f"no validation loss in {folder / 'log.txt'}")
+        return dataclasses.replace(result, state="failed", reason=f"no validation loss in {folder / LOG}")
     last = log.validations[-1]
     at_depths = _at_depths(lines, last.iteration)
     return dataclasses.replace(
@@ -221,11 +230,7 @@ def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
         losses={depth: figures[_LOSS] for depth, figures in at_depths.items() if _LOSS in figures},
         curve={line.number: line.loss for line in log.iterations},
         validations={line.iteration: line.loss for line in log.validations},
-        answers={
-            depth: {name: value for name, value in figures.items() if name != _LOSS}
-            for depth, figures in at_depths.items()
-            if set(figures) - {_LOSS}
-        },
+        answers=_answers(at_depths),
         tokens_per_second=log.tokens_per_second(),
         health=_health(folder),
     )
@@ -241,6 +246,15 @@ def _at_depths(lines: list[str], iteration: int) -> dict[int, dict[str, float]]:
             figures = {name.strip(): float(value) for name, value in _FIGURE.findall(match[3])}
             found[int(match[2] or 0)] = figures
     return found
+
+
+def _answers(at_depths: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+    """Return what evaluations say of answers."""
+    return {
+        depth: {name: value for name, value in figures.items() if name != _LOSS}
+        for depth, figures in at_depths.items()
+        if set(figures) - {_LOSS}
+    }
 
 
 def _health(folder: Path) -> list[dict[str, Any]]:

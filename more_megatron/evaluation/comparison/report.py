@@ -14,14 +14,16 @@ from typing import Any
 
 from more_megatron import __version__
 from more_megatron.data.manifest import read_manifest
+from more_megatron.errors import MoREError
 from more_megatron.evaluation.comparison.experiment import Flags, command_line
 from more_megatron.evaluation.comparison.figures import draw_all
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference, results_by_arm
 from more_megatron.evaluation.comparison.planning import Plan
 from more_megatron.evaluation.comparison.timing import Timing, read_timings
+from more_megatron.platform.packages import has_package
 from more_megatron.unfinished import unfinished_file
 
-__all__ = ["write_report"]
+__all__ = ["check_packages", "write_report"]
 
 _MATCHED = {
     "flops": "training FLOPs a token at the mean depth",
@@ -30,6 +32,18 @@ _MATCHED = {
     "flags": "nothing but the flags",
 }
 _PACKAGES = ("megatron-core", "torch", "numpy")
+
+
+def check_packages() -> None:
+    """Refuse to begin what could not be reported.
+
+    Raises:
+        MoREError: If a package is missing.
+    """
+    if missing := [name for name in ("matplotlib", "jinja2", "scipy") if not has_package(name)]:
+        raise MoREError(
+            f"a report needs {' and '.join(missing)}: pip install {' '.join(missing)}, or the extra `report`"
+        )
 
 
 def write_report(plan: Plan, folder: Path) -> list[RunResult]:

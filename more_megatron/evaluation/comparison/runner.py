@@ -1,6 +1,7 @@
 """Makes the runs of a plan side by side, each once: what is finished is not repeated, what failed is named.
 
-A run is a folder: `log.txt`, all that its attempts said, and `record.json`, written when it has ended.
+A run is a folder: `log.txt`, all that its attempts said, `finetune.txt`, the same of a second training that begins with
+its weights, and `record.json`, written when it has ended.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from more_megatron.evaluation.comparison.experiment import Flags, command_line
 from more_megatron.evaluation.comparison.planning import Run
 from more_megatron.unfinished import unfinished_file
 
-__all__ = ["Record", "Runner", "apart", "read_record"]
+__all__ = ["FINETUNE_LOG", "LOG", "Record", "Runner", "apart", "read_record"]
 
 _PROGRAM = Path(__file__).resolve().parents[3] / "pretrain_more.py"
+LOG, FINETUNE_LOG = "log.txt", "finetune.txt"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _PR_SET_PDEATHSIG = 1
 
@@ -69,16 +71,27 @@ class Runner:
         jobs: Runs side by side.
         processes: Ranks of a run.
         keeps_weights: Whether checkpoints stay when their run has finished.
+        finetune: Flags of a second training that begins with the weights of each run; None: there is none.
     """
 
-    def __init__(self, folder: Path, jobs: int, processes: int = 1, keeps_weights: bool = False) -> None:
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
+    """What a run is started with, up to the number of its ranks."""
+
+    def __init__(
+        self,
+        folder: Path,
+        jobs: int,
+        processes: int = 1,
+        keeps_weights: bool = False,
+        finetune: Flags | None = None,
+    ) -> None:
         self._folder, self._jobs, self._processes = folder, jobs, processes
-        self._keeps_weights = keeps_weights
+        self._keeps_weights, self._finetune = keeps_weights, finetune
         self._seconds: list[float] = []
         self._left = 0
 
-    def make(self, runs: list[Run]) -> None:
-        """Make those that are not finished; they end with this process.
+    def make(self, runs: list[Run]) -> bool:
+        """Make those that are not finished; they end with this process. Return whether all have finished.
 
         Raises:
             MoREError: If a finished run of that name had other flags.
@@ -87,6 +100,7 @@ class Runner:
         print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before, {self._jobs} side by side")
         self._left = len(waiting)
         asyncio.run(self._make_all(waiting))
+        return all(self._is_finished(run) for run in runs)
 
     def _is_finished(self, run: Run) -> bool:
         record = read_record(self._run_folder(run))
@@ -131,29 +145,41 @@ class Runner:
         if run.arm.refusal is not None:
             record = Record("failed", flags, 0.0, run.arm.refusal)
         else:
-            code = await self._train(self._folders(folder, flags) | flags, folder / "log.txt", place)
-            state = "finished" if code == 0 else "failed"
-            record = Record(state, flags, time.monotonic() - start, _reason(folder / "log.txt") if code else "")
+            reason = await self._train_all(folder, flags, place)
+            record = Record("failed" if reason else "finished", flags, time.monotonic() - start, reason)
         with unfinished_file(folder / "record.json") as unfinished:
             unfinished.write_text(json.dumps(asdict(record), indent=1))
         if record.state == "finished" and not self._keeps_weights:
-            for weights in (folder / "checkpoint").glob("iter_*"):
+            for weights in folder.glob("*/iter_*"):
                 shutil.rmtree(weights)
         self._say(run, record)
 
-    def _folders(self, folder: Path, flags: Flags) -> Flags:
+    async def _train_all(self, folder: Path, flags: Flags, place: int) -> str:
+        """Train, and fine-tune if that was asked for; return why it failed, nothing if it did not."""
+        trained = folder / "checkpoint"
+        code = await self._train(self._folders(trained, flags) | flags, folder / LOG, place)
+        if code or self._finetune is None:
+            return _reason(folder / LOG) if code else ""
+        flags = {name: value for name, value in (flags | self._finetune).items() if value is not None}
+        tuned = folder / "finetuned"
+        shutil.rmtree(tuned, ignore_errors=True)
+        (folder / FINETUNE_LOG).unlink(missing_ok=True)
+        start: Flags = {"load": trained, "finetune": True}
+        code = await self._train(self._folders(tuned, flags) | start | flags, folder / FINETUNE_LOG, place)
+        return _reason(folder / FINETUNE_LOG) if code else ""
+
+    def _folders(self, checkpoint: Path, flags: Flags) -> Flags:
         """Return what a run is given besides its flags: where it writes to, and continues from."""
         return {
             "data-cache-path": self._folder / "cache",
-            "tensorboard-dir": folder / "tensorboard",
-            "save": folder / "checkpoint",
-            "load": folder / "checkpoint",
+            "tensorboard-dir": checkpoint / "tensorboard",
+            "save": checkpoint,
+            "load": checkpoint,
             "save-interval": flags["train-iters"],
         }
 
     async def _train(self, flags: Flags, log: Path, place: int) -> int:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-        command = [*launcher, "--nproc-per-node", str(self._processes), str(_PROGRAM), *command_line(flags)]
+        command = [*self.launcher, "--nproc-per-node", str(self._processes), str(_PROGRAM), *command_line(flags)]
         with open(log, "a") as output:
             process = await asyncio.create_subprocess_exec(
                 *command, stdout=output, stderr=output, env=self._environment(place), preexec_fn=_end_with_parent

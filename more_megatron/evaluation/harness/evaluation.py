@@ -12,6 +12,7 @@ from typing import Any
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
+from more_megatron.evaluation.figures import spread
 from more_megatron.evaluation.harness.plan import PlannedTask, load_task, plan_tasks
 from more_megatron.evaluation.harness.report import write_report
 from more_megatron.unfinished import unfinished_file
@@ -36,7 +37,7 @@ def evaluate(args: argparse.Namespace) -> list[str]:
         raise MoREError(f"--limit {args.limit} must be at least 1")
     tasks = plan_tasks(args.tasks, args.data)
     with open_model(args) as exported:
-        depths = dict.fromkeys(args.num_steps or [None])
+        depths = dict.fromkeys(args.num_steps or [exported.num_steps])
         options = {depth: exported.call_options(depth) for depth in depths}
         length = exported.length if args.seq_length is None else args.seq_length
         if not 1 <= length <= exported.length:
@@ -80,7 +81,6 @@ class _Evaluation:
         from more_megatron.evaluation.harness.language_model import HarnessModel
 
         self._language_model = HarnessModel(exported, batch_size, settings["seq_length"])
-        self._steps = exported.num_steps
         self._settings, self._folder = settings, folder / "results"
         self._folder.mkdir(parents=True, exist_ok=True)
 
@@ -89,22 +89,21 @@ class _Evaluation:
 
         Args:
             planned: The task.
-            depth: Recurrence steps; None for the model's own.
+            depth: Recurrence steps; None without recurrence.
             options: Arguments of every call of the model.
         """
-        steps = self._steps if depth is None else depth
         name = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in planned.name)
-        path = self._folder / (f"{name}.json" if steps is None else f"{name}_r{steps}.json")
+        path = self._folder / (f"{name}.json" if depth is None else f"{name}_r{depth}.json")
         settings = {**self._settings, "task": planned.task, "data": planned.data_digest, "options": options}
         if path.is_file():
             return _finished(path, settings)
-        print(f"{planned.name}{'' if steps is None else f' at r = {steps}'}", file=sys.stderr, flush=True)
+        print(f"{planned.name}{'' if depth is None else f' at r = {depth}'}", file=sys.stderr, flush=True)
         start = time.monotonic()
         self._language_model.call_options = options
         measured = self._measure(planned)
         record = {
             "name": planned.name,
-            "num_steps": steps,
+            "num_steps": depth,
             **measured,
             "seconds": round(time.monotonic() - start, 1),
             "settings": settings,
@@ -130,7 +129,8 @@ class _Evaluation:
                 skipped = len(task.eval_docs) - len(fitting)
                 if not fitting:
                     raise MoREError(f"no problem of {planned.path} fits into {model.max_length} tokens")
-                chosen, limit = {name: fitting[:limit]}, None
+                # A file of several tasks has one after the other; a few problems are to be of all.
+                chosen, limit = {name: spread(fitting, limit or len(fitting))}, None
         found = simple_evaluate(
             model=model,
             tasks=list(loaded["tasks"].values()) if not loaded["groups"] else list(loaded["groups"].values()),
@@ -154,7 +154,8 @@ def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         kept = record["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise MoREError(f"{path} is no result of this tool: remove it") from error
-    different = [name for name, value in settings.items() if kept.get(name) != value]
+    # Weights may lie elsewhere than they did.
+    different = [name for name, value in settings.items() if name != "model" and kept.get(name) != value]
     if different:
         name = different[0]
         raise MoREError(

@@ -42,7 +42,9 @@ def write_report(records: Sequence[Record], settings: dict[str, Any], folder: Pa
             path.write_text(text)
     figures = [figure for draw in (_depths, _parts, _difficulties) if (figure := draw(records, folder)) is not None]
     written = (folder / "results.json", folder / "results.md", *figures)
-    return [*table.splitlines(), "", f"written: {', '.join(map(str, written))}"]
+    skipped = {record["name"]: record.get("skipped", 0) for record in records}
+    notes = [f"{name}: {count} problems are too long and left out" for name, count in skipped.items() if count]
+    return [*table.splitlines(), "", *notes, f"written: {', '.join(map(str, written))}"]
 
 
 def markdown_table(records: Sequence[Record]) -> str:

@@ -34,6 +34,7 @@ class MoREConfig(PretrainedConfig):
         "router_logits",
         "aux_loss",
         "recurrent_states",
+        "exit_steps",
     ]
 
     def __init__(self, variant: str | None = None, **fields: Any) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ class Rows:
     stream: Callable[[Tensor, Any], Tensor] | None = None
     chosen: Tensor | None = None
 
-    def select(self, places: Tensor) -> Self:
+    def select(self, places: Tensor) -> Any:
         """Return the rows of some tokens, [1, n, h] where they are tokens, given their places among all, b s."""
         context = self.context.select(places)
         if self.routing is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +46,7 @@ class BlockRows(Rows):
     mask: Tensor | RowMask | None
     memory: Memory
 
-    def select(self, places: Tensor) -> Self:
+    def select(self, places: Tensor) -> BlockRows:
         """Return the rows of some tokens."""
         found = super().select(places)
         memory, mask = self.memory.select(self.context.shape, places), found.context.mask

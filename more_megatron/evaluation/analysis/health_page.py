@@ -1,0 +1,224 @@
+"""The health of a training run on one page, from the `health.jsonl` in its `--save` folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from more_megatron.errors import MoREError
+from more_megatron.evaluation.figures import heat_map, new_figure, save, spread
+from more_megatron.monitoring.flags import HEALTH_FILE
+
+__all__ = ["draw_health", "read_health"]
+
+_MOST_LINES, _MOST_ROWS = 8, 24
+_STEP = re.compile(r"/step (\d+)$")
+Record = Mapping[str, Any]
+
+
+def read_health(folder: Path) -> list[Record]:
+    """Return the records of a run, one for each iteration that was watched: the last where it was resumed.
+
+    Raises:
+        MoREError: If the file is missing, empty or damaged.
+    """
+    path = folder / HEALTH_FILE
+    if not path.is_file():
+        raise MoREError(
+            f"--run {folder} has no {HEALTH_FILE}: give a run's --save folder, and train with --health-interval N"
+        )
+    records: dict[int, Record] = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records[record["iteration"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise MoREError(f"{path}, line {number}, is no record of health: remove the line") from None
+    if not records:
+        raise MoREError(f"{path} is empty: no step of the run was watched yet")
+    return [records[iteration] for iteration in sorted(records)]
+
+
+def draw_health(folder: Path, output: Path) -> list[str]:
+    """Draw all that is known of a run's health, and return lines that say where, and what was warned of.
+
+    Args:
+        folder: The run's `--save` folder.
+        output: Folder of the picture.
+
+    Raises:
+        MoREError: As `read_health`.
+    """
+    records = read_health(folder)
+    panels = [panel for panel in _panels(records) if panel is not None]
+    rows = -(-len(panels) // 3)
+    figure = new_figure(15.0, 3.3 * rows)
+    axes = figure.subplots(rows, 3, squeeze=False).flatten()
+    for axis, draw in zip(axes, panels, strict=False):
+        draw(axis)
+    for axis in axes[len(panels) :]:
+        axis.axis("off")
+    warned = [(record["iteration"], warning) for record in records for warning in record["warnings"]]
+    figure.suptitle(f"Health of {folder.name}: {len(records)} steps watched, {len(warned)} warnings")
+    output.mkdir(parents=True, exist_ok=True)
+    path = save(figure, output / "health.png")
+    lines = [f"iteration {iteration}: {warning}" for iteration, warning in warned[-20:]]
+    return [*lines, f"written: {path}"]
+
+
+def _panels(records: Sequence[Record]) -> list[Callable[[Any], None] | None]:
+    """Return what draws each panel; None where the run has nothing to draw."""
+    return [
+        _over_time(records, "Loss", "nats", lambda tag: tag == "loss/loss"),
+        _over_time(records, "Gradient norm by kind", "norm", lambda tag: _is(tag, "gradient", "norm"), log=True),
+        _warnings(records),
+        _over_time(
+            records, "Length of the last state", "length / root of h", lambda tag: _is(tag, "recurrence", "state norm")
+        ),
+        _over_steps(records, "Relative change by step", lambda tag: _is(tag, "recurrence", "relative change")),
+        _over_time(records, "Correlation of tokens' states", "cosine", lambda tag: tag.endswith("token correlation")),
+        _over_time(
+            records, "Spectral norm of adapter halves", "norm", lambda tag: "/adapter " in tag and "recurrence" in tag
+        ),
+        _over_time(records, "Entropy of routers", "nats", lambda tag: _is(tag, "routing", "entropy")),
+        _over_time(
+            records, "Variation of expert load", "cv of probability", lambda tag: _is(tag, "routing", "load cv")
+        ),
+        _over_time(records, "Dead experts", "experts", lambda tag: _is(tag, "routing", "dead experts")),
+        _over_time(records, "Tokens that change experts", "share", lambda tag: _is(tag, "routing", "expert change")),
+        _loads(records[-1]),
+        _over_time(records, "Figures of the system", "", lambda tag: tag.startswith("system/")),
+        _over_time(records, "Validation loss by depth", "nats", lambda tag: tag.startswith("depth/loss")),
+    ]
+
+
+def _is(tag: str, concern: str, name: str) -> bool:
+    """Return whether a figure is one of a concern: its last part is the name, or any norm."""
+    bare = _STEP.sub("", tag)
+    return bare.startswith(f"{concern}/") and (bare.endswith(f"/{name}") or (name == "norm" and bare.endswith(" norm")))
+
+
+def _over_time(
+    records: Sequence[Record], title: str, unit: str, belongs: Callable[[str], bool], log: bool = False
+) -> Callable[[Any], None] | None:
+    """Return what draws figures over the iterations: of those with steps the last; a line for some places."""
+    series = [{_series(tag): value for tag, value in _by_step(record) if belongs(tag)} for record in records]
+    names = {name for values in series for name in values}
+    chosen = spread(sorted(names, key=lambda name: (len(name), name)), _MOST_LINES)
+    if not chosen:
+        return None
+
+    iterations = [record["iteration"] for record in records]
+
+    def draw(axis: Any) -> None:
+        for name in chosen:
+            points = [np.nan if values.get(name) is None else values[name] for values in series]
+            axis.plot(iterations, points, "o-", markersize=2.5, linewidth=1, label=_label(name))
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("iteration", fontsize=8)
+        axis.set_ylabel(unit, fontsize=8)
+        axis.tick_params(labelsize=7)
+        if log:
+            axis.set_yscale("log")
+        if len(chosen) > 1:
+            axis.legend(fontsize=6, ncols=2 if len(chosen) > 4 else 1, framealpha=0.6)
+
+    return draw
+
+
+def _by_step(record: Record) -> list[tuple[str, float | None]]:
+    """Return the figures of a record, those of later recurrence steps behind those of earlier ones."""
+    steps = {tag: int(found[1]) for tag in record["figures"] if (found := _STEP.search(tag))}
+    return sorted(record["figures"].items(), key=lambda item: steps.get(item[0], 0))
+
+
+def _series(tag: str) -> str:
+    """Return the line that a figure belongs to: of recurrence steps the last one that was taken counts."""
+    return tag if tag.startswith("depth/") else _STEP.sub("", tag)
+
+
+def _label(tag: str) -> str:
+    concern, *place = tag.split("/")
+    words = place or [concern]
+    if len(words) > 1 and concern != "depth":
+        words = [words[0], *words[2:]] if "adapter" not in tag and concern != "system" else words
+    if concern == "gradient":
+        return {"norm": "all", "mean norm": "all, mean of 1,000 steps"}.get(words[0], words[0].removesuffix(" norm"))
+    return ", ".join(words)
+
+
+def _over_steps(records: Sequence[Record], title: str, belongs: Callable[[str], bool]) -> Callable[[Any], None] | None:
+    """Return what draws a figure over the recurrence steps, of the last record, a line for each place."""
+    by_place: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for tag, value in records[-1]["figures"].items():
+        found = _STEP.search(tag)
+        if belongs(tag) and found and value is not None:
+            by_place[tag.split("/")[1]].append((int(found[1]), value))
+    places = spread(sorted(by_place, key=lambda place: (len(place), place)), _MOST_LINES)
+    if not places:
+        return None
+
+    def draw(axis: Any) -> None:
+        for place in places:
+            axis.plot(*zip(*sorted(by_place[place]), strict=True), "o-", markersize=3, linewidth=1, label=place)
+        axis.set_title(f"{title}, iteration {records[-1]['iteration']}", fontsize=10)
+        axis.set_xlabel("recurrence step", fontsize=8)
+        axis.set_ylabel("length of the change / of the state", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=6)
+
+    return draw
+
+
+def _warnings(records: Sequence[Record]) -> Callable[[Any], None] | None:
+    """Return what draws when which figure lay outside of its range."""
+    names = sorted({_warned(warning) for record in records for warning in record["warnings"]})
+    if not names:
+        return None
+
+    def draw(axis: Any) -> None:
+        for row, name in enumerate(names):
+            at = [record["iteration"] for record in records if name in map(_warned, record["warnings"])]
+            axis.plot(at, [row] * len(at), "s", color="#b2182b", markersize=4)
+        axis.set_title("Warnings", fontsize=10)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_ylim(-0.7, len(names) - 0.3)
+        axis.set_xlim(0, 1.03 * records[-1]["iteration"])
+        axis.invert_yaxis()
+        axis.set_xlabel("iteration", fontsize=8)
+        axis.tick_params(labelsize=7)
+
+    return draw
+
+
+def _warned(warning: str) -> str:
+    return "not finite" if "not finite" in warning else warning.split(" is ")[0]
+
+
+def _loads(record: Record) -> Callable[[Any], None] | None:
+    """Return what draws the load of each expert, in parts of the mean; a row for some layers and steps."""
+    experts = record["experts"]
+    tags = spread(sorted(experts, key=lambda tag: (len(tag), tag)), _MOST_ROWS)
+    if not tags:
+        return None
+    width = max(len(experts[tag]["load"]) for tag in tags)
+    values = np.full((len(tags), width), np.nan)
+    for row, tag in enumerate(tags):
+        load = experts[tag]["load"]
+        values[row, : len(load)] = np.array(load) * len(load)
+
+    def draw(axis: Any) -> None:
+        image = heat_map(axis, values, [_label(tag) for tag in tags], colours="Purples")
+        axis.set_title(f"Load of experts / mean, iteration {record['iteration']}", fontsize=10)
+        axis.set_xlabel("expert", fontsize=8)
+        axis.tick_params(axis="y", labelsize=6)
+        axis.figure.colorbar(image, ax=axis, shrink=0.8)
+
+    return draw

@@ -1,0 +1,27 @@
+"""The loss at several depths. Flat in r, it says that the state is ignored (arXiv 2502.05171, section 4.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from more_megatron.monitoring.watch import Key
+
+__all__ = ["depth_figures", "record_depth_losses"]
+
+_CONCERN = "depth"
+_losses: dict[int, float] = {}
+
+
+def record_depth_losses(losses: Mapping[int, float]) -> None:
+    """Take the losses of one validation, in nats, by recurrence steps r; the next report of health has them."""
+    _losses.clear()
+    _losses.update(losses)
+
+
+def depth_figures() -> Iterator[tuple[Key, float]]:
+    """Yield the losses that were recorded since the last call, and what the best depth gains over the smallest."""
+    for steps, loss in sorted(_losses.items()):
+        yield Key(_CONCERN, "loss", step=steps), loss
+    if len(_losses) > 1:
+        yield Key(_CONCERN, "gain"), _losses[min(_losses)] - min(_losses.values())
+    _losses.clear()

@@ -1,0 +1,114 @@
+"""Loss and gradient norm over the last steps: trend, variation, spikes, what the learning rate has to do with it.
+
+Definitions after section 5.1 of the research guide, with a window of 1,000 steps. What the guide calls variance is the
+spread of the smoothed loss; here it is taken around the line through it, so that a loss that falls is not called
+unstable for falling.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from more_megatron.monitoring.watch import Key
+
+__all__ = ["LossHistory", "Spike"]
+
+_CONCERN = "loss"
+_WINDOW, _SMOOTHING = 1000, 100
+# Losses before a spike that say how much is usual, and the last of them that say what is.
+_USUAL, _FEWEST = 100, 10
+_DEVIATIONS, _LEAST_RISE = 6.0, 0.5
+_GRADIENT_SPIKE = 10.0
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A loss far above those before it.
+
+    Attributes:
+        iteration: The training step.
+        loss: Its loss in nats.
+        limit: What a loss may be there.
+    """
+
+    iteration: int
+    loss: float
+    limit: float
+
+
+class LossHistory:
+    """The last steps of a run. Losses stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[int, float, float | None, float]] = deque(maxlen=_WINDOW)
+        self._pending: list[tuple[int, torch.Tensor, float | None, float]] = []
+
+    def add(self, iteration: int, loss: torch.Tensor, grad_norm: float | None, learning_rate: float) -> None:
+        """Add a training step, without waiting for the device."""
+        self._pending.append((iteration, loss.detach().reshape(()), grad_norm, learning_rate))
+
+    def settle(self) -> list[Spike]:
+        """Fetch the losses of the steps since the last call, and return the spikes among them. Waits for the device."""
+        if not self._pending:
+            return []
+        losses = torch.stack([loss.float() for _, loss, _, _ in self._pending]).tolist()
+        spikes = []
+        for (iteration, _, grad_norm, learning_rate), loss in zip(self._pending, losses, strict=True):
+            limit = self._limit()
+            if loss > limit:
+                spikes.append(Spike(iteration, loss, limit))
+            self._steps.append((iteration, loss, grad_norm, learning_rate))
+        self._pending.clear()
+        return spikes
+
+    def first_non_finite(self) -> int | None:
+        """Return the first training step of the window whose loss or gradient norm is not finite; None if all are."""
+        return next(
+            (step for step, loss, norm, _ in self._steps if not (math.isfinite(loss) and math.isfinite(norm or 0.0))),
+            None,
+        )
+
+    def _limit(self) -> float:
+        """Return the loss above which the next one is a spike: the median before it and six standard deviations.
+
+        Deviations are those of the changes from step to step, which a loss that falls does not widen.
+        """
+        before = [loss for _, loss, _, _ in list(self._steps)[-_USUAL:] if math.isfinite(loss)]
+        if len(before) < _FEWEST:
+            return math.inf
+        changes = np.diff(before)
+        # Median absolute deviation of a difference of two losses, as a standard deviation of one.
+        deviation = 1.4826 / math.sqrt(2.0) * float(np.median(np.abs(changes - np.median(changes))))
+        return statistics.median(before[-_FEWEST:]) + max(_LEAST_RISE, _DEVIATIONS * deviation)
+
+    def figures(self) -> Iterator[tuple[Key, float]]:
+        """Yield the figures of the window."""
+        if not self._steps:
+            return
+        losses = np.array([loss for _, loss, _, _ in self._steps])
+        yield Key(_CONCERN, "loss"), float(losses[-1])
+        norms = [norm for _, _, norm, _ in self._steps if norm is not None]
+        if norms:
+            yield Key("gradient", "norm"), norms[-1]
+            yield Key("gradient", "mean norm"), float(np.mean(norms))
+            usual = _GRADIENT_SPIKE * statistics.median(norms)
+            yield Key("gradient", "spikes"), float(sum(norm > usual for norm in norms))
+        if len(losses) > 2 * _SMOOTHING:
+            smooth = np.convolve(losses, np.full(_SMOOTHING, 1 / _SMOOTHING), mode="valid")
+            steps = np.arange(len(smooth))
+            slope, start = np.polyfit(steps, smooth, 1)
+            yield Key(_CONCERN, "trend"), float(1000 * slope)
+            # The bend of a loss at the beginning of a run is no unrest.
+            if len(losses) == _WINDOW:
+                yield Key(_CONCERN, "variation"), float(np.std(smooth - start - slope * steps))
+        rates = np.array([rate for _, _, _, rate in self._steps])[:-1]
+        changes = np.diff(losses)
+        if len(changes) > 2 and rates.std() > 0 and changes.std() > 0:
+            yield Key(_CONCERN, "learning rate correlation"), float(np.corrcoef(rates, changes)[0, 1])

@@ -1,0 +1,239 @@
+"""Healthy ranges of figures, and what is said of one that lies outside.
+
+Ranges are those of sections 5.1 and 5.2 of the research guide where it gives them, for 8 experts: entropies grow with
+the logarithm of the number of experts, effective experts with their number. docs/health.md has the sources of all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from more_megatron.errors import MoREError
+from more_megatron.monitoring.recurrence import TO_INPUT
+from more_megatron.monitoring.routing import Loads
+from more_megatron.monitoring.watch import Key
+
+__all__ = ["Ends", "Finding", "Healthy", "Range", "findings", "healthy_ranges"]
+
+_BALANCE = "raise --moe-aux-loss-coeff, or lower the learning rate"
+_IGNORED = "the state is ignored: look at the adapter's state half, raise --recurrence-backprop-steps, draw the depth"
+_ALIKE = "states of all tokens become alike: lower the learning rate, warm up longer, check the injection"
+_GUIDE_EXPERTS = 8
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a figure is healthy.
+
+    Attributes:
+        low: Smallest healthy value; None: there is none.
+        high: Largest healthy value; None: there is none.
+        hint: What a value outside means, and what usually helps.
+        is_collapse: Whether a value outside means that the run is lost if nothing is done.
+        scale: Factor on both ends: "N" the number of experts, "ln N" its logarithm, empty 1.
+        needs_injection: Whether it holds only for recurrences that inject their input in every step.
+        steps: Fewest and most recurrence steps that it holds for; None: any.
+    """
+
+    low: float | None = None
+    high: float | None = None
+    hint: str = ""
+    is_collapse: bool = False
+    scale: str = ""
+    needs_injection: bool = False
+    steps: tuple[int, int] | None = None
+
+
+Healthy = Mapping[str, Range]
+# Lowest and highest healthy value.
+Ends = tuple[float | None, float | None]
+
+
+def _of_guide(low: float | None, high: float | None, hint: str, scale: str) -> Range:
+    """Return a range that the guide gives for its 8 experts."""
+    unit = {"N": _GUIDE_EXPERTS, "ln N": math.log(_GUIDE_EXPERTS)}[scale]
+    low, high = (None if end is None else end / unit for end in (low, high))
+    return Range(low, high, hint, scale=scale)
+
+
+_ROUTING = {
+    "load cv": Range(None, 0.3, f"experts are used unevenly: {_BALANCE}"),
+    "largest ratio": Range(0.8, 1.5, f"an expert is preferred: {_BALANCE}"),
+    "smallest ratio": Range(0.5, 1.2, f"an expert starves: {_BALANCE}"),
+    "effective experts": _of_guide(6.0, None, f"few experts do the work: {_BALANCE}", "N"),
+    "entropy": _of_guide(1.5, 2.8, "tokens are routed without doubt or at random: set --moe-z-loss-coeff", "ln N"),
+    "largest probability trend": Range(-0.1, 0.3, "the router gets surer from step to step: set --router-min-entropy"),
+    "largest load": Range(None, 0.9, f"one expert takes nearly all tokens: {_BALANCE}", is_collapse=True),
+}
+_REPEATED_ENTROPY = _of_guide(1.2, 2.5, "tokens are routed without doubt: set --router-min-entropy", "ln N")
+
+_EVERYWHERE = {
+    "routing/dead experts": Range(None, 0, f"experts receive no tokens: {_BALANCE}", is_collapse=True),
+    "recurrence/mean change": Range(0.1, 2.0, _IGNORED, needs_injection=True, steps=(2, 8)),
+    "recurrence/second step": Range(0.02, None, _IGNORED, is_collapse=True, needs_injection=True),
+    "recurrence/change trend": Range(None, 0.1, "states drift apart: lower the learning rate", needs_injection=True),
+    "recurrence/last step share": Range(
+        0.05, 0.5, "states do not move, or do not settle: look at the steps", needs_injection=True, steps=(4, 4)
+    ),
+    "recurrence/token correlation": Range(None, 0.9, _ALIKE, is_collapse=True),
+    "recurrence/adapter state norm": Range(0.1, 10.0, _IGNORED, is_collapse=True),
+    "recurrence/adapter input norm": Range(
+        0.1, 10.0, "the input is ignored: look at the adapter's input half", is_collapse=True
+    ),
+    "depth/gain": Range(0.01, None, f"the loss is the same at every r: {_IGNORED}", is_collapse=True),
+    "gradient/spikes": Range(None, 10, "the gradient norm spikes: lower --lr or --clip-grad, warm up longer"),
+    "loss/variation": Range(None, 0.1, "the loss is unstable: lower --lr, raise --global-batch-size"),
+}
+
+
+def healthy_ranges(
+    own: Mapping[str, Ends], overrides: Path | None, *, has_softmax_router: bool, repeats_router: bool
+) -> dict[str, Range]:
+    """Return the ranges that hold for a run, by figure.
+
+    Args:
+        own: Those that its system has otherwise, and those of its own figures: `(low, high)` by figure.
+        overrides: YAML file: figure to `[low, high]`, `null` for an open end, `null` alone for no range.
+        has_softmax_router: Whether experts compete for the probability of a token.
+        repeats_router: Whether routers are asked in every step.
+
+    Raises:
+        MoREError: If the file cannot be read, or an entry is no range.
+    """
+    ranges = dict(_EVERYWHERE)
+    if has_softmax_router:
+        ranges |= {f"routing/{name}": healthy for name, healthy in _ROUTING.items()}
+        if repeats_router:
+            ranges["routing/entropy"] = _REPEATED_ENTROPY
+    for name, ends in (*own.items(), *(_read(overrides) if overrides is not None else {}).items()):
+        if ends is None:
+            ranges.pop(name, None)
+        else:
+            low, high = ends
+            former = ranges.get(name, Range(hint="docs/health.md says what it is"))
+            ranges[name] = dataclasses.replace(former, low=low, high=high, scale="")
+    return ranges
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MoREError(f"--health-ranges {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise MoREError(f"--health-ranges {path} holds no mapping: give lines such as `routing/load cv: [0, 0.5]`")
+    for name, ends in content.items():
+        is_range = isinstance(ends, list) and len(ends) == 2
+        if ends is not None and not (is_range and all(_is_end(end) for end in ends)):
+            raise MoREError(f"--health-ranges {path}: {name} must be [low, high] or null, and is {ends!r}")
+    return content
+
+
+def _is_end(end: Any) -> bool:
+    return end is None or (isinstance(end, int | float) and not isinstance(end, bool))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A figure outside of its healthy range.
+
+    Attributes:
+        text: One line: what, where, the value, the range, and what usually helps.
+        is_collapse: Whether the run is lost if nothing is done.
+    """
+
+    text: str
+    is_collapse: bool
+
+
+def findings(figures: Mapping[Key, float], ranges: Healthy, loads: Loads) -> list[Finding]:
+    """Return what lies outside of its range: one finding for each figure, of the place where it is worst.
+
+    Args:
+        figures: All figures of a step.
+        ranges: Healthy ranges by figure.
+        loads: Load and probability of each expert by place and step.
+    """
+    outside: dict[str, list[tuple[float, Key, Range]]] = {}
+    for key, value in figures.items():
+        name = f"{key.concern}/{key.name}"
+        if name in ranges and _applies(ranges[name], key, figures):
+            healthy = _scaled(ranges[name], key, loads)
+            excess = _excess(value, healthy)
+            if excess > 0.0:
+                outside.setdefault(name, []).append((excess, key, healthy))
+    found = []
+    for name, worst in outside.items():
+        _, key, healthy = max(worst, key=lambda entry: entry[:2])
+        more = f" and {len(worst) - 1} more" if len(worst) > 1 else ""
+        text = f"{name} is {figures[key]:.3g}{_where(key, loads)}{more}, healthy is {_words(healthy)}: {healthy.hint}"
+        found.append(Finding(text, healthy.is_collapse))
+    return found
+
+
+def _applies(healthy: Range, key: Key, figures: Mapping[Key, float]) -> bool:
+    if healthy.needs_injection and Key(key.concern, TO_INPUT, key.place) not in figures:
+        return False
+    fewest, most = healthy.steps or (0, math.inf)
+    return fewest <= figures.get(Key(key.concern, "steps", key.place), 0) <= most
+
+
+def _scaled(healthy: Range, key: Key, loads: Loads) -> Range:
+    if not healthy.scale:
+        return healthy
+    experts = len(loads[_load_key(key)][0])
+    factor = experts if healthy.scale == "N" else math.log(experts)
+    low, high = (None if end is None else end * factor for end in (healthy.low, healthy.high))
+    return Range(low, high, healthy.hint, healthy.is_collapse)
+
+
+def _load_key(key: Key) -> Key:
+    return Key("routing", "load", key.place, key.step)
+
+
+def _excess(value: float, healthy: Range) -> float:
+    """Return how far outside of its range a value is; 0 inside."""
+    if math.isnan(value):
+        return math.inf
+    below = 0.0 if healthy.low is None else healthy.low - value
+    above = 0.0 if healthy.high is None else value - healthy.high
+    return max(below, above, 0.0)
+
+
+def _where(key: Key, loads: Loads) -> str:
+    place = [key.place] if key.place else []
+    place += [f"step {key.step}"] if key.step else []
+    if experts := _experts(key, loads):
+        place.append(f"expert{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}")
+    return f" in {', '.join(place)}" if place else ""
+
+
+def _experts(key: Key, loads: Loads) -> list[int]:
+    """Return the experts that a figure of routing is about, numbered from 0."""
+    if key.concern != "routing" or _load_key(key) not in loads:
+        return []
+    load, probability = loads[_load_key(key)]
+    match key.name:
+        case "dead experts":
+            return np.flatnonzero(load == 0).tolist()
+        case "largest load":
+            return [int(load.argmax())]
+        case "load cv" | "effective experts" | "largest ratio":
+            return [int(probability.argmax())]
+        case "smallest ratio":
+            return [int(probability.argmin())]
+    return []
+
+
+def _words(healthy: Range) -> str:
+    if healthy.low is None:
+        return f"at most {healthy.high:.3g}"
+    return f"at least {healthy.low:.3g}" if healthy.high is None else f"{healthy.low:.3g} to {healthy.high:.3g}"

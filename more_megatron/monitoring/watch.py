@@ -1,0 +1,121 @@
+"""What is seen of one training step in N: sums on the device, added up over all ranks when the step is over.
+
+While a step is watched, what is to be seen calls `current_watch` and adds to it; at all other times that is None and
+nothing is computed or kept. What is added are sums and weights, so that a figure is the mean over the global batch
+under every layout, and nobody waits for a device before the step is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+__all__ = ["Key", "Watch", "current_watch", "watch_of_step", "watching"]
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """What a sum is of.
+
+    Attributes:
+        concern: "recurrence", "routing", "gradient" or "system".
+        name: The figure.
+        place: Where in the model: "layer 3", "layers 3-6"; empty for the whole model.
+        step: Recurrence step, from 1; 0 where there is none.
+    """
+
+    concern: str
+    name: str
+    place: str = ""
+    step: int = 0
+
+    @property
+    def tag(self) -> str:
+        """Its name at the writers, `health/` left out."""
+        parts = (self.concern, self.place, self.name, f"step {self.step}" if self.step else "")
+        return "/".join(part for part in parts if part)
+
+
+class Watch:
+    """Sums over what one training step computes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Key, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, key: Key, values: torch.Tensor) -> None:
+        """Add values, of the same shape whenever the key is the same."""
+        values = values.detach().double()
+        self._sums[key] = self._sums[key] + values if key in self._sums else values
+
+    @torch.no_grad()
+    def add_mean(self, key: Key, values: torch.Tensor, weights: torch.Tensor | None = None, share: float = 1.0) -> None:
+        """Add to the mean of a figure, kept as weighted sum and sum of weights.
+
+        Args:
+            key: The figure.
+            values: Of any shape, one of each token.
+            weights: How much each of them counts, of the same shape. Default: 1.
+            share: One part in as many as there are ranks that add the same.
+        """
+        values = values.detach().double()
+        weights = torch.ones_like(values) if weights is None else weights.double()
+        self.add(key, share * torch.stack([(values * weights).sum(), weights.sum()]))
+
+    def totals(self) -> dict[Key, np.ndarray]:
+        """Return all sums over all ranks. Every rank calls it; waits for the device.
+
+        Ranks of one pipeline stage have the same keys, other stages have others.
+        """
+        keys = sorted(self._sums)
+        totals: dict[Key, np.ndarray] = {}
+        if keys:
+            flat = torch.cat([self._sums[key].flatten() for key in keys])
+            if torch.distributed.is_initialized():
+                stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+                torch.distributed.all_reduce(flat, group=stage)
+            parts = np.split(flat.cpu().numpy(), np.cumsum([self._sums[key].numel() for key in keys])[:-1])
+            totals = {key: part.reshape(self._sums[key].shape) for key, part in zip(keys, parts, strict=True)}
+        return _of_all_stages(totals)
+
+
+def _of_all_stages(totals: dict[Key, np.ndarray]) -> dict[Key, np.ndarray]:
+    if not torch.distributed.is_initialized() or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+        return totals
+    stages: list[dict[Key, np.ndarray]] = [{}] * parallel_state.get_pipeline_model_parallel_world_size()
+    torch.distributed.all_gather_object(stages, totals, group=parallel_state.get_pipeline_model_parallel_group())
+    merged: dict[Key, np.ndarray] = {}
+    for stage in stages:
+        for key, values in stage.items():
+            merged[key] = merged[key] + values if key in merged else values
+    return merged
+
+
+_current: Watch | None = None
+
+
+def watch_of_step() -> Watch | None:
+    """Return the watch of the step under way; None if it is not watched."""
+    return _current
+
+
+def current_watch() -> Watch | None:
+    """Return the watch of the step under way; None if it is not watched, or if a forward pass is only recomputed."""
+    # Recomputation takes place inside of a backward pass: what was seen is not seen a second time.
+    return None if torch._C._current_graph_task_id() != -1 else _current
+
+
+@contextlib.contextmanager
+def watching(watch: Watch) -> Iterator[None]:
+    """Make `current_watch` return this watch inside the block."""
+    global _current
+    _current = watch
+    try:
+        yield
+    finally:
+        _current = None
