@@ -59,7 +59,7 @@ def quiet_start() -> None:
 def write_start_to(folder: str | None) -> None:
     """Write what rank 0 has kept, and will keep, into a file of the folder that a run saves in; nowhere without one.
 
-    What other ranks say is the same, or the like of it.
+    What other ranks say at the start, the timers of the last one above all, is dropped: --verbose-start shows it.
     """
     if isinstance(sys.stdout, _Console):
         sys.stdout.write_to(Path(folder, LOG) if folder and _is_rank_0() else Path(os.devnull))

@@ -92,6 +92,8 @@ def one_line_errors(program: str, continuation: Callable[[], str] = str) -> Iter
             if _speaks():
                 line = f"interrupted{continuation()}" if interrupted else f"error: {one_line(error)}"
                 print(f"{program}: {line}", file=sys.stderr, flush=True)
+            else:  # The launcher ends all ranks with the first that leaves: not before the other has spoken.
+                time.sleep(_PATIENCE_SECONDS)
             sys.stdout.flush()
         # Not sys.exit: pending collectives of the other ranks must not hold this one back.
         os._exit(_INTERRUPTED if interrupted else 1)

@@ -46,7 +46,8 @@ def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         path = folder / f"wiki.{split}.tokens"
         write_sample_text(path)
         path.write_text(path.read_text()[:_TEXT_BYTES])
-    calls_of(f"bash examples/wikitext103/preprocess.sh {folder}", folder)
+    # From elsewhere, with a folder named from there.
+    calls_of("mkdir -p elsewhere && cd elsewhere && bash ../examples/wikitext103/preprocess.sh ..", folder)
     return folder
 
 

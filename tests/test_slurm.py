@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,33 @@ def test_stopped_at_the_time_limit_requeued_and_cancelled(tmp_path: Path) -> Non
     assert list(second) == list(range(stopped_at + 1, cancelled_at + 1))
 
 
+# Runs until it is told to stop, and ends as the test wants.
+_SRUN = """#!/usr/bin/env bash
+trap 'exit "$MORE_TEST_CODE"' TERM
+echo $$ > "$MORE_TEST_SLURM/tasks"
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.mark.parametrize(("code", "restarts", "requeued"), [(0, 3, True), (1, 0, False), (0, 100, False)])
+def test_only_a_run_that_has_saved_is_requeued(code: int, restarts: int, requeued: bool, tmp_path: Path) -> None:
+    write_slurm(tmp_path / "bin")
+    (tmp_path / "bin" / "srun").write_text(_SRUN)
+    variables = {
+        **job_variables(tmp_path, nodes=1, gpus_per_node=1),
+        "MORE_TEST_CODE": str(code),
+        "SLURM_RESTART_COUNT": str(restarts),
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+    }
+    script = "set -euo pipefail; source examples/slurm/job.sh; run_on_nodes --"
+    with subprocess.Popen(["bash", "-c", script], cwd=PROJECT, env={**os.environ, **variables}) as job:
+        while not (tmp_path / "tasks").exists():
+            time.sleep(0.02)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=60) == code
+    assert (tmp_path / "requeued").exists() == requeued
+
+
 @pytest.fixture(scope="module")
 def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which preprocess.sbatch has run on a small text, and in which the stand-ins are."""
@@ -111,6 +140,7 @@ def test_preprocessing_writes_what_the_runs_read(preprocessed: Path) -> None:
 
 def test_container_and_bare_metal_run_the_same(preprocessed: Path) -> None:
     variables = {"IMAGE": "image.sqsh", "MOUNTS": "/datasets:/datasets", "FP8_RECIPE": "blockwise"}
+    variables |= {"DATA_BLEND": "0.7 data/web 0.3 data/code", "WANDB_PROJECT": "more"}
     (preprocessed / "srun").unlink(missing_ok=True)
     contained = _calls("bash examples/slurm/container.sbatch --lr 1e-5", preprocessed, nodes=1, **variables)
     bare = _calls("bash examples/slurm/bare_metal.sbatch --lr 1e-5", preprocessed, nodes=1, **variables)
@@ -118,6 +148,8 @@ def test_container_and_bare_metal_run_the_same(preprocessed: Path) -> None:
     (call,) = contained
     assert call.flags[-2:] == ["--lr", "1e-5"]
     assert _value(call.flags, "--fp8-recipe") == "blockwise"
+    assert " --data-path 0.7 data/web 0.3 data/code --split" in " ".join(call.flags)
+    assert _value(call.flags, "--wandb-exp-name") == "recurrent_moe-8"
     assert _value(call.arguments, "--master-addr") == "127.0.0.1"
     first, second = (preprocessed / "srun").read_text().splitlines()
     assert "--container-image=image.sqsh" in first
