@@ -24,7 +24,7 @@ _CONCERN = "loss"
 _WINDOW, _SMOOTHING = 1000, 100
 # Losses before a spike that say how much is usual, and the last of them that say what is.
 _USUAL, _FEWEST = 100, 10
-_DEVIATIONS, _LEAST_RISE = 6.0, 0.5
+_DEVIATIONS, _LEAST_RISE = 6.0, 1.0
 _GRADIENT_SPIKE = 10.0
 
 
