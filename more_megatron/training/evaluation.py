@@ -6,16 +6,16 @@ Megatron does; what it read is read again for the others.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last, training
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last
 
 from more_megatron.config import MoREConfig
 from more_megatron.monitoring.validation import tell_validation
+from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 
 __all__ = ["DepthEvaluation", "evaluate_at_depths", "evaluated_steps"]
@@ -37,8 +37,8 @@ def evaluate_at_depths(config: MoREConfig) -> None:
         config: Model configuration.
     """
     evaluation = DepthEvaluation(config)
-    training.evaluate_and_print_results = functools.partial(evaluation.report, training.evaluate_and_print_results)
-    training.evaluate = functools.partial(evaluation.evaluate, training.evaluate)
+    surround("evaluate_and_print_results", evaluation.report)
+    surround("evaluate", evaluation.evaluate)
 
 
 class DepthEvaluation:

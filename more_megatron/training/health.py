@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ from more_megatron.monitoring.routing import routing_figures, routing_loads, wat
 from more_megatron.monitoring.validation import observe_validation
 from more_megatron.monitoring.watch import Key, Watch, watching
 from more_megatron.platform.finite import Tracer, non_finite_stop, trace_reruns
+from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.parameter_owners import adapters, parameter_owners
 
@@ -54,10 +54,8 @@ def watch_health(config: MoREConfig, args: argparse.Namespace) -> None:
     trace_reruns(health)
     if args.health_interval > 0:
         observe_validation(lambda iteration, losses: record_depth_losses(losses))
-        training.train_step = functools.partial(health.train_step, training.train_step)
-        training.checkpoint_and_decide_exit = functools.partial(
-            health.checkpoint_and_decide_exit, training.checkpoint_and_decide_exit
-        )
+        surround("train_step", health.train_step)
+        surround("checkpoint_and_decide_exit", health.checkpoint_and_decide_exit)
 
 
 class _Health(Tracer):

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, training
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from more_megatron.blocks.statistics import IterationTracker
 from more_megatron.config import MoREConfig
 from more_megatron.monitoring.figures import Figures, report_to
+from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.evaluation import evaluate_at_depths
 from more_megatron.training.flops import count_recurrence, print_cost
@@ -62,12 +63,12 @@ def report_figures(names: tuple[str, ...]) -> None:
     figures = Figures(names)
     report_to(figures)
     if names:
-        training.training_log = functools.partial(_log_with_figures, training.training_log, figures)
+        surround("training_log", functools.partial(_log_with_figures, figures))
 
 
 def _log_with_figures(
-    training_log: Callable[..., Any],
     figures: Figures,
+    training_log: Callable[..., Any],
     loss_dict: dict[str, Any],
     total_loss_dict: dict[str, Any],
     learning_rate: float | None,

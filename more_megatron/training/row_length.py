@@ -7,8 +7,9 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron.training import get_args, training
+from megatron.training import get_args
 
+from more_megatron.platform.training_loop import surround
 from more_megatron.training.options import length_curriculum
 
 __all__ = ["announce_row_length", "row_length"]
@@ -22,7 +23,7 @@ def row_length(args: argparse.Namespace) -> int:
 
 def announce_row_length() -> None:
     """Let pipeline stages expect hidden states of the length of rows from each other."""
-    training.get_forward_backward_func = functools.partial(_schedule, training.get_forward_backward_func)
+    surround("get_forward_backward_func", _schedule)
 
 
 def _schedule(get_schedule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
