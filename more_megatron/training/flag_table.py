@@ -186,7 +186,6 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
             "experimental_attention_variant",
             "heterogeneous_layers_config_path",
             "hybrid_layer_pattern",
-            "mtp_num_layers",
             "fim_data",
         )
     ),

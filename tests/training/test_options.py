@@ -41,12 +41,11 @@ OPTIONS = {
     "evaluation": "--eval-iters 2 --eval-interval 2",
     "full validation": "--full-validation --eval-interval 2",
     "exit interval": "--exit-interval 2",
-    "exit duration": "--exit-duration-in-mins -1",
     "multi-token prediction": "--mtp-num-layers 1 --router-min-entropy 1.0",
     "orthogonality": "--more-variant shared_block --projection-orthogonality-coeff 0.1 --mtp-num-layers 1",
     "skip train": "--skip-train --eval-iters 1",
 }
-_STEPS = {"exit interval": 2, "exit duration": 1, "skip train": 0}
+_STEPS = {"exit interval": 2, "skip train": 0}
 
 
 @pytest.fixture(scope="module")
