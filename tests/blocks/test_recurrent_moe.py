@@ -49,7 +49,9 @@ def _parameters(model: torch.nn.Module) -> Parameters:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-def _iterate_in_plain_autograd(step: Callable[..., Any], hidden_states: torch.Tensor, depth: Depth) -> torch.Tensor:
+def _iterate_in_plain_autograd(
+    step: Callable[..., Any], hidden_states: torch.Tensor, depth: Depth, see: Any
+) -> torch.Tensor:
     """The truncated loop as it is defined: detach what the first steps add, nothing else."""
     carried = None
     for index in range(depth.steps):
