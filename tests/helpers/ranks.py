@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
@@ -24,6 +25,8 @@ __all__ = ["PRELOADED", "alone", "free_port", "rank_environment", "run_ranks"]
 
 # What the server process imports.
 PRELOADED = "tests.helpers.preload"
+# Below those that Linux takes for outgoing connections.
+_PORTS = range(10_000, 32_000)
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 300.0) -> list[Any]:
@@ -138,7 +141,9 @@ def _end(process: multiprocessing.process.BaseProcess) -> None:
 
 
 def free_port() -> int:
-    """Return a port that is free at present."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that is free at present, and that no outgoing connection is given later."""
+    for port in random.SystemRandom().sample(_PORTS, 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no port is free")
