@@ -68,12 +68,9 @@ def _recurrence(args: argparse.Namespace) -> list[str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run the analysis and return the exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(Path(__file__).name):
-        try:
-            for line in args.analyze(args):
-                print(line)
-        except KeyboardInterrupt:
-            raise MoREError("interrupted; nothing was written") from None
+    with one_line_errors(Path(__file__).name, lambda: "; nothing was written"):
+        for line in args.analyze(args):
+            print(line)
     return 0
 
 

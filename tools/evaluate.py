@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.data.detokenize import Detokenize
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import one_line_errors
 from more_megatron.evaluation.exported_model import add_model_arguments
 
 
@@ -62,15 +62,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the evaluation and return the exit code."""
     args = parse_arguments(arguments)
-    with one_line_errors(Path(__file__).name):
-        try:
-            # The libraries take seconds to import, and --help needs none of them.
-            from more_megatron.evaluation.harness.evaluation import evaluate
+    with one_line_errors(Path(__file__).name, lambda: "; the same command goes on where it stopped"):
+        # The libraries take seconds to import, and --help needs none of them.
+        from more_megatron.evaluation.harness.evaluation import evaluate
 
-            for line in evaluate(args):
-                print(line)
-        except KeyboardInterrupt:
-            raise MoREError("interrupted; the same command goes on where it stopped") from None
+        for line in evaluate(args):
+            print(line)
     return 0
 
 

@@ -14,6 +14,8 @@ from more_megatron.hf.exported.system import find_system
 from tests.hf.reference_models import LENGTH, SYSTEMS, random_model, tokens
 
 _STEPS = 6
+_EXITS: dict[str, Any] = {"criterion": "latent-diff", "exit_threshold": 0.3}
+_GENERATION: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 _CACHING = [name for name in SYSTEMS if find_system(name).caches_steps(random_model(name).config)]
 _WITH_STATES = [name for name in SYSTEMS if find_system(name).num_states(random_model(name).config) > 0]
 
@@ -68,21 +70,30 @@ def test_a_step_reads_the_last_one_that_was_written_over_its_place(name: str) ->
         assert torch.equal(found.values, last.values)
 
 
-@pytest.mark.parametrize("name", _CACHING)
-def test_generation_with_fewer_steps_in_the_cache(name: str) -> None:
-    model, ids = _model(name), tokens()
+def _padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return texts and their mask, the second text padded on the left."""
+    ids = tokens()
     mask = torch.ones_like(ids)
     mask[1, :5] = 0
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "cache_steps": 2}
-    batch = model.generate(ids, attention_mask=mask, **settings)
-    alone = model.generate(ids[1:, 5:], attention_mask=mask[1:, 5:], **settings)
+    return ids, mask
+
+
+def _check_alone_as_in_the_batch(model: MoREForCausalLM, **options: Any) -> None:
+    """Check that a text goes on as it does without padding and without the others."""
+    ids, mask = _padded()
+    batch = model.generate(ids, attention_mask=mask, **_GENERATION, **options)
+    alone = model.generate(ids[1:, 5:], attention_mask=mask[1:, 5:], **_GENERATION, **options)
     assert torch.equal(batch[1, 5:], alone[0])
+
+
+@pytest.mark.parametrize("name", _CACHING)
+def test_generation_with_fewer_steps_in_the_cache(name: str) -> None:
+    model = _model(name)
+    _check_alone_as_in_the_batch(model, cache_steps=2)
     # With tokens that stop: whatever the others do, a token leaves the same.
-    settings |= {"criterion": "latent-diff", "exit_threshold": 0.3}
-    batch = model.generate(ids, attention_mask=mask, **settings)
-    alone = model.generate(ids[1:, 5:], attention_mask=mask[1:, 5:], **settings)
-    assert torch.equal(batch[1, 5:], alone[0])
-    model.generate(ids, attention_mask=mask, num_beams=2, **settings)
+    _check_alone_as_in_the_batch(model, cache_steps=2, **_EXITS)
+    ids, mask = _padded()
+    model.generate(ids, attention_mask=mask, num_beams=2, cache_steps=2, **_GENERATION, **_EXITS)
 
 
 def test_cache_steps_without_effect_are_refused() -> None:
@@ -125,17 +136,9 @@ def test_a_warm_start_equals_a_loop_that_hands_states_on(name: str) -> None:
 
 @pytest.mark.parametrize("name", _WITH_STATES)
 def test_generation_with_a_warm_start(name: str) -> None:
-    model, ids = _model(name).double(), tokens()
-    mask = torch.ones_like(ids)
-    mask[1, :5] = 0
-    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "warm_start": True}
-    batch = model.generate(ids, attention_mask=mask, **settings)
-    alone = model.generate(ids[1:, 5:], attention_mask=mask[1:, 5:], **settings)
-    assert torch.equal(batch[1, 5:], alone[0])
-    settings |= {"criterion": "latent-diff", "exit_threshold": 0.3}
-    batch = model.generate(ids, attention_mask=mask, **settings)
-    alone = model.generate(ids[1:, 5:], attention_mask=mask[1:, 5:], **settings)
-    assert torch.equal(batch[1, 5:], alone[0])
+    model = _model(name).double()
+    _check_alone_as_in_the_batch(model, warm_start=True)
+    _check_alone_as_in_the_batch(model, warm_start=True, **_EXITS)
 
 
 def test_a_warm_start_without_effect_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections import Counter
 from typing import Any
 
@@ -20,10 +19,10 @@ from more_megatron.evaluation.analysis.routing import (
     routing_decisions,
 )
 from more_megatron.evaluation.analysis.token_kinds import KINDS, TokenKinds
+from more_megatron.evaluation.analysis.writing import write_analysis
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
 from more_megatron.evaluation.texts import batches, read_texts, token_windows
 from more_megatron.progress import progress_bar
-from more_megatron.unfinished import unfinished_file
 
 __all__ = ["analyze_experts"]
 
@@ -52,11 +51,7 @@ def analyze_experts(args: argparse.Namespace) -> list[str]:
         windows = list(token_windows(exported.tokenizer, texts, exported.length, args.max_tokens))
         report = _Reading(exported, windows, options).report(args.batch_size)
     report = {"model": str(exported.source), "text": str(args.text), **report}
-    args.output.mkdir(parents=True, exist_ok=True)
-    with unfinished_file(args.output / "experts.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    figures = draw_experts(report, args.output)
-    return [*_lines(report), f"written: {', '.join(str(path) for path in (args.output / 'experts.json', *figures))}"]
+    return [*_lines(report), write_analysis("experts", report, draw_experts, args.output)]
 
 
 class _Reading:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.analysis.recurrence_figures import draw_recurrence
 from more_megatron.evaluation.analysis.trajectories import KINDS, Trajectories, distances_of_starts
+from more_megatron.evaluation.analysis.writing import write_analysis
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
+from more_megatron.evaluation.figures import spread
 from more_megatron.evaluation.texts import read_texts, token_windows
-from more_megatron.unfinished import unfinished_file
 
 __all__ = ["analyze_recurrence"]
 
@@ -51,11 +50,7 @@ def analyze_recurrence(args: argparse.Namespace) -> list[str]:
         exported.call_options(steps)
         report = _Reading(exported, window, steps).report(args.initial_states)
     report = {"model": str(exported.source), "text": str(args.text), **report}
-    args.output.mkdir(parents=True, exist_ok=True)
-    with unfinished_file(args.output / "recurrence.json") as path:
-        path.write_text(json.dumps(report, indent=1) + "\n")
-    figures = draw_recurrence(report, args.output)
-    return [*_lines(report), f"written: {', '.join(str(path) for path in (args.output / 'recurrence.json', *figures))}"]
+    return [*_lines(report), write_analysis("recurrence", report, draw_recurrence, args.output)]
 
 
 def _most_steps(exported: ExportedModel) -> int:
@@ -166,8 +161,7 @@ def _shown(kinds: list[str] | None, tokens: int) -> list[int]:
     groups = [group for group in groups if group]
     shown: list[int] = []
     for group in groups:
-        places = np.linspace(0, len(group) - 1, min(_SHOWN // len(groups), len(group)))
-        shown += [group[round(place)] for place in places]
+        shown += spread(group, _SHOWN // len(groups))
     return sorted(shown)
 
 

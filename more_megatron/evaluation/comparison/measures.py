@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from more_megatron.evaluation.analysis.health_page import read_health
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
 from more_megatron.evaluation.comparison.runner import FINETUNE_LOG, LOG, read_record
 from more_megatron.evaluation.training_log import TrainingLog, read_log
+from more_megatron.monitoring.flags import HEALTH_FILE
 
 __all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "health_series", "results_by_arm"]
 
@@ -87,7 +89,7 @@ class RunResult:
         answers: Figures of answers, such as the exact match of a task, by recurrence steps (0: none to choose); after
             fine-tuning if there was such.
         tokens_per_second: As trained, beside other runs.
-        health: Rows of health.jsonl; empty where the run wrote none.
+        health: Records of health.jsonl; empty where the run wrote none.
     """
 
     name: str
@@ -100,7 +102,7 @@ class RunResult:
     validations: dict[int, float] = field(default_factory=dict)
     answers: dict[int, dict[str, float]] = field(default_factory=dict)
     tokens_per_second: float = math.nan
-    health: list[dict[str, Any]] = field(default_factory=list)
+    health: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,6 @@ def _answers(at_depths: dict[int, dict[str, float]]) -> dict[int, dict[str, floa
     }
 
 
-def _health(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of health.jsonl; empty where a run wrote none."""
-    paths = sorted(folder.rglob("health.jsonl"))
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.strip()]
+def _health(folder: Path) -> list[Mapping[str, Any]]:
+    """Return the records of health that a run has written; empty where it wrote none."""
+    return [record for path in sorted(folder.rglob(HEALTH_FILE)) for record in read_health(path.parent)]

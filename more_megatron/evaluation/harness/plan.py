@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from more_megatron.data.errors import DataError
 from more_megatron.data.hub import check_reachable
+from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
 
 __all__ = ["OURS", "TASK_FOLDER", "PlannedTask", "load_task", "plan_tasks"]
@@ -37,13 +37,10 @@ class PlannedTask:
     task: str
     path: Path | None
 
-    @property
+    @functools.cached_property
     def data_digest(self) -> str | None:
         """SHA-256 of the data; None for the harness's own."""
-        if self.path is None:
-            return None
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return None if self.path is None else sha256_of(self.path)
 
 
 def plan_tasks(tasks: Sequence[str], data: Sequence[str]) -> list[PlannedTask]:
