@@ -81,7 +81,7 @@ _REPEATED_ENTROPY = _of_guide(1.2, 2.5, "tokens are routed without doubt: set --
 
 _EVERYWHERE = {
     "routing/dead experts": Range(None, 0, f"experts receive no tokens: {_BALANCE}", is_collapse=True),
-    "recurrence/mean change": Range(0.1, 2.0, _IGNORED, needs_injection=True, steps=(2, 8)),
+    "recurrence/mean change": Range(0.005, 2.0, _IGNORED, needs_injection=True, steps=(2, 8)),
     "recurrence/second step": Range(0.02, None, _IGNORED, is_collapse=True, needs_injection=True),
     "recurrence/change trend": Range(None, 0.1, "states drift apart: lower the learning rate", needs_injection=True),
     "recurrence/last step share": Range(
