@@ -67,8 +67,8 @@ class CombinedBlock(System):
     def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends]:
         """Return the healthy ranges of its figures.
 
-        The block attends over the whole sequence in each step, which makes the states of its tokens more alike than those
-        in experts, and they do not settle within a few steps.
+        The block attends over the whole sequence in each step, which makes states of tokens more alike than they are in
+        experts, and they do not settle within a few steps.
         """
         return {"recurrence/token correlation": (None, 0.98), "recurrence/last step share": (0.05, None)}
 
