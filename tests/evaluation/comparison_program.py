@@ -1,8 +1,10 @@
 """Stands in for `pretrain_more.py` and its launcher: says what a run would, in a moment.
 
-The loss is a function of system and seed. Seed 13 fails; with STUCK set a run says so and waits.
+The loss is a function of system and seed. Seed 13 fails; with STUCK set a run says so and waits. What has recurrence
+steps was watched, the rest not.
 """
 
+import json
 import os
 import sys
 import time
@@ -33,6 +35,19 @@ def main() -> None:
         for depth in (1, 2):
             print(f" evaluation {where} with {depth} recurrence steps | lm loss: {loss + depth:.6E} | "
                   f"chains exact match: 0.{depth}000 |")  # fmt: skip
+        (checkpoint / "health.jsonl").write_text("".join(_health(step, seed) for step in (1, steps)))
+
+
+def _health(iteration: int, seed: int) -> str:
+    """Return what was watched in a training step: two layers whose experts are loaded alike, but not the same ones."""
+    tags = [(layer, step) for layer in (1, 2) for step in (1, 2)]
+    figures = {f"routing/layer {layer}/entropy/step {step}": layer + step + seed / 10 for layer, step in tags}
+    figures |= {f"routing/layer {layer}/dead experts/step {step}": 1.0 for layer, step in tags}
+    figures |= {f"routing/layer {layer}/load cv/step {step}": None for layer, step in tags}
+    loads = {layer: [0.0, 0.25, 0.75][:: layer * 2 - 3] for layer in (1, 2)}
+    experts = {f"routing/layer {layer}/load/step {step}": {"load": loads[layer]} for layer, step in tags}
+    warnings = ["routing/dead experts is 1 in layer 1, step 1: raise it"] if iteration > 1 else []
+    return json.dumps({"iteration": iteration, "figures": figures, "experts": experts, "warnings": warnings}) + "\n"
 
 
 if __name__ == "__main__":

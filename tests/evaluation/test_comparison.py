@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -15,7 +16,8 @@ import pytest
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.comparison.experiment import Experiment, command_line, parse_flags
-from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference
+from more_megatron.evaluation.comparison.health import entropy_by_step, loads
+from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference, results_by_arm
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
 from more_megatron.evaluation.comparison.report import write_report
 from more_megatron.evaluation.comparison.runner import Runner
@@ -160,9 +162,29 @@ def test_the_page_holds_its_figures_and_asks_for_nothing(tmp_path: Path) -> None
     Runner(tmp_path, jobs=2).make(plan.runs)
     write_report(plan, tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert len(re.findall(r'<img src="data:image/svg\+xml;base64,[A-Za-z0-9+/=]{1000,}"', page)) == 4
+    assert len(re.findall(r'<img src="data:image/svg\+xml;base64,[A-Za-z0-9+/=]{1000,}"', page)) == 7
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    assert page.count("2 seeds an arm; matched: training FLOPs") == 4
+    assert page.count("Of each arm 2 seeds; matched: training FLOPs") == 7
+
+
+@pytest.mark.usefixtures("quick")
+def test_health_is_that_of_the_runs_and_what_was_not_watched_is_not_called_healthy(tmp_path: Path) -> None:
+    plan = _plan(1, 2, 13)
+    Runner(tmp_path, jobs=2).make(plan.runs)
+    write_report(plan, tmp_path)
+    moe, loop, _ = (arm["health"] for arm in json.loads((tmp_path / "report.json").read_text())["points"][0]["arms"])
+    # Means over layers and steps, 3.0 and seed / 10, then over the seeds that finished.
+    assert loop["entropy"] == pytest.approx({"mean": 3.15, "deviation": 0.1 / 2**0.5, "count": 2})
+    assert (loop["seeds"], loop["experts"], loop["dead experts"]["mean"], loop["load cv"]) == (2, 3, 1.0, None)
+    assert (loop["warnings"]["mean"], loop["warned"]) == (1.0, ["routing/dead experts"])
+    assert (moe["seeds"], moe["entropy"], moe["warnings"]) == (0, None, None)
+    rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| `moe` | 0 |")]
+    assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == ["not recorded"] * 6
+    results = results_by_arm(plan, collect(plan, tmp_path))
+    assert {step: load.tolist() for step, load in loads(results[1]).items()} == {1: [2.25, 0.75, 0], 2: [2.25, 0.75, 0]}
+    assert {step: spread.mean * math.log(3) for step, spread in entropy_by_step(results[1]).items()} == pytest.approx(
+        {1: 2.65, 2: 3.65}
+    )
 
 
 @pytest.mark.usefixtures("quick")

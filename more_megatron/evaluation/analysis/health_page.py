@@ -15,7 +15,7 @@ from more_megatron.errors import MoREError
 from more_megatron.evaluation.figures import heat_map, new_figure, save, spread
 from more_megatron.monitoring.flags import HEALTH_FILE
 
-__all__ = ["draw_health", "read_health"]
+__all__ = ["draw_health", "read_health", "warned_figure"]
 
 _MOST_LINES, _MOST_ROWS = 8, 24
 _STEP = re.compile(r"/step (\d+)$")
@@ -179,13 +179,13 @@ def _over_steps(records: Sequence[Record], title: str, belongs: Callable[[str], 
 
 def _warnings(records: Sequence[Record]) -> Callable[[Any], None] | None:
     """Return what draws when which figure lay outside of its range."""
-    names = sorted({_warned(warning) for record in records for warning in record["warnings"]})
+    names = sorted({warned_figure(warning) for record in records for warning in record["warnings"]})
     if not names:
         return None
 
     def draw(axis: Any) -> None:
         for row, name in enumerate(names):
-            at = [record["iteration"] for record in records if name in map(_warned, record["warnings"])]
+            at = [record["iteration"] for record in records if name in map(warned_figure, record["warnings"])]
             axis.plot(at, [row] * len(at), "s", color="#b2182b", markersize=4)
         axis.set_title("Warnings", fontsize=10)
         axis.set_yticks(range(len(names)), names, fontsize=7)
@@ -198,7 +198,8 @@ def _warnings(records: Sequence[Record]) -> Callable[[Any], None] | None:
     return draw
 
 
-def _warned(warning: str) -> str:
+def warned_figure(warning: str) -> str:
+    """Return the figure that a warning is about."""
     return "not finite" if "not finite" in warning else warning.split(" is ")[0]
 
 

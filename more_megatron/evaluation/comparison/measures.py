@@ -13,11 +13,11 @@ from typing import Any
 
 from more_megatron.evaluation.analysis.health_page import read_health
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
-from more_megatron.evaluation.comparison.runner import FINETUNE_LOG, LOG, read_record
+from more_megatron.evaluation.comparison.runner import CHECKPOINT, FINETUNE_LOG, LOG, read_record
 from more_megatron.evaluation.training_log import TrainingLog, read_log
 from more_megatron.monitoring.flags import HEALTH_FILE
 
-__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "health_series", "results_by_arm"]
+__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "results_by_arm"]
 
 _EVALUATION = re.compile(
     r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
@@ -133,9 +133,9 @@ class ArmResult:
         return sorted({depth for run in self.finished for depth in run.losses})
 
     @property
-    def steps(self) -> int:
-        """Training steps of a run."""
-        return int(self.arm.flags["train-iters"])
+    def step_tokens(self) -> float:
+        """Tokens of a training step; 0 of an arm that was refused."""
+        return self.arm.tokens / int(self.arm.flags.get("train-iters", 1))
 
     def loss_at(self, depth: int) -> Spread | None:
         """Return the validation loss at a number of recurrence steps."""
@@ -163,21 +163,6 @@ def results_by_arm(plan: Plan, runs: list[RunResult]) -> list[ArmResult]:
     """Return the arms at each point, with their runs."""
     pairs = list(zip(plan.runs, runs, strict=True))
     return [ArmResult(arm, tuple(result for run, result in pairs if run.arm == arm)) for arm in plan.arms]
-
-
-def health_series(arm: ArmResult, figure: str) -> list[tuple[float, float]]:
-    """Return a figure of routing by training step, its mean over layers, recurrence steps and seeds.
-
-    Args:
-        arm: The arm.
-        figure: Such as `entropy`; see docs/health.md.
-    """
-    values: dict[int, list[float]] = {}
-    for record in (record for run in arm.finished for record in run.health):
-        for tag, value in record["figures"].items():
-            if value is not None and re.fullmatch(rf"routing/.*/{re.escape(figure)}(/step \d+)?", tag):
-                values.setdefault(record["iteration"], []).append(value)
-    return [(iteration, statistics.fmean(each)) for iteration, each in sorted(values.items())]
 
 
 def difference(arm: ArmResult, baseline: ArmResult) -> Difference | None:
@@ -224,7 +209,7 @@ def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
     log: TrainingLog = read_log(lines)
     if not log.validations:
         return dataclasses.replace(result, state="failed", reason=f"no validation loss in {folder / LOG}")
-    last = log.validations[-1]
+    last, weights = log.validations[-1], folder / CHECKPOINT
     at_depths = _at_depths(lines, last.iteration)
     return dataclasses.replace(
         result,
@@ -234,7 +219,7 @@ def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
         validations={line.iteration: line.loss for line in log.validations},
         answers=_answers(at_depths),
         tokens_per_second=log.tokens_per_second(),
-        health=_health(folder),
+        health=read_health(weights) if (weights / HEALTH_FILE).exists() else [],
     )
 
 
@@ -257,8 +242,3 @@ def _answers(at_depths: dict[int, dict[str, float]]) -> dict[int, dict[str, floa
         for depth, figures in at_depths.items()
         if set(figures) - {_LOSS}
     }
-
-
-def _health(folder: Path) -> list[Mapping[str, Any]]:
-    """Return the records of health that a run has written; empty where it wrote none."""
-    return [record for path in sorted(folder.rglob(HEALTH_FILE)) for record in read_health(path.parent)]

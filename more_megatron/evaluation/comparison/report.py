@@ -15,6 +15,7 @@ from typing import Any
 from more_megatron import __version__
 from more_megatron.data.manifest import read_manifest
 from more_megatron.errors import MoREError
+from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.experiment import Flags, command_line
 from more_megatron.evaluation.comparison.figures import draw_all
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference, results_by_arm
@@ -92,8 +93,9 @@ def _content(plan: Plan, runs: list[RunResult], folder: Path) -> dict[str, Any]:
         "seeds": experiment["seeds"],
         "depths": experiment["depths"],
         "points": points,
+        "health_figures": health.FIGURES,
         "unfinished": [run for run in map(dataclasses.asdict, runs) if run["state"] != "finished"],
-        "runs": list(map(dataclasses.asdict, runs)),
+        "runs": [{name: value for name, value in vars(run).items() if name != "health"} for run in runs],
         "absent": list(_absent(runs, timings)),
         "versions": {"more-megatron": __version__, "Python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -142,6 +144,7 @@ def _arm(result: ArmResult, baseline: ArmResult) -> dict[str, Any]:
             for name in _answer_names([result])
         },
         "seeds": {run.seed: run.loss if run.state == "finished" else run.state for run in result.runs},
+        "health": health.summary(result),
         "command": " ".join(command_line(arm.flags)),
     }
 
@@ -162,7 +165,7 @@ def _absent(runs: Sequence[RunResult], timings: Sequence[Timing]) -> list[str]:
     if not timings:
         lines.append("Speed and memory: the arms were not timed; --time does that.")
     if not any(run.health for run in runs):
-        lines.append("Routing health: no run has written a health.jsonl.")
+        lines.append("Health: no run has written a health.jsonl (--health-interval).")
     if not any(run.answers for run in runs):
         lines.append("Accuracy: no run was trained on problems with answers (--loss-on-answers).")
     return lines

@@ -28,10 +28,11 @@ from more_megatron.evaluation.comparison.experiment import Flags, command_line
 from more_megatron.evaluation.comparison.planning import Run
 from more_megatron.unfinished import unfinished_file
 
-__all__ = ["FINETUNE_LOG", "LOG", "Record", "Runner", "apart", "read_record"]
+__all__ = ["CHECKPOINT", "FINETUNE_LOG", "LOG", "Record", "Runner", "apart", "read_record"]
 
 _PROGRAM = Path(__file__).resolve().parents[3] / "pretrain_more.py"
 LOG, FINETUNE_LOG = "log.txt", "finetune.txt"
+CHECKPOINT = "checkpoint"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _PR_SET_PDEATHSIG = 1
 
@@ -137,7 +138,7 @@ class Runner:
 
     async def _make(self, run: Run, place: int) -> None:
         folder = self._run_folder(run)
-        if not (folder / "checkpoint" / _TRACKER).exists():
+        if not (folder / CHECKPOINT / _TRACKER).exists():
             # An attempt that has saved nothing begins anew, and what it said is not to stand beside that.
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +157,7 @@ class Runner:
 
     async def _train_all(self, folder: Path, flags: Flags, place: int) -> str:
         """Train, and fine-tune if that was asked for; return why it failed, nothing if it did not."""
-        trained = folder / "checkpoint"
+        trained = folder / CHECKPOINT
         code = await self._train(self._folders(trained, flags) | flags, folder / LOG, place)
         if code or self._finetune is None:
             return _reason(folder / LOG) if code else ""
