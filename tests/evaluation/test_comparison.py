@@ -181,7 +181,7 @@ def test_health_is_that_of_the_runs_and_what_was_not_watched_is_not_called_healt
     rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| `moe` | 0 |")]
     assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == ["not recorded"] * 6
     results = results_by_arm(plan, collect(plan, tmp_path))
-    assert {step: load.tolist() for step, load in loads(results[1]).items()} == {1: [2.25, 0.75, 0], 2: [2.25, 0.75, 0]}
+    assert {step: load.tolist() for step, load in loads(results[1]).items()} == {1: [0.75, 0.25, 0], 2: [0.75, 0.25, 0]}
     assert {step: spread.mean * math.log(3) for step, spread in entropy_by_step(results[1]).items()} == pytest.approx(
         {1: 2.65, 2: 3.65}
     )

@@ -73,7 +73,7 @@ def test_what_no_width_meets_is_refused_in_one_line() -> None:
 def _refusal(name: str) -> str:
     from more_megatron.errors import MoREError
     from more_megatron.evaluation.comparison.matching import Goal, match
-    from more_megatron.evaluation.gpu_check.work.runs import configure
+    from more_megatron.evaluation.runs import configure
     from more_megatron.model.depth import Depth
 
     args, model = configure(command_line(name, DRY.speed, _SIZES))
@@ -87,7 +87,7 @@ def _matched(systems: list[str]) -> dict[str, Counted]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from more_megatron.evaluation.comparison.matching import Goal, match, system_cost, widths
-    from more_megatron.evaluation.gpu_check.work.runs import configure, fresh_model
+    from more_megatron.evaluation.runs import configure, fresh_model
     from more_megatron.evaluation.step_benchmark import forward
     from more_megatron.model.depth import Depth
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.figures import heat_map, new_figure, save, spread
+from more_megatron.figures import draw_loads, new_figure, save, spread
 from more_megatron.monitoring.flags import HEALTH_FILE
 
 __all__ = ["draw_health", "read_health", "warned_figure"]
@@ -209,17 +209,10 @@ def _loads(record: Record) -> Callable[[Any], None] | None:
     tags = spread(sorted(experts, key=lambda tag: (len(tag), tag)), _MOST_ROWS)
     if not tags:
         return None
-    width = max(len(experts[tag]["load"]) for tag in tags)
-    values = np.full((len(tags), width), np.nan)
-    for row, tag in enumerate(tags):
-        load = experts[tag]["load"]
-        values[row, : len(load)] = np.array(load) * len(load)
 
     def draw(axis: Any) -> None:
-        image = heat_map(axis, values, [_label(tag) for tag in tags], colours="Purples")
-        axis.set_title(f"Load of experts / mean, iteration {record['iteration']}", fontsize=10)
-        axis.set_xlabel("expert", fontsize=8)
+        draw_loads(axis, {_label(tag): experts[tag]["load"] for tag in tags})
+        axis.set_title(f"Load of experts, iteration {record['iteration']}", fontsize=10)
         axis.tick_params(axis="y", labelsize=6)
-        axis.figure.colorbar(image, ax=axis, shrink=0.8)
 
     return draw

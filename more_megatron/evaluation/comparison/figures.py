@@ -12,13 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.lines import Lines, Points, line_figures
 from more_megatron.evaluation.comparison.measures import ArmResult
 from more_megatron.evaluation.comparison.timing import Timing
-from more_megatron.evaluation.figures import heat_map, new_figure
+from more_megatron.figures import draw_loads, new_figure
 
 __all__ = ["Drawn", "draw_all"]
 
@@ -106,17 +104,10 @@ class _Draw:
         }
         if not rows:
             return
-        values = np.full((len(rows), max(map(len, rows.values()))), np.nan)
-        for row, load in enumerate(rows.values()):
-            values[row, : len(load)] = load
         figure = new_figure(_INCHES[0], 1.6 + 0.2 * len(rows))
         axes = figure.subplots()
-        columns = range(1, values.shape[1] + 1)
-        image = heat_map(
-            axes, values, list(rows), columns, highest=max(2.0, float(np.nanmax(values))), colours="Purples"
-        )
+        draw_loads(axes, rows, range(1, max(map(len, rows.values())) + 1))
         axes.set_xlabel("experts of a layer, the most loaded one first")
-        figure.colorbar(image, ax=axes, label="tokens, in parts of the mean", shrink=0.6)
         note = (
             "Share of the choices of routers, mean over layers and seeds, at the last training step that was watched. "
             "Steps: of the recurrence, as many as were drawn there."

@@ -64,7 +64,7 @@ def entropy_level(arm: ArmResult) -> Spread | None:
 
 
 def loads(arm: ArmResult) -> dict[int, np.ndarray]:
-    """Return the load of experts in parts of the mean by recurrence step (0: asked once), the most loaded one first.
+    """Return the load of experts by recurrence step (0: asked once), the most loaded one first.
 
     Expert 3 of one layer or seed has nothing to do with expert 3 of another, so that each of them is put in order by
     itself before the mean is taken.
@@ -73,9 +73,8 @@ def loads(arm: ArmResult) -> dict[int, np.ndarray]:
     for record in (run.health[-1] for run in arm.finished if run.health):
         for tag, experts in record["experts"].items():
             match = _TAG.fullmatch(tag)
-            load = np.sort(experts["load"])[::-1]
             if match is not None:
-                found.setdefault(int(match["step"] or 0), []).append(load * len(load))
+                found.setdefault(int(match["step"] or 0), []).append(np.sort(experts["load"])[::-1])
     return {step: np.mean(each, axis=0) for step, each in sorted(found.items())}
 
 
@@ -93,7 +92,9 @@ def _experts(record: Record) -> int | None:
 
 def _entropies(record: Record) -> dict[int, float]:
     """Return the entropy of routers by recurrence step (0: none): 1 where all experts are as likely."""
-    return {step: value / math.log(max(_experts(record) or 2, 2)) for step, value in _by_step(record, "entropy").items()}
+    return {
+        step: value / math.log(max(_experts(record) or 2, 2)) for step, value in _by_step(record, "entropy").items()
+    }
 
 
 def _by_step(record: Record, figure: str) -> dict[int, float]:

@@ -83,7 +83,7 @@ def _at_point(plan: Plan, point: int) -> list[Timing]:
 
 def _benchmark(arm: PlannedArm) -> tuple[StepBenchmark, Depth, int]:
     """Return a model with a batch, its mean depth, and the tokens of the batch."""
-    from more_megatron.evaluation.gpu_check.work.runs import configure, sole_rank
+    from more_megatron.evaluation.runs import configure, sole_rank
     from more_megatron.evaluation.step_benchmark import StepBenchmark
     from more_megatron.model.depth import DepthSampler
 
