@@ -21,6 +21,7 @@ from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, c
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
 from more_megatron.evaluation.comparison.report import write_report
 from more_megatron.evaluation.comparison.runner import Runner
+from more_megatron.evaluation.comparison.tasks import evaluation
 from more_megatron.systems import get_system, names
 from tests.helpers.shell import PROJECT
 
@@ -97,6 +98,7 @@ def test_the_experiments_that_come_with_it_can_be_read(path: Path) -> None:
         ({"baseline": "other"}, "other"),
         ({"seeds": [1, 1]}, "seeds"),
         ({"tokens": 1, "total_flops": 1}, "total_flops"),
+        ({"tasks": ["chains"]}, "tasks"),
     ],
 )
 def test_a_wrong_key_is_refused_in_one_line(keys: dict[str, object], word: str) -> None:
@@ -118,7 +120,15 @@ def test_flags_are_read_as_they_are_typed() -> None:
 def _plan(*seeds: int) -> Plan:
     experiment = _experiment(arms=["moe", "loop", "universal"], seeds=seeds, depths=[1, 2], baseline="moe")
     arms = [
-        PlannedArm(arm.name, 0, experiment.flags_of(arm, {}), None, 10, 5, 2e6, {"flops": 1.0, "parameters": 1.0}, 512)
+        PlannedArm(
+            arm.name,
+            point=0,
+            flags=experiment.flags_of(arm, {}),
+            flops=2e6,
+            ratios={"flops": 1.0, "parameters": 1.0},
+            tokens=512,
+            recurrent=get_system(arm.system).recurrent,
+        )
         for arm in experiment.arms[:2]
     ]
     refused = PlannedArm("universal", 0, {}, "costs too much")
@@ -128,7 +138,8 @@ def _plan(*seeds: int) -> Plan:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that take a moment."""
-    monkeypatch.setattr(Runner, "launcher", (sys.executable, str(_STAND_IN)))
+    for program in ("launcher", "evaluator"):
+        monkeypatch.setattr(Runner, program, (sys.executable, str(_STAND_IN)))
 
 
 @pytest.mark.usefixtures("quick")
@@ -205,8 +216,7 @@ def test_a_second_training_begins_with_the_weights_of_the_first_and_gives_the_an
     plan = _plan(1)
     Runner(tmp_path, jobs=1, finetune={"train-iters": 3, "num-experts": None}).make(plan.runs)
     folder = tmp_path / "runs" / "loop-seed1"
-    said = (folder / "finetune.txt").read_text()
-    words = said.splitlines()[0].split()
+    words = (folder / "finetune.txt").read_text().splitlines()[0].split()
     assert words[words.index("--load") + 1] == str(folder / "checkpoint")
     assert words[words.index("--save") + 1] == str(folder / "finetuned")
     assert "--finetune" in words
@@ -214,6 +224,38 @@ def test_a_second_training_begins_with_the_weights_of_the_first_and_gives_the_an
     _, run, _ = collect(plan, tmp_path)
     assert (run.loss, list(run.curve)) == (0.401, [1, 8])
     assert run.answers[2] == {"chains exact match": 0.2}
+    with pytest.raises(MoREError, match="moe-seed1 holds a finished run with other flags"):
+        Runner(tmp_path, jobs=1).make(plan.runs)
+
+
+@pytest.mark.usefixtures("quick")
+def test_tasks_are_trained_on_and_answered_by_the_weights_at_the_end(tmp_path: Path) -> None:
+    tasks = {"chains": str(tmp_path / "chains")}
+    experiment = _experiment(tasks=tasks, finetune={"lr": 0.1})
+    assert experiment.finetune is not None
+    assert experiment.finetune["train-data-path"] == [f"{tmp_path}/chains_train_document"]
+    assert (experiment.finetune["loss-on-answers"], experiment.finetune["lr"]) == (True, 0.1)
+    assert _experiment(tasks=tasks, flags=_FLAGS | {"loss-on-answers": True}).finetune is None
+    with pytest.raises(MoREError, match=r"there is no .*chains_test\.jsonl"):
+        evaluation(tasks, 5, [1, 4])
+    for split in ("test", "beyond"):
+        (tmp_path / f"chains_{split}.jsonl").touch()
+
+    plan = _plan(1, 2)
+    Runner(tmp_path, jobs=2, finetune=experiment.finetune, evaluation=evaluation(tasks, 5, [1, 4])).make(plan.runs)
+    asked = (tmp_path / "runs" / "loop-seed1" / "evaluation.txt").read_text()
+    assert "--num-steps 1 4 " in asked
+    assert f"--load {tmp_path}/runs/loop-seed1/finetuned " in asked
+    assert f"--data chains={tmp_path}/chains_test.jsonl chains={tmp_path}/chains_beyond.jsonl " in asked
+    assert "--num-steps" not in (tmp_path / "runs" / "moe-seed1" / "evaluation.txt").read_text()
+    write_report(plan, tmp_path)
+    moe, loop, _ = json.loads((tmp_path / "report.json").read_text())["points"][0]["arms"]
+    assert [loop["answers_at"]["chains exact match"][depth]["mean"] for depth in ("1", "4")] == [0.1, 0.4]
+    # Its steps in training are 2 to 4.
+    assert loop["usual_depth"] == 4
+    assert [loop["by_difficulty"]["chains"][k]["mean"] for k in ("2", "3")] == [4 / 2, pytest.approx(4 / 3)]
+    assert moe["by_difficulty"]["chains"]["2"] == {"mean": 0.0, "deviation": 0.0, "count": 2}
+    assert "### chains exact match by difficulty" in (tmp_path / "report.md").read_text()
 
 
 def test_runs_end_with_a_comparison_that_is_killed(tmp_path: Path) -> None:

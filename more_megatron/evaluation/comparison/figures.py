@@ -81,10 +81,10 @@ class _Draw:
                 axes.plot(list(each), means, _STYLES[number // 10 % 4], marker=".", markersize=3, **style)
             elif lines.level_of is not None and (level := lines.level_of(arm)) is not None:
                 axes.axhline(level.mean, linestyle=":", **style)
-            if lines.level_of is not None:
+            if not lines.is_falling:
                 _error_bars(axes, each, _colour(number))
         _scale(axes, [x for each in points for x in each], lines.is_doubled)
-        if lines.level_of is None:
+        if lines.is_falling:
             _focus(axes, [[spread.mean for spread in each.values()] for each in points if each])
         if lines.is_share:
             axes.set_ylim(bottom=0.0)

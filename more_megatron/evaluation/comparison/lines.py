@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from more_megatron.evaluation.comparison import health
-from more_megatron.evaluation.comparison.measures import ArmResult, Spread
+from more_megatron.evaluation.comparison.measures import ArmResult, Spread, task_names
 
 __all__ = ["Lines", "Points", "line_figures"]
 
@@ -25,7 +25,8 @@ class Lines:
         y: What stands at the side.
         points_of: Returns the points of an arm; none where it has none.
         note: How to read it.
-        level_of: Returns the level of an arm without points, where that says something. Lines then have bars of
+        level_of: Returns the level of an arm without points, where that says something.
+        is_falling: Whether lines fall from far above, the same for all, which is left out of sight. Others have bars of
             deviation, since their points are few.
         is_doubled: Whether each x is twice the one before.
         is_share: Whether y begins at 0.
@@ -38,6 +39,7 @@ class Lines:
     points_of: Callable[[ArmResult], Points]
     note: str
     level_of: Callable[[ArmResult], Spread | None] | None = None
+    is_falling: bool = False
     is_doubled: bool = False
     is_share: bool = False
 
@@ -46,6 +48,7 @@ def line_figures(arms: Sequence[ArmResult]) -> Iterator[Lines]:
     """Yield the figures, those of answers as far as some arm has such."""
     yield from _LOSSES
     yield from _answers_by_depth(arms)
+    yield from _answers_by_difficulty(arms)
     yield from _ENTROPIES
 
 
@@ -82,12 +85,27 @@ def _answers_by_depth(arms: Sequence[ArmResult]) -> Iterator[Lines]:
             "recurrence steps r in evaluation",
             "share of problems",
             functools.partial(_answers, measure=measure),
-            "Answers whose every token was the most probable one after those before it. Without recurrence: a dotted "
-            "level.",
+            "Bars: one standard deviation. Without recurrence: a dotted level.",
             level_of=functools.partial(ArmResult.answers_at, depth=0, figure=measure),
             is_doubled=True,
             is_share=True,
         )
+
+
+def _answers_by_difficulty(arms: Sequence[ArmResult]) -> Iterator[Lines]:
+    """Yield a figure for each task of several difficulties: exact match against difficulty."""
+    for task in task_names(arms):
+        by_difficulty = [arm.by_difficulty(task) for arm in arms]
+        if any(len(each) > 1 for each in by_difficulty):
+            yield Lines(
+                f"{task}-difficulty",
+                f"{task}: exact match against difficulty",
+                "difficulty of the problem",
+                "share of problems",
+                functools.partial(ArmResult.by_difficulty, task=task),
+                "Each arm at the depth nearest to its mean in training; bars: one standard deviation.",
+                is_share=True,
+            )
 
 
 _LOSSES = (
@@ -98,6 +116,7 @@ _LOSSES = (
         "nats a token",
         _curves,
         "Mean over the seeds of what was logged.",
+        is_falling=True,
     ),
     Lines(
         "flops",
@@ -106,6 +125,7 @@ _LOSSES = (
         "nats a token",
         _against_flops,
         "Mean over the seeds. Each validation on the way reads other samples, the same for all arms.",
+        is_falling=True,
     ),
     Lines(
         "depth",

@@ -6,18 +6,20 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from more_megatron.evaluation.analysis.health_page import read_health
+from more_megatron.evaluation.comparison.experiment import mean_steps
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
-from more_megatron.evaluation.comparison.runner import CHECKPOINT, FINETUNE_LOG, LOG, read_record
+from more_megatron.evaluation.comparison.runner import CHECKPOINT, EVALUATION, FINETUNE_LOG, LOG, read_record
+from more_megatron.evaluation.comparison.tasks import Answers, ByDifficulty, read_evaluation
 from more_megatron.evaluation.training_log import TrainingLog, read_log
 from more_megatron.monitoring.flags import HEALTH_FILE
 
-__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "results_by_arm"]
+__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "results_by_arm", "task_names"]
 
 _EVALUATION = re.compile(
     r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
@@ -86,8 +88,9 @@ class RunResult:
         losses: The same by recurrence steps.
         curve: Training loss by training step.
         validations: Validation loss by training step.
-        answers: Figures of answers, such as the exact match of a task, by recurrence steps (0: none to choose); after
-            fine-tuning if there was such.
+        answers: Figures of answers, such as the exact match of a task: of generated ones if the run was evaluated, else
+            as the log has them; after fine-tuning if there was such.
+        by_difficulty: Exact match of generated answers.
         tokens_per_second: As trained, beside other runs.
         health: Records of health.jsonl; empty where the run wrote none.
     """
@@ -100,7 +103,8 @@ class RunResult:
     losses: dict[int, float] = field(default_factory=dict)
     curve: dict[int, float] = field(default_factory=dict)
     validations: dict[int, float] = field(default_factory=dict)
-    answers: dict[int, dict[str, float]] = field(default_factory=dict)
+    answers: Answers = field(default_factory=dict)
+    by_difficulty: ByDifficulty = field(default_factory=dict)
     tokens_per_second: float = math.nan
     health: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -148,6 +152,20 @@ class ArmResult:
         known = [value for value in values if value is not None]
         return Spread.of(known) if known else None
 
+    @property
+    def usual_depth(self) -> int:
+        """Of the recurrence steps at which problems were answered those nearest to the mean of training."""
+        depths = {depth for run in self.finished for depth in run.by_difficulty}
+        return min(depths, key=lambda depth: abs(depth - mean_steps(self.arm.flags)), default=0)
+
+    def by_difficulty(self, task: str) -> dict[float, Spread]:
+        """Return the exact match of a task at the usual depth by difficulty."""
+        values: dict[int, list[float]] = {}
+        for run in self.finished:
+            for difficulty, exact in run.by_difficulty.get(self.usual_depth, {}).get(task, {}).items():
+                values.setdefault(difficulty, []).append(exact)
+        return {difficulty: Spread.of(each) for difficulty, each in sorted(values.items())}
+
 
 def collect(plan: Plan, folder: Path) -> list[RunResult]:
     """Return what the runs of a plan have reached, in its order.
@@ -163,6 +181,11 @@ def results_by_arm(plan: Plan, runs: list[RunResult]) -> list[ArmResult]:
     """Return the arms at each point, with their runs."""
     pairs = list(zip(plan.runs, runs, strict=True))
     return [ArmResult(arm, tuple(result for run, result in pairs if run.arm == arm)) for arm in plan.arms]
+
+
+def task_names(arms: Sequence[ArmResult]) -> list[str]:
+    """Return the tasks whose problems have difficulties."""
+    return sorted({task for arm in arms for run in arm.finished for at in run.by_difficulty.values() for task in at})
 
 
 def difference(arm: ArmResult, baseline: ArmResult) -> Difference | None:
@@ -194,6 +217,9 @@ def _result(run: Run, folder: Path) -> RunResult:
     if record.state != "finished":
         return RunResult(run.name, run.seed, record.state, record.reason)
     result = _of_log(RunResult(run.name, run.seed, record.state), _lines(folder / LOG), folder)
+    if (found := folder / EVALUATION / "results.json").exists():
+        answers, by_difficulty = read_evaluation(found)
+        return dataclasses.replace(result, answers=answers, by_difficulty=by_difficulty)
     if not (folder / FINETUNE_LOG).exists():
         return result
     tuned = _lines(folder / FINETUNE_LOG)
@@ -235,7 +261,7 @@ def _at_depths(lines: list[str], iteration: int) -> dict[int, dict[str, float]]:
     return found
 
 
-def _answers(at_depths: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+def _answers(at_depths: Answers) -> Answers:
     """Return what evaluations say of answers."""
     return {
         depth: {name: value for name, value in figures.items() if name != _LOSS}

@@ -18,7 +18,14 @@ from more_megatron.errors import MoREError
 from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.experiment import Flags, command_line
 from more_megatron.evaluation.comparison.figures import draw_all
-from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference, results_by_arm
+from more_megatron.evaluation.comparison.measures import (
+    ArmResult,
+    RunResult,
+    collect,
+    difference,
+    results_by_arm,
+    task_names,
+)
 from more_megatron.evaluation.comparison.planning import Plan
 from more_megatron.evaluation.comparison.timing import Timing, read_timings
 from more_megatron.platform.packages import has_package
@@ -115,6 +122,9 @@ def _point(
         "arms": [_arm(arm, baseline) | {"timing": by_arm.get(arm.arm.name)} for arm in arms],
         "depths": sorted({depth for arm in arms for depth in arm.depths}),
         "answers": _answer_names(arms),
+        "tasks": {
+            task: sorted({each for arm in arms for each in arm.by_difficulty(task)}) for task in task_names(arms)
+        },
         "figures": list(draw_all(arms, timings, _MATCHED[experiment["match"]])),
     }
 
@@ -143,6 +153,11 @@ def _arm(result: ArmResult, baseline: ArmResult) -> dict[str, Any]:
             name: {depth: dataclasses.asdict(each) for depth in depths if (each := result.answers_at(depth, name))}
             for name in _answer_names([result])
         },
+        "usual_depth": result.usual_depth,
+        "by_difficulty": {
+            task: {difficulty: dataclasses.asdict(each) for difficulty, each in result.by_difficulty(task).items()}
+            for task in task_names([result])
+        },
         "seeds": {run.seed: run.loss if run.state == "finished" else run.state for run in result.runs},
         "health": health.summary(result),
         "command": " ".join(command_line(arm.flags)),
@@ -166,8 +181,10 @@ def _absent(runs: Sequence[RunResult], timings: Sequence[Timing]) -> list[str]:
         lines.append("Speed and memory: the arms were not timed; --time does that.")
     if not any(run.health for run in runs):
         lines.append("Health: no run has written a health.jsonl (--health-interval).")
+    if not any(run.by_difficulty for run in runs):
+        lines.append("Accuracy by difficulty: no run was asked problems when it had ended; --tasks does that.")
     if not any(run.answers for run in runs):
-        lines.append("Accuracy: no run was trained on problems with answers (--loss-on-answers).")
+        lines.append("Accuracy: no run was trained on problems with answers (--tasks, or --loss-on-answers).")
     return lines
 
 
