@@ -99,6 +99,7 @@ def test_the_experiments_that_come_with_it_can_be_read(path: Path) -> None:
         ({"seeds": [1, 1]}, "seeds"),
         ({"tokens": 1, "total_flops": 1}, "total_flops"),
         ({"tasks": ["chains"]}, "tasks"),
+        ({"problems": 0}, "problems"),
     ],
 )
 def test_a_wrong_key_is_refused_in_one_line(keys: dict[str, object], word: str) -> None:

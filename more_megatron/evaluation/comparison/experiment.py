@@ -147,6 +147,8 @@ class Experiment:
             raise MoREError(f"seeds {list(self.seeds)} must be one or more, each once")
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
+        if self.problems < 1:
+            raise MoREError(f"problems {self.problems} must be at least 1")
         if not isinstance(self.tasks, dict) or not all(isinstance(prefix, str) for prefix in self.tasks.values()):
             raise MoREError(f"tasks must be a table of prefixes of tools/prepare_tasks.py, not {self.tasks!r}")
 

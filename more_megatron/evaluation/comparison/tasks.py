@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.errors import MoREError
+from more_megatron.platform.packages import has_package
 
 __all__ = ["Answers", "ByDifficulty", "evaluation", "fine_tuning", "read_evaluation"]
 
@@ -44,8 +45,10 @@ def evaluation(tasks: Mapping[str, str], problems: int, depths: list[int]) -> di
         depths: Recurrence steps, for systems that have such.
 
     Raises:
-        MoREError: If the problems of a task are not there.
+        MoREError: If the problems of a task are not there, or what evaluates them is not installed.
     """
+    if not has_package("lm_eval"):
+        raise MoREError("tasks are answered with lm-evaluation-harness: install the extra `eval`")
     if missing := [prefix for prefix in tasks.values() if not Path(f"{prefix}_test.jsonl").exists()]:
         raise MoREError(f"there is no {missing[0]}_test.jsonl: tasks are TASK=PREFIX, as tools/prepare_tasks.py writes")
     files = [(task, Path(f"{prefix}_{split}.jsonl")) for task, prefix in tasks.items() for split in ("test", "beyond")]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Timing", "read_timings", "save_timings"]
 
-_ROUNDS, _WARMUP = 5, 1
+# The first step allocates gradients, which are not to count.
+_ROUNDS, _WARMUP = 5, 2
 
 
 @dataclass(frozen=True)
