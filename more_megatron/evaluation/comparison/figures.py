@@ -128,7 +128,7 @@ class _Draw:
         )
         axes.invert_yaxis()
         axes.set_xlabel("GFLOP/s")
-        yield self._drawn(figure, "speed", "Speed", "Timed in turn, with one seed:", {1})
+        yield self._drawn(figure, "speed", "Speed", "Forward and backward passes, timed in turn.", {1})
 
     def _drawn(self, figure: Any, name: str, title: str, note: str, counts: set[int]) -> Drawn:
         figure.suptitle(title, fontsize=11)

@@ -176,7 +176,7 @@ class Runner:
             asked = self._evaluation | ({} if run.arm.recurrent else {"num-steps": None}) | {"load": weights}
             asked = {name: value for name, value in asked.items() if value is not None}
             commands[f"{EVALUATION}.txt"] = [*self.evaluator, *command_line(asked | {"output": folder / EVALUATION})]
-        for name in ("finetuned", FINETUNE_LOG, EVALUATION):
+        for name in {"finetuned", EVALUATION, *commands} - {LOG}:
             # Of an attempt before; training itself goes on where it was.
             shutil.rmtree(folder / name, ignore_errors=True)
             with contextlib.suppress(OSError):
