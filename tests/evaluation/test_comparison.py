@@ -159,12 +159,20 @@ def test_numbers_are_those_of_the_logs_and_a_failed_run_is_named(
     assert moe["loss"]["mean"] == pytest.approx(0.3015)
     assert loop["difference"]["mean"] == pytest.approx(0.1)
     assert loop["loss_at"]["2"]["mean"] == pytest.approx(2.4015)
+    assert loop["loss_at"]["1"] == {"mean": None, "deviation": None, "count": 2}
     assert loop["answers_at"]["chains exact match"]["2"]["mean"] == pytest.approx(0.2)
     assert refused["refusal"] == "costs too much"
     assert refused["loss"] is None
     for kind in ("md", "html"):
         text = (tmp_path / f"report.{kind}").read_text()
-        for expected in ("0.301 ± 0.001", "seed 13 failed", "moe-seed13", "--lr 0 is no rate", "costs too much"):
+        for expected in (
+            "0.301 ± 0.001",
+            "seed 13 failed",
+            "not finite",
+            "moe-seed13",
+            "--lr 0 is no rate",
+            "costs too much",
+        ):
             assert expected in text, (kind, expected)
 
 

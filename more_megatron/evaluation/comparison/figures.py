@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.lines import Lines, Points, line_figures
 from more_megatron.evaluation.comparison.measures import ArmResult
@@ -84,10 +86,10 @@ class _Draw:
             if not lines.is_falling:
                 _error_bars(axes, each, _colour(number))
         _scale(axes, [x for each in points for x in each], lines.is_doubled)
-        if lines.is_falling:
-            _focus(axes, [[spread.mean for spread in each.values()] for each in points if each])
         if lines.is_share:
             axes.set_ylim(bottom=0.0)
+        else:
+            _focus(axes, [[spread.mean for spread in each.values()] for each in points], lines.is_falling)
         axes.set_xlabel(lines.x)
         axes.set_ylabel(lines.y)
         figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -167,12 +169,25 @@ def _scale(axes: Any, places: Sequence[float], is_doubled: bool) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _focus(axes: Any, lines: Sequence[Sequence[float]]) -> None:
-    """Leave out of sight where curves fall from, which is the same for all and would flatten what differs."""
-    values = [y for line in lines for y in line if math.isfinite(y)]
+def _focus(axes: Any, lines: Sequence[Sequence[float]], is_falling: bool) -> None:
+    """Leave out of sight what lies far above the rest, and would flatten what differs there.
+
+    Args:
+        axes: Where lines are drawn.
+        lines: Their values.
+        is_falling: Whether that is where all lines fall from, above the last of each; else what is beyond three times
+            the interquartile range.
+    """
+    lines = [finite for line in lines if (finite := [y for y in line if math.isfinite(y)])]
+    values = [y for line in lines for y in line]
+    if not values:
+        return
     low, high, last = min(values), max(values), max(line[-1] for line in lines)
-    if high > last:
-        axes.set_ylim(top=last + max(0.3 * (high - last), 0.1 * (high - low)))
+    first, third = np.percentile(values, (25, 75))
+    falling = last + max(0.3 * (high - last), 0.1 * (high - low))
+    top = falling if is_falling else third + 3 * (third - first)
+    if low < top < high:
+        axes.set_ylim(top=top)
 
 
 def _error_bars(axes: Any, points: Points, colour: Any) -> None:

@@ -133,7 +133,8 @@ _LOSSES = (
         "recurrence steps r in evaluation",
         "nats a token",
         _against_depth,
-        "The same weights at different r; bars: one standard deviation. Without recurrence: a dotted level.",
+        "The same weights at different r; bars: one standard deviation. Without recurrence: a dotted level. What lies "
+        "far above the rest, or is not finite, leaves the picture.",
         level_of=lambda arm: arm.loss,
         is_doubled=True,
     ),

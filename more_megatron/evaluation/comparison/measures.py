@@ -24,7 +24,7 @@ __all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "differe
 _EVALUATION = re.compile(
     r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
 )
-_FIGURE = re.compile(r"([^|:]+?): ([-+.\dE]+)")
+_FIGURE = re.compile(r"([^|:]+?): ([-+.\dE]+|nan|[-+]?inf)", re.IGNORECASE)
 _LOSS = "lm loss"
 # Two-sided confidence of an interval.
 _CONFIDENCE = 0.95
@@ -37,7 +37,7 @@ class Spread:
     Attributes:
         mean: Mean.
         deviation: Sample standard deviation; NaN with one seed.
-        count: Seeds.
+        count: Seeds. If one of them is not finite, mean and deviation are not.
     """
 
     mean: float
@@ -47,6 +47,8 @@ class Spread:
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         """Return the spread of one value a seed."""
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, math.nan, len(values))
         deviation = statistics.stdev(values) if len(values) > 1 else math.nan
         return cls(statistics.fmean(values), deviation, len(values))
 

@@ -204,6 +204,8 @@ def _spread(value: dict[str, Any] | None, digits: int = 3) -> str:
     """Return mean and standard deviation as a table has them."""
     if value is None:
         return "-"
+    if math.isnan(value["mean"]):
+        return "not finite"
     mean = f"{value['mean']:.{digits}f}"
     return mean if math.isnan(value["deviation"]) else f"{mean} ± {value['deviation']:.{digits}f}"
 
