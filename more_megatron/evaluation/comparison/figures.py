@@ -187,7 +187,7 @@ def _focus(axes: Any, lines: Sequence[Sequence[float]], is_falling: bool) -> Non
     falling = last + max(0.3 * (high - last), 0.1 * (high - low))
     top = falling if is_falling else third + 3 * (third - first)
     if low < top < high:
-        axes.set_ylim(top=top)
+        axes.set_ylim(low - 0.3 * (top - low), top)
 
 
 def _error_bars(axes: Any, points: Points, colour: Any) -> None:
