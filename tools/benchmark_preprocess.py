@@ -30,9 +30,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.errors import DataError
-from more_megatron.data.reading import read_blocks, read_documents
+from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import open_source
 from more_megatron.data.tokenizers import TokenizerOptions, build_megatron, load
 from more_megatron.errors import one_line_errors
@@ -98,11 +97,7 @@ def unique_documents() -> Iterator[str]:
 
 def repeated_documents(path: str) -> Iterator[str]:
     """Yield the articles of a file in random order, without end."""
-    documents = [
-        text.decode()
-        for block in read_blocks([open_source(path, "text", None)])
-        for text in read_documents(block, Detokenize.NONE).texts
-    ]
+    documents = [text.decode() for text in read_all_documents([open_source(path)])]
     choose = random.Random(0)
     while True:
         yield choose.choice(documents)

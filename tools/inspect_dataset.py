@@ -16,10 +16,15 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.data.check import check_dataset, check_hashes
-from more_megatron.data.encoders import build_decoder
-from more_megatron.data.indexed import IndexFile, bin_path, idx_path, read_index
-from more_megatron.data.manifest import read_manifest
-from more_megatron.data.tokenizers import TokenizerOptions, TokenizerType, tokenizer_sha256
+from more_megatron.data.indexed import IndexFile, bin_path, idx_path, read_index, read_manifest
+from more_megatron.data.tokenizers import (
+    TokenizerOptions,
+    TokenizerType,
+    build_megatron,
+    is_direct_sentencepiece,
+    open_sentencepiece,
+    tokenizer_sha256,
+)
 from more_megatron.errors import one_line_errors
 
 _BAR = 40
@@ -134,8 +139,14 @@ def _sample(
     ids: list[int] = [int(id) for id in tokens]
     if options is None:
         return [header, f"  ids {ids}", "  give --tokenizer-type and --tokenizer-model to see the text"]
-    text = build_decoder(options)(ids)
-    return [header, *(f"  {line}" for line in text.splitlines())]
+    return [header, *(f"  {line}" for line in decode(options, ids).splitlines())]
+
+
+def decode(options: TokenizerOptions, ids: list[int]) -> str:
+    """Return the text of token ids."""
+    if is_direct_sentencepiece(options) and options.tokenizer_model:
+        return str(open_sentencepiece(options).decode(ids))
+    return str(build_megatron(options).detokenize(ids))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,10 +11,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import Layout
 from more_megatron.data.output import Output
-from more_megatron.data.preprocess import preprocess
+from more_megatron.data.preprocess import Job, preprocess, verify
 from more_megatron.data.sources import Source, expand_inputs, open_source
 from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions, TokenizerType, load
-from more_megatron.data.workers import Job
 from more_megatron.errors import MoREError, one_line_errors
 
 # Seconds between two looks of the progress bar; a log needs few.
@@ -114,10 +113,11 @@ def _sources(args: argparse.Namespace) -> list[Source]:
     else:
         paths = expand_inputs(args.input)
     layout = None if args.layout == "auto" else Layout(args.layout)
-    sources = [open_source(path, args.json_key, layout) for path in paths]
+    mode = Detokenize(args.detokenize)
+    sources = [open_source(path, args.json_key, layout, mode, args.skip_bad_lines) for path in paths]
     for source in sources:
-        if source.guessed:
-            note = f"{source.path} holds {source.format} and is read as such; --layout plain takes it for text"
+        if source.is_guessed:
+            note = f"{source.path} holds JSON lines and is read as such; --layout plain takes it for text"
             print(note, file=sys.stderr)
     return sources
 
@@ -136,7 +136,7 @@ def _train(args: argparse.Namespace, sources: list[Source]) -> str:
         raise MoREError(f"--train-tokenizer trains SentencePiece; it cannot make a {args.tokenizer_type}")
     if not (args.resume and os.path.exists(model)):
         print(f"training a tokenizer of {args.vocab_size} pieces: {model}", file=sys.stderr)
-        train_sentencepiece(sources, Detokenize(args.detokenize), args.vocab_size, model, args.skip_bad_lines)
+        train_sentencepiece(sources, args.vocab_size, model)
     return str(model)
 
 
@@ -160,10 +160,8 @@ def _run(args: argparse.Namespace) -> None:
             sources=sources,
             tokenizer=load(_options(args, sources)),
             append_eod=args.append_eod,
-            detokenize=Detokenize(args.detokenize),
             workers=args.workers,
             resume=args.resume,
-            skip_bad_lines=args.skip_bad_lines,
             allow_fast=args.encoder == "auto",
         )
         sizes = [source.text_size for source in sources]
@@ -179,8 +177,6 @@ def _run(args: argparse.Namespace) -> None:
     counts = f"{manifest['documents']} documents, {manifest['tokens']} tokens{skipped}"
     print(f"{output.prefix}: {counts}", file=sys.stderr)
     if args.verify:
-        from more_megatron.data.verify import verify
-
         print(f"{output.prefix}: {verify(job, output.prefix, manifest)}", file=sys.stderr)
 
 

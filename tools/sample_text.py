@@ -74,8 +74,7 @@ def write_sample_text(path: str | os.PathLike[str]) -> str:
 
 
 def _copy(source_path: str, path: str | os.PathLike[str]) -> None:
-    source = open_source(source_path, "text", None)
-    _write(path, text_chunks(source))
+    _write(path, text_chunks(open_source(source_path)))
 
 
 def _write(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:

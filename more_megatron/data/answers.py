@@ -16,12 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.data.check import check_dataset
-from more_megatron.data.encoders import build_encoder, plan_encoder
-from more_megatron.data.encoding import Encoded
+from more_megatron.data.encoding import Counts, Encoded, Encoder, plan_encoder
 from more_megatron.data.errors import DataError, DatasetError
-from more_megatron.data.indexed import bin_path, idx_path, read_index
-from more_megatron.data.manifest import MANIFEST_VERSION, read_manifest
-from more_megatron.data.output import Counts, Output
+from more_megatron.data.indexed import MANIFEST_VERSION, bin_path, idx_path, read_index, read_manifest
+from more_megatron.data.output import Output
 from more_megatron.data.tokenizers import Tokenizer
 
 __all__ = ["Exercise", "answer_density", "check_answers", "has_answers", "mask_prefix", "task_names", "write_answers"]
@@ -66,17 +64,15 @@ def write_answers(prefix: str, exercises: Sequence[Exercise], tokenizer: Tokeniz
     text_bytes = sum(len(exercise.text.encode()) for exercise in exercises)
     words = sum(len(exercise.text.split()) for exercise in exercises)
     counts = Counts(len(exercises), len(encoded.tokens), text_bytes, words, blocks=1)
-    facts: dict[str, object] = {"type": tokenizer.options.tokenizer_type, "model": tokenizer.options.tokenizer_model}
-    facts |= {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "eod": tokenizer.eod}
     # The mask first: a dataset that is there is never without it.
     _write(mask_prefix(prefix), mask, counts, {"tokenizer": {}, "tasks": tasks})
-    _write(prefix, encoded, counts, {"tokenizer": facts})
+    _write(prefix, encoded, counts, {"tokenizer": tokenizer.facts()})
     return len(encoded.tokens)
 
 
 def _encode(texts: Sequence[str], tokenizer: Tokenizer, append_eod: bool) -> Encoded:
     documents = [text.encode() for text in texts]
-    return build_encoder(plan_encoder(tokenizer, append_eod, documents)).encode(documents)
+    return Encoder(plan_encoder(tokenizer, append_eod, documents)).encode(documents)
 
 
 def _mask(encoded: Encoded, prompts: Encoded, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from more_megatron.data.errors import DatasetError
-from more_megatron.data.indexed import IndexFile, bin_path, idx_path, read_index
-from more_megatron.data.manifest import manifest_path, read_manifest
+from more_megatron.data.indexed import IndexFile, bin_path, idx_path, manifest_path, read_index, read_manifest
 from more_megatron.data.sources import sha256_of
 
 __all__ = ["check_dataset", "check_datasets", "check_hashes"]
@@ -72,18 +72,11 @@ def check_datasets(
         DatasetError: The first fault that `check_dataset` finds.
     """
     names = list(prefixes)
-    if len(names) > 1 and len(names) % 2 == 0 and all(_is_number(weight) for weight in names[::2]):
-        names = names[1::2]
+    with contextlib.suppress(ValueError):  # prefixes alone
+        if len(names) % 2 == 0 and [float(weight) for weight in names[::2]]:
+            names = names[1::2]
     for name in names:
         check_dataset(name, vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_bin(prefix: str | os.PathLike[str], index: IndexFile) -> None:
@@ -92,7 +85,7 @@ def _check_bin(prefix: str | os.PathLike[str], index: IndexFile) -> None:
     if size != index.bin_bytes:
         state = "truncated" if size < index.bin_bytes else "of another dataset than its index"
         raise DatasetError(
-            f"{path} is {state}: {size} bytes, its index needs {index.bin_bytes}; copy it again or preprocess again"
+            f"{path} is {state}: {size} bytes, its index needs {index.bin_bytes}; copy or preprocess again"
         )
     if index.bin_bytes == 0:
         raise DatasetError(f"dataset {prefix} holds no tokens; preprocess again from inputs that hold text")
@@ -105,11 +98,8 @@ def _check_manifest(
     vocab_size: int | None,
     tokenizer_sha256: str | None,
 ) -> None:
-    found = {
-        "documents": index.document_count,
-        "tokens": index.bin_bytes // index.dtype.itemsize,
-        "dtype": index.dtype.name,
-    }
+    tokens = index.bin_bytes // index.dtype.itemsize
+    found = {"documents": index.document_count, "tokens": tokens, "dtype": index.dtype.name}
     for name, value in found.items():
         said = manifest.get(name)
         if said is not None and said != value:

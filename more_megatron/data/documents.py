@@ -1,8 +1,8 @@
 """Where documents begin in a stream of text.
 
-Every rule here looks at a bounded neighbourhood of a position only, so a file can be cut into spans for any number of
-workers and the documents are the same. Positions are bytes, and a cut always lies at the start of a line (or, in text
-without line breaks, at a space), so it never splits a character.
+Every rule looks at a bounded neighbourhood of a position only, so documents are the same however a text is cut into
+blocks. Positions are bytes, and a cut lies at the start of a line (or, in text without line breaks, at a space), so it
+never splits a character.
 """
 
 import re
@@ -13,20 +13,21 @@ __all__ = ["PLAIN_GRID_BYTES", "Layout", "document_starts", "find_start", "sniff
 
 
 class Layout(StrEnum):
-    """How a text is divided into documents."""
+    """How an input is divided into documents."""
 
     WIKITEXT = "wikitext"
     """An article for each level-one heading ` = Title = ` that stands between blank lines."""
     PLAIN = "plain"
     """Pieces of text without headings, cut at the first paragraph break after every `PLAIN_GRID_BYTES`."""
     JSONL = "jsonl"
-    """One JSON object a line, its text under a key."""
+    """One JSON object a line, its text under a key; or one row of a Parquet file."""
 
 
 PLAIN_GRID_BYTES = 4096
 """Grid on which text without headings is cut: small enough that `--split 949,50,1` leaves documents for validation."""
 
 _ASCII_SPACE = " \t\n\r\v\f"
+_JSON_LINE = re.compile(rb'(?:\xef\xbb\xbf)?\s*\{[ \t]*"')
 _LINE_LIKE_HEADING = re.compile(rb"\n(?=[ ]?=[ ][^=\s])")
 _HEADING_LINE = re.compile(rb"[ ]?=[ ][^=\s](?:[^\n]*[^\n=])?[ ]=[ \t\r]*\n[ \t\r]*(?:\n|\Z)")
 _BLANK_BEFORE = re.compile(rb"(?:\A|\n)[ \t\r]*\n\Z")
@@ -34,27 +35,30 @@ _PARAGRAPH = re.compile(rb"\n[ \t\r]*\n(?=[ \t\r]*[^\s])")
 
 
 def sniff_layout(sample: bytes) -> Layout:
-    """Tell WikiText, by a level-one heading in the beginning of a text, from other text."""
-    return Layout.WIKITEXT if _find_heading(sample, 0, first=True) is not None else Layout.PLAIN
+    """Tell JSON lines, by how the first of them begins, and WikiText, by a level-one heading, from other text."""
+    if _JSON_LINE.match(sample):
+        return Layout.JSONL
+    headed = _HEADING_LINE.match(sample) or _find_heading(sample, 1) is not None
+    return Layout.WIKITEXT if headed else Layout.PLAIN
 
 
 def find_start(data: bytes, position: int, layout: Layout, origin: int, final: bool) -> int | None:
-    """First place at or after `position` where a document begins.
+    """Return the first place at or after a position above 0 where a document begins.
 
     Args:
-        data: a part of the text that begins where a document begins.
-        position: where in `data` to look from; more than 0.
-        layout: the division into documents.
-        origin: byte offset of `data` in the whole text.
-        final: whether `data` runs to the end of the text.
+        data: A part of the text that begins where a document begins.
+        position: Where in it to look from.
+        layout: The division into documents.
+        origin: Byte offset of `data` in the whole text.
+        final: Whether `data` runs to the end of the text, which ends a document.
 
     Returns:
-        A position in `data`, `len(data)` at the end of the text, or None when the rule needs more text than `data` has.
+        A position in `data`, or None when the rule needs more text than `data` has.
     """
     if layout is Layout.JSONL:
         found = data.find(b"\n", position - 1) + 1 or None
     elif layout is Layout.WIKITEXT:
-        found = _find_heading(data, position, first=False)
+        found = _find_heading(data, position)
         # The blank line below a heading may not have arrived yet.
         if found is not None and not final and data.count(b"\n", found) < 2:
             found = None
@@ -81,20 +85,15 @@ def tidy(document: str) -> str:
     return body[start:].replace("\r\n", "\n")
 
 
-def _find_heading(data: bytes, position: int, first: bool) -> int | None:
-    """Position of the next level-one heading: a line ` = Title = ` between blank lines.
+def _find_heading(data: bytes, position: int) -> int | None:
+    """Position of the next level-one heading behind a line break: a line ` = Title = ` between blank lines.
 
     A section heading has a second `=` on both sides, and a line of a heading's look inside a paragraph has text above
     or below it.
     """
-    if first and _HEADING_LINE.match(data):
-        return 0
-    for match in _LINE_LIKE_HEADING.finditer(data, max(0, position - 1)):
+    for match in _LINE_LIKE_HEADING.finditer(data, position - 1):
         start = match.end()
-        line = _HEADING_LINE.match(data, start)
-        if line is None or start < position:
-            continue
-        if _BLANK_BEFORE.search(data, max(0, start - 256), start):
+        if _HEADING_LINE.match(data, start) and _BLANK_BEFORE.search(data, max(0, start - 256), start):
             return start
     return None
 
@@ -107,19 +106,11 @@ def _find_plain_cut(data: bytes, position: int, origin: int) -> int | None:
     """
     cell = max(1, (origin + position - 1) // PLAIN_GRID_BYTES, -(-origin // PLAIN_GRID_BYTES))
     while (high := (cell + 1) * PLAIN_GRID_BYTES - origin) <= len(data):
-        cut = _cut_in_cell(data, high - PLAIN_GRID_BYTES, high)
-        if cut is not None and cut >= position:
+        low = high - PLAIN_GRID_BYTES
+        paragraph = _PARAGRAPH.search(data, low, high)
+        places = (paragraph.end() if paragraph else 0, data.find(b"\n", low, high) + 1, data.find(b" ", low, high) + 1)
+        cut = next((place for place in places if place), 0)
+        if cut >= position:
             return cut
         cell += 1
-    return None
-
-
-def _cut_in_cell(data: bytes, low: int, high: int) -> int | None:
-    paragraph = _PARAGRAPH.search(data, low, high)
-    if paragraph:
-        return paragraph.end()
-    for separator in (b"\n", b" "):
-        found = data.find(separator, low, high)
-        if found >= 0:
-            return found + 1
     return None

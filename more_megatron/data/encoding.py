@@ -1,19 +1,33 @@
-"""Documents to token ids as they lie on disk, whatever tokenizer gives the ids."""
+"""Blocks of text to token ids as they lie on disk, in this process or in several, in the order of the inputs.
+
+The reference of the tokenizer encodes, or gigatoken where it gives the same ids.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import chain, islice
+from multiprocessing import get_context
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from more_megatron.data.errors import DocumentError
+from more_megatron.data.errors import DocumentError, ResumableError
+from more_megatron.data.fast import Encode, FastEncode, Recipe, checked, first_difference
+from more_megatron.data.reading import Block, read_documents
+from more_megatron.data.reference import open_reference
+from more_megatron.data.tokenizers import Tokenizer
+from more_megatron.errors import last_line
+from more_megatron.lifetime import end_with_starter
 
-__all__ = ["Encode", "Encoded", "Encoder"]
-
-Encode = Callable[[Sequence[bytes]], Iterable[ArrayLike]]
-"""Gives the ids of each of some documents, which come as UTF-8."""
+__all__ = ["Counts", "Encoded", "Encoder", "EncoderPlan", "encode_blocks", "plan_encoder"]
 
 
 @dataclass(frozen=True)
@@ -30,43 +44,177 @@ class Encoded:
     lengths: NDArray[np.int32]
 
 
-class Encoder:
-    """Puts the ids of documents together.
+@dataclass(frozen=True)
+class Counts:
+    """Counts of one block, or of several added up.
 
-    Args:
-        encode: Gives the ids of documents.
-        vocab_size: Number of ids.
-        dtype: dtype of ids on disk.
-        eod: Token that ends each document, or None.
+    Attributes:
+        documents: Documents, empty ones included.
+        tokens: Tokens, those that end documents included.
+        text_bytes: Bytes of the documents' text as UTF-8.
+        words: Runs of bytes between ASCII white space in that text.
+        skipped: Lines of the inputs that were left out.
+        blocks: Blocks of the inputs.
+        read: Bytes of the inputs, decompressed.
     """
 
-    def __init__(self, encode: Encode, vocab_size: int, dtype: np.dtype, eod: int | None) -> None:
-        self._encode = encode
-        self._vocab_size = vocab_size
-        self._dtype = dtype
-        # Of the dtype on disk, with which the ids' own dtype is not widened.
-        self._eod = np.array([] if eod is None else [eod], dtype=dtype)
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    words: int = 0
+    skipped: int = 0
+    blocks: int = 0
+    read: int = 0
 
-    def encode(self, documents: Sequence[bytes]) -> Encoded:
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """An encoder that has been decided on, small enough to hand to every worker.
+
+    Attributes:
+        tokenizer: The tokenizer.
+        append_eod: Whether documents end with the end-of-document token.
+        recipe: How gigatoken encodes; None for the reference.
+        name: The library, with its version: parts of a dataset by two of them are not mixed.
+        reason: Why it is this one.
+    """
+
+    tokenizer: Tokenizer
+    append_eod: bool
+    recipe: Recipe | None
+    name: str
+    reason: str
+
+
+def plan_encoder(
+    tokenizer: Tokenizer, append_eod: bool, documents: Iterable[bytes], allow_fast: bool = True
+) -> EncoderPlan:
+    """Choose the encoder of a run; gigatoken is tried on the documents, the first of what will be encoded."""
+    from importlib.metadata import version
+
+    reference = open_reference(tokenizer)
+    recipe = reference.recipe() if allow_fast else "--encoder reference was given"
+    if isinstance(recipe, Recipe):
+        try:
+            name, fast = f"gigatoken {version('gigatoken')}", FastEncode(recipe, reference.normalize)
+            different = first_difference(fast, reference.encode, reference.pieces(), documents)
+        except ImportError:
+            recipe = "it is not installed (pip install 'more-megatron[fast]', several times faster)"
+        except Exception as error:
+            recipe = f"it refuses this tokenizer ({last_line(error)[:120]})"
+        else:
+            if different is None:
+                reason = "its ids are the reference's on every piece, on hostile texts and on the first half megabyte"
+                return EncoderPlan(tokenizer, append_eod, recipe, name, reason)
+            recipe = f"its ids differ from the reference's, first in {different}"
+    return EncoderPlan(tokenizer, append_eod, None, reference.name, f"not gigatoken: {recipe}")
+
+
+class Encoder:
+    """Encodes as planned, and puts the ids of documents together."""
+
+    def __init__(self, plan: EncoderPlan) -> None:
+        tokenizer, reference = plan.tokenizer, open_reference(plan.tokenizer)
+        self._encode: Encode = reference.encode
+        if plan.recipe is not None:
+            self._encode = checked(FastEncode(plan.recipe, reference.normalize), reference.encode)
+        self._vocab_size = tokenizer.vocab_size
+        # Of the dtype on disk, with which the ids' own dtype is not widened.
+        ends = [tokenizer.eod] if plan.append_eod and tokenizer.eod is not None else []
+        self._eod = np.array(ends, dtype=tokenizer.dtype)
+
+    def encode(self, documents: list[bytes]) -> Encoded:
         """Return the tokens of documents that come as UTF-8.
 
         Raises:
-            DocumentError: A document gives an id that the tokenizer does not have.
+            DocumentError: A document cannot be encoded, or gives an id that the tokenizer does not have.
         """
-        parts: list[ArrayLike] = [np.empty(0, self._dtype)]
+        parts: list[ArrayLike] = [self._eod[:0]]
         lengths = np.zeros(len(documents), dtype=np.int32)
         for index, ids in enumerate(self._encode(documents)):
-            count = len(ids)  # type: ignore[arg-type]
-            if count:
+            if count := len(ids):  # type: ignore[arg-type]
                 parts += [ids, self._eod]
                 lengths[index] = count + len(self._eod)
         tokens = np.concatenate(parts)
-        if tokens.dtype.kind not in "iu" or (len(tokens) and not 0 <= tokens.min() <= tokens.max() < self._vocab_size):
-            self._refuse(tokens, lengths)
-        return Encoded(tokens.astype(self._dtype), lengths)
+        wrong = (tokens < 0) | (tokens >= self._vocab_size)
+        if wrong.any():
+            place = int(wrong.argmax())
+            index = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
+            raise DocumentError(index, f"gives the id {tokens[place]}, the tokenizer has 0 to {self._vocab_size - 1}")
+        return Encoded(tokens.astype(self._eod.dtype), lengths)
 
-    def _refuse(self, tokens: NDArray[np.generic], lengths: NDArray[np.int32]) -> None:
-        values = [int(id) for id in tokens.tolist()]
-        place = next(place for place, id in enumerate(values) if not 0 <= id < self._vocab_size)
-        index = int(np.searchsorted(np.cumsum(lengths), place, side="right"))
-        raise DocumentError(index, f"gives the id {values[place]}, the tokenizer has 0 to {self._vocab_size - 1}")
+
+def encode_blocks(plan: EncoderPlan, blocks: Iterator[Block], workers: int) -> Iterator[tuple[Encoded, Counts]]:
+    """Encode blocks, of which a bounded number is read ahead, and yield tokens and counts of each in order.
+
+    Raises:
+        DataError: A block cannot be used; those before it have been yielded.
+    """
+    first = list(islice(blocks, workers))
+    blocks = chain(first, blocks)
+    if len(first) < 2:
+        yield from map(partial(_encode_block, Encoder(plan)), blocks)
+        return
+    # Numerical libraries would start a thread for each core in each worker.
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Fresh interpreters: forking a process that may run threads can lock up.
+    pool = ProcessPoolExecutor(len(first), get_context("spawn"), _start_worker, (plan,))
+    pending: deque[Future[tuple[Encoded, Counts]]] = deque()
+    try:
+        for block in blocks:
+            pending.append(pool.submit(_encode_in_worker, block))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        reason = "a worker process died, most likely for want of memory"
+        raise ResumableError(f"{reason}; run again with --resume and fewer --workers") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # An error line ends the process without more ado, and Python would warn of a lock that still exists then.
+        del pool, pending
+
+
+def _encode_block(encoder: Encoder, block: Block) -> tuple[Encoded, Counts]:
+    texts, skipped = read_documents(block)
+    encoded = encoder.encode(texts)
+    counts = Counts(
+        documents=len(texts),
+        tokens=len(encoded.tokens),
+        text_bytes=sum(map(len, texts)),
+        words=_count_words(texts),
+        skipped=skipped,
+        blocks=1,
+        read=len(block.data),
+    )
+    return encoded, counts
+
+
+def _count_words(documents: list[bytes]) -> int:
+    text = np.frombuffer(b" ".join([b"", *documents]), dtype=np.uint8)
+    # Space, and the five bytes from tab to carriage return.
+    white = (text == 0x20) | (text - 0x09 < 5)
+    return int(np.count_nonzero(white[:-1] > white[1:]))
+
+
+_encoder: Encoder
+
+
+def _start_worker(plan: EncoderPlan) -> None:
+    global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A worker alone would wait for ever: its queue stays open as long as any other worker lives.
+    end_with_starter()
+    # With which the pool ends those that are left when one has died.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _encoder = Encoder(plan)
+
+
+def _encode_in_worker(block: Block) -> tuple[Encoded, Counts]:
+    return _encode_block(_encoder, block)

@@ -1,43 +1,26 @@
-"""Encoding by gigatoken where it gives the ids of the reference tokenizer, and the checks on which that rests.
-
-gigatoken segments; everything around it stays with the reference:
-
-- SentencePiece BPE: SentencePiece normalises, and gigatoken joins the characters. It knows only pieces that are found
-  by merging, so models with user-defined or unused pieces are refused, and so are pieces of equal score, between which
-  SentencePiece goes from left to right. Control pieces must not be found in a text, so no merge leads to one.
-- Byte-level BPE: gigatoken splits and joins, and the special tokens around a text are put there here.
+"""Encoding by gigatoken where it gives the ids of the reference, and the checks on which that rests.
 
 What gigatoken makes of a tokenizer is compared with the reference before it is used, and once a task after that.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from more_megatron.data.encoding import Encode
 from more_megatron.data.errors import DataError, DocumentError
 
-__all__ = [
-    "FastEncode",
-    "Recipe",
-    "byte_level_recipe",
-    "checked",
-    "first_difference",
-    "is_installed",
-    "sentencepiece_recipe",
-]
+__all__ = ["Encode", "FastEncode", "Recipe", "checked", "first_difference"]
+
+Encode = Callable[[Sequence[bytes]], Sequence[ArrayLike]]
+"""Gives the ids of each of some documents, which come as UTF-8."""
 
 # gigatoken keeps every word it has met; from this much text on it starts again.
-_RENEW_BYTES = 1 << 24
+_RENEW_BYTES = 1 << 25
 _SAMPLE_BYTES = 1 << 19
 # A longer document is not encoded twice if its task has a shorter one.
 _CHECKED_BYTES = 1 << 13
@@ -69,105 +52,26 @@ class Recipe:
     suffix: tuple[int, ...] = ()
 
 
-def is_installed() -> bool:
-    """Whether gigatoken is here."""
-    with contextlib.suppress(ValueError):  # blocked, as by a test
-        return find_spec("gigatoken") is not None
-    return False
-
-
-def sentencepiece_recipe(model: str | Path) -> Recipe | str:
-    """Describe a SentencePiece model file to gigatoken, or say why it cannot be."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(Path(model).read_bytes())
-    kinds = proto.SentencePiece
-    unused = {piece.type for piece in proto.pieces} - {kinds.NORMAL, kinds.UNKNOWN, kinds.CONTROL, kinds.BYTE}
-    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-        return "it does not know the model's algorithm"
-    if not proto.trainer_spec.byte_fallback:
-        return "it does not know models without byte fallback"
-    if unused:
-        return "it does not know user-defined and unused pieces"
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
-    joined = [score for piece, score in scores.items() if len(piece) > 1]
-    if len(set(joined)) < len(joined):
-        return "pieces of the model have equal scores"
-    ids = {piece.piece: id for id, piece in enumerate(proto.pieces)}
-    settings: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": None,
-        "model": {
-            "type": "BPE",
-            "unk_token": proto.trainer_spec.unk_piece,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": ids,
-            "merges": _merges(scores, ids),
-        },
-    }
-    return Recipe(json.dumps(settings, ensure_ascii=False))
-
-
-def _merges(scores: dict[str, float], ids: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to join two pieces to a third, the third with the highest score first."""
-    found = []
-    for piece, score in scores.items():
-        for middle in range(1, len(piece)):
-            left, right = piece[:middle], piece[middle:]
-            if left in scores and right in scores:
-                found.append((-score, -middle, ids[left], (left, right)))
-    found.sort()
-    return [pair for *_, pair in found]
-
-
-def byte_level_recipe(backend: Any) -> Recipe | str:
-    """Describe a tokenizer of the tokenizers library to gigatoken, or say why it cannot be."""
-    settings = json.loads(backend.to_str())
-    model, added = settings["model"], settings["added_tokens"]
-    if model["type"] != "BPE" or '"ByteLevel"' not in json.dumps(settings["pre_tokenizer"]):
-        return "it does not know the tokenizer's algorithm"
-    if model.get("dropout") or any(token["single_word"] for token in added):
-        return "it does not know dropout and tokens that stand only alone"
-    if settings["normalizer"] and any(token["normalized"] for token in added):
-        return "it does not normalise added tokens"
-    inner = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a").ids
-    starts = [start for start in range(len(whole)) if whole[start : start + len(inner)] == inner]
-    if len(starts) != 1:
-        return "the special tokens around a text cannot be told from it"
-    end = starts[0] + len(inner)
-    return Recipe(json.dumps({**settings, "post_processor": None}), tuple(whole[: starts[0]]), tuple(whole[end:]))
-
-
 class FastEncode:
-    """Encodes by gigatoken, in bounded memory.
+    """Encodes by gigatoken, in bounded memory, what the reference's normalisation leaves of a document."""
 
-    Args:
-        recipe: How.
-        normalize: What the reference does to a text before it segments it.
-    """
-
-    def __init__(self, recipe: Recipe, normalize: Callable[[bytes], bytes | str] | None) -> None:
+    def __init__(self, recipe: Recipe, normalize: Callable[[Sequence[bytes]], Sequence[bytes]]) -> None:
         self._recipe = recipe
-        self._normalize = normalize or bytes
+        self._normalize = normalize
         self._met = _RENEW_BYTES
         self._tokenizer: Any = None
 
-    def __call__(self, documents: Sequence[bytes]) -> Iterator[ArrayLike]:
-        """Yield the ids of each document."""
+    def __call__(self, documents: Sequence[bytes]) -> list[ArrayLike]:
+        """Return the ids of each document."""
+        found: list[ArrayLike] = []
         prefix, suffix = self._recipe.prefix, self._recipe.suffix
-        for document in documents:
+        for document in self._normalize(documents):
             if self._met >= _RENEW_BYTES:
                 self._renew()
             self._met += len(document)
-            ids = self._tokenizer.encode(self._normalize(document))
-            yield np.concatenate([prefix, ids, suffix]).astype(np.uint32) if prefix or suffix else ids
+            ids = self._tokenizer.encode(document)
+            found.append(np.concatenate([prefix, ids, suffix]).astype(np.uint32) if prefix or suffix else ids)
+        return found
 
     def _renew(self) -> None:
         import gigatoken
@@ -181,26 +85,20 @@ class FastEncode:
 def checked(fast: Encode, reference: Encode) -> Encode:
     """Compare one document of each call with the reference; the call raises `DocumentError` if it differs."""
 
-    def encode(documents: Sequence[bytes]) -> Iterable[ArrayLike]:
+    def encode(documents: Sequence[bytes]) -> Sequence[ArrayLike]:
         try:
-            found = list(fast(documents))
+            found = fast(documents)
         except Exception as error:
             raise DataError(f"gigatoken fails: {error}; --encoder reference does without it") from error
-        index = _choose(documents)
-        if index is not None:
-            (expected,) = reference([documents[index]])
-            if not np.array_equal(np.asarray(found[index]), np.asarray(expected)):
+        # The longest document that is quickly encoded, else the shortest.
+        ranks = {n: len(text) * (1 if len(text) <= _CHECKED_BYTES else -1) for n, text in enumerate(documents) if text}
+        if ranks:
+            index = max(ranks, key=ranks.__getitem__)
+            if _integers(found[index]) != _integers(reference([documents[index]])[0]):
                 raise DocumentError(index, "has other tokens by gigatoken than by the reference tokenizer")
         return found
 
     return encode
-
-
-def _choose(documents: Sequence[bytes]) -> int | None:
-    """Index of the longest document that is quickly encoded, else of the shortest that has a text."""
-    sizes = [(len(document), index) for index, document in enumerate(documents) if document]
-    quick = [entry for entry in sizes if entry[0] <= _CHECKED_BYTES]
-    return max(quick)[1] if quick else min(sizes)[1] if sizes else None
 
 
 def first_difference(fast: Encode, reference: Encode, pieces: Sequence[str], documents: Iterable[bytes]) -> str | None:
@@ -219,7 +117,11 @@ def first_difference(fast: Encode, reference: Encode, pieces: Sequence[str], doc
         size += len(start)
         if size >= _SAMPLE_BYTES - 3:
             break
-    for text, ours, theirs in zip(texts, fast(texts), reference(texts), strict=True):
-        if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
-            return repr(text[:40].decode(errors="replace"))
-    return None
+    both = zip(texts, fast(texts), reference(texts), strict=True)
+    different = (text for text, ours, theirs in both if _integers(ours) != _integers(theirs))
+    return next((repr(text[:40].decode(errors="replace")) for text in different), None)
+
+
+def _integers(ids: Any) -> list[int]:
+    """Python integers: for the few ids of a piece they are compared in a fraction of numpy's time."""
+    return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)

@@ -10,28 +10,46 @@ entry (int64 [D + 1]). The layout is that of `megatron/core/datasets/indexed_dat
 
 from __future__ import annotations
 
+import json
 import os
 import struct
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.data.errors import DatasetError
 
-__all__ = ["IndexFile", "bin_path", "idx_path", "read_index", "token_dtype", "write_index"]
+__all__ = [
+    "MANIFEST_VERSION",
+    "IndexFile",
+    "bin_path",
+    "idx_path",
+    "manifest_path",
+    "read_index",
+    "read_manifest",
+    "token_dtype",
+    "write_index",
+]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_HEADER_BYTES = _HEADER.size
 _DTYPES = dict(enumerate(map(np.dtype, ["u1", "i1", "i2", "i4", "i8", "f8", "f4", "u2"]), 1))
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # From this vocabulary size on Megatron stores int32 (DType.optimal_dtype).
 _UINT16_VOCABULARY = 65500
 _CHUNK = 1 << 20
+
+
+MANIFEST_VERSION = 2
+"""Version 1 had no hashes of the files and no count of skipped lines."""
+
+# Fields on whose types the checks and tools rely.
+_FIELDS: dict[str, type] = {"documents": int, "tokens": int, "text_bytes": int, "words": int, "dtype": str}
+_GROUPS: dict[str, type] = {"tokenizer": dict, "options": dict, "sha256": dict}
+_TOKENIZER: dict[str, type] = {"type": str, "model": str, "sha256": str, "vocab_size": int, "eod": int}
 
 
 def bin_path(prefix: str | os.PathLike[str]) -> Path:
@@ -42,6 +60,11 @@ def bin_path(prefix: str | os.PathLike[str]) -> Path:
 def idx_path(prefix: str | os.PathLike[str]) -> Path:
     """Path of the index file of a dataset prefix."""
     return Path(f"{os.fspath(prefix)}.idx")
+
+
+def manifest_path(prefix: str | os.PathLike[str]) -> str:
+    """Return the path of the manifest of a dataset prefix."""
+    return f"{os.fspath(prefix)}.json"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -90,25 +113,23 @@ def read_index(path: str | os.PathLike[str]) -> IndexFile:
     """
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
-        head = stream.read(_HEADER_BYTES)
-    if len(head) < _HEADER_BYTES:
-        raise DatasetError(
-            f"{path} is truncated: {size} bytes, an index has at least {_HEADER_BYTES}; preprocess again"
-        )
+        head = stream.read(_HEADER.size)
+    if len(head) < _HEADER.size:
+        raise DatasetError(f"{path} is truncated: {size} bytes are less than its header; preprocess again")
     magic, version, code, sequences, entries = _HEADER.unpack(head)
     if magic != _MAGIC or version != 1 or code not in _DTYPES or entries < 1:
         raise DatasetError(f"{path} is damaged or is not a Megatron index (bad header); preprocess again")
     # A multimodal index carries one byte more for each sequence.
-    expected = _HEADER_BYTES + 12 * sequences + 8 * entries
+    expected = _HEADER.size + 12 * sequences + 8 * entries
     if size not in (expected, expected + sequences):
         state = "truncated" if size < expected else "damaged"
         raise DatasetError(f"{path} is {state}: {size} bytes, its header says {expected}; preprocess again")
     data = np.memmap(path, mode="r", dtype=np.uint8)
-    lengths_end = _HEADER_BYTES + 4 * sequences
+    lengths_end = _HEADER.size + 4 * sequences
     pointers_end = lengths_end + 8 * sequences
     index = IndexFile(
         dtype=_DTYPES[code],
-        lengths=np.frombuffer(data, np.int32, sequences, _HEADER_BYTES),
+        lengths=np.frombuffer(data, np.int32, sequences, _HEADER.size),
         pointers=np.frombuffer(data, np.int64, sequences, lengths_end),
         documents=np.frombuffer(data, np.int64, entries, pointers_end),
     )
@@ -137,28 +158,56 @@ def _fault(index: IndexFile) -> str | None:
     return None
 
 
-def write_index(stream: IO[bytes], dtype: np.dtype, pieces: Callable[[], Iterable[NDArray[np.int32]]]) -> None:
-    """Write an `.idx` file from document lengths that come in pieces, int32 [documents]; each call begins a new pass.
+def write_index(stream: IO[bytes], dtype: np.dtype, lengths: NDArray[np.int32]) -> None:
+    """Write an `.idx` file from the tokens of each document, int32 [documents], which may be memory-mapped.
 
-    The three arrays of an index lie one after the other, so the pieces are gone through once for each of them and
-    memory does not grow with the corpus. A document without tokens has no sequence, as in Megatron's own tool.
+    The lengths are gone through once for each array of the index, so that memory does not grow with the corpus. A
+    document without tokens has no sequence, as in Megatron's own tool.
     """
-    documents = sequences = 0
-    for lengths in pieces():
-        documents += len(lengths)
-        sequences += int(np.count_nonzero(lengths))
-    stream.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], sequences, documents + 1))
-    for lengths in pieces():
-        stream.write(lengths[lengths > 0].astype("<i4").tobytes())
-    offset = 0
-    for lengths in pieces():
-        sizes = lengths[lengths > 0].astype(np.int64) * dtype.itemsize
-        ends = np.cumsum(sizes) + offset
-        stream.write((ends - sizes).astype("<i8").tobytes())
-        offset += int(sizes.sum())
+    chunks = [lengths[start : start + _CHUNK] for start in range(0, len(lengths), _CHUNK)]
+    sequences = sum(int(np.count_nonzero(chunk)) for chunk in chunks)
+    stream.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], sequences, len(lengths) + 1))
+    for chunk in chunks:
+        stream.write(chunk[chunk > 0].astype("<i4").data)
+    place = 0
+    for chunk in chunks:
+        ends = np.cumsum(np.append(place, chunk[chunk > 0].astype(np.int64) * dtype.itemsize))
+        stream.write(ends[:-1].astype("<i8").data)
+        place = int(ends[-1])
     stream.write(struct.pack("<q", 0))
     sequence = 0
-    for lengths in pieces():
-        ends = np.cumsum(lengths > 0, dtype=np.int64) + sequence
-        stream.write(ends.astype("<i8").tobytes())
-        sequence += int(np.count_nonzero(lengths))
+    for chunk in chunks:
+        bounds = np.cumsum(chunk > 0, dtype=np.int64) + sequence
+        stream.write(bounds.astype("<i8").data)
+        sequence = int(bounds[-1])
+
+
+def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Read the manifest of a dataset; None where there is none, as for datasets that Megatron's own tool wrote.
+
+    Raises:
+        DatasetError: It is damaged.
+    """
+    path = manifest_path(prefix)
+    try:
+        with open(path, encoding="utf-8") as stream:
+            manifest: Any = json.load(stream)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(f"{path} is damaged: {error}; preprocess again, or remove it to skip its checks") from error
+    wrong: list[str] | None = None
+    if isinstance(manifest, dict) and "tokenizer" in manifest:
+        wrong = _wrong(manifest, _FIELDS | _GROUPS) or _wrong(manifest["tokenizer"], _TOKENIZER)
+    if wrong or wrong is None:
+        fields = f" ({', '.join(wrong)})" if wrong else ""
+        raise DatasetError(f"{path} is no manifest of a dataset{fields}; preprocess again, or remove it")
+    return dict(manifest)
+
+
+def _wrong(values: dict[str, Any], types: dict[str, type]) -> list[str]:
+    return [
+        f"{name}: {values[name]!r:.40}"
+        for name, kind in types.items()
+        if type(values.get(name, kind())) is not kind and values[name] is not None
+    ]

@@ -9,49 +9,20 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from more_megatron.data.encoding import Encoded
+from more_megatron.data.encoding import Counts, Encoded
 from more_megatron.data.errors import DataError, ResumableError
-from more_megatron.data.indexed import bin_path, idx_path, write_index
-from more_megatron.data.manifest import manifest_path
+from more_megatron.data.indexed import bin_path, idx_path, manifest_path, write_index
 from more_megatron.data.sources import sha256_of
 
-__all__ = ["Counts", "Output", "writing"]
+__all__ = ["Output", "writing"]
 
 _SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_CHUNK_DOCUMENTS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Counts of one block, or of several added up.
-
-    Attributes:
-        documents: Documents, empty ones included.
-        tokens: Tokens, those that end documents included.
-        text_bytes: Bytes of the documents' text as UTF-8.
-        words: Runs of bytes between ASCII white space in that text.
-        skipped: Lines of the inputs that were left out.
-        blocks: Blocks of the inputs.
-        read: Bytes of the inputs, or characters of the rows of a Parquet file.
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    words: int = 0
-    skipped: int = 0
-    blocks: int = 0
-    read: int = 0
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @contextlib.contextmanager
@@ -70,9 +41,6 @@ class Output:
     """The folder `<prefix>.partial`, held by one run at a time.
 
     Tokens and document lengths are appended block by block, and a small file says how much of both is valid.
-
-    Args:
-        prefix: Output prefix, without `.bin` and `.idx`.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -90,7 +58,7 @@ class Output:
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):
-            self._close()
+            self._open.close()
             if not any(path.name != "lock" for path in self.folder.iterdir()):
                 shutil.rmtree(self.folder)
         self._lock.close()
@@ -103,9 +71,8 @@ class Output:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataError(
-                f"another run is writing {self.prefix}: wait until it has ended, or choose another --output-prefix"
-            ) from error
+            what = f"another run is writing {self.prefix}"
+            raise DataError(f"{what}: wait until it has ended, or choose another --output-prefix") from error
         except OSError:
             return True  # a file system without locks
         try:
@@ -142,7 +109,8 @@ class Output:
             sizes = [(self.folder / name).stat().st_size for name in ("tokens", "lengths")]
         except (OSError, ValueError, TypeError):
             return None
-        changed = ", ".join(key for key in plan if old.get(key) != plan[key])
+        old, new = ({**facts, **facts.get("options", {})} for facts in (old, plan))
+        changed = ", ".join(key for key in new if old.get(key) != new[key])
         if changed:
             raise DataError(f"cannot resume {self.folder}: changed since then: {changed}; run without --resume")
         whole = sizes[0] >= done.tokens * np.dtype(plan["dtype"]).itemsize and sizes[1] >= done.documents * 4
@@ -160,9 +128,10 @@ class Output:
     def publish(self, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the index and the manifest, hashes added, and give all three files their names, the index last."""
         with writing(self.folder):
-            self._close()
+            self._open.close()
+            lengths = np.memmap(self.folder / "lengths", "<i4", mode="r")
             with open(self.folder / "index", "wb") as stream:
-                write_index(stream, np.dtype(manifest["dtype"]), self._document_lengths)
+                write_index(stream, np.dtype(manifest["dtype"]), lengths)
             hashes = {"bin": sha256_of(self.folder / "tokens"), "idx": sha256_of(self.folder / "index")}
             manifest = {**manifest, "sha256": hashes}
             self._replace("manifest.json", manifest)
@@ -176,18 +145,10 @@ class Output:
     def discard(self) -> None:
         """Remove what has been written."""
         with contextlib.suppress(OSError):
-            self._close()
+            self._open.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _close(self) -> None:
-        self._open.close()
 
     def _replace(self, name: str, contents: dict[str, Any]) -> None:
         unfinished = self.folder / f"{name}.tmp"
         unfinished.write_text(json.dumps(contents, indent=2) + "\n")
         os.replace(unfinished, self.folder / name)
-
-    def _document_lengths(self) -> Iterator[NDArray[np.int32]]:
-        with open(self.folder / "lengths", "rb") as stream:
-            while data := stream.read(4 * _CHUNK_DOCUMENTS):
-                yield np.frombuffer(data, "<i4")

@@ -1,29 +1,51 @@
-"""From input files to an indexed dataset and its manifest."""
+"""From input files to an indexed dataset and its manifest, and back to check it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from typing import Any
 
+import numpy as np
+
 from more_megatron import __version__
+from more_megatron.data.check import check_dataset, check_hashes
 from more_megatron.data.documents import PLAIN_GRID_BYTES
-from more_megatron.data.encoders import EncoderPlan, plan_encoder
-from more_megatron.data.errors import DataError, DocumentError, ResumableError
-from more_megatron.data.manifest import MANIFEST_VERSION
-from more_megatron.data.output import Counts, Output
-from more_megatron.data.reading import BLOCK_BYTES, Block, read_blocks, read_documents
-from more_megatron.data.sources import sha256_of
-from more_megatron.data.workers import Job, encode_blocks
+from more_megatron.data.encoding import Counts, EncoderPlan, encode_blocks, plan_encoder
+from more_megatron.data.errors import DataError, DatasetError, DocumentError, ResumableError
+from more_megatron.data.indexed import MANIFEST_VERSION
+from more_megatron.data.output import Output
+from more_megatron.data.reading import BLOCK_BYTES, Block, read_all_documents, read_blocks, read_documents
+from more_megatron.data.sources import Source, sha256_of
+from more_megatron.data.tokenizers import Tokenizer, build_megatron
 
-__all__ = ["preprocess"]
-
+__all__ = ["Job", "preprocess", "verify"]
 
 Report = Callable[[int, int], None]
-"""Told of bytes that are done, and of all tokens so far."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made of what.
+
+    Attributes:
+        sources: The inputs, in order.
+        tokenizer: The tokenizer.
+        append_eod: Whether documents end with the end-of-document token.
+        workers: Processes to use.
+        resume: Whether to go on where an interrupted run was.
+        allow_fast: Whether gigatoken may encode.
+    """
+
+    sources: Sequence[Source]
+    tokenizer: Tokenizer
+    append_eod: bool = True
+    workers: int = 1
+    resume: bool = False
+    allow_fast: bool = True
 
 
 def preprocess(job: Job, output: Output, say: Callable[[str], None], report: Report) -> dict[str, Any]:
@@ -33,32 +55,29 @@ def preprocess(job: Job, output: Output, say: Callable[[str], None], report: Rep
         job: What to do.
         output: Where to, held by this run.
         say: Told which encoder was chosen.
-        report: Told of every block.
+        report: Told of the bytes of every block that is done, and of all tokens so far.
 
     Raises:
         DataError: An input, the tokenizer or the place to write to is at fault; nothing is left under a final name.
     """
     if job.append_eod and job.tokenizer.eod is None:
-        kind = job.tokenizer.options.tokenizer_type
-        raise DataError(f"{kind} has no end-of-document token; pass --no-append-eod to do without")
+        raise DataError(f"{job.tokenizer.options.tokenizer_type} has no end-of-document token; pass --no-append-eod")
     blocks = read_blocks(job.sources)
     first = list(islice(blocks, 1))
-    encoder = plan_encoder(job.tokenizer, job.append_eod, _texts(job, first), job.allow_fast)
+    documents = read_documents(first[0])[0] if first else []
+    encoder = plan_encoder(job.tokenizer, job.append_eod, documents, job.allow_fast)
     say(f"encoding by {encoder.name} ({encoder.reason})")
-    done = output.start(_plan(job, encoder), job.resume)
+    plan = _plan(job, encoder)
+    done = output.start(plan, job.resume)
     hashing = ThreadPoolExecutor(1)
     hashes = [hashing.submit(sha256_of, source.path) for source in job.sources]
     try:
-        total = _write(job, encoder, chain(first, blocks), output, done, report)
-        manifest = _manifest(job, total, [future.result() for future in hashes])
-        return output.publish(manifest)
+        total = asdict(_write(job, encoder, chain(first, blocks), output, done, report))
+        inputs = [{**entry, "sha256": sha256.result()} for entry, sha256 in zip(plan["inputs"], hashes, strict=True)]
+        counts = {name: count for name, count in total.items() if name not in ("blocks", "read")}
+        return output.publish({**plan, "inputs": inputs, **counts})
     finally:
         hashing.shutdown(wait=False, cancel_futures=True)
-
-
-def _texts(job: Job, blocks: Sequence[Block]) -> Iterator[bytes]:
-    for block in blocks:
-        yield from read_documents(block, job.detokenize, job.skip_bad_lines).texts
 
 
 def _write(
@@ -66,9 +85,9 @@ def _write(
 ) -> Counts:
     """Encode and write the blocks that are not written yet, and return the counts of all."""
     for block in islice(blocks, total.blocks):
-        report(block.size, total.tokens)
+        report(len(block.data), total.tokens)
     try:
-        for encoded, counts in encode_blocks(job, encoder, blocks):
+        for encoded, counts in encode_blocks(encoder, blocks, job.workers):
             total += counts
             output.append(encoded, total)
             report(counts.read, total.tokens)
@@ -91,43 +110,68 @@ def _write(
 
 
 def _plan(job: Job, encoder: EncoderPlan) -> dict[str, Any]:
-    """Everything that decides the output."""
-    return {
-        "inputs": [[source.path, source.size, os.stat(source.path).st_mtime_ns] for source in job.sources],
-        "layouts": [[source.format, source.layout, source.key] for source in job.sources],
-        "tokenizer": [asdict(job.tokenizer.options), job.tokenizer.sha256],
-        "encoder": encoder.name,
-        "dtype": job.tokenizer.dtype.name,
-        "append_eod": job.append_eod,
-        "detokenize": job.detokenize,
-        "block_bytes": [BLOCK_BYTES, PLAIN_GRID_BYTES],
-    }
-
-
-def _manifest(job: Job, total: Counts, hashes: Sequence[str]) -> dict[str, Any]:
-    tokenizer = job.tokenizer
+    """Everything that decides the output, of which the manifest tells. Bad lines may still be left out later."""
     inputs = [
         {
             "path": os.path.abspath(source.path),
             "bytes": source.size,
-            "sha256": sha256,
-            "layout": source.layout or "rows",
+            "modified": os.stat(source.path).st_mtime_ns,
+            "layout": source.layout,
+            "key": source.key,
         }
-        for source, sha256 in zip(job.sources, hashes, strict=True)
+        for source in job.sources
     ]
-    options = {key: value for key, value in asdict(tokenizer.options).items() if value}
+    tokenizer = {key: value for key, value in asdict(job.tokenizer.options).items() if value}
     return {
         "version": MANIFEST_VERSION,
         "written_by": f"more-megatron {__version__}",
         "inputs": inputs,
-        "tokenizer": {
-            "type": tokenizer.options.tokenizer_type,
-            "model": tokenizer.options.tokenizer_model,
-            "sha256": tokenizer.sha256,
-            "vocab_size": tokenizer.vocab_size,
-            "eod": tokenizer.eod,
-        },
-        "dtype": tokenizer.dtype.name,
-        **{name: value for name, value in asdict(total).items() if name not in ("blocks", "read")},
-        "options": {"append_eod": job.append_eod, "detokenize": job.detokenize, "tokenizer": options},
+        "tokenizer": job.tokenizer.facts(),
+        "encoder": encoder.name,
+        "dtype": job.tokenizer.dtype.name,
+        "block_bytes": [BLOCK_BYTES, PLAIN_GRID_BYTES],
+        "options": {"append_eod": job.append_eod, "detokenize": job.sources[0].detokenize, "tokenizer": tokenizer},
     }
+
+
+def verify(job: Job, prefix: str, manifest: dict[str, Any], samples: int = 200) -> str:
+    """Check a dataset against its manifest and the inputs it was made from, and say what was found.
+
+    Evenly spaced documents, the first and the last among them, are encoded again with Megatron's own tokenizer.
+
+    Raises:
+        DatasetError: A hash, a count or a document differs.
+    """
+    tokenizer = job.tokenizer
+    check_dataset(prefix, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
+    hashes = check_hashes(prefix)
+    megatron = build_megatron(tokenizer.options)
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    dataset = IndexedDataset(prefix)
+    documents, tokens = manifest["documents"], manifest["tokens"]
+    wanted = set(np.linspace(0, documents - 1, min(samples, documents), dtype=np.int64).tolist())
+    seen = exact = 0
+    for number, document in enumerate(read_all_documents(job.sources)):
+        seen += 1
+        if number not in wanted:
+            continue
+        text = document.decode()
+        ids = [int(id) for id in megatron.tokenize(text)]
+        ends = [tokenizer.eod] if ids and job.append_eod and tokenizer.eod is not None else []
+        _compare(prefix, dataset, number, ids + ends)
+        exact += megatron.detokenize(ids) == text if ids else text == ""
+    if seen != documents:
+        raise DatasetError(f"dataset {prefix} has {documents} documents, its inputs have {seen}")
+    return (
+        f"verified: {hashes}; {documents} documents, {tokens} tokens; {len(wanted)} documents encoded again by "
+        f"Megatron's tokenizer are the same, {exact} of them decode to their exact text"
+    )
+
+
+def _compare(prefix: str, dataset: Any, number: int, expected: list[int]) -> None:
+    first, last = (int(place) for place in dataset.document_indices[number : number + 2])
+    found = [int(id) for sequence in range(first, last) for id in dataset[sequence]]
+    if found != expected:
+        what = f"document {number} differs from its source ({len(found)} tokens, {len(expected)} expected)"
+        raise DatasetError(f"dataset {prefix}: {what}; please report this")

@@ -6,17 +6,19 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from more_megatron.data.detokenize import Detokenize, detokenize
+from more_megatron.data.detokenize import detokenize
 from more_megatron.data.documents import Layout, document_starts, find_start, tidy
 from more_megatron.data.errors import DataError
-from more_megatron.data.sources import Source, parquet_rows, text_chunks
+from more_megatron.data.sources import Source, text_chunks
 
-__all__ = ["BLOCK_BYTES", "Block", "Documents", "cut_blocks", "read_blocks", "read_documents"]
+__all__ = ["BLOCK_BYTES", "Block", "cut_blocks", "read_all_documents", "read_blocks", "read_documents"]
 
 BLOCK_BYTES = 1 << 21
 """Least size of a block. A constant: neither memory nor the output follows the inputs' size or the workers."""
 
 _KINDS = {dict: "an object", list: "a list", float: "a number", bool: "a truth value", type(None): "null"}
+# Python refuses to convert integers of more than 4,300 digits; a number beside the text may be as long as it likes.
+_DECODER = json.JSONDecoder(parse_int=float)
 
 
 @dataclass(frozen=True)
@@ -25,58 +27,24 @@ class Block:
 
     Attributes:
         source: The input.
-        origin: Bytes of text before the block, or rows of a Parquet file.
+        origin: Bytes of text before the block.
         line: Lines before the block.
-        data: The text, or the rows.
+        data: The text.
     """
 
     source: Source
     origin: int
     line: int
-    data: bytes | list[str]
-
-    @property
-    def size(self) -> int:
-        """Return the bytes of the text, or the characters of the rows."""
-        return len(self.data) if isinstance(self.data, bytes) else sum(map(len, self.data))
-
-
-@dataclass(frozen=True)
-class Documents:
-    """The documents of a block.
-
-    Attributes:
-        texts: The documents as UTF-8.
-        skipped: Lines that hold no text and were left out.
-    """
-
-    texts: list[bytes]
-    skipped: int = 0
+    data: bytes
 
 
 def read_blocks(sources: Iterable[Source]) -> Iterator[Block]:
     """Read all inputs, in order, in blocks that depend on the inputs alone."""
     for source in sources:
-        if source.layout is None:
-            yield from _row_blocks(source)
-            continue
         line = 0
         for origin, data in cut_blocks(text_chunks(source), source.layout, BLOCK_BYTES):
             yield Block(source, origin, line, data)
             line += data.count(b"\n")
-
-
-def _row_blocks(source: Source) -> Iterator[Block]:
-    rows: list[str] = []
-    origin = size = 0
-    for more in parquet_rows(source):
-        rows += more
-        size += sum(map(len, more))
-        if size >= BLOCK_BYTES:
-            yield Block(source, origin, origin, rows)
-            origin, rows, size = origin + len(rows), [], 0
-    if rows:
-        yield Block(source, origin, origin, rows)
 
 
 def cut_blocks(chunks: Iterable[bytes], layout: Layout, block_bytes: int) -> Iterator[tuple[int, bytes]]:
@@ -99,60 +67,55 @@ def cut_blocks(chunks: Iterable[bytes], layout: Layout, block_bytes: int) -> Ite
         yield origin, buffer
 
 
-def read_documents(block: Block, mode: Detokenize, skip_bad_lines: bool = False) -> Documents:
+def read_all_documents(sources: Iterable[Source]) -> Iterator[bytes]:
+    """Yield the documents of all inputs, in order, as UTF-8."""
+    for block in read_blocks(sources):
+        yield from read_documents(block)[0]
+
+
+def read_documents(block: Block) -> tuple[list[bytes], int]:
     """Divide a block into documents, and undo WikiText's spelling.
 
     Text files give no document for blank text; records with an empty text give an empty document.
 
+    Returns:
+        The documents as UTF-8, and the number of lines that hold no text and were left out.
+
     Raises:
         DataError: The text is not UTF-8, or a line holds no text and bad lines are not skipped.
     """
-    if isinstance(block.data, list):
-        return Documents([detokenize(row, mode).encode() for row in block.data])
-    assert block.source.layout is not None
-    if block.source.layout is Layout.JSONL:
-        return _json_documents(block, block.data, mode, skip_bad_lines)
-    texts = []
-    for start, end in document_starts(block.data, block.source.layout, block.origin):
+    source, texts, skipped = block.source, [], 0
+    places = document_starts(block.data, source.layout, block.origin)
+    for number, (start, end) in enumerate(places, block.line + 1):
+        offset = block.origin + start
         try:
-            text = tidy(_decode(block, start, block.data[start:end]))
-        except UnicodeDecodeError as error:
-            what = _not_utf8(block, start, error)
-            raise DataError(f"{block.source.path} is {what}; convert it to UTF-8 first") from error
-        if text:
-            texts.append(detokenize(text, mode).encode())
-    return Documents(texts)
+            text = _text(block.data[start:end], source, offset)
+            if text is not None:
+                texts.append(detokenize(text, source.detokenize).encode())
+        except (ValueError, RecursionError) as error:
+            where, mend = f"{source.path}: the document at byte {offset}", "convert the file to UTF-8"
+            if source.layout is Layout.JSONL:
+                where = f"{source.path}: line {number} (byte {offset})"
+                mend = "mend it, or leave such lines out with --skip-bad-lines"
+                if source.skip_bad_lines:
+                    skipped += 1
+                    continue
+            raise DataError(f"{where} cannot be used: {_fault(error, offset)}; {mend}") from error
+    return texts, skipped
 
 
-def _decode(block: Block, start: int, data: bytes) -> str:
+def _text(data: bytes, source: Source, offset: int) -> str | None:
+    """The text of a document; None for blank text, or a blank line among JSON lines."""
     text = data.decode()
-    return text.removeprefix("\ufeff") if block.origin + start == 0 else text
+    if offset == 0:
+        text = text.removeprefix("\ufeff")
+    if source.layout is not Layout.JSONL:
+        return tidy(text) or None
+    return None if not data.strip() else _json_text(text.removesuffix("\n"), source.key)
 
 
-def _not_utf8(block: Block, start: int, error: UnicodeDecodeError) -> str:
-    return f"not UTF-8: byte 0x{error.object[error.start]:02x} at offset {block.origin + start + error.start}"
-
-
-def _json_documents(block: Block, data: bytes, mode: Detokenize, skip_bad_lines: bool) -> Documents:
-    texts: list[bytes] = []
-    skipped = start = 0
-    # Not splitlines: a carriage return alone ends no record.
-    for number, line in enumerate(data.split(b"\n"), block.line + 1):
-        if line and not line.isspace():
-            try:
-                texts.append(detokenize(_json_text(block, start, line), mode).encode())
-            except (ValueError, RecursionError) as error:
-                if not skip_bad_lines:
-                    raise _bad_line(block, number, start, error) from error
-                skipped += 1
-        start += len(line) + 1
-    return Documents(texts, skipped)
-
-
-def _json_text(block: Block, start: int, line: bytes) -> str:
-    # Python refuses to convert integers of more than 4,300 digits; a number beside the text may be as long as it likes.
-    record = json.loads(_decode(block, start, line), parse_int=float)
-    key = block.source.key
+def _json_text(line: str, key: str) -> str:
+    record = _DECODER.decode(line)
     if not isinstance(record, dict):
         raise ValueError(f"it is {_KINDS.get(type(record), 'a text')}, no object")
     if key not in record:
@@ -164,15 +127,11 @@ def _json_text(block: Block, start: int, line: bytes) -> str:
     return text
 
 
-def _bad_line(block: Block, number: int, start: int, error: Exception) -> DataError:
-    reason = str(error)
+def _fault(error: Exception, offset: int) -> str:
     if isinstance(error, json.JSONDecodeError):
-        reason = f"it is no JSON object: {error.msg} at column {error.colno}"
-    elif isinstance(error, UnicodeDecodeError):
-        reason = f"it is {_not_utf8(block, start, error)}"
-    elif isinstance(error, UnicodeEncodeError):
-        reason = f"it has half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which no text may hold"
-    elif isinstance(error, RecursionError):
-        reason = "it is nested too deeply"
-    where = f"{block.source.path}: line {number} (byte {block.origin + start})"
-    return DataError(f"{where} cannot be used: {reason}; mend it, or leave such lines out with --skip-bad-lines")
+        return f"it is no JSON object: {error.msg} at column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {offset + error.start}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"it has half a surrogate pair (\\u{ord(error.object[error.start]):04x}), which no text may hold"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else str(error)

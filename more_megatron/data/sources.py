@@ -1,4 +1,4 @@
-"""Which files hold the text, what they hold, and the one stream of chunks that all of them become."""
+"""Which files hold the text, how each of them is read, and the stream of chunks that it becomes."""
 
 from __future__ import annotations
 
@@ -8,69 +8,67 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
+from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import Layout, sniff_layout
 from more_megatron.data.errors import DataError
 
-__all__ = ["Format", "Source", "expand_inputs", "open_source", "parquet_rows", "sha256_of", "text_chunks"]
+__all__ = ["Source", "expand_inputs", "open_source", "sha256_of", "text_chunks"]
 
-_SNIFF_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
 _ROWS = 1024
 _COMPRESSED = (".gz", ".zst", ".zstd")
-
-
-class Format(StrEnum):
-    """What a file holds once it is decompressed."""
-
-    TEXT = "text"
-    JSONL = "JSON lines"
-    PARQUET = "Parquet"
-
-
-_FORMATS = {
-    ".jsonl": Format.JSONL,
-    ".ndjson": Format.JSONL,
-    ".json": Format.JSONL,
-    ".parquet": Format.PARQUET,
-    ".pq": Format.PARQUET,
-}
+_JSONL = re.compile(r"\.(jsonl|ndjson|json)(\.gz|\.zst|\.zstd)?$", re.IGNORECASE)
+_PARQUET = re.compile(r"\.(parquet|pq)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One input file.
+    """One input file, and how it is read.
 
     Attributes:
         path: The file.
         size: Its size in bytes, as stored.
-        format: What it holds.
-        layout: How its text is divided; None for a Parquet file whose rows are documents.
+        layout: How it is divided into documents.
         key: Field or column that holds the text, for JSON lines and Parquet.
-        guessed: Whether the format was told from the contents against the name.
+        detokenize: How WikiText's spelling is undone.
+        skip_bad_lines: Whether JSON lines without a text are left out and counted.
     """
 
     path: str
     size: int
-    format: Format
-    layout: Layout | None
+    layout: Layout
     key: str
-    guessed: bool = False
+    detokenize: Detokenize
+    skip_bad_lines: bool
+
+    @property
+    def is_parquet(self) -> bool:
+        """Return whether the file is Parquet, by its name."""
+        return _PARQUET.search(self.path) is not None
+
+    @property
+    def is_guessed(self) -> bool:
+        """Return whether JSON lines were told by the contents, against the name."""
+        return self.layout is Layout.JSONL and not self.is_parquet and not _JSONL.search(self.path)
 
     @property
     def text_size(self) -> int | None:
-        """Bytes of text in it; None if that is unknown before it is read."""
-        return None if self.format is Format.PARQUET or self.path.lower().endswith(_COMPRESSED) else self.size
+        """Return the bytes of text in it; None if that is unknown before it is read."""
+        return None if self.is_parquet or self.path.lower().endswith(_COMPRESSED) else self.size
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
-    """Replace globs by the files they match, in sorted order, each file once."""
+    """Replace globs by the files they match, in sorted order, each file once.
+
+    Raises:
+        DataError: There is no such file, or it is empty or not readable.
+    """
     paths: dict[str, None] = {}
     for pattern in patterns:
         matches = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -87,62 +85,50 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def open_source(path: str, key: str, layout: Layout | None) -> Source:
-    """Find out what an input file holds.
+def open_source(
+    path: str,
+    key: str = "text",
+    layout: Layout | None = None,
+    detokenize: Detokenize = Detokenize.NONE,
+    skip_bad_lines: bool = False,
+) -> Source:
+    """Find out what an input file holds; a layout of None finds out that, too.
 
-    Args:
-        path: The file.
-        key: Field or column with the text, for JSON lines and Parquet.
-        layout: Division into documents that the user asked for; None finds out.
+    Raises:
+        DataError: The file is damaged, or a library that reads it is not installed.
     """
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED:
-        suffixes.pop()
-    kind = _FORMATS.get(suffixes[-1], Format.TEXT) if suffixes else Format.TEXT
-    source = Source(path, os.path.getsize(path), kind, Layout.JSONL, key)
-    if kind is Format.JSONL:
-        return source
-    if layout is None:
-        sample = _sample(source)
-        if kind is Format.TEXT and _is_json(sample):
-            return Source(path, source.size, Format.JSONL, Layout.JSONL, key, guessed=True)
-        layout = sniff_layout(sample)
-    rows = kind is Format.PARQUET and layout is Layout.PLAIN
-    return Source(path, source.size, kind, None if rows else layout, key)
+    layout = Layout.JSONL if _JSONL.search(path) else layout
+    source = Source(path, os.path.getsize(path), layout or Layout.PLAIN, key, detokenize, skip_bad_lines)
+    layout = layout or _sniff(source)
+    has_rows = source.is_parquet and layout is not Layout.WIKITEXT
+    return replace(source, layout=Layout.JSONL if has_rows else layout)
 
 
-def _sample(source: Source) -> bytes:
+def _sniff(source: Source) -> Layout:
     sample = b""
     for chunk in text_chunks(source):
         sample += chunk
-        if len(sample) >= _SNIFF_BYTES:
+        if len(sample) >= _CHUNK_BYTES:
             break
-    return sample[:_SNIFF_BYTES]
-
-
-def _is_json(sample: bytes) -> bool:
-    """Whether the first line is a JSON object, or the beginning of one that is longer than the sample."""
-    line, end, _ = sample.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
-    if not line.startswith(b"{"):
-        return False
-    try:
-        return isinstance(json.loads(line, parse_int=float), dict)
-    except (ValueError, RecursionError):
-        return not end and len(sample) == _SNIFF_BYTES and line.startswith(b'{"')
+    return sniff_layout(sample[:_CHUNK_BYTES])
 
 
 def text_chunks(source: Source) -> Iterator[bytes]:
-    """Read the text of a source, decompressed; the rows of a Parquet file follow each other as lines."""
-    if source.format is Format.PARQUET:
-        for rows in parquet_rows(source):
-            yield "".join(row if row.endswith("\n") else f"{row}\n" for row in rows).encode()
+    """Read the text of a source, decompressed; the rows of a Parquet file follow each other as lines.
+
+    Raises:
+        DataError: The file is damaged, has no column of text, or a library that reads it is not installed.
+    """
+    if source.is_parquet:
+        yield from _parquet_lines(source)
         return
+    suffix = os.path.splitext(source.path.lower())[1]
     with open(source.path, "rb") as file:
         stream: Any = file
         damage: tuple[type[Exception], ...] = ()
-        if source.path.lower().endswith(".gz"):
+        if suffix == ".gz":
             stream, damage = gzip.GzipFile(fileobj=file), (EOFError, zlib.error, gzip.BadGzipFile)
-        elif source.path.lower().endswith((".zst", ".zstd")):
+        elif suffix in _COMPRESSED:
             zstandard = _require("zstandard", source.path)
             stream = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
             damage = (zstandard.ZstdError,)
@@ -150,30 +136,32 @@ def text_chunks(source: Source) -> Iterator[bytes]:
             while chunk := stream.read(_CHUNK_BYTES):
                 yield chunk
         except damage as error:
-            raise DataError(f"{source.path} is a damaged {Path(source.path).suffix[1:]} file: {error}") from error
+            raise DataError(f"{source.path} is a damaged {suffix[1:]} file: {error}") from error
 
 
-def parquet_rows(source: Source) -> Iterator[list[str]]:
-    """Read the text column of a Parquet file, some rows at a time; a null counts as an empty text."""
-    parquet = _require("pyarrow.parquet", source.path)
-    arrow = _require("pyarrow", source.path)
+def _parquet_lines(source: Source) -> Iterator[bytes]:
+    """Rows of a Parquet file as lines of JSON, or as lines of one text; a null counts as an empty text."""
+    arrow, parquet = (_require(module, source.path) for module in ("pyarrow", "pyarrow.parquet"))
     try:
         with parquet.ParquetFile(source.path) as file:
-            _check_column(arrow, file.schema_arrow, source)
+            _check_column(arrow.types, file.schema_arrow, source)
             for batch in file.iter_batches(batch_size=_ROWS, columns=[source.key]):
-                yield [row or "" for row in batch.column(0).to_pylist()]
+                rows = [row or "" for row in batch.column(0).to_pylist()]
+                if source.layout is Layout.JSONL:
+                    rows = [json.dumps({source.key: row}, ensure_ascii=False) for row in rows]
+                yield "".join(row if row.endswith("\n") else f"{row}\n" for row in rows).encode()
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"{source.path} is a damaged Parquet file, or none: {reason}") from error
 
 
-def _check_column(arrow: Any, schema: Any, source: Source) -> None:
+def _check_column(types: Any, schema: Any, source: Source) -> None:
     if source.key not in schema.names:
         names = ", ".join(schema.names)
         raise DataError(f"{source.path} has no column '{source.key}'; it has {names}: choose one with --json-key")
     kind = schema.field(source.key).type
-    value = kind.value_type if arrow.types.is_dictionary(kind) else kind
-    if not (arrow.types.is_string(value) or arrow.types.is_large_string(value) or arrow.types.is_null(value)):
+    value = kind.value_type if types.is_dictionary(kind) else kind
+    if not (types.is_string(value) or types.is_large_string(value) or types.is_null(value)):
         raise DataError(f"{source.path}: column '{source.key}' holds {kind}, not text; choose one with --json-key")
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import logging
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,8 @@ import numpy as np
 
 from more_megatron.data.errors import DataError
 from more_megatron.data.indexed import token_dtype
+from more_megatron.data.sources import sha256_of
+from more_megatron.errors import last_line
 
 __all__ = [
     "SENTENCEPIECE_TYPES",
@@ -28,7 +29,6 @@ __all__ = [
     "build_megatron",
     "is_direct_sentencepiece",
     "load",
-    "open_backend",
     "open_sentencepiece",
     "tokenizer_sha256",
 ]
@@ -52,10 +52,7 @@ class TokenizerType(StrEnum):
 
 
 SENTENCEPIECE_TYPES = (TokenizerType.SENTENCEPIECE, TokenizerType.GPT_SENTENCEPIECE, TokenizerType.LLAMA2)
-_PATHLESS_TYPES = (
-    TokenizerType.GPT2_BPE, TokenizerType.BERT_LOWER, TokenizerType.BERT_CASE,
-    TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL, TokenizerType.MULTIMODAL,
-)  # fmt: skip
+_TYPES_OF_FILES = (*SENTENCEPIECE_TYPES, TokenizerType.HUGGINGFACE, TokenizerType.TIKTOKEN, TokenizerType.SFT)
 # transformers' class of no model in particular, under its names of versions 4 and 5.
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # The files of a tokenizer folder that decide its ids.
@@ -64,21 +61,7 @@ _FOLDER_FILES = ("*.json", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """Megatron's tokenizer flags, under the names of its `TokenizerConfig`.
-
-    Attributes:
-        tokenizer_type: One of `TokenizerType`.
-        tokenizer_model: File, folder or hub name.
-        vocab_size: Size for the types that need to be told.
-        special_tokens: Further special tokens.
-        metadata_path: Megatron's tokenizer metadata.
-        tiktoken_num_special_tokens: Ids before the first ordinary token.
-        tokenizer_sentencepiece_legacy: The wrapper's older behaviour.
-        tokenizer_sentencepiece_ignore_extra_whitespaces: Whether extra spaces are left to the model.
-        tokenizer_hf_no_use_fast: Whether to take the slow tokenizer.
-        tokenizer_hf_no_include_special_tokens: Whether to leave out the special tokens around a text.
-        trust_remote_code: Whether a tokenizer may run code of its own.
-    """
+    """Megatron's tokenizer flags, under the names and with the meanings of its `TokenizerConfig`."""
 
     tokenizer_type: str
     tokenizer_model: str | None = None
@@ -127,6 +110,11 @@ class Tokenizer:
         """Return the dtype of the ids on disk."""
         return token_dtype(self.vocab_size)
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a manifest says of it."""
+        names = {"type": self.options.tokenizer_type, "model": self.options.tokenizer_model}
+        return {**names, "sha256": self.sha256, "vocab_size": self.vocab_size, "eod": self.eod}
+
 
 def load(options: TokenizerOptions) -> Tokenizer:
     """Read a tokenizer's facts.
@@ -139,7 +127,7 @@ def load(options: TokenizerOptions) -> Tokenizer:
     kind = options.tokenizer_type
     if kind not in TokenizerType:
         raise DataError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
-    if kind not in _PATHLESS_TYPES and not options.tokenizer_model:
+    if kind in _TYPES_OF_FILES and not options.tokenizer_model:
         raise DataError(f"--tokenizer-type {kind} needs --tokenizer-model")
     sha256 = tokenizer_sha256(options)
     if is_direct_sentencepiece(options):
@@ -164,12 +152,9 @@ def _generic_huggingface(options: TokenizerOptions) -> Any | None:
     Neither Megatron nor torch is imported. Any other class, flag, or a model's configuration in the folder, which has
     a say in the class, is left to Megatron.
     """
-    flags = (
-        options.vocab_file, options.merge_file, options.special_tokens, options.metadata_path,
-        options.tokenizer_hf_no_use_fast, options.tokenizer_hf_no_include_special_tokens,
-    )  # fmt: skip
-    folder = Path(options.tokenizer_model or "")
-    if options.tokenizer_type != TokenizerType.HUGGINGFACE or any(flags) or (folder / "config.json").exists():
+    folder, code = Path(options.tokenizer_model or ""), options.trust_remote_code
+    plain = TokenizerOptions(TokenizerType.HUGGINGFACE, options.tokenizer_model, trust_remote_code=code)
+    if replace(options, vocab_size=None) != plain or (folder / "config.json").exists():
         return None
     try:
         config = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
@@ -203,20 +188,20 @@ def build_megatron(options: TokenizerOptions) -> Any:
     # Megatron's remarks on absent GPU libraries say nothing about text.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     absent = ("chat_template", "null_tokenizer_pad_id", "tokenizer_prompt_format", "image_tag_type")
-    trainer_only: dict[str, Any] = dict.fromkeys(absent)
-    trainer_only |= {"pad_vocab_size": False, "force_system_message": False, "rank": 0}
-    trainer_only |= {"sft_tokenizer_prompt_format": "default"}
-    flags = {**asdict(options), "special_tokens": list(options.special_tokens or ()) or None}
+    flags: dict[str, Any] = {**dict.fromkeys(absent), **asdict(options)}
+    flags |= {"pad_vocab_size": False, "force_system_message": False, "rank": 0}
+    flags |= {"sft_tokenizer_prompt_format": "default", "special_tokens": list(options.special_tokens or ()) or None}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
         try:
-            return build_tokenizer(SimpleNamespace(**flags, **trainer_only))
+            return build_tokenizer(SimpleNamespace(**flags))
         except Exception as error:
             what = options.tokenizer_model or options.vocab_file or options.tokenizer_type
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise DataError(f"{options.tokenizer_type} cannot be built from {what}: {reason}") from error
+            raise DataError(
+                f"{options.tokenizer_type} cannot be built from {what}: {last_line(error)[:300]}"
+            ) from error
 
 
 def tokenizer_sha256(options: TokenizerOptions) -> str | None:
@@ -227,7 +212,7 @@ def tokenizer_sha256(options: TokenizerOptions) -> str | None:
         files = sorted({path for pattern in _FOLDER_FILES for path in model.glob(pattern) if path.is_file()}) + files
     elif options.tokenizer_model and model.is_file():
         files = [model, *files]
-    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    hashes = [sha256_of(path) for path in files]
     if len(files) < 2:
         return hashes[0] if hashes else None
     lines = [f"{path.name}\0{sha256}\n" for path, sha256 in zip(files, hashes, strict=True)]
@@ -256,11 +241,3 @@ def open_sentencepiece(options: TokenizerOptions) -> Any:
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except Exception as error:
         raise DataError(f"--tokenizer-model {path} is not a SentencePiece model, or is damaged") from error
-
-
-@functools.lru_cache(1)
-def open_backend(serialized: str) -> Any:
-    """Open a tokenizer of the tokenizers library."""
-    import tokenizers
-
-    return tokenizers.Tokenizer.from_str(serialized)

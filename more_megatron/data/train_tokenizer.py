@@ -6,13 +6,14 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
-from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.errors import DataError
 from more_megatron.data.output import writing
-from more_megatron.data.reading import read_blocks, read_documents
+from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import Source
+from more_megatron.unfinished import unfinished_file
 
 __all__ = ["train_sentencepiece"]
 
@@ -20,9 +21,7 @@ _SAMPLE_BYTES = 1 << 27
 _LONGEST_SENTENCE = 4096
 
 
-def train_sentencepiece(
-    sources: Sequence[Source], mode: Detokenize, vocab_size: int, path: str, skip_bad_lines: bool = False
-) -> None:
+def train_sentencepiece(sources: Sequence[Source], vocab_size: int, path: str) -> None:
     """Train BPE with byte fallback and write the model when it is complete.
 
     The model keeps every character: it neither normalises nor collapses spaces, so a decoded text is the text. Inputs
@@ -39,7 +38,7 @@ def train_sentencepiece(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(sources, mode, skip_bad_lines),
+            sentence_iterator=_sentences(sources),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -55,31 +54,18 @@ def train_sentencepiece(
         )
     except (RuntimeError, ValueError) as error:
         raise DataError(_reason(str(error), vocab_size)) from error
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    with writing(target):
-        try:
-            unfinished.write_bytes(model.getvalue())
-            os.replace(unfinished, target)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    with writing(target), unfinished_file(target) as file:
+        file.write_bytes(model.getvalue())
 
 
-def _sentences(sources: Sequence[Source], mode: Detokenize, skip_bad_lines: bool) -> Iterator[str]:
+def _sentences(sources: Sequence[Source]) -> Iterator[str]:
     stride = max(1, -(-sum(source.size for source in sources) // _SAMPLE_BYTES))
-    number = 0
-    for block in read_blocks(sources):
-        for document in read_documents(block, mode, skip_bad_lines).texts:
-            if number % stride == 0:
-                yield from _lines(document.decode())
-            number += 1
-
-
-def _lines(text: str) -> Iterator[str]:
-    for line in text.replace("\0", "").split("\n"):
-        for start in range(0, len(line), _LONGEST_SENTENCE):
-            piece = line[start : start + _LONGEST_SENTENCE]
-            if not piece.isspace():
-                yield piece
+    for document in islice(read_all_documents(sources), 0, None, stride):
+        for line in document.decode().replace("\0", "").split("\n"):
+            for start in range(0, len(line), _LONGEST_SENTENCE):
+                piece = line[start : start + _LONGEST_SENTENCE]
+                if not piece.isspace():
+                    yield piece
 
 
 def _reason(message: str, vocab_size: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.data.detokenize import Detokenize
-from more_megatron.data.reading import read_blocks, read_documents
+from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import expand_inputs, open_source
 from more_megatron.errors import MoREError
 
@@ -21,8 +21,8 @@ def read_texts(path: str | Path, mode: Detokenize = Detokenize.NONE) -> list[str
     Raises:
         MoREError: If the file is missing, damaged or without text.
     """
-    sources = [open_source(name, "text", None) for name in expand_inputs([str(path)])]
-    texts = [text.decode() for block in read_blocks(sources) for text in read_documents(block, mode).texts]
+    sources = [open_source(name, detokenize=mode) for name in expand_inputs([str(path)])]
+    texts = [text.decode() for text in read_all_documents(sources)]
     if not any(texts):
         raise MoREError(f"{path} holds no text")
     return texts

@@ -48,7 +48,7 @@ def test_answers_and_what_ends_them_are_marked_with_their_task(prefix: str) -> N
 def test_a_prompt_whose_last_token_goes_on_into_the_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     words = {"ab": [1, 2], "abc": [1, 3]}
     monkeypatch.setattr(
-        "more_megatron.data.encoders.reference_encode", lambda _: lambda ts: [words[t.decode()] for t in ts]
+        "more_megatron.data.reference._Megatron.encode", lambda _, texts: [words[text.decode()] for text in texts]
     )
     tokenizer = Tokenizer(_NUMBERS, 9, 0, None)
     write_answers(str(tmp_path / "p"), [Exercise("abc", "ab", "one")], tokenizer)

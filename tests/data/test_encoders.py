@@ -1,6 +1,7 @@
 """Every encoder gives the tokens of encoding documents one by one, for every kind of tokenizer and hostile text."""
 
 import functools
+import importlib.util
 import re
 import subprocess
 import sys
@@ -15,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from more_megatron.data import fast
-from more_megatron.data.encoders import EncoderPlan, build_encoder, plan_encoder
-from more_megatron.data.encoding import Encoder
+from more_megatron.data.encoding import Encoder, EncoderPlan, plan_encoder
 from more_megatron.data.errors import DocumentError
 from more_megatron.data.tokenizers import Tokenizer, TokenizerOptions, build_megatron, load
 from tests.data.conftest import MODELS, TOOL, assert_one_line, expected_tokens, run_tool
 
-needs_gigatoken = pytest.mark.skipif(not fast.is_installed(), reason="the extra `fast` is not installed")
+_INSTALLED = importlib.util.find_spec("gigatoken") is not None
+needs_gigatoken = pytest.mark.skipif(not _INSTALLED, reason="the extra `fast` is not installed")
 
 FAST = {"bpe", "bpe_kept_spaces", "bpe_kept_nfkc", "bpe_no_prefix"}
 HOSTILE = [
@@ -73,7 +74,7 @@ def sides(plan_of: Callable[[str], EncoderPlan]) -> Callable[[str], tuple[Encode
     def build(name: str) -> tuple[Encoder, Any, int]:
         plan = plan_of(name)
         processor = sentencepiece.SentencePieceProcessor(model_file=plan.tokenizer.options.tokenizer_model)
-        return build_encoder(plan), processor.encode_as_ids, processor.eos_id()
+        return Encoder(plan), processor.encode_as_ids, processor.eos_id()
 
     return build
 
@@ -144,7 +145,7 @@ def byte_level_sides(corpus: list[str]) -> Callable[[str], tuple[EncoderPlan, En
             TokenizerOptions("HuggingFaceTokenizer", "unused"), backend.get_vocab_size(), 0, None, backend.to_str()
         )
         plan = plan_encoder(facts, True, [text.encode() for text in corpus])
-        return plan, build_encoder(plan), lambda text: backend.encode(text).ids
+        return plan, Encoder(plan), lambda text: backend.encode(text).ids
 
     return build
 
@@ -152,7 +153,7 @@ def byte_level_sides(corpus: list[str]) -> Callable[[str], tuple[EncoderPlan, En
 @pytest.mark.parametrize("kind", BYTE_LEVEL)
 def test_byte_level(kind: str, byte_level_sides: Callable, corpus: list[str]) -> None:
     plan, encoder, encode = byte_level_sides(kind)
-    assert (plan.recipe is not None) == (BYTE_LEVEL[kind] and fast.is_installed()), plan.reason
+    assert (plan.recipe is not None) == (BYTE_LEVEL[kind] and _INSTALLED), plan.reason
     check(encoder, encode, 0, corpus[:50])
     more = [f"a {EOD} b", f"x{EOD}", "a\u00a0 b", "a\n\n b .\n c", "word xword word", "a  <mask> b <mask>"]
     for text in [*HOSTILE, *more]:
@@ -171,7 +172,7 @@ def test_byte_level_random_unicode(kind: str, byte_level_sides: Callable, parts:
 def test_large_vocabulary_is_stored_in_int32(corpus: list[str]) -> None:
     backend = make_byte_level("gpt2", corpus)
     facts = Tokenizer(TokenizerOptions("HuggingFaceTokenizer", "unused"), 70_000, 69_999, None, backend.to_str())
-    encoder = build_encoder(plan_encoder(facts, True, []))
+    encoder = Encoder(plan_encoder(facts, True, []))
     texts = [*corpus[:10], "", "long" * 60]
     check(encoder, lambda text: backend.encode(text).ids, 69_999, texts)
     assert encoder.encode([b"a"]).tokens.dtype == np.int32
@@ -190,7 +191,7 @@ def test_through_megatron(kind: str, generic: bool, tmp_path: Path, corpus: list
     assert (facts.vocab_size, facts.eod) == (megatron.vocab_size, megatron.eod)
     inner = megatron._tokenizer.tokenizer.backend_tokenizer
     assert facts.backend == inner.to_str()
-    encoder = build_encoder(plan_encoder(facts, True, []))
+    encoder = Encoder(plan_encoder(facts, True, []))
     check(encoder, megatron.tokenize, megatron.eod, [*corpus[:20], "", "  ", f"a {EOD}"])
 
 
@@ -220,7 +221,7 @@ def test_other_tokenizers_are_batched(tmp_path: Path, corpus: list[str]) -> None
     plan = plan_encoder(facts, True, [])
     assert plan.recipe is None
     assert "in batches" in plan.name
-    check(build_encoder(plan), megatron.tokenize, megatron.eod, [*corpus[:10], "", "  "])
+    check(Encoder(plan), megatron.tokenize, megatron.eod, [*corpus[:10], "", "  "])
 
 
 @needs_gigatoken
@@ -232,7 +233,7 @@ def test_memory_is_bounded_by_starting_again(
     renew = fast.FastEncode._renew
     monkeypatch.setattr(fast.FastEncode, "_renew", lambda self: built.append(0) or renew(self))
     tokenizer = load(TokenizerOptions("SentencePieceTokenizer", model_path("bpe")))
-    encoder = build_encoder(plan_encoder(tokenizer, True, []))
+    encoder = Encoder(plan_encoder(tokenizer, True, []))
     built.clear()
     check(encoder, *sides("bpe")[1:], corpus[:60])
     # A document is not divided, so each turn has up to one more than it should.
@@ -286,7 +287,7 @@ def test_difference_in_a_later_task_is_met(
     documents = [text.encode() for text in corpus]
     plan = plan_encoder(tokenizer, True, documents)
     assert plan.recipe is not None
-    encoder = build_encoder(plan)
+    encoder = Encoder(plan)
     encoder.encode(documents[:10])
     wrong.append(True)
     with pytest.raises(DocumentError, match=r"document \d+ has other tokens by gigatoken"):

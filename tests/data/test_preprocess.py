@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from more_megatron.data.errors import DataError
+from more_megatron.data.sources import open_source
 from tests.data.conftest import TOOL, assert_one_line, run_tool, write_like_megatron
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext-2"
@@ -89,6 +91,18 @@ def test_parquet(tmp_path: Path, model: str, corpus: list[str]) -> None:
     assert counts == [50, 5]
 
 
+def test_rows_are_documents_as_they_stand(tmp_path: Path, model: str, hostile: list[str]) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    documents = [*hostile, " = T = ", "a\n\nb\n", '{"text": "a"}', '\u2028 \x85 \\ "']
+    parquet.write_table(arrow.table({"text": documents}), tmp_path / "a.parquet")
+    write_jsonl(tmp_path / "b.jsonl", documents)
+    for name in ("a.parquet", "b.jsonl"):
+        result = run_tool("--input", tmp_path / name, "--output-prefix", tmp_path / name[0], "--tokenizer-model", model)
+        assert result.returncode == 0, result.stderr
+    assert same_files(tmp_path / "a_text_document", tmp_path / "b_text_document")
+
+
 def test_globs_keep_order_and_many_inputs_follow_each_other(tmp_path: Path, model: str, corpus: list[str]) -> None:
     for number in range(3):
         write_jsonl(tmp_path / f"part{number}.jsonl", corpus[number * 10 : number * 10 + 10], ensure_ascii=False)
@@ -134,6 +148,9 @@ BAD_INPUTS: dict[str, tuple[bytes, list[str]]] = {
         ["key.jsonl", "line 2 (byte 14)", "'text', only body", "--json-key"],
     ),
     "number.jsonl": (b'{"text": 3}\n', ["number.jsonl", "byte 0", "a number, not text"]),
+    "digits.jsonl": (b'{"text": ' + b"9" * 5000 + b"}\n", ["line 1 (byte 0)", "a number, not text, under 'text'"]),
+    "minus.jsonl": (b'{"text": -' + b"9" * 5000 + b"}\n", ["line 1 (byte 0)", "a number, not text, under 'text'"]),
+    "pretty.json": (b'{\n  "text": "a"\n}\n', ["line 1 (byte 0)", "no JSON object"]),
     "broken.jsonl": (b'{"text": "a"\n', ["broken.jsonl", "byte 0", "no JSON", "Expecting ',' delimiter at column 13"]),
     "list.jsonl": (b'{"text": "a"}\n["b"]\n', ["line 2", "a list, no object", "--skip-bad-lines"]),
     "deep.jsonl": (b"[" * 100_000, ["line 1", "nested too deeply"]),
@@ -314,12 +331,25 @@ def test_json_lines_of_another_name_are_recognised(tmp_path: Path, model: str, c
 def test_parquet_columns_that_are_no_text(tmp_path: Path, model: str) -> None:
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    columns = {"number": [1, 2], "list": [["a"], ["b"]], "bytes": [b"a", b"b"], "text": ["a", None]}
+    columns = {
+        "number": [1, 2],
+        "float": [0.5, None],
+        "list": [["a"], ["b"]],
+        "bytes": [b"a", b"b"],
+        "record": [{"text": "a"}, {"text": "b"}],
+        "codes": arrow.array([1, 2]).dictionary_encode(),
+        "text": ["a", None],
+        "words": arrow.array(["a", "a"]).dictionary_encode(),
+    }
     parquet.write_table(arrow.table(columns), tmp_path / "in.parquet")
     arguments = ["--input", tmp_path / "in.parquet", "--output-prefix", tmp_path / "x", "--tokenizer-model", model]
-    for key, kind in (("number", "int64"), ("list", "list<"), ("bytes", "binary")):
-        assert_one_line(run_tool(*arguments, "--no-progress", "--json-key", key), f"column '{key}' holds {kind}")
-    assert_one_line(run_tool(*arguments, "--no-progress", "--json-key", "x"), "no column 'x'", "number, list, bytes")
+    kinds = {"number": "int64", "float": "double", "list": "list<", "bytes": "binary", "record": "struct<"}
+    for key, kind in {**kinds, "codes": "int64"}.items():
+        with pytest.raises(DataError, match=f"column '{key}' holds {kind}.*, not text; choose one with --json-key"):
+            open_source(str(tmp_path / "in.parquet"), key)
+    assert_one_line(run_tool(*arguments, "--no-progress", "--json-key", "bytes"), "column 'bytes' holds binary")
+    assert_one_line(run_tool(*arguments, "--no-progress", "--json-key", "x"), "no column 'x'", "number, float, list")
+    assert run_tool(*arguments, "--json-key", "words").returncode == 0
     assert run_tool(*arguments).returncode == 0
     (tmp_path / "in.parquet").write_bytes((tmp_path / "in.parquet").read_bytes()[:-9])
     assert_one_line(run_tool(*arguments, "--no-progress"), "damaged Parquet")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.encoders import build_decoder, build_encoder, plan_encoder
+from more_megatron.data.encoding import Encoder, plan_encoder
 from more_megatron.data.errors import DataError, DocumentError
 from more_megatron.data.tokenizers import (
     TokenizerOptions,
@@ -17,6 +17,7 @@ from more_megatron.data.tokenizers import (
     tokenizer_sha256,
 )
 from tests.data.conftest import expected_tokens, run_tool
+from tools.inspect_dataset import decode
 
 
 def test_every_type_of_megatron_is_known() -> None:
@@ -45,12 +46,12 @@ def test_sentencepiece_agrees_with_megatron(
     assert facts.eod == (None if options.tokenizer_sentencepiece_legacy else megatron.eod)
     texts = [*corpus[:10], "", "  a  <mask>  object b "]
     documents = [text.encode() for text in texts]
-    encoded = build_encoder(plan_encoder(facts, True, documents)).encode(documents)
+    encoded = Encoder(plan_encoder(facts, True, documents)).encode(documents)
     tokens, lengths = expected_tokens(texts, megatron.tokenize, facts.eod)
     assert encoded.tokens.tolist() == tokens
     assert encoded.lengths.tolist() == lengths
     if not changes:
-        assert build_decoder(options)(tokens[: lengths[0] - 1]) == megatron.detokenize(tokens[: lengths[0] - 1])
+        assert decode(options, tokens[: lengths[0] - 1]) == megatron.detokenize(tokens[: lengths[0] - 1])
 
 
 def test_null_tokenizer(tmp_path: Path) -> None:
@@ -68,7 +69,7 @@ def test_null_tokenizer(tmp_path: Path) -> None:
     assert "50 documents, 200 tokens" in result.stderr
     facts = load(TokenizerOptions("NullTokenizer", vocab_size=70000))
     assert (facts.vocab_size, facts.eod, facts.sha256, facts.dtype.name) == (70000, 69999, None, "int32")
-    encoder = build_encoder(plan_encoder(facts, True, []))
+    encoder = Encoder(plan_encoder(facts, True, []))
     assert encoder.encode([b"66000 1"]).tokens.tolist() == [66000, 1, 69999]
     with pytest.raises(DocumentError, match="document 1 gives the id 70000, the tokenizer has 0 to 69999"):
         encoder.encode([b"66000 1", b"3 70000"])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron import __version__
-from more_megatron.data.manifest import read_manifest
+from more_megatron.data.indexed import read_manifest
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.experiment import Flags, command_line
