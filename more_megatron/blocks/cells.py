@@ -19,8 +19,8 @@ __all__ = ["ExpertBias", "gelu", "gru_step", "lstm_step"]
 class ExpertBias:
     """A bias for each group of rows.
 
-    Which group a row is of is a product with zeros and ones: into a sum, which a kernel for products adds to in place, and
-    back, where it sums the rows of each group in float32.
+    It reaches its rows by a product with zeros and ones, which adds in place to what is there; the gradient goes back
+    by another, which sums the rows of each group in float32.
 
     Attributes:
         bias: [groups, n].

@@ -126,7 +126,7 @@ class System:
 
         Args:
             flags: The settings, from `flags`.
-            given: Fields that the user set, among those of `MoREFlags` and all systems' own flags, and what is `unread`.
+            given: Fields that the user set, among those of `MoREFlags`, all systems' own flags and what is `unread`.
         """
         read = {"more_variant", *self.reads, *self.own_flags()}
         for name in sorted(given - read):
