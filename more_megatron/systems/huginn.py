@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from more_megatron.systems.base import DEPTH, DIVISION, REPEATED_ROUTER, System
+from more_megatron.systems.base import DEPTH, DIVISION, MEGATRONS_INITIALIZATION, REPEATED_ROUTER, System
 from more_megatron.systems.export import MODEL, SANDWICH, STATES_OF_SANDWICH, Row, adapter_rows
 
 if TYPE_CHECKING:
@@ -43,6 +43,10 @@ class Huginn(System):
         yield from super().without_effect(flags, given)
         if flags.recurrence_injection == "none" and "recurrence_state_std" in given:
             yield "--recurrence-state-std has no effect while --recurrence-injection is none: leave one of them out"
+
+    def unread(self, args: Any) -> Set[str]:
+        """Return the flags of Megatron's that it never reads, given a run's arguments."""
+        return MEGATRONS_INITIALIZATION
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
         """Yield what the system cannot do of what `config` asks for."""

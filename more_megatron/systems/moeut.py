@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
-from more_megatron.systems.base import DEPTH, System
+from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, System
 from more_megatron.systems.export import MODEL, MOE, STATES_OF_MOE, Row
 
 if TYPE_CHECKING:
@@ -122,6 +122,10 @@ class MoEUT(System):
         for name in sorted(given & {name for name in self.own_flags() if name.startswith("switchhead")}):
             if name != "switchhead_num_experts":
                 yield f"{flag(name)} has no effect while --switchhead-num-experts is 1: leave it out"
+
+    def unread(self, args: Any) -> Set[str]:
+        """Return the flags of Megatron's that it never reads, given a run's arguments."""
+        return MEGATRONS_INITIALIZATION
 
     def refusals(self, config: "MoREConfig") -> Iterator[str]:
         """Yield what the system cannot do of what `config` asks for."""

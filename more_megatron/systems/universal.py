@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
-from more_megatron.systems.base import DEPTH, REPEATED_ROUTER, System
+from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, REPEATED_ROUTER, System
 from more_megatron.systems.export import (
     ATTENTION,
     DENSE_WITH_BIASES,
@@ -117,6 +117,11 @@ class UniversalTransformer(System):
             yield from _without_effect_on_halting(own, given)
             given = given - {"recurrence_max_steps"}
         yield from super().without_effect(flags, given)
+
+    def unread(self, args: Any) -> Set[str]:
+        """Return the flags of Megatron's that it never reads, given a run's arguments: a head of its own would do."""
+        has_head = args.untie_embeddings_and_output_weights
+        return frozenset() if has_head else MEGATRONS_INITIALIZATION - {"embedding_init_method_std"}
 
     def refusals(self, config: "MoREConfig") -> Iterator[str]:
         """Yield what the system cannot do of what `config` asks for."""

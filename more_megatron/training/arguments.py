@@ -172,7 +172,7 @@ def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> ar
     read_blend_files(args)
     check_flags(args, given)
     system = get_system(args.more_variant)
-    for fault in system.without_effect(system.flags(args), given & flag_names()):
+    for fault in system.without_effect(system.flags(args), given & (flag_names() | system.unread(args))):
         raise MoREError(fault)
     _complete(args)
     return args
