@@ -219,6 +219,16 @@ def test_generation_from_given_states(name: str) -> None:
     assert torch.equal(*beams)
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_generation_from_embeddings(name: str) -> None:
+    model, ids = random_model(name), tokens()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **settings), plain[:, LENGTH:])
+    assert torch.equal(model.generate(inputs_embeds=embeddings, use_cache=False, **settings), plain[:, LENGTH:])
+
+
 def test_states_without_effect_are_refused() -> None:
     with pytest.raises(ValueError, match="input_states has no effect"):
         random_model("moe")(tokens(), input_states=torch.zeros(2, 2, LENGTH, 32))
