@@ -18,6 +18,7 @@ _PATIENCE_SECONDS = 10.0
 _STORE_SECONDS = 5.0
 _MOST_CHARACTERS = 600
 _INTERRUPTED = 130
+_UNSAFE = "Weights only load failed"
 
 # What an error that nobody foresaw means, by its text.
 _REMEDIES = (
@@ -41,6 +42,8 @@ class MoREError(ValueError):
 
 def last_line(error: BaseException) -> str:
     """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks."""
+    if _UNSAFE in str(error):  # PyTorch goes on to say how to run it.
+        return "it is damaged, or holds more than data and could run code"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no further message'}"
 
@@ -53,7 +56,7 @@ def one_line(error: BaseException) -> str:
     kind, found = type(error).__name__, traceback.extract_tb(error.__traceback__)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    if "Traceback (most recent call last)" in text:
+    if "Traceback (most recent call last)" in text or _UNSAFE in text:
         text = last_line(error)
     if not text and found:
         text = found[-1].line or ""

@@ -138,6 +138,8 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
         lines += from_hf(FromHF(place / "hf", place / "back", verify=True, progress=False))
         to_hf(ToHF(place / "back", place / "again", tokenizer=name != WITHOUT_ARGUMENTS, progress=False))
         lines += to_hf(ToHF(place / "run", place / "half", dtype="bfloat16", verify=True, progress=False))
+        # Threads of a group must not meet the end of the interpreter.
+        assert not torch.distributed.is_initialized()
         said[name] = [*lines, str(_loss(place / "hf", folder / "valid"))]
     return said
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from more_megatron.errors import one_line
@@ -276,6 +278,36 @@ def test_data_without_validation_are_trained_on(corpus: Path, tmp_path: Path) ->
     file.write_text(str(corpus))
     ended = pretrain_more(1, f"{run} --data-args-path {file} --split 100,0,0")[0]
     assert ended.code == 0, ended.stderr
+
+
+def test_bad_ids_where_the_check_at_start_does_not_look(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "long", documents=20_000)
+    tokens = np.memmap(f"{prefix}.bin", np.uint16)
+    looked_at = np.zeros(len(tokens), bool)
+    for start in np.linspace(0, len(tokens) - 4096, 64, dtype=np.int64):
+        looked_at[start : start + 4096] = True
+    # Of the rows that pad the vocabulary, and beyond them.
+    for wrong in (127, 500):
+        tokens[~looked_at] = wrong
+        tokens.flush()
+        refused(_on(prefix), f"a sample holds the token id {wrong}, and the vocabulary has 127", "inspect_dataset.py")
+
+
+def test_several_validation_sets_and_a_test(corpus: Path, tmp_path: Path) -> None:
+    """Each under its own name; the test set has another length than they."""
+    short, long = (write_corpus(tmp_path / str(size), documents=size) for size in (4, 9))
+    file = tmp_path / "blend"
+    file.write_text(json.dumps({"train": [str(corpus)], "valid": [str(short), str(long)], "test": [str(short)]}))
+    run = TINY_ON_FILES.replace("--eval-iters 0", "--eval-iters 3 --num-layers 1 --recurrence-eval-depths 1 2")
+    run += f" --train-iters 1 --full-validation --per-split-data-args-path {file}"
+    [ended] = pretrain_more(1, f"{run} --multiple-validation-sets --validation-set-names short long")
+    assert ended.code == 0, ended.stderr
+    names = re.findall(r"^ (\S+) loss at iteration 1 on (\S+) set", ended.stdout, re.MULTILINE)
+    assert names == [("validation-short", "validation"), ("validation-long", "validation"), ("test", "test")]
+    assert " evaluation at iteration 1 on test set with 2 recurrence steps | lm loss: " in ended.stdout
+    [ended] = pretrain_more(1, run)
+    assert ended.code == 0, ended.stderr
+    assert " test loss at iteration 1 on test set" in ended.stdout
 
 
 def test_tokenizer_of_other_data(corpus: Path, tmp_path: Path) -> None:

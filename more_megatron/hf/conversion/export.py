@@ -134,10 +134,6 @@ class _Source:
 def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
     try:
         return config_from_args(checkpoint.args, vocab_size)
-    except AttributeError as error:
-        raise MoREError(
-            f"the arguments in checkpoint {checkpoint.path} do not say {error.name}: it was not written by this version"
-        ) from error
     except MoREError as error:
         raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
 

@@ -50,10 +50,10 @@ class CallOptions:
     warm_start: bool = False
     output_recurrent_states: bool = False
 
-    @classmethod
-    def names(cls) -> set[str]:
+    @staticmethod
+    def names() -> frozenset[str]:
         """Return the names of all options."""
-        return {field.name for field in fields(cls)} | set(ALIASES)
+        return _NAMES
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any]) -> CallOptions:
@@ -107,6 +107,10 @@ class CallOptions:
         """
         if self.warm_start and system.num_states(config) == 0:
             raise ValueError("warm_start has no effect: the recurrences of this system start from their input")
+
+
+# A tracer cannot ask a class for its fields.
+_NAMES = frozenset(field.name for field in fields(CallOptions)) | set(ALIASES)
 
 
 def positive(name: str, value: Any) -> int:
