@@ -23,14 +23,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 
 _STAGES = "abcdef"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), metavar="DIR", help="default: gpu-check")
     parser.add_argument("--stages", default=_STAGES, metavar="LETTERS", help="default: all")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="default: all of the registry")

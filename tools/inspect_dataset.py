@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -20,7 +19,7 @@ from more_megatron.data.encoders import build_decoder
 from more_megatron.data.indexed import IndexFile, bin_path, idx_path, read_index
 from more_megatron.data.manifest import read_manifest
 from more_megatron.data.tokenizers import TokenizerOptions, TokenizerType, tokenizer_sha256
-from more_megatron.errors import one_line_errors
+from more_megatron.errors import OneLineParser, one_line_errors
 
 _BAR = 40
 
@@ -140,7 +139,7 @@ def _sample(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("prefix", help="prefix of the dataset, without .bin or .idx")
     parser.add_argument("--document", type=int, default=0, help="document to show (default: the first)")
     parser.add_argument("--sample-tokens", type=int, default=100, help="how much of it to show (default: 100)")

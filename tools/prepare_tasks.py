@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.data.answers import Exercise, write_answers
 from more_megatron.data.tokenizers import TokenizerOptions, TokenizerType, load
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.evaluation.tasks import GENERATED, Problem, Split, generate, read_problems, write_problems
 from more_megatron.evaluation.tasks.babi import TASKS, fetch_babi, read_babi
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="SET")
     babi = kinds.add_parser("babi", help="the twenty bAbI tasks")
     babi.add_argument(

@@ -15,7 +15,7 @@ from more_megatron.data.preprocess import preprocess
 from more_megatron.data.sources import Source, expand_inputs, open_source
 from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions, TokenizerType, load
 from more_megatron.data.workers import Job
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 
 # Seconds between two looks of the progress bar; a log needs few.
 _PAUSE = 0.2 if sys.stderr.isatty() else 10.0
@@ -23,7 +23,7 @@ _PAUSE = 0.2 if sys.stderr.isatty() else 10.0
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     _add_data(parser.add_argument_group("input and output"))
     _add_tokenizer(parser.add_argument_group("tokenizer (Megatron's flags)"))
     group = parser.add_argument_group("run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import enum
 import functools
 import re
@@ -14,7 +13,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args
 
 from more_megatron.console import LOG, VERBOSE, say
-from more_megatron.errors import MoREError
+from more_megatron.errors import MoREError, with_flags_meant
 from more_megatron.flags import MoREFlags
 from more_megatron.monitoring.flags import HealthFlags
 from more_megatron.platform import Platform
@@ -109,6 +108,8 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
         if action.type not in (None, int, float, str, bool):
             members = [choice for choice in action.choices or () if isinstance(choice, enum.Enum)]
             action.type = functools.partial(convert, cast(Callable, action.type), members)
+    # argparse's own takes -1e-8 and -inf for flags.
+    parser._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
     parser.error = functools.partial(_error, parser)  # type: ignore[method-assign]
     parser.set_defaults(more_variant=default_name())
     parse = functools.partial(_parse, parser.parse_args)
@@ -151,10 +152,7 @@ def _installed_defaults() -> dict[str, Any]:
 
 def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Take the place of argparse's own, which prints the usage of 800 flags first, on every rank."""
-    unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-    meant = [name for word in unknown for name in difflib.get_close_matches(word, parser._option_string_actions, n=1)]
-    is_typo = message.startswith("unrecognized") and meant
-    raise MoREError(message + f"; did you mean {', '.join(meant)}?" if is_typo else message)
+    raise MoREError(with_flags_meant(parser, message))
 
 
 def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
