@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 __all__ = [
     "MoREError",
@@ -22,7 +22,7 @@ __all__ = [
     "one_line",
     "one_line_errors",
     "say_that_another_ended",
-    "with_flags_meant",
+    "speak_in_one_line",
 ]
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +31,7 @@ _STORE_SECONDS = 5.0
 _SECONDS_TO_SPEAK = 1.0
 _MOST_CHARACTERS = 600
 _INTERRUPTED = 130
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
 
 # What an error that nobody foresaw means, by its text and the files that it came through.
 _REMEDIES = (
@@ -43,9 +44,11 @@ _REMEDIES = (
         r"onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL communicator was aborted",
         "another rank has ended: its own line says why, or it was killed, most often for lack of memory",
     ),
+    (r"SimpleNamespace' object has no attribute", "--yaml-cfg must name all arguments of Megatron: flags are shorter"),
     (r"environment variable \w+ expected", "start it with torchrun, as README.md does, which sets it"),
     (r"EADDRINUSE|address already in use", "another program has this port: torchrun --master-port takes another"),
-    (r"No space left|Disk quota", "make room and start the same command again"),
+    (r"Too many open files", "allow more of them: ulimit -n"),
+    (r"No space left|Disk quota|File too large", "make room and start the same command again"),
     (
         r"megatron/core/tokenizers/",
         "the tokenizer cannot be loaded: give --tokenizer-type and --tokenizer-model or files as in preprocessing",
@@ -113,7 +116,32 @@ def _short(file: str) -> str:
     return inside if packages else file.removeprefix(f"{_ROOT}/")
 
 
-def with_flags_meant(parser: argparse.ArgumentParser, message: str) -> str:
+def speak_in_one_line(parser: argparse.ArgumentParser) -> None:
+    """Let a parser raise what is wrong with a command line, and not print the usage of all its flags on every rank.
+
+    Numbers such as -1e-8 and -inf, which argparse takes for flags, are numbers to it.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise MoREError(_with_flags_meant(parser, message))
+
+    parser._negative_number_matcher = _NEGATIVE_NUMBER
+    parser.error = refuse  # type: ignore[method-assign]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of a tool that ends it with one line where its command line is wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = _NEGATIVE_NUMBER
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with what is wrong."""
+        self.exit(2, f"{self.prog}: error: {_with_flags_meant(self, message)} (--help lists the flags)\n")
+
+
+def _with_flags_meant(parser: argparse.ArgumentParser, message: str) -> str:
     """Return what a parser says of a command line, and for flags that it does not know those that are like them."""
     if not message.startswith("unrecognized"):
         return message
@@ -131,14 +159,6 @@ def _options(parser: argparse.ArgumentParser) -> list[str]:
         if isinstance(action, argparse._SubParsersAction):
             options += [option for command in action.choices.values() for option in _options(command)]
     return options
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one line, without the list of all flags."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the program with what is wrong."""
-        self.exit(2, f"{self.prog}: error: {with_flags_meant(self, message)} (--help lists the flags)\n")
 
 
 @contextlib.contextmanager

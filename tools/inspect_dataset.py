@@ -19,7 +19,7 @@ from more_megatron.data.encoders import build_decoder
 from more_megatron.data.indexed import IndexFile, bin_path, idx_path, read_index
 from more_megatron.data.manifest import read_manifest
 from more_megatron.data.tokenizers import TokenizerOptions, TokenizerType, tokenizer_sha256
-from more_megatron.errors import OneLineParser, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 
 _BAR = 40
 
@@ -45,6 +45,7 @@ def describe(
 
     Raises:
         DatasetError: The dataset is missing or damaged.
+        MoREError: There is no such document.
     """
     check_dataset(prefix)
     index = read_index(idx_path(prefix))
@@ -121,7 +122,8 @@ def _options(prefix: str, manifest: dict[str, Any] | None) -> TokenizerOptions |
 def _sample(
     prefix: str, index: IndexFile, options: TokenizerOptions | None, document: int, sample_tokens: int
 ) -> list[str]:
-    document = min(max(document, 0), index.document_count - 1)
+    if not 0 <= document < index.document_count or sample_tokens < 1:
+        raise MoREError(f"--document must be from 0 to {index.document_count - 1}, --sample-tokens at least 1")
     first, last = index.documents[document], index.documents[document + 1]
     count = int(index.lengths[first:last].sum(dtype=np.int64)) if last > first else 0
     header = f"document   {document}: {count:,} tokens"

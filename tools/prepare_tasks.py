@@ -60,6 +60,8 @@ def _problems(args: argparse.Namespace) -> dict[Split, list[Problem]]:
             return {split: fetch_babi(split, args.tasks) for split in splits}
         return {split: read_babi(args.input, split, args.tasks) for split in splits}
     counts = {Split.TRAIN: args.train, Split.TEST: args.test, Split.BEYOND: getattr(args, "beyond", None)}
+    if args.kind != "jsonl" and (min(counts.values()) < 0 or not any(counts.values())):
+        raise MoREError("--train, --test and --beyond must be at least 0, and one of them above 0")
     if args.kind == "jsonl":
         return {split: read_problems(path) for split, path in counts.items() if path}
     return {split: generate(GENERATED[args.kind], split, count, args.seed) for split, count in counts.items() if count}

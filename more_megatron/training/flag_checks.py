@@ -31,9 +31,7 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
     """
     get_system(args.more_variant)
     if args.use_checkpoint_args:
-        raise MoREError(
-            "--use-checkpoint-args needs a checkpoint in --load that is there and whole: name another, or leave it out"
-        )
+        raise MoREError("--use-checkpoint-args needs a whole checkpoint in --load: leave it out, or name another")
     if {"bf16", "fp16"} <= given and args.bf16:
         raise MoREError("--bf16 and --fp16 exclude each other: leave one out")
     if args.yaml_cfg is not None:  # The flags are not all there yet.

@@ -58,7 +58,6 @@ NEEDS = {
     "recompute_method": "recompute_granularity",
     "recompute_num_layers": "recompute_granularity",
     "rope_scaling_factor": "use_rope_scaling",
-    "data_parallel_sharding_strategy": "use_megatron_fsdp",
 }
 
 _FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
@@ -73,7 +72,8 @@ def _is_split(split: str) -> bool:
 
 
 def _has_no_wsd(a: Namespace) -> bool:
-    return a.lr_decay_style == "WSD" and not 0 < (a.lr_wsd_decay_iters or 0) <= (a.lr_decay_iters or a.train_iters)
+    steps = a.lr_decay_iters or a.train_iters
+    return a.lr_decay_style == "WSD" and steps and not 0 < (a.lr_wsd_decay_iters or 0) <= steps
 
 
 def _has_odd_heads(a: Namespace) -> bool:
@@ -97,11 +97,11 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         (lambda a, name=name: getattr(a, name) is None, f"{flag(name)} is missing: give it a value")
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
     ),
+    (lambda a: a.tokenizer_type is None, "--tokenizer-type is missing: give it as in preprocessing"),
     (lambda a: not (a.train_iters or a.train_samples), "--train-iters is missing: give it, or --train-samples"),
     (lambda a: a.train_iters and a.train_samples, "{train_iters} and {train_samples} exclude each other"),
     (lambda a: a.lr is None and not a.skip_train, "--lr is missing: give it a value"),
     (_has_no_wsd, "--lr-decay-style WSD needs --lr-wsd-decay-iters, at most --lr-decay-iters or --train-iters"),
-    (lambda a: a.tokenizer_type is None, "--tokenizer-type is missing: give it as in preprocessing"),
     # Shapes
     (_has_odd_heads, "rotary positions need heads of an even width: change --kv-channels or {rotary_percent}"),
     (
@@ -112,20 +112,14 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         lambda a: a.seq_length % (a.tensor_model_parallel_size * a.context_parallel_size),
         "{seq_length} is not divisible by {tensor_model_parallel_size} x {context_parallel_size}, which split it",
     ),
-    (
-        _has_odd_widths,
-        "tensor parallelism must divide --ffn-hidden-size and its kin: change {tensor_model_parallel_size}",
-    ),
+    (_has_odd_widths, "{tensor_model_parallel_size} must divide --ffn-hidden-size and its kin: change one"),
     (
         lambda a: a.reset_attention_mask and a.pipeline_model_parallel_size > 1,
         "--reset-attention-mask needs --pipeline-model-parallel-size 1: middle pipeline stages do not receive the mask",
     ),
     # Experts
     (lambda a: a.num_experts and a.moe_router_topk > a.num_experts, "{moe_router_topk} is above {num_experts}"),
-    (
-        lambda a: a.router_min_entropy > math.log(a.num_experts or 1),
-        "{router_min_entropy} is above ln --num-experts, the entropy of equal probabilities: lower it",
-    ),
+    (lambda a: a.router_min_entropy > math.log(a.num_experts or 1), "{router_min_entropy} is above ln --num-experts"),
     (
         lambda a: a.num_experts and a.add_bias_linear and a.transformer_impl == "local",
         "--enable-bias-linear needs --transformer-impl transformer_engine: local experts have no biases",
@@ -144,10 +138,7 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         lambda a: (a.lr_warmup_iters or 0) >= (a.lr_decay_iters or a.train_iters or math.inf),
         "{lr_warmup_iters} must be below --lr-decay-iters, by default --train-iters: lower it",
     ),
-    (
-        lambda a: a.split is not None and not _is_split(a.split),
-        "{split} must be up to three shares that are not negative and not all 0, as in --split 90,5,5",
-    ),
+    (lambda a: a.split is not None and not _is_split(a.split), "{split} must be up to three shares, as in 90,5,5"),
     (
         lambda a: [] in (a.data_path, a.train_data_path, a.valid_data_path, a.test_data_path),
         "a flag of data is empty: give --data-path or --train-data-path prefixes, weights before them for a blend",
