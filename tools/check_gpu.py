@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         from more_megatron.evaluation.gpu_check.report import Report
         from more_megatron.evaluation.gpu_check.runner import Request, check
 
-        if unknown := set(args.stages) - set(_STAGES):
-            raise MoREError(f"--stages {args.stages} has no {min(unknown)}: choose among {_STAGES}")
+        if not args.stages or set(args.stages) - set(_STAGES):
+            raise MoREError(f"--stages {args.stages!r} must be one or more of the letters {_STAGES}")
         gpus = 0 if args.dry_run else _gpus()
         if not args.dry_run and gpus == 0:
             raise MoREError("PyTorch sees no GPU: check the driver, or give --dry-run")
