@@ -13,13 +13,13 @@ import json
 import shlex
 from typing import Any
 
-from more_megatron.errors import one_line_errors
+from more_megatron.errors import OneLineParser, one_line_errors
 from more_megatron.systems import systems
 
 
 def parse_flags() -> argparse.Namespace:
     """Return the command line's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ponder-coeffs", type=float, nargs="+", default=[0.0, 0.01, 0.1], metavar="C")
     parser.add_argument("--symbols", type=int, default=8, help="symbols to copy")
     parser.add_argument("--alphabet", type=int, default=16, help="kinds of symbols")

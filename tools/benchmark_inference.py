@@ -16,14 +16,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 
 _PROMPT = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("model", type=Path, help="an exported model")
     parser.add_argument("text", type=Path, help="a text file")
     parser.add_argument("--num-steps", type=int, help="steps at full depth (default: the model's)")
