@@ -37,10 +37,9 @@ from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config, Field
 from .layer import MoRELayer
-from .mlp import MoREMLP
-from .norms import build_norm
+from .parts import MoREMLP, build_norm
 from .recurrence import Rows, State, recur
-from .router_logits import RouterLogits, load_balancing_loss
+from .routing import RouterLogits, load_balancing_loss
 
 __all__ = ["Group", "Loop", "RunPass", "System"]
 
@@ -145,11 +144,15 @@ class System:
         """Return the feed-forward part of a layer: experts where the configuration wants them."""
         if config.moe_layers[layer_idx]:
             return self.moe_class(config, layer_idx)
+        return self.build_dense(config)
+
+    def build_dense(self, config: Config) -> nn.Module:
+        """Return the feed-forward part of a layer without experts."""
         return MoREMLP(config, config.intermediate_size)
 
     def build_final_norm(self, config: Config) -> nn.Module:
         """Return the norm before the output layer."""
-        return build_norm(config, config.hidden_size)
+        return build_norm(config)
 
     def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
         """Draw a new weight that a module itself holds, and return whether that was done.

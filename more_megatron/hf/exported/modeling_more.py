@@ -23,12 +23,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 
 from .cache import Memory, prepare_cache
 from .configuration_more import MoREConfig
-from .context import CallContext
-from .documents import find_documents
+from .context import CallContext, Records, find_documents
 from .generation import MoREGenerationMixin
-from .norms import MoRERMSNorm
 from .options import CallOptions
-from .records import Records
+from .parts import MoRERMSNorm
 from .rotary import rotation
 from .stack import Stack, Trace, build_loops
 from .system import find_system

@@ -12,8 +12,8 @@ from .cell_experts import CellExperts, lstm_cell
 from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config
-from .grouped import grouped_linear
 from .interface import System
+from .parts import grouped_linear
 from .routing import Routing
 
 __all__ = ["SYSTEM"]
@@ -89,7 +89,7 @@ class ParallelExperts(CellExperts):
         super().__init__(config, shapes)
 
     def draw_recurrent(self, name: str, weight: Tensor) -> None:
-        """Draw a weight as PyTorch's LSTM does, whose two biases are one here."""
+        # As PyTorch's LSTM, whose two biases are one here.
         if name.endswith("bias"):
             super().draw_recurrent(name, weight)
         else:
@@ -139,18 +139,12 @@ class ParallelExperts(CellExperts):
 class ParallelExpertsMoE(MoREMoE):
     """A layer of them. The cache has the states behind every token, so that it can be cut back."""
 
-    experts: ParallelExperts
-
-    def build_experts(self) -> None:
-        """Create the routed experts."""
-        self.experts = ParallelExperts(self.config)
+    experts_class = ParallelExperts
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
-        """Return weighted outputs, [rows, h]."""
         batch, topk, length = routing.shape
         rows, documents = routing.dispatch(x), _documents(context, batch, x.device)
-        token = torch.arange(batch * length, device=x.device).view(batch, 1, length).expand(routing.shape)
-        token = token.flatten()[routing.order]
+        token = routing.tokens
         document = documents[:, context.past :].flatten()[token]
         order = TimeOrder.of(routing, token, document, self.config.num_experts)
         first = order.firsts

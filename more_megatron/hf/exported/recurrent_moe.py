@@ -24,7 +24,6 @@ class IteratedLayer(MoRELayer):
     def transform(
         self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return hidden states and the logits of each step."""
         if not self.is_moe:
             return super().transform(hidden_states, context, memory)
         scale = self.config.residual_scale

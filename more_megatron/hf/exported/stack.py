@@ -14,7 +14,7 @@ from .context import CallContext
 from .fields import Config
 from .interface import Group, System
 from .recurrence import Rows
-from .router_logits import RouterLogits
+from .routing import RouterLogits
 
 __all__ = ["Stack", "Trace", "build_loops"]
 
