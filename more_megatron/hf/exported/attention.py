@@ -1,14 +1,20 @@
-"""Attention, and how it is computed where rows are some tokens of several sequences."""
+"""Attention, also where rows are tokens of several sequences, and rotary positions (Su et al., arXiv 2104.09864)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["RowMask", "attend"]
+from .fields import Config
+
+__all__ = ["Rotation", "RowMask", "attend", "rotate", "rotation"]
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and sine of the angles of each position, [b or 1, s, planes] each."""
 
 
 @dataclass(frozen=True)
@@ -48,3 +54,36 @@ def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, rows: RowMask) -> 
         key, value = key[used], value[used]
     output = attend(padded.transpose(1, 2), key, value, mask.unsqueeze(1))
     return output.transpose(1, 2)[own, number].transpose(0, 1).unsqueeze(0)
+
+
+def rotation(config: Config, positions: Tensor) -> Rotation | None:
+    """Return cosine and sine at positions [b or 1, s]; None without rotary embedding."""
+    if config.position_embedding != "rope":
+        return None
+    size = int(config.head_dim * config.rotary_percent)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    if config.rope_scaling_factor is not None:
+        frequencies = _stretch(frequencies, config.rope_scaling_factor)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _stretch(frequencies: Tensor, factor: float, context: int = 8192) -> Tensor:
+    """Slow down the frequencies that turn less than four times in the context, as Llama 3.1 does."""
+    turns = context * frequencies / (2.0 * math.pi)
+    kept = ((turns - 1.0) / 3.0).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / factor)
+
+
+def rotate(x: Tensor, angles: Rotation | None, interleaved: bool) -> Tensor:
+    """Rotate the leading channels of [b, ..., s, d]; a plane is two neighbouring channels, or one of each half."""
+    if angles is None:
+        return x
+    batch, length, planes = angles[0].shape
+    cos, sin = (part.to(x.dtype).view(batch, *(1,) * (x.dim() - 3), length, planes) for part in angles)
+    turned, rest = x[..., : 2 * planes], x[..., 2 * planes :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned, rest), dim=-1)

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import RowMask
+from .attention import Rotation, RowMask
 from .cache import Memory
 from .exits import Exits
 from .noise import state_noise
-from .rotary import Rotation
 
 __all__ = ["CallContext", "Records", "find_documents"]
 
@@ -67,8 +66,7 @@ class CallContext:
         state_std: Standard deviation of initial states.
         input_states: Initial states of the first tokens, [states, b, up to s, h]; None for noise.
         shape: (b, s) of the call.
-        embeddings: What the first layer is given, [b, s, h]. For loops only: layers may be recomputed.
-        losses: Loops append what is to be added to the loss in training. For loops only.
+        losses: Loops append what is to be added to the loss in training; layers must not, they may be recomputed.
         records: What the call keeps of its recurrences.
         exits: How tokens stop by themselves; None: all take `num_steps`.
         warm: Where the last states of tokens are kept, from which the tokens behind them start; None: nowhere.
@@ -88,7 +86,6 @@ class CallContext:
     state_std: float
     input_states: Tensor | None
     shape: tuple[int, int]
-    embeddings: Tensor | None = None
     losses: list[Tensor] = dataclasses.field(default_factory=list)
     records: Records = dataclasses.field(default_factory=Records)
     exits: Exits | None = None
@@ -124,12 +121,9 @@ class CallContext:
         return visible
 
     def initial_state(self, index: int, like: Tensor, layer: int | None = None) -> Tensor:
-        """Return the state that a recurrence starts from, shaped and typed as `like`, [b, s, h].
+        """Return the state that a recurrence, counted from 0, starts from, shaped and typed as `like`, [b, s, h].
 
-        Args:
-            index: Which of the model's recurrences, from 0.
-            like: A tensor of that shape.
-            layer: Layer in the noise's coordinates, from 1. Default: `index + 1`.
+        `layer` is that in the noise's coordinates, from 1; by default `index + 1`.
         """
         given = None if self.input_states is None else self.input_states[index].to(like)
         given = self._last_state(index) if given is None else given

@@ -34,7 +34,7 @@ class FeedForwardExperts(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
-        """Return weighted outputs, [rows, h]."""
+        """Return weighted outputs, [rows, h], given [rows, h]."""
         inner = grouped_linear(rows, getattr(self, self.up_name), routing.ends)
         if self.down_proj_bias is not None:
             inner = inner + getattr(self, f"{self.up_name}_bias")[routing.experts]

@@ -14,8 +14,6 @@ from .interface import System
 from .recurrence import Rows, State, recur
 from .routing import Routing
 
-__all__ = ["SYSTEM"]
-
 
 class GRUExperts(CellExperts):
     """u = GELU(W1 x + b1);  r times u <- GRU(input u, hidden u);  y = W2 u + b2.

@@ -15,8 +15,6 @@ from .fields import Config
 from .layer import SandwichLayer
 from .parts import MoRERMSNorm, takase_normal
 
-__all__ = ["SYSTEM"]
-
 
 class HuginnLayer(SandwichLayer):
     """A sandwich layer that knows which of its parts add to the stream, which initial weights depend on."""

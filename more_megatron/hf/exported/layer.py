@@ -5,15 +5,17 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import attend
+from .attention import attend, rotate
 from .cache import Memory
 from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config
 from .parts import build_norm
-from .rotary import rotate
 
-__all__ = ["MoREAttention", "MoRELayer", "SandwichLayer"]
+__all__ = ["LayerOutput", "MoREAttention", "MoRELayer", "SandwichLayer"]
+
+LayerOutput = tuple[Tensor, ...]
+"""Hidden states, [b, s, h], and the logits of each routing decision, [b, s, N]."""
 
 
 class MoREAttention(nn.Module):
@@ -70,10 +72,8 @@ class MoRELayer(GradientCheckpointingLayer):
         """Return the attention."""
         return MoREAttention(self.config)
 
-    def forward(
-        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return hidden states, [b, s, h], and the logits of each routing decision, [b, s, N].
+    def forward(self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> LayerOutput:
+        """Return what the next layer is given, and router logits.
 
         Args:
             hidden_states: Input, [b, s, h].
@@ -84,10 +84,8 @@ class MoRELayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.self_attn(self.input_layernorm(hidden_states), context, memory)
         return self.transform(hidden_states, context, memory, *former)
 
-    def transform(
-        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return what follows attention: hidden states and the logits of each routing decision."""
+    def transform(self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> LayerOutput:
+        """Return what follows attention."""
         normed = self.post_attention_layernorm(hidden_states)
         if not self.is_moe:
             return (hidden_states + self.mlp(normed),)
@@ -102,9 +100,7 @@ class SandwichLayer(MoRELayer):
         super().__init__(config, layer_idx, mlp)
         self.attention_output_norm, self.mlp_output_norm = build_norm(config), build_norm(config)
 
-    def transform(
-        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
-    ) -> tuple[Tensor, ...]:
+    def transform(self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> LayerOutput:
         hidden_states = self.attention_output_norm(hidden_states)
         hidden_states, *logits = super().transform(hidden_states, context, memory, *former)
         return (self.mlp_output_norm(hidden_states), *logits)

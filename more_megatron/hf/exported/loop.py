@@ -5,8 +5,6 @@ from __future__ import annotations
 from .division import DividedSystem, division_fields
 from .fields import Field
 
-__all__ = ["SYSTEM"]
-
 
 class LoopedTransformer(DividedSystem):
     """Megatron's layers in groups, each repeated on its own output."""

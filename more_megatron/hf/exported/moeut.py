@@ -13,18 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attend
+from .attention import attend, rotate
 from .cache import Memory
 from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config, Field
 from .interface import Group, Loop, System
-from .layer import MoRELayer
+from .layer import LayerOutput, MoRELayer
 from .parts import grouped_linear
-from .rotary import rotate
 from .routing import MoRERouter, RouterLogits, Routing, load_balancing_loss
-
-__all__ = ["SYSTEM"]
 
 
 def _normal(config: Config, weight: Tensor, inputs: int) -> None:
@@ -176,9 +173,7 @@ class PeriLayer(MoRELayer):
     def build_attention(self) -> nn.Module:
         return SwitchHead(self.config)
 
-    def forward(
-        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> LayerOutput:
         normed = self.input_layernorm(hidden_states)
         output, *of_heads = self.self_attn(normed, hidden_states, context, memory)
         hidden_states = hidden_states + output

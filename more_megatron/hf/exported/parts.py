@@ -113,10 +113,7 @@ def layers_passed(config: Config) -> int:
 def takase_normal(config: Config, weight: Tensor, depth: int | None) -> None:
     """Draw a weight as Takase et al. (arXiv 2312.16903), as used in Huginn (arXiv 2502.05171, section 4).
 
-    Args:
-        config: Model configuration.
-        weight: What is drawn.
-        depth: Layers that a token passes, if the output of the weight is added to the state; else None.
+    `depth` is the number of layers that a token passes, if the output of the weight is added to the state.
     """
     std = math.sqrt(2.0 / (5.0 * config.hidden_size))
     if depth is not None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import RowMask, attend
+from .attention import RowMask, attend, rotate
 from .cache import Memory
 from .context import CallContext
 from .experts import RecurringMoE
@@ -16,7 +16,6 @@ from .fields import Config, Field
 from .interface import System
 from .parts import grouped_linear, layers_passed, rms_norm, takase_normal
 from .recurrence import Rows, State, recur
-from .rotary import rotate
 from .routing import Routing
 
 __all__ = ["BlockRows", "BlockSystem", "MixingMoE", "RecurrentBlock", "block_width"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_width
 
-__all__ = ["SYSTEM"]
-
 
 class RecurrentExpertsMoE(MixingMoE):
     """Expert i computes `s <- Block_i(Adapter_i([s; x]))`, r times."""

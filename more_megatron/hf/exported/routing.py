@@ -15,13 +15,7 @@ __all__ = ["MoRERouter", "RouterLogits", "Routing", "averaged_logits", "load_bal
 
 
 def averaged_logits(config: Config, logits: Tensor, *former: Tensor) -> Tensor:
-    """Return logits averaged over steps: l_t = beta l_{t-1} + (1 - beta) W s_t, and l_0 = W s_0.
-
-    Args:
-        config: Model configuration; `router_logit_ema` is beta.
-        logits: Those of this step, [b, s, N].
-        former: Those of the step before, if there was one.
-    """
+    """Return logits averaged over steps, `beta former + (1 - beta) logits`; the first step has no former ones."""
     beta = config.router_logit_ema
     return beta * former[0] + (1.0 - beta) * logits if former and beta > 0.0 else logits
 
@@ -162,18 +156,13 @@ class RouterLogits(tuple):
         routers: Iterable[str] = (),
         batch: int = 1,
     ) -> RouterLogits:
-        """Return the tuple."""
         made = super().__new__(cls, logits)
         made.layers, made.steps, made.routers = tuple(layers), tuple(steps), tuple(routers)
         made.batch = batch
         return made
 
     def by_layer(self, router: str | None = None) -> dict[int, Tensor]:
-        """Return the logits of all steps of each layer that has the router, [steps, b, s, N].
-
-        Args:
-            router: Name of the router. Default: the first of each layer.
-        """
+        """Return the logits of all steps of each layer that has the router, by default its first, [steps, b, s, N]."""
         steps: dict[int, dict[int, Tensor]] = {}
         for logits, layer, step, name in zip(self, self.layers, self.steps, self.routers, strict=True):
             if router in (None, name):
@@ -181,16 +170,7 @@ class RouterLogits(tuple):
         return {layer: torch.stack([found[step] for step in sorted(found)]) for layer, found in steps.items()}
 
     def at(self, layer: int, step: int = 0, router: str | None = None) -> Tensor:
-        """Return the logits of one decision.
-
-        Args:
-            layer: Layer, from 0.
-            step: Recurrence step, from 0.
-            router: Name of the router. Default: the only one.
-
-        Raises:
-            KeyError: If it was not made, or there are several.
-        """
+        """Return the logits of one decision; a `KeyError` is raised if it was not made, or there are several."""
         places = zip(self, self.layers, self.steps, self.routers, strict=True)
         found = [logits for logits, *place, name in places if place == [layer, step] and router in (None, name)]
         if len(found) != 1:
@@ -201,12 +181,7 @@ class RouterLogits(tuple):
 def load_balancing_loss(router_logits: Iterable[Tensor], config: Config, mask: Tensor | None) -> Tensor:
     """Return the balance loss of the Switch Transformer (arXiv 2101.03961, equation 4), the mean over decisions.
 
-    It is 1 if experts get the same share of tokens and of probability.
-
-    Args:
-        router_logits: Logits of each decision, [b s, N].
-        config: Model configuration.
-        mask: 0 for padding, which is not counted, [b, T].
+    It is 1 if experts get the same share of tokens and of probability. Padding, 0 in the mask, [b, T], is not counted.
     """
     losses = []
     for logits in router_logits:

@@ -11,8 +11,6 @@ from .fields import Config
 from .interface import System
 from .recurrence import Rows, State, recur
 
-__all__ = ["SYSTEM"]
-
 
 class SequentialExperts(CellExperts):
     """q = FFN(x), c = 0;  r times n, c <- LSTMCell(q, q, c);  q <- w n + (1 - w) q, w = sigma(v . q + b).

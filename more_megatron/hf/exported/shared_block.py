@@ -10,8 +10,6 @@ from .parts import grouped_linear
 from .recurrent_block import BlockRows, BlockSystem, MixingMoE, RecurrentBlock, block_width
 from .routing import Routing
 
-__all__ = ["SYSTEM"]
-
 
 class ProjectionExperts(nn.Module):
     """The maps `W_in_i` and `W_out_i` of each expert."""

@@ -15,8 +15,6 @@ from .recurrence import Rows
 from .recurrent_block import BlockRows, BlockSystem, RecurrentBlock, block_width
 from .routing import Routing
 
-__all__ = ["SYSTEM"]
-
 
 class LightExperts(nn.Module):
     """Expert i computes `W2_i . GELU(W1_i . x)`, h -> 2h -> h."""

@@ -20,8 +20,6 @@ from .layer import SandwichLayer
 from .parts import MoREMLP
 from .recurrence import Rows, State, recur
 
-__all__ = ["SYSTEM"]
-
 _LONGEST = 1e4
 
 
@@ -85,16 +83,8 @@ class UniversalLoop(Loop):
     def _halted(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows, halting: nn.Module) -> Tensor:
         """Return the output of all positions. Those that have halted still take part in every pass."""
 
-        def step(
-            number: int,
-            rows: Rows,
-            state: Tensor,
-            output: Tensor,
-            total: Tensor,
-            steps: Tensor,
-            remainder: Tensor,
-            halted: Tensor,
-        ) -> State:
+        def step(number: int, rows: Rows, *carried: Tensor) -> State:
+            state, output, total, steps, remainder, halted = carried
             entering = self.enter(state, hidden_states, number, rows)
             probability = halting(entering)
             ends = ~halted & (total + probability > 1.0 - self.config.halting_epsilon)
