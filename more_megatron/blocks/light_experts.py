@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from more_megatron.blocks.backends import RowGroups
@@ -31,9 +33,11 @@ class LightExperts(Experts):
         if not self.config.perform_initialization:
             return
         initializer, hidden = BlockInitializer(self.config, layer_number), self.config.hidden_size
+        # What they compute is the input of a block, not added to the stream: nothing is to keep it small.
+        out_std = initializer.in_std / _routed_length(self.config)
         for parameter, shape, std, name in (
             (self.fc1, (2 * hidden, hidden), initializer.in_std, "fc1"),
-            (self.fc2, (hidden, 2 * hidden), initializer.out_std, "fc2"),
+            (self.fc2, (hidden, 2 * hidden), out_std, "fc2"),
         ):
 
             def draw(group: int, shape: tuple = shape, std: float = std, name: str = name) -> torch.Tensor:
@@ -60,6 +64,13 @@ class LightExperts(Experts):
         outer = self.backend.linear(torch.nn.functional.gelu(inner), self.fc2, padding.groups)
         output = self.dropout(padding.unpad(outer))
         return (output * probs.unsqueeze(-1)).to(output.dtype), None
+
+
+def _routed_length(config: MoREConfig) -> float:
+    """Return how long the sum of the chosen experts' outputs is, each of length 1, if routers know nothing yet."""
+    chosen = config.moe_router_topk
+    is_share_of_all = config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax
+    return math.sqrt(chosen) / (config.num_moe_experts if is_share_of_all else chosen)
 
 
 def light_experts_cost(config: MoREConfig, ffn_hidden_size: int, seq_length: int) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from more_megatron.monitoring.watch import Key
@@ -19,9 +20,14 @@ def record_depth_losses(losses: Mapping[int, float]) -> None:
 
 
 def depth_figures() -> Iterator[tuple[Key, float]]:
-    """Yield the losses that were recorded since the last call, and what the best depth gains over the smallest."""
+    """Yield the losses that were recorded since the last call; where all are finite, what the best depth gains over the
+    smallest, and how far the losses lie apart, in parts of the largest.
+    """
     for steps, loss in sorted(_losses.items()):
         yield Key(_CONCERN, "loss", step=steps), loss
-    if len(_losses) > 1:
-        yield Key(_CONCERN, "gain"), _losses[min(_losses)] - min(_losses.values())
+    if len(_losses) > 1 and all(map(math.isfinite, _losses.values())):
+        smallest, largest = min(_losses.values()), max(_losses.values())
+        yield Key(_CONCERN, "gain"), _losses[min(_losses)] - smallest
+        if largest > 0.0:
+            yield Key(_CONCERN, "spread"), (largest - smallest) / largest
     _losses.clear()

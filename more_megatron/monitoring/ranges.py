@@ -70,7 +70,9 @@ _ROUTING = {
     "smallest ratio": Range(0.5, 1.2, f"an expert starves: {_BALANCE}"),
     "effective experts": _of_guide(6.0, None, f"few experts do the work: {_BALANCE}", "N"),
     "entropy": _of_guide(1.5, 2.8, "tokens are routed without doubt or at random: set --moe-z-loss-coeff", "ln N"),
-    "largest probability trend": Range(-0.1, 0.3, "the router gets surer from step to step: set --router-min-entropy"),
+    "largest probability trend": Range(
+        -0.3, 0.3, "the router gets surer from step to step, or less sure: set --router-min-entropy"
+    ),
     "largest load": Range(None, 0.9, f"one expert takes nearly all tokens: {_BALANCE}", is_collapse=True),
 }
 # Those that hold where experts compete for the probability of a token.
@@ -79,7 +81,7 @@ _REPEATED_ENTROPY = _of_guide(1.2, 2.5, "tokens are routed without doubt: set --
 
 _EVERYWHERE = {
     "routing/dead experts": Range(None, 0, f"experts receive no tokens: {_BALANCE}", is_collapse=True),
-    "recurrence/mean change": Range(0.1, 2.0, _IGNORED, needs_injection=True, steps=(2, 8)),
+    "recurrence/mean change": Range(0.005, 2.0, _IGNORED, needs_injection=True, steps=(2, 8)),
     "recurrence/second step": Range(0.02, None, _IGNORED, is_collapse=True, needs_injection=True),
     "recurrence/change trend": Range(None, 0.1, "states drift apart: lower the learning rate", needs_injection=True),
     "recurrence/last step share": Range(
@@ -90,7 +92,7 @@ _EVERYWHERE = {
     "recurrence/adapter input norm": Range(
         0.1, 10.0, "the input is ignored: look at the adapter's input half", is_collapse=True
     ),
-    "depth/gain": Range(0.01, None, f"the loss is the same at every r: {_IGNORED}", is_collapse=True),
+    "depth/spread": Range(0.0005, None, f"the loss is the same at every r: {_IGNORED}", is_collapse=True),
     "gradient/spikes": Range(None, 10, "the gradient norm spikes: lower --lr or --clip-grad, warm up longer"),
     "loss/variation": Range(None, 0.1, "the loss is unstable: lower --lr, raise --global-batch-size"),
 }

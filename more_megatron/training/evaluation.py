@@ -26,7 +26,10 @@ _steps: int | None = None
 
 
 def evaluated_steps() -> int | None:
-    """Return the recurrence steps of the evaluation under way; None: those of the configuration."""
+    """Return the recurrence steps of the evaluation under way; None: those of the configuration.
+
+    At others a model may well end in numbers that are not finite, which is a result there and no reason to end a run.
+    """
     return _steps
 
 
@@ -62,7 +65,7 @@ class DepthEvaluation:
         replay = [_Replay(part) for part in data] if isinstance(data, list) else _Replay(data)
         own: Any = None
         for steps in dict.fromkeys((self._own, *self._depths)):
-            get_args().consumed_valid_samples, _steps = consumed, steps
+            get_args().consumed_valid_samples, _steps = consumed, None if steps == self._own else steps
             for part in replay if isinstance(replay, list) else [replay]:
                 part.rewind()
             try:

@@ -129,7 +129,8 @@ def _whole_models_are_drawn_so() -> None:
         assert isinstance(experts, LightExperts)
         for weight, std in (
             (experts.fc1, in_std),
-            (experts.fc2, out_std),
+            # Into the block, not the stream; top-1 of untrained softmax routers is one part in as many as there are.
+            (experts.fc2, in_std * (EXPERTS if layer.config.moe_router_pre_softmax else 1)),
             (block.adapter, in_std),
             (block.attention.linear_qkv.weight, in_std),
             (block.attention.linear_proj.weight, out_std),

@@ -243,13 +243,16 @@ def test_ranges_of_a_file(tmp_path: Path) -> None:
 
 
 def test_a_loss_that_is_flat_in_depth(tmp_path: Path) -> None:
-    record_depth_losses({1: 3.005, 4: 3.0, 8: 3.001})
+    record_depth_losses({1: 3.001, 4: 3.0, 8: 3.0005})
     figures = dict(depth_figures())
     assert figures[Key("depth", "loss", step=4)] == 3.0
-    assert _warned(_ranges(tmp_path), figures) == ["depth/gain"]
+    assert _warned(_ranges(tmp_path), figures) == ["depth/spread"]
+    assert figures[Key("depth", "gain")] == pytest.approx(0.001)
     assert dict(depth_figures()) == {}
-    record_depth_losses({1: 3.5, 4: 3.0})
-    assert _warned(_ranges(tmp_path), dict(depth_figures())) == []
+    # Steps that make it worse are read as well.
+    for losses in ({1: 3.5, 4: 3.0}, {1: 3.0, 4: 3.01}):
+        record_depth_losses(losses)
+        assert _warned(_ranges(tmp_path), dict(depth_figures())) == []
 
 
 def test_figures_of_the_loss() -> None:

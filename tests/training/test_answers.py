@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -133,17 +134,28 @@ def test_the_loss_is_the_cross_entropy_of_answers(run: str) -> None:
 
 
 def test_answers_are_reported_by_task(run: str) -> None:
-    depths = "--recurrence-eval-depths 1 3"
+    depths = "--recurrence-eval-depths 1 3 5"
     flags = f"{_SYSTEM} --seq-length 16 --full-validation --eval-iters 1 --eval-interval 3 {depths}"
-    [ended] = pretrain_more(1, f"{run} {flags}")
+    [ended] = pretrain_more(1, f"{run} {flags}", prepare=_overflow_at_five_steps)
     assert ended.code == 0, ended.stderr
     assert "problems are longer than --seq-length 16 and left out" in ended.stdout
     lines = [line for line in ended.stdout.splitlines() if line.startswith(" evaluation at iteration 3 with")]
-    assert len(lines) == 2, ended.stdout
+    assert len(lines) == 3, ended.stdout
+    # A model that overflows at a depth it was not trained at goes on.
+    assert "with 5 recurrence steps | lm loss: NAN" in lines.pop()
     for line, depth in zip(lines, (3, 1), strict=True):
         assert f"with {depth} recurrence steps | lm loss: " in line
         assert "copy loss: " in line
         assert "echo exact match: 0." in line
+
+
+def _overflow_at_five_steps() -> None:
+    from megatron.core.models.gpt import GPTModel
+
+    from more_megatron.training.evaluation import evaluated_steps
+
+    forward = GPTModel.forward
+    GPTModel.forward = lambda *args, **kwargs: forward(*args, **kwargs) * (math.nan if evaluated_steps() == 5 else 1.0)
 
 
 def test_refusals(run: str, tmp_path: Path) -> None:
