@@ -290,6 +290,10 @@ def test_new_models_start_as_in_training(variant: str) -> None:
         assert fc1.std().item() == pytest.approx(0.987 * takase, rel=0.05)
         assert fc2.std().item() == pytest.approx(0.987 * takase / (2 * LAYERS * 3) ** 0.5, rel=0.05)
         assert weights[f"model.layers.0.mlp.{part}.norm_3"].eq(1.0).all()
+    if variant == "shared_block_ffn":
+        # Two of four experts, weighed by about a half each.
+        fc2 = weights["model.layers.0.mlp.experts.fc2"]
+        assert fc2.std().item() == pytest.approx(0.987 * takase * 2**0.5, rel=0.05)
     if variant == "universal":
         matrix = weights["model.layers.1.self_attn.q_proj.weight"]
         assert matrix.abs().max().item() == pytest.approx((6 / (2 * HIDDEN)) ** 0.5, rel=0.05)

@@ -82,9 +82,8 @@ class CallOptions:
         """
         criterion, names = self.criterion, ", ".join(CRITERIA)
         if criterion is None or criterion == "none":
-            for name in ("exit_threshold", "min_steps"):
-                if getattr(self, name) is not None:
-                    value = getattr(self, name)
+            for name, value in (("exit_threshold", self.exit_threshold), ("min_steps", self.min_steps)):
+                if value is not None:
                     raise ValueError(f"{name} {value!r} has no effect without a criterion: choose one of {names}")
             return None
         if isinstance(criterion, str):
