@@ -12,8 +12,8 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
-from more_megatron.model.curriculum import Curriculum
 
 __all__ = ["MoREFlags", "flag"]
 

@@ -92,6 +92,9 @@ class System:
     expert_states: ClassVar[tuple[str, ...]] = STATES_OF_FEED_FORWARD
     """Modules among them that ask a checkpoint for a state beside their parameters; `N ` before one an expert."""
 
+    fields: ClassVar[Mapping[str, str]] = {}
+    """Fields of config.json that it alone has, and the flags, by name, that they are made from."""
+
     former_keys: ClassVar[Mapping[str, str]] = {}
     """Parameters of its experts that a run with `--finetune` finds in Megatron's experts, and their keys there. Of a
     gated expansion the half that the gate lets through is taken; what is not named is drawn anew."""
@@ -200,12 +203,12 @@ class System:
         return {}
 
     def config_fields(self, args: Any) -> dict[str, Any]:
-        """Return the fields of config.json that it alone has, given a run's arguments."""
-        return {}
+        """Return the values of its `fields`, given a run's arguments."""
+        return {field: getattr(self.flags(args), name) for field, name in self.fields.items()}
 
     def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments that `config_fields` were made from."""
-        return {}
+        return {name: config[field] for field, name in self.fields.items()}
 
     def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
         """Return the rows outside of layers."""

@@ -10,7 +10,7 @@ import torch
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
-from more_megatron.hf.exported.router_logits import RouterLogits
+from more_megatron.hf.exported.routing import RouterLogits
 from more_megatron.hf.exported.system import find_system
 from tests.helpers.systems import in_two_tiers
 from tests.hf.reference_models import LENGTH, SYSTEMS, VOCABULARY, random_model, tokens

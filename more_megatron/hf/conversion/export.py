@@ -20,7 +20,7 @@ from more_megatron.hf.conversion.safetensors_files import Group, plan_files, wri
 from more_megatron.hf.conversion.stored_args import write_args
 from more_megatron.hf.conversion.tokenizer_files import ExportedTokenizer, plan_tokenizer
 from more_megatron.hf.conversion.verification import compare_logits, compare_tensors
-from more_megatron.hf.exported.code_files import write_code
+from more_megatron.hf.exported.system import write_code
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
 from more_megatron.systems.forms import Form, find_form
