@@ -1,5 +1,6 @@
 """Pretrain a MoRE model: `torchrun pretrain_more.py ...`, with Megatron's flags and the MoRE group."""
 
+import os
 import time
 from contextlib import ExitStack
 
@@ -9,8 +10,10 @@ _PROGRAM_START = time.time()
 def main() -> None:
     """Hand Megatron's `pretrain` our model, data and loss."""
     from more_megatron.console import write_start_to
+    from more_megatron.lifetime import check_launcher
     from more_megatron.platform import initialize_platform
 
+    check_launcher()
     platform = initialize_platform()
 
     from megatron.core.enums import ModelType
@@ -50,12 +53,16 @@ def main() -> None:
 
 # The processes that write checkpoints read this file as well, and need nothing of it.
 if __name__ == "__main__":
+    # A warning of PyTorch's C++ is a backtrace of 12 lines.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
     from more_megatron.console import quiet_start
-    from more_megatron.errors import one_line_errors
-    from more_megatron.lifetime import end_with_launcher, forks_end_with_this, how_to_continue
+    from more_megatron.errors import one_line_errors, say_that_another_ended
+    from more_megatron.lifetime import end_with_launcher, forks_end_with_this, how_to_continue, say_at_sigterm
 
     end_with_launcher()
     forks_end_with_this()
+    say_at_sigterm(lambda: say_that_another_ended("pretrain_more.py"))
     quiet_start()
     with one_line_errors("pretrain_more.py", how_to_continue):
         main()

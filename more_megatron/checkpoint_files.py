@@ -105,7 +105,7 @@ def newest_clean_iteration(folder: Path, before: int | None = None) -> int | Non
 
 def _is_finite(checkpoint: Path) -> bool:
     metadata = read_metadata(checkpoint)
-    for index, info in (metadata.storage_data or {}).items():
+    for index, info in metadata.storage_data.items():
         is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
         if not is_tensor or index.fqn.startswith(("optimizer.", "chained_")):
             continue
@@ -165,9 +165,11 @@ def fault(checkpoint: Path) -> str | None:
     if not checkpoint.is_dir():
         return "the folder does not exist"
     try:
-        json.loads((checkpoint / "metadata.json").read_text())
-    except (OSError, ValueError):
-        return "metadata.json is missing or not JSON, as after a save that did not finish"
+        backend = json.loads((checkpoint / "metadata.json").read_text())["sharded_backend"]
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
+        return "metadata.json is missing or damaged, as after a save that did not finish"
+    if backend != "torch_dist":
+        return f"it is of the format {backend}, not torch_dist"
     try:
         sizes = _expected_sizes(checkpoint)
     except MoREError as error:
@@ -225,7 +227,7 @@ def _expected_sizes(checkpoint: Path) -> dict[str, int]:
 def _pieces(checkpoint: Path) -> dict[str, list[Any]]:
     """Return by data file where each tensor of it begins and how long it is, as the checkpoint's index says."""
     pieces: dict[str, list[Any]] = {}
-    for info in (read_metadata(checkpoint).storage_data or {}).values():
+    for info in read_metadata(checkpoint).storage_data.values():
         pieces.setdefault(info.relative_path, []).append(info)
     return pieces
 

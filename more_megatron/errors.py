@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import difflib
 import os
 import re
 import sys
@@ -10,16 +12,29 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
 
-__all__ = ["MoREError", "last_line", "one_line", "one_line_errors"]
+__all__ = [
+    "MoREError",
+    "OneLineParser",
+    "last_line",
+    "one_line",
+    "one_line_errors",
+    "say_that_another_ended",
+    "speak_in_one_line",
+]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PATIENCE_SECONDS = 10.0
 _STORE_SECONDS = 5.0
+_SECONDS_TO_SPEAK = 1.0
 _MOST_CHARACTERS = 600
 _INTERRUPTED = 130
+_UNSAFE = "Weights only load failed"
+_NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
 
-# What an error that nobody foresaw means, by its text.
+# What an error that nobody foresaw means, by its text and the files that it came through.
 _REMEDIES = (
     (
         r"out of memory|can't allocate memory|not enough memory|Unable to allocate|MemoryError|bad_alloc"
@@ -30,7 +45,19 @@ _REMEDIES = (
         r"onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL communicator was aborted",
         "another rank has ended: its own line says why, or it was killed, most often for lack of memory",
     ),
-    (r"No space left|Disk quota", "make room and start the same command again"),
+    (r"SimpleNamespace' object has no attribute", "--yaml-cfg must name all arguments of Megatron: flags are shorter"),
+    (r"environment variable \w+ expected", "start it with torchrun, as README.md does, which sets it"),
+    (r"EADDRINUSE|address already in use", "another program has this port: torchrun --master-port takes another"),
+    (r"Too many open files", "allow more of them: ulimit -n"),
+    (r"No space left|Disk quota|File too large", "make room and start the same command again"),
+    (
+        r"megatron/core/tokenizers/",
+        "the tokenizer cannot be loaded: give --tokenizer-type and --tokenizer-model or files as in preprocessing",
+    ),
+    (
+        r"eval_global_batch_size",
+        "they are those of training where they are not given: change --global-batch-size or --micro-batch-size",
+    ),
     (r"Timed out|[Tt]imeout", "a rank hangs or is slow: --distributed-timeout-minutes waits longer"),
 )
 
@@ -41,6 +68,8 @@ class MoREError(ValueError):
 
 def last_line(error: BaseException) -> str:
     """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks."""
+    if _UNSAFE in str(error):  # PyTorch goes on to say how to run it.
+        return "it is damaged, or holds more than data and could run code"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[-1] if lines else 'no further message'}"
 
@@ -52,21 +81,87 @@ def one_line(error: BaseException) -> str:
         return text
     kind, found = type(error).__name__, traceback.extract_tb(error.__traceback__)
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if "Traceback (most recent call last)" in text:
+        return f"{str(error.filename)[:_MOST_CHARACTERS]}: {error.strerror}"
+    if "Traceback (most recent call last)" in text or _UNSAFE in text:
         text = last_line(error)
+    text = text.partition(". This is typically caused by a remote worker")[0]
     if not text and found:
-        text = found[-1].line or ""
-    remedy = next((f"; {remedy}" for pattern, remedy in _REMEDIES if re.search(pattern, f"{kind} {text}")), "")
+        text = _condition(found[-1].line or "", error.__traceback__)
+    told = f"{kind} {text} {' '.join(_short(frame.filename) for frame in found)}"
+    remedy = next((f"; {remedy}" for pattern, remedy in _REMEDIES if re.search(pattern, told)), "")
     shortened = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ..."
     where = f" at {_short(found[-1].filename)}:{found[-1].lineno}" if found else ""
     return f"{shortened}{remedy} ({kind}{where}; MORE_TRACEBACK=1 shows the way there)"
+
+
+def _condition(line: str, trace: TracebackType | None) -> str:
+    """Return a line of source that failed without a word, and the values of what it compares."""
+    frame, values = list(traceback.walk_tb(trace))[-1][0], {}
+
+    def named(found: re.Match[str]) -> str:
+        of, name = found.groups()
+        value = getattr(frame.f_locals.get(of), name, frame) if of else frame.f_locals.get(name, frame)
+        if not isinstance(value, int | float | str | None):
+            return found[0]
+        name = f"--{name.replace('_', '-')}" if of == "args" else name
+        values[name] = f"{name} is {value}"
+        return name
+
+    condition = re.sub(r"\b(?:(args|config|self)\.)?([a-z_]\w*)", named, line.removeprefix("assert "))
+    if not line.startswith("assert "):
+        return line
+    return f"{condition} must hold{', where ' if values else ''}{' and '.join(values.values())}"
 
 
 def _short(file: str) -> str:
     """Return a file's path from the folder of packages, or of this project, on."""
     _, packages, inside = file.rpartition("site-packages/")
     return inside if packages else file.removeprefix(f"{_ROOT}/")
+
+
+def speak_in_one_line(parser: argparse.ArgumentParser) -> None:
+    """Let a parser raise what is wrong with a command line, and not print the usage of all its flags on every rank.
+
+    Numbers such as -1e-8 and -inf, which argparse takes for flags, are numbers to it.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise MoREError(_with_flags_meant(parser, message))
+
+    parser._negative_number_matcher = _NEGATIVE_NUMBER
+    parser.error = refuse  # type: ignore[method-assign]
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A parser of a tool that ends it with one line where its command line is wrong."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._negative_number_matcher = _NEGATIVE_NUMBER
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with what is wrong."""
+        self.exit(2, f"{self.prog}: error: {_with_flags_meant(self, message)} (--help lists the flags)\n")
+
+
+def _with_flags_meant(parser: argparse.ArgumentParser, message: str) -> str:
+    """Return what a parser says of a command line, and for flags that it does not know those that are like them."""
+    if not message.startswith("unrecognized"):
+        return message
+    unknown = [word.partition("=")[0] for word in message.split() if word.startswith("-")]
+    if not unknown and (first := message.split()[-1]) in sys.argv:
+        before = [word for word in sys.argv[: sys.argv.index(first)] if word.startswith("--")]
+        return f"{message}, more than {before[-1]} takes" if before else message
+    meant = [name for word in unknown for name in difflib.get_close_matches(word, _options(parser), n=1)]
+    return f"{message}; did you mean {', '.join(meant)}?" if meant else message
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    options = list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            options += [option for command in action.choices.values() for option in _options(command)]
+    return options
 
 
 @contextlib.contextmanager
@@ -92,11 +187,22 @@ def one_line_errors(program: str, continuation: Callable[[], str] = str) -> Iter
             if _speaks():
                 line = f"interrupted{continuation()}" if interrupted else f"error: {one_line(error)}"
                 print(f"{program}: {line}", file=sys.stderr, flush=True)
+                if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # The others ask the store, which may be with this one.
+                    time.sleep(_SECONDS_TO_SPEAK)
             else:  # The launcher ends all ranks with the first that leaves: not before the other has spoken.
                 time.sleep(_PATIENCE_SECONDS)
             sys.stdout.flush()
         # Not sys.exit: pending collectives of the other ranks must not hold this one back.
         os._exit(_INTERRUPTED if interrupted else 1)
+
+
+def say_that_another_ended(program: str) -> None:
+    """Print, where no rank has printed anything, what SIGTERM mostly means to one of several."""
+    if _speaks():
+        reason = "another rank was killed, most often for lack of memory, or the run was cancelled"
+        print(f"{program}: error: ended by SIGTERM: {reason}", file=sys.stderr, flush=True)
+    else:  # It may be this rank that speaks.
+        time.sleep(_SECONDS_TO_SPEAK)
 
 
 def _speaks() -> bool:

@@ -12,14 +12,15 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Literal, Self
 
+from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
-from more_megatron.model.curriculum import Curriculum
 
 __all__ = ["MoREFlags", "flag"]
 
 _DEFAULT_STEPS = 4
 # A slip of the hand: nothing runs so many steps, and no block is so wide.
-_TOO_LARGE = 1_000_000
+_TOO_MANY_STEPS = 10_000
+_TOO_WIDE = 1_000_000
 
 
 def flag(name: str) -> str:
@@ -110,11 +111,16 @@ class MoREFlags:
         Raises:
             MoREError: If a field is out of range or contradicts another; the message names the flag.
         """
-        for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps", "ffn_hidden_size"):
-            self._require(f"recurrence_{name}", at_least=1, below=_TOO_LARGE)
-        for depth in self.recurrence_eval_depths or []:
-            if not 1 <= depth < _TOO_LARGE:
-                raise MoREError(f"--recurrence-eval-depths {depth} must be at least 1 and below {_TOO_LARGE}")
+        for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps"):
+            self._require(f"recurrence_{name}", at_least=1, below=_TOO_MANY_STEPS)
+        self._require("recurrence_ffn_hidden_size", at_least=1, below=_TOO_WIDE)
+        means = self.curriculum.values if self.curriculum is not None else []
+        for name, numbers in (("eval_depths", self.recurrence_eval_depths or []), ("curriculum", means)):
+            for steps in numbers:
+                if not 1 <= steps < _TOO_MANY_STEPS:
+                    raise MoREError(
+                        f"--recurrence-{name.replace('_', '-')} {steps} must be at least 1 and below {_TOO_MANY_STEPS}"
+                    )
         for name in ("recurrence_state_std", "router_min_entropy", "router_min_entropy_coeff"):
             self._require(name, at_least=0)
         self._require("router_logit_ema", at_least=0, below=1)

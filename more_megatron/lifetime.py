@@ -5,14 +5,43 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["end_with_launcher", "end_with_starter", "forks_end_with_this", "how_to_continue"]
+from more_megatron.errors import MoREError
+
+__all__ = [
+    "check_launcher",
+    "end_with_launcher",
+    "end_with_starter",
+    "forks_end_with_this",
+    "how_to_continue",
+    "say_at_sigterm",
+]
 
 _SECONDS = 0.5
+
+
+def check_launcher() -> None:
+    """Check what a launcher has said of this rank, where one has.
+
+    Raises:
+        MoREError: If it cannot be.
+    """
+    numbers = {
+        name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT") if name in os.environ
+    }
+    for name, number in numbers.items():
+        if not number.isdecimal():
+            raise MoREError(f"the environment variable {name} is {number!r}: torchrun sets it to a number")
+    rank, world_size = int(numbers.get("RANK", 0)), int(numbers.get("WORLD_SIZE", 1))
+    if rank >= world_size:
+        raise MoREError(
+            f"the environment variables say rank {rank} of {world_size}: count ranks from 0 to below WORLD_SIZE"
+        )
 
 
 def end_with_launcher() -> None:
@@ -33,6 +62,35 @@ def forks_end_with_this() -> None:
             _end_with_parent(here)
 
     os.register_at_fork(after_in_child=after_fork)
+
+
+def say_at_sigterm(say: Callable[[], None]) -> None:
+    """Call `say` before SIGTERM ends this process, wherever its main thread is: in a kernel, or in a collective.
+
+    torchrun sends it to the ranks that are left when one was killed, which says nothing itself.
+    """
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    former = signal.set_wakeup_fd(sender.detach())
+
+    def handler(*_: object) -> None:
+        """Stand in the place of the default, which ends the process at once."""
+
+    def watch() -> None:
+        # Megatron's own handler, which saves first, may have taken the place of this one.
+        while receiver.recv(1)[0] != signal.SIGTERM or signal.getsignal(signal.SIGTERM) is not handler:
+            pass
+        say()
+        os._exit(128 + signal.SIGTERM)
+
+    def after_fork() -> None:
+        signal.set_wakeup_fd(former)
+        if signal.getsignal(signal.SIGTERM) is handler:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, handler)
+    os.register_at_fork(after_in_child=after_fork)
+    threading.Thread(target=watch, name="say at SIGTERM", daemon=True).start()
 
 
 def how_to_continue() -> str:

@@ -96,7 +96,11 @@ class _Pickle:
     """What `torch.load` asks of a pickle module."""
 
     Unpickler = _Unpickler
-    load = staticmethod(pickle.load)
+
+    @staticmethod
+    def load(file: Any, **kwargs: Any) -> Any:
+        """Unpickle the parts that files from before PyTorch 1.6 begin with."""
+        return _Unpickler(file, **kwargs).load()
 
 
 def load(content: bytes) -> Any:
@@ -104,7 +108,12 @@ def load(content: bytes) -> Any:
 
     Args:
         content: The whole file.
+
+    Raises:
+        MoREError: If it is a program of TorchScript, which no pickle module is asked about.
     """
+    if b"constants.pkl" in content:
+        raise MoREError("it is a TorchScript archive, which could run code")
     return torch.load(io.BytesIO(content), map_location="cpu", pickle_module=_Pickle, weights_only=False)
 
 
@@ -134,12 +143,15 @@ def read_metadata(checkpoint: Path, name: str = ".metadata") -> Metadata:
         name: File of the index.
 
     Raises:
-        MoREError: If it names what could run code, or a file outside of the checkpoint's folder.
+        MoREError: If it names what could run code, or a file outside of the checkpoint's folder, or is no index.
     """
     with open(checkpoint / name, "rb") as file:
         metadata: Metadata = _IndexUnpickler(file).load()
+    parts = (metadata.storage_data, metadata.state_dict_metadata)
+    if not all(isinstance(part, dict) for part in parts):
+        raise MoREError("its .metadata does not say what is in it")
     inside = checkpoint.resolve()
-    for file_name in {info.relative_path for info in (metadata.storage_data or {}).values()}:
+    for file_name in {info.relative_path for info in metadata.storage_data.values()}:
         if (checkpoint / file_name).resolve().parent != inside:
             raise MoREError(f"its .metadata names the file {file_name}, which is not in its folder")
     return metadata

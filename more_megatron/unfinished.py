@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,16 +22,17 @@ def unfinished_folder(final: Path) -> Iterator[Path]:
     """Yield a new folder beside `final`, which takes its name when the block ends, and is removed if it fails.
 
     Raises:
-        MoREError: If there is something under the final name, or no place to write to.
+        MoREError: If there is something under the final name, another process writes it, or there is no place to write
+            to.
     """
     final = final.absolute()
     if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
         raise MoREError(f"--save {final} exists and is not an empty folder: remove it or name another")
     folder = final.parent / f".{final.name}.partial"
-    with _removed_on_failure(folder, final):
+    with _held(folder, final), _removed_on_failure(folder, final):
         # What an earlier conversion left when it was killed.
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        for path in folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         yield folder
         folder.replace(final)
 
@@ -45,6 +48,22 @@ def unfinished_file(final: Path) -> Iterator[Path]:
     with _removed_on_failure(path, final):
         yield path
         path.replace(final)
+
+
+@contextlib.contextmanager
+def _held(folder: Path, final: Path) -> Iterator[None]:
+    """Make a folder, if it is not there, and keep other processes out of it; a lock ends with its process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # where there are no locks
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise MoREError(f"another process writes {final}: wait for it, or name another --save") from None
+        yield
+    finally:
+        os.close(held)
 
 
 @contextlib.contextmanager

@@ -28,9 +28,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="also the tests that `make test-all` adds")
 
 
+def _is_whole(config: pytest.Config) -> bool:
+    return config.getoption("--all") or any("::" in argument for argument in config.args)
+
+
+@pytest.fixture(scope="session")
+def whole_matrix(request: pytest.FixtureRequest) -> bool:
+    """Return whether tests marked `matrix` are run, too: for fixtures that prepare several tests at once."""
+    return _is_whole(request.config)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked `matrix`, unless all is asked for or it is named."""
-    if config.getoption("--all") or any("::" in argument for argument in config.args):
+    if _is_whole(config):
         return
     left_out = [item for item in items if item.get_closest_marker("matrix") is not None]
     if left_out:

@@ -45,6 +45,8 @@ def test_what_nobody_foresaw_is_one_line_with_its_source_and_a_remedy() -> None:
     assert ended.returncode == 1
     assert "lower a size or --micro-batch-size" in _raise("raise MemoryError('Unable to allocate 9 TiB')").stderr
     assert _raise("open('/no/such')").stderr == "program: error: /no/such: No such file or directory\n"
+    unsafe = _raise("raise RuntimeError('Weights only load failed. Re-running with weights_only=False will succeed')")
+    assert "it is damaged, or holds more than data and could run code (RuntimeError at" in unsafe.stderr
     assert (
         "Traceback"
         not in _raise("raise RuntimeError('a\\nTraceback (most recent call last):\\n b\\nKeyError: 1')").stderr

@@ -30,7 +30,7 @@ _README = (PROJECT / "README.md").read_text()
 _SMALLER = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 64 --seq-length 16 "
     "--max-position-embeddings 16 --micro-batch-size 1 --global-batch-size 4 --lr-warmup-iters 0 --lr-decay-iters 100 "
-    "--eval-iters 1 --eval-interval 2 --log-interval 1 --save-interval 2 --override-opt-param-scheduler"
+    "--eval-iters 1 --eval-interval 2 --log-interval 1 --save-interval 2"
 )
 _MOST_RANKS = 2
 _SPLITS = ("train", "valid", "test")

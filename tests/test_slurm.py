@@ -167,24 +167,50 @@ def test_unknown_size_is_refused(preprocessed: Path) -> None:
 
 
 def test_conversion_passes_on_what_it_is_given(tmp_path: Path) -> None:
-    write_slurm(tmp_path / "bin")
-    python = tmp_path / "bin" / "python"
-    python.write_text('#!/bin/sh\necho "$MORE_PLATFORM $*"\n')
-    python.chmod(0o755)
-    variables = {**os.environ, **job_variables(tmp_path, nodes=1, gpus_per_node=0), "VENV": str(tmp_path)}
-    ended = subprocess.run(
-        ["bash", "examples/slurm/convert.sbatch", "checkpoints/run", "export/run", "--dtype", "bfloat16"],
-        cwd=PROJECT,
-        env={**variables, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert ended.returncode == 0, ended.stderr
-    platform, tool, *arguments = ended.stdout.split()
+    words = ["checkpoints/run", "export/run", "--dtype", "bfloat16"]
+    platform, tool, arguments = _python_call("convert.sbatch", words, tmp_path)
     assert (platform, tool) == ("cpu", "tools/convert_checkpoint.py")
     args = runpy.run_path(str(PROJECT / tool))["parse_arguments"](arguments)
     assert (args.command, args.load, args.save) == ("to-hf", Path("checkpoints/run"), Path("export/run"))
+
+
+def test_each_element_of_a_comparison_makes_one_run_and_the_job_behind_them_the_report(tmp_path: Path) -> None:
+    words = ["examples/comparison/smoke.yaml", "comparison/smoke", "--seeds", "1", "2"]
+    parsed = []
+    for variables in ({"SLURM_ARRAY_TASK_ID": "3", "GPUS_PER_NODE": "4"}, {"REPORT": "1"}):
+        _, tool, arguments = _python_call("comparison.sbatch", words, tmp_path, **variables)
+        parsed.append(runpy.run_path(str(PROJECT / tool))["_parse"](arguments))
+    element, report = parsed
+    assert (tool, element.experiment, element.folder) == ("tools/compare_systems.py", Path(words[0]), Path(words[1]))
+    # A run has the node for itself.
+    assert (element.run, element.jobs, element.nproc_per_node, element.report) == (3, 1, 4, False)
+    assert (report.run, report.report) == (None, True)
+    # The plan is found again by what was asked for, so that all jobs must ask for the same.
+    assert element.seeds == report.seeds == [1, 2]
+    with pytest.raises(subprocess.CalledProcessError) as refusal:
+        _python_call("comparison.sbatch", words[:1], tmp_path)
+    assert "give an experiment file and a folder" in refusal.value.stderr
+
+
+def _python_call(script: str, words: list[str], folder: Path, **variables: str) -> tuple[str, str, list[str]]:
+    """Return platform, tool and arguments of the only program that a batch script runs."""
+    programs = folder / "bin"
+    write_slurm(programs)
+    (programs / "python").write_text('#!/bin/sh\necho "${MORE_PLATFORM:-} $*"\n')
+    (programs / "python").chmod(0o755)
+    known = {**os.environ, **job_variables(folder, nodes=1, gpus_per_node=0), "VENV": str(folder)}
+    ended = subprocess.run(
+        ["bash", f"examples/slurm/{script}", *words],
+        cwd=PROJECT,
+        env={**known, **variables, "PATH": f"{programs}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    platform, _, command = ended.stdout.partition(" ")
+    tool, *arguments = command.split()
+    return platform, tool, arguments
 
 
 def test_flags_of_the_guides_exist() -> None:

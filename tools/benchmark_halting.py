@@ -9,20 +9,17 @@ the mean number of steps falls in the order of the coefficients. Takes a minute 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import os
-import sys
+import shlex
 from typing import Any
 
-from more_megatron.errors import one_line_errors
+from more_megatron.errors import OneLineParser, one_line_errors
 from more_megatron.systems import systems
 
 
 def parse_flags() -> argparse.Namespace:
     """Return the command line's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ponder-coeffs", type=float, nargs="+", default=[0.0, 0.01, 0.1], metavar="C")
     parser.add_argument("--symbols", type=int, default=8, help="symbols to copy")
     parser.add_argument("--alphabet", type=int, default=16, help="kinds of symbols")
@@ -46,7 +43,7 @@ def megatron_command_line(flags: argparse.Namespace, ponder_coeff: float) -> lis
         *("--num-layers", "1", "--hidden-size", str(flags.hidden_size), "--num-attention-heads", "4"),
         *("--ffn-hidden-size", str(2 * flags.hidden_size), "--seq-length", str(length)),
         *("--attention-dropout", "0", "--hidden-dropout", "0", "--seed", str(flags.seed)),
-        *("--micro-batch-size", str(flags.batch_size), "--train-iters", "1", "--lr", str(flags.lr)),
+        *("--micro-batch-size", str(flags.batch_size), "--lr", str(flags.lr)),
         *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(flags.alphabet + 1)),
         *("--make-vocab-size-divisible-by", "1", *flags.megatron_flags.split()),
     ]
@@ -56,23 +53,12 @@ def build(flags: argparse.Namespace, ponder_coeff: float) -> Any:
     """Return the model, with the same first weights whatever the coefficient."""
     import torch
     from megatron.core import tensor_parallel
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.training import global_vars
-    from megatron.training.initialize import initialize_megatron
 
-    from more_megatron.platform import Platform, initialize_platform
-    from more_megatron.training.arguments import parse_arguments
-    from more_megatron.training.model import model_config_from_args
+    from more_megatron.evaluation.runs import configure, sole_rank
 
-    sys.argv = ["benchmark_halting.py", *megatron_command_line(flags, ponder_coeff)]
-    with contextlib.redirect_stdout(io.StringIO()):  # the listing of 800 arguments
-        platform = initialize_platform()
-        global_vars.destroy_global_vars()
-        unset_num_microbatches_calculator()
-        config = model_config_from_args(parse_arguments(platform))
-        if not torch.distributed.is_initialized():
-            initialize_megatron(allow_no_cuda=platform is Platform.CPU)
+    _, config = configure(shlex.join(megatron_command_line(flags, ponder_coeff)))
+    sole_rank()
     torch.manual_seed(flags.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(flags.seed, force_reset_rng=True)
     return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
@@ -129,8 +115,6 @@ def train(flags: argparse.Namespace, ponder_coeff: float) -> dict[str, float]:
 def main() -> None:
     """Run the benchmark."""
     flags = parse_flags()
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}.items():
-        os.environ.setdefault(name, value)
     with one_line_errors("benchmark_halting.py"):
         rows = []
         for number, ponder_coeff in enumerate(flags.ponder_coeffs):

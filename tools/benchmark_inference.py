@@ -16,14 +16,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 
 _PROMPT = 16
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("model", type=Path, help="an exported model")
     parser.add_argument("text", type=Path, help="a text file")
     parser.add_argument("--num-steps", type=int, help="steps at full depth (default: the model's)")
@@ -67,11 +67,13 @@ class _Benchmark:
 
     def __init__(self, args: argparse.Namespace) -> None:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
+        from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 
         self.args, self.torch = args, torch
-        self.model: Any = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+        self.model: Any = MoREForCausalLM.from_pretrained(args.model).eval()
+        tokenizer = open_tokenizer(args.model)
         ids = tokenizer(args.text.read_text(), return_tensors="pt").input_ids[0]
         wanted = args.windows * args.length
         if len(ids) < wanted:
@@ -105,10 +107,12 @@ class _Benchmark:
 
     def caches(self) -> Iterator[tuple]:
         """Yield steps in the cache, its size, and the loss of tokens that read it one by one."""
-        sizes = sys.modules[type(self.model.model).__module__.rpartition(".")[0] + ".cache"].cache_sizes
+        from more_megatron.hf.exported.cache import cache_sizes
+
         for kept in sorted({1, self.steps // 4, self.steps // 2, self.steps} - {0}):
             loss, cache = self._decode(num_steps=self.steps, cache_steps=kept)
-            found = {part: size / cache.get_seq_length() / self.args.batch_size for part, size in sizes(cache).items()}
+            parts = cache_sizes(cache)
+            found = {part: size / cache.get_seq_length() / self.args.batch_size for part, size in parts.items()}
             yield kept, found["recurrent"], found["other"], loss
 
     def warm_starts(self) -> Iterator[tuple]:

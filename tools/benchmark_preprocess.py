@@ -34,7 +34,7 @@ from more_megatron.data.errors import DataError
 from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import open_source
 from more_megatron.data.tokenizers import TokenizerOptions, build_megatron, load
-from more_megatron.errors import one_line_errors
+from more_megatron.errors import OneLineParser, one_line_errors
 from tools.sample_text import write_sample_text
 
 _TOOL = Path(__file__).with_name("preprocess_wikitext.py")
@@ -225,7 +225,7 @@ def run_one_by_one(corpus: str, options: TokenizerOptions, prefix: str, workers:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--input", metavar="FILE", help="articles for the repeated text (default: Python's documentation)"
     )

@@ -10,20 +10,17 @@ the same round, then the time of a step against the number of recurrence steps.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import os
+import shlex
 import statistics
-import sys
 
-from more_megatron.errors import one_line_errors
+from more_megatron.errors import OneLineParser, one_line_errors
 from more_megatron.systems import get_system, names
 
 
 def parse_flags() -> argparse.Namespace:
     """Return the command line's flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--systems", nargs="+", default=list(names()), metavar="NAME", help="default: all")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--num-layers", type=int, default=2)
@@ -61,39 +58,28 @@ def megatron_command_line(flags: argparse.Namespace, system: str) -> list[str]:
         *(("--recurrence-steps", str(flags.recurrence_steps)) if get_system(system).recurrent else ()),
         *("--attention-dropout", "0", "--hidden-dropout", "0"),
         *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(flags.vocab_size - 1)),
-        *("--train-iters", "1", "--lr", "1e-3"),
+        *("--lr", "1e-3"),
         *flags.megatron_flags.split(),
     ]
 
 
 def build(flags: argparse.Namespace) -> dict:
     """Return a benchmark for each system; their experts are as wide as equal cost allows."""
-    from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-    from megatron.training import global_vars
-    from megatron.training.initialize import initialize_megatron
-
     from more_megatron.evaluation.comparison.matching import Goal, match, system_cost
+    from more_megatron.evaluation.runs import configure, sole_rank
     from more_megatron.evaluation.step_benchmark import StepBenchmark
-    from more_megatron.platform import Platform, initialize_platform
-    from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.model import model_config_from_args
 
-    platform = initialize_platform()
     depth = comparison_depth(flags)
     configs, benchmarks, target = {}, {}, 0.0
     for system in flags.systems:
-        sys.argv = ["benchmark_step.py", *megatron_command_line(flags, system)]
-        global_vars.destroy_global_vars()
-        unset_num_microbatches_calculator()
-        with contextlib.redirect_stdout(io.StringIO()):  # the listing of 800 arguments
-            args = parse_arguments(platform)
+        args, configs[system] = configure(shlex.join(megatron_command_line(flags, system)))
         if flags.dense:
             args.num_experts = args.moe_ffn_hidden_size = args.moe_shared_expert_intermediate_size = None
-        configs[system] = model_config_from_args(args)
+            configs[system] = model_config_from_args(args)
         cost = system_cost(configs[system], flags.seq_length)
         target = max(target, cost.training_flops(depth.no_grad_steps, depth.grad_steps))
-    with contextlib.redirect_stdout(io.StringIO()):
-        initialize_megatron(allow_no_cuda=platform is Platform.CPU)
+    sole_rank()
     for system, config in configs.items():
         if not flags.same_layers:
             config = match(config, Goal(flops=target), depth, flags.seq_length)
@@ -159,8 +145,6 @@ def against_depth(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
 def main() -> None:
     """Run the benchmark."""
     flags = parse_flags()
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
-        os.environ.setdefault(name, value)
     with one_line_errors("benchmark_step.py"):
         benchmarks = build(flags)
         figures = {"comparison": compare(flags, benchmarks)}

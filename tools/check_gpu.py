@@ -23,14 +23,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 
 _STAGES = "abcdef"
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), metavar="DIR", help="default: gpu-check")
     parser.add_argument("--stages", default=_STAGES, metavar="LETTERS", help="default: all")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="default: all of the registry")
@@ -48,8 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         from more_megatron.evaluation.gpu_check.report import Report
         from more_megatron.evaluation.gpu_check.runner import Request, check
 
-        if unknown := set(args.stages) - set(_STAGES):
-            raise MoREError(f"--stages {args.stages} has no {min(unknown)}: choose among {_STAGES}")
+        if not args.stages or set(args.stages) - set(_STAGES):
+            raise MoREError(f"--stages {args.stages!r} must be one or more of the letters {_STAGES}")
         gpus = 0 if args.dry_run else _gpus()
         if not args.dry_run and gpus == 0:
             raise MoREError("PyTorch sees no GPU: check the driver, or give --dry-run")

@@ -15,14 +15,16 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.evaluation.comparison import planning, timing
 from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment, parse_flags
 from more_megatron.evaluation.comparison.report import check_packages, write_report
 from more_megatron.evaluation.comparison.runner import Runner, apart
+from more_megatron.evaluation.comparison.tasks import evaluation
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,8 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         runs = plan.runs if args.run is None else [_chosen(plan, args.run)]
         if not args.report:
-            finetune = plan.experiment["finetune"]
-            finished = Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights, finetune).make(runs)
+            finished = _runner(args, plan.experiment).make(runs)
             if args.time and args.run is None:
                 apart(timing.save_timings, plan, args.folder / "timings.json", log=args.folder / "timing.log")
         if args.run is not None:
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", type=Path, metavar="EXPERIMENT.yaml")
     parser.add_argument("--folder", type=Path, required=True, help="where plan, runs and report go")
     parser.add_argument("--match", choices=MATCHES, help="what all arms have in common")
@@ -56,6 +57,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", metavar="NAME", help="these arms only")
     parser.add_argument("--tokens", type=float, help="training tokens of a run")
     parser.add_argument("--depths", nargs="*", type=int, metavar="R", help="recurrence steps of the evaluations")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        metavar="TASK=PREFIX",
+        help="fine-tune each run on these problems, and let it answer them at each depth; "
+        "PREFIX is that of the files of tools/prepare_tasks.py",
+    )
+    parser.add_argument("--problems", type=int, metavar="N", help="problems of each file that are answered")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side; default: a core each")
     parser.add_argument("--nproc-per-node", type=int, default=1, help="ranks of a run")
     parser.add_argument("--keep-weights", action="store_true", help="keep the checkpoints of finished runs")
@@ -70,16 +79,34 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _plan(args: argparse.Namespace) -> planning.Plan:
     """Return the plan of the folder if it is that of this experiment, else a new one."""
-    keys = {name: getattr(args, name) for name in ("match", "seeds", "tokens", "depths")}
+    keys = {name: getattr(args, name) for name in ("match", "seeds", "tokens", "depths", "problems")}
+    if args.tasks is not None:
+        keys["tasks"] = dict(_pair(task) for task in args.tasks)
     experiment = Experiment.read(args.experiment, **keys).only(args.arms).with_flags(parse_flags(args.flags))
     path = args.folder / "plan.json"
     if path.exists():
         plan = planning.Plan.read(path)
-        if plan.experiment == json.loads(json.dumps(asdict(experiment))):
+        # Keys that a plan of before does not know are not asked for where they have their defaults.
+        defaults = {"tasks": {}, "problems": Experiment.problems}
+        if defaults | plan.experiment == json.loads(json.dumps(asdict(experiment))):
             return plan
     plan = apart(planning.plan, experiment, log=args.folder / "planning.log")
     plan.save(path)
     return plan
+
+
+def _pair(text: str) -> tuple[str, str]:
+    task, _, prefix = text.partition("=")
+    if not prefix:
+        raise MoREError(f"--tasks {text} must be TASK=PREFIX, as in chains=comparison/data/chains")
+    return task, prefix
+
+
+def _runner(args: argparse.Namespace, experiment: dict[str, Any]) -> Runner:
+    # A plan of before there were tasks has none.
+    tasks, problems = experiment.get("tasks"), experiment.get("problems")
+    asked = tasks and evaluation(tasks, problems, experiment["depths"])
+    return Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights, experiment["finetune"], asked or None)
 
 
 def _list(plan: planning.Plan) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.data.detokenize import Detokenize
-from more_megatron.errors import one_line_errors
+from more_megatron.errors import OneLineParser, one_line_errors
 from more_megatron.evaluation.exported_model import add_model_arguments
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     add_model_arguments(parser)
     group = parser.add_argument_group("tasks")
     group.add_argument(

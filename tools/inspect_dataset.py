@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import sys
@@ -25,7 +24,7 @@ from more_megatron.data.tokenizers import (
     open_sentencepiece,
     tokenizer_sha256,
 )
-from more_megatron.errors import one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 
 _BAR = 40
 
@@ -51,6 +50,7 @@ def describe(
 
     Raises:
         DatasetError: The dataset is missing or damaged.
+        MoREError: There is no such document.
     """
     check_dataset(prefix)
     index = read_index(idx_path(prefix))
@@ -127,7 +127,8 @@ def _options(prefix: str, manifest: dict[str, Any] | None) -> TokenizerOptions |
 def _sample(
     prefix: str, index: IndexFile, options: TokenizerOptions | None, document: int, sample_tokens: int
 ) -> list[str]:
-    document = min(max(document, 0), index.document_count - 1)
+    if not 0 <= document < index.document_count or sample_tokens < 1:
+        raise MoREError(f"--document must be from 0 to {index.document_count - 1}, --sample-tokens at least 1")
     first, last = index.documents[document], index.documents[document + 1]
     count = int(index.lengths[first:last].sum(dtype=np.int64)) if last > first else 0
     header = f"document   {document}: {count:,} tokens"
@@ -151,7 +152,7 @@ def decode(options: TokenizerOptions, ids: list[int]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("prefix", help="prefix of the dataset, without .bin or .idx")
     parser.add_argument("--document", type=int, default=0, help="document to show (default: the first)")
     parser.add_argument("--sample-tokens", type=int, default=100, help="how much of it to show (default: 100)")

@@ -15,14 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.data.answers import Exercise, write_answers
 from more_megatron.data.tokenizers import TokenizerOptions, TokenizerType, load
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.evaluation.tasks import GENERATED, Problem, Split, generate, read_problems, write_problems
 from more_megatron.evaluation.tasks.babi import TASKS, fetch_babi, read_babi
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="SET")
     babi = kinds.add_parser("babi", help="the twenty bAbI tasks")
     babi.add_argument(
@@ -60,6 +60,8 @@ def _problems(args: argparse.Namespace) -> dict[Split, list[Problem]]:
             return {split: fetch_babi(split, args.tasks) for split in splits}
         return {split: read_babi(args.input, split, args.tasks) for split in splits}
     counts = {Split.TRAIN: args.train, Split.TEST: args.test, Split.BEYOND: getattr(args, "beyond", None)}
+    if args.kind != "jsonl" and (min(counts.values()) < 0 or not any(counts.values())):
+        raise MoREError("--train, --test and --beyond must be at least 0, and one of them above 0")
     if args.kind == "jsonl":
         return {split: read_problems(path) for split, path in counts.items() if path}
     return {split: generate(GENERATED[args.kind], split, count, args.seed) for split, count in counts.items() if count}

@@ -14,7 +14,7 @@ from more_megatron.data.output import Output
 from more_megatron.data.preprocess import Job, preprocess, verify
 from more_megatron.data.sources import Source, expand_inputs, open_source
 from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions, TokenizerType, load
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 
 # Seconds between two looks of the progress bar; a log needs few.
 _PAUSE = 0.2 if sys.stderr.isatty() else 10.0
@@ -22,7 +22,7 @@ _PAUSE = 0.2 if sys.stderr.isatty() else 10.0
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     _add_data(parser.add_argument_group("input and output"))
     _add_tokenizer(parser.add_argument_group("tokenizer (Megatron's flags)"))
     group = parser.add_argument_group("run")
@@ -95,10 +95,9 @@ def _add_tokenizer(group: argparse._ArgumentGroup) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    return int(text)
 
 
 def _cores() -> int:

@@ -6,7 +6,6 @@ Everything is written below one folder, anew each time. Each command is shown be
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.evaluation.training_log import TrainingLog, read_iteration, read_log, read_validation
 from tools.sample_text import obtain_text
 
@@ -72,7 +71,7 @@ class Step:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tour and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("quickstart"), help="where everything goes")
     parser.add_argument("--train-iters", type=int, default=150, help="training steps, a fifth of them after the resume")
     parser.add_argument("--wikitext", default=os.environ.get("WIKITEXT"), help="a text file (default: $WIKITEXT)")

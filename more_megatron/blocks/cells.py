@@ -7,31 +7,28 @@ it is an autograd function that keeps the gates and nothing else.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from more_megatron.blocks.backends import RowGroups
 
-__all__ = ["ExpertBias", "gru_step", "lstm_step"]
-
-# Kernels align their operands to as many columns.
-_ALIGNED = 8
+__all__ = ["ExpertBias", "gelu", "gru_step", "lstm_step"]
 
 
 @dataclass(frozen=True)
 class ExpertBias:
     """A bias for each group of rows.
 
+    It reaches its rows by a product with zeros and ones, which adds in place to what is there; the gradient goes back
+    by another, which sums the rows of each group in float32.
+
     Attributes:
         bias: [groups, n].
-        rows: The bias of each row, [rows, n], not part of the graph.
-        groups: Where the groups are.
+        members: 1 where a row is one of a group's, [rows, groups].
     """
 
     bias: torch.Tensor
-    rows: torch.Tensor
-    groups: RowGroups
+    members: torch.Tensor
 
     @classmethod
     def of(cls, bias: torch.Tensor, groups: RowGroups, number: int) -> ExpertBias:
@@ -42,56 +39,55 @@ class ExpertBias:
             groups: Where the groups are.
             number: Number of rows.
         """
-        bias = bias.view(len(groups.ends), -1)
-        lengths = groups.ends.diff(prepend=groups.ends.new_zeros(1))
-        rows = torch.repeat_interleave(bias.detach(), lengths, dim=0, output_size=number)
-        return cls(bias, rows, groups)
+        return cls(bias.view(len(groups.ends), -1), groups.members(number).to(bias.dtype))
 
     def add_to(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x` plus the bias of each row, [rows, n]."""
-        return _AddBias.apply(x, self.bias, self.rows, self.groups)
+        return torch.addmm(x, self.members, self.bias)
 
     def of_rows(self) -> torch.Tensor:
-        """Return the bias of each row as part of the graph, [rows, n]."""
-        return _AddBias.apply(None, self.bias, self.rows, self.groups)
+        """Return the bias of each row, [rows, n]."""
+        return self.members @ self.bias
 
 
-def _sum_by_group(x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-    """Return the sum of each group's rows, [groups, n], given [rows, n]."""
-    ones, width = x.new_ones(len(x), _ALIGNED), x.size(1)
-    x = torch.nn.functional.pad(x, (0, -width % _ALIGNED))
-    return torch.nn.functional.grouped_mm(ones.t(), x, offs=groups.ends)[:, 0, :width]
+# The functions below take products that nobody else reads, and write over them: large tensors are slow to come by.
 
 
-class _AddBias(torch.autograd.Function):
+class _GELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: torch.Tensor | None, bias: torch.Tensor, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        ctx.groups = groups
-        return rows.clone() if x is None else x + rows
+    def forward(ctx, products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+        inner = products.addmm_(members, bias)
+        ctx.save_for_backward(inner, members)
+        return torch.nn.functional.gelu(inner)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[Any, ...]:
-        grad_bias = _sum_by_group(grad.contiguous(), ctx.groups) if ctx.needs_input_grad[1] else None
-        return grad if ctx.needs_input_grad[0] else None, grad_bias, None, None
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inner, members = ctx.saved_tensors
+        grad = torch.ops.aten.gelu_backward(grad, inner)
+        return grad, members.t() @ grad, None
+
+
+def gelu(products: torch.Tensor, bias: ExpertBias) -> torch.Tensor:
+    """Return the GELU of products with their bias, [rows, n]; the products are lost."""
+    return _GELU.apply(products, bias.bias, bias.members)
 
 
 class _GRUStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, products: torch.Tensor, bias: torch.Tensor, rows: torch.Tensor, groups: RowGroups, state: torch.Tensor
+        ctx, products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
-        gates = products + rows
+        gates = products.addmm_(members, bias)
         size = state.size(1)
         reset, update, new, hidden = gates.split(size, dim=1)
         gates[:, : 2 * size].sigmoid_()
         new.addcmul_(reset, hidden).tanh_()
-        ctx.save_for_backward(gates, state)
-        ctx.groups = groups
+        ctx.save_for_backward(gates, state, members)
         return torch.lerp(new, state, update)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[Any, ...]:
-        gates, state = ctx.saved_tensors
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gates, state, members = ctx.saved_tensors
         reset, update, new, hidden = gates.split(state.size(1), dim=1)
         grads = torch.empty_like(gates)
         grad_reset, grad_update, grad_new, grad_hidden = grads.split(state.size(1), dim=1)
@@ -101,7 +97,7 @@ class _GRUStep(torch.autograd.Function):
         torch.mul(grad_new, reset, out=grad_hidden)
         torch.mul(grad_hidden, hidden, out=grad_reset).mul_(1 - reset)
         torch.sub(state, new, out=grad_update).mul_(grad_state).mul_(1 - update)
-        return grads, _sum_by_group(grads, ctx.groups), None, None, grad_state
+        return grads, members.t() @ grads, None, grad_state
 
 
 def _one(like: torch.Tensor) -> torch.Tensor:
@@ -120,15 +116,15 @@ def gru_step(products: torch.Tensor, bias: ExpertBias, state: torch.Tensor) -> t
         bias: Their biases.
         state: u, [rows, n].
     """
-    return _GRUStep.apply(products, bias.bias, bias.rows, bias.groups, state)
+    return _GRUStep.apply(products, bias.bias, bias.members, state)
 
 
 class _LSTMStep(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, products: torch.Tensor, bias: torch.Tensor, rows: torch.Tensor, groups: RowGroups, cell: torch.Tensor
+        ctx, products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor, cell: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gates = products + rows
+        gates = products.addmm_(members, bias)
         size = cell.size(1)
         write, keep, new, read = gates.split(size, dim=1)
         gates[:, : 2 * size].sigmoid_()
@@ -136,15 +132,14 @@ class _LSTMStep(torch.autograd.Function):
         read.sigmoid_()
         next_cell = (keep * cell).addcmul_(write, new)
         shown = next_cell.tanh()
-        ctx.save_for_backward(gates, cell, shown)
-        ctx.groups = groups
+        ctx.save_for_backward(gates, cell, shown, members)
         return read * shown, next_cell
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor, grad_next: torch.Tensor) -> tuple[Any, ...]:
-        gates, cell, shown = ctx.saved_tensors
+    def backward(ctx, grad: torch.Tensor, grad_next: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gates, cell, shown, members = ctx.saved_tensors
         grads, grad_cell = lstm_gate_gradients(gates, cell, shown, grad, grad_next)
-        return grads, _sum_by_group(grads, ctx.groups), None, None, grad_cell
+        return grads, members.t() @ grads, None, grad_cell
 
 
 def lstm_gate_gradients(
@@ -184,4 +179,4 @@ def lstm_step(products: torch.Tensor, bias: ExpertBias, cell: torch.Tensor) -> t
         bias: Their biases.
         cell: c, [rows, n].
     """
-    return _LSTMStep.apply(products, bias.bias, bias.rows, bias.groups, cell)
+    return _LSTMStep.apply(products, bias.bias, bias.members, cell)

@@ -10,7 +10,7 @@ import torch
 from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 
 from more_megatron.blocks.backends import RowGroups, backend_of
-from more_megatron.blocks.cells import ExpertBias
+from more_megatron.blocks.cells import ExpertBias, gelu
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_bias, grouped_linear_weights
 from more_megatron.blocks.replication import leave_replicated
 from more_megatron.config import MoREConfig
@@ -92,7 +92,7 @@ class ExpertFeedForward(torch.nn.Module):
 
     def expand(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return this rank's part of the inner layer, [rows, width / ranks], given [rows, h]."""
-        return torch.nn.functional.gelu(self.fc1(rows, groups))
+        return gelu(self.fc1.product(rows, groups), self.fc1.row_bias(rows, groups))
 
     def contract(self, inner: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given its part of the inner layer."""

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from more_megatron.blocks.backends import backend_of, final_norm, layer_submodules
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.iterated_moe import IteratedMoELayer, RepeatedMoETransformerLayer, RepeatedTransformerLayer
+from more_megatron.blocks.layer import MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
@@ -24,6 +25,7 @@ __all__ = [
     "decoder_layers",
     "decoder_stack",
     "dense_layer",
+    "expert_stack",
     "ffn_experts_cost",
     "moe_layer",
     "plain_layers",
@@ -34,6 +36,19 @@ __all__ = [
 def decoder_stack(config: MoREConfig, moe: Layer) -> Stack:
     """Return a stack without loops: layers with experts, and dense ones where `moe_layer_freq` says so."""
     return Stack(config, (Group(decoder_layers(config, moe, dense_layer(config))),), final_norm(config))
+
+
+def expert_stack(config: MoREConfig, moe: Callable[..., MoELayer], experts: Any, cost: Callable[[int], Cost]) -> Stack:
+    """Return a stack without loops whose experts are others than Megatron's and know their micro-batch.
+
+    Args:
+        config: Model configuration.
+        moe: MoE layer.
+        experts: Its routed experts.
+        cost: Cost of them and of what they share, given the length of a sequence.
+    """
+    layer = MicroBatchTransformerLayer
+    return decoder_stack(config, moe_layer(config, layer=layer, moe=moe, parts={"experts": experts}, experts_cost=cost))
 
 
 def plain_layers(

@@ -143,6 +143,7 @@ def _export(args: argparse.Namespace, folder: Path) -> None:
 def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from more_megatron.hf.conversion.config_file import check_links
     from more_megatron.hf.exported.configuration_more import MoREConfig
     from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 
@@ -152,6 +153,7 @@ def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
     source = args.load or folder
     if not (folder / "config.json").is_file():
         raise MoREError(f"--model {folder} is not a folder of a Hugging Face model: it has no config.json")
+    check_links(folder)
     device = _device(args.device)
     try:
         model = AutoModelForCausalLM.from_pretrained(

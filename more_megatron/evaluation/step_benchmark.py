@@ -6,6 +6,7 @@ reported is the median of the ratios.
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Mapping
@@ -121,25 +122,26 @@ def forward(
 def time_systems(
     benchmarks: Mapping[str, StepBenchmark], depths: Mapping[str, Depth], rounds: int, warmup: int
 ) -> list[SystemTiming]:
-    """Time each system once a round.
+    """Time each system once a round; its memory is that of the last round before those that are timed.
 
     Args:
         benchmarks: Systems by name.
         depths: Recurrence steps of each; those without recurrence leave them be.
         rounds: Rounds that count.
-        warmup: Rounds before them that do not.
+        warmup: Rounds before them that do not. There is one at least.
     """
     seconds: dict[str, list[float]] = {name: [] for name in benchmarks}
     peaks, rises = dict.fromkeys(benchmarks, 0), dict.fromkeys(benchmarks, 0)
-    for number in range(warmup + rounds):
+    for _ in range(max(warmup, 1)):
         for name, benchmark in benchmarks.items():
             reset_peak()
             before = peak_bytes()
-            duration = benchmark.step(depths[name])
-            if number >= warmup:
-                seconds[name].append(duration)
-                peaks[name] = max(peaks[name], peak_bytes())
-                rises[name] = max(rises[name], peak_bytes() - before)
+            benchmark.step(depths[name])
+            peaks[name] = peak_bytes()
+            rises[name] = peaks[name] - before
+    for _ in range(rounds):
+        for name, benchmark in benchmarks.items():
+            seconds[name].append(benchmark.step(depths[name]))
     return [
         SystemTiming(
             name,
@@ -169,6 +171,8 @@ def reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif (clear := Path("/proc/self/clear_refs")).exists():
+        # What was freed and is kept for the next allocation would hide that allocation.
+        ctypes.CDLL(None).malloc_trim(0)
         clear.write_text("5")
 
 

@@ -7,6 +7,8 @@ the logarithm of the number of experts, effective experts with their number. doc
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -118,6 +120,9 @@ def healthy_ranges(
         if repeats_router:
             ranges["routing/entropy"] = _REPEATED_ENTROPY
     for name, ends in (*own.items(), *(_read(overrides) if overrides is not None else {}).items()):
+        meant = difflib.get_close_matches(name, ranges, n=1, cutoff=0.9)
+        if overrides is not None and name not in own and meant not in ([], [name]):
+            raise MoREError(f"--health-ranges {overrides}: there is no figure {name}; did you mean {meant[0]}?")
         if ends is None:
             ranges.pop(name, None)
         else:
@@ -135,14 +140,18 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MoREError(f"--health-ranges {path} holds no mapping: give lines such as `routing/load cv: [0, 0.5]`")
     for name, ends in content.items():
-        is_range = isinstance(ends, list) and len(ends) == 2
-        if ends is not None and not (is_range and all(_is_end(end) for end in ends)):
+        if not (isinstance(name, str) and (ends is None or _is_range(ends))):
             raise MoREError(f"--health-ranges {path}: {name} must be [low, high] or null, and is {ends!r}")
     return content
 
 
-def _is_end(end: Any) -> bool:
-    return end is None or (isinstance(end, int | float) and not isinstance(end, bool))
+def _is_range(ends: Any) -> bool:
+    if not isinstance(ends, list) or len(ends) != 2:
+        return False
+    numbers = [end for end in ends if end is not None]
+    is_number = all(isinstance(end, int | float) and not isinstance(end, bool) for end in numbers)
+    # Numbers that are none are not in order.
+    return is_number and all(low <= high for low, high in itertools.product(numbers[:1], numbers))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from more_megatron.figures import draw_loads, new_figure
 from more_megatron.monitoring.routing import Loads
 from more_megatron.monitoring.watch import Key
 from more_megatron.platform.packages import has_package
@@ -101,20 +102,10 @@ def _add_histogram(writer: Any, tag: str, load: np.ndarray, iteration: int) -> N
 
 def load_figure(loads: Loads, iteration: int) -> Any:
     """Return a picture of the load of each expert, a row for each layer and step."""
-    from matplotlib.figure import Figure
-
     keys = sorted(loads, key=lambda key: (len(key.place), key.place, key.step))
-    experts = max(len(loads[key][0]) for key in keys)
-    ratios = np.full((len(keys), experts), np.nan)
-    for row, key in enumerate(keys):
-        load = loads[key][0]
-        ratios[row, : len(load)] = load * len(load)
-    figure = Figure(figsize=(2.5 + 0.35 * min(experts, 40), 1.6 + 0.22 * len(keys)), layout="constrained")
+    figure = new_figure(2.5 + 0.35 * min(max(len(load) for load, _ in loads.values()), 40), 1.6 + 0.22 * len(keys))
     axes = figure.subplots()
-    picture = axes.imshow(ratios, aspect="auto", cmap="viridis", vmin=0.0, vmax=max(2.0, float(np.nanmax(ratios))))
     names = [f"{key.place}, step {key.step}" if key.step else key.place for key in keys]
-    axes.set_yticks(range(len(keys)), names, fontsize=8)
-    axes.set_xlabel("expert")
+    draw_loads(axes, {name: loads[key][0] for name, key in zip(names, keys, strict=True)})
     axes.set_title(f"Load of experts, iteration {iteration}", fontsize=10)
-    figure.colorbar(picture, ax=axes, label="tokens, in parts of the mean")
     return figure

@@ -1,4 +1,9 @@
-"""Makes `megatron-core` run on what is here: a CPU stand-in for CUDA, repairs for defects of the wheel.
+"""Makes `megatron-core` run on what is here. Whatever replaces an attribute of another package is a row of a table.
+
+- Stand-ins for CUDA, on a CPU only: `cuda_stand_ins`, `device_mode`, `uneven_collectives`, `megatron_stand_ins`.
+- Repairs of the wheel, on every platform: `wheel_repairs` has the whole table, of which `checkpointing`,
+  `failed_writes`, `finite` and `reports` are parts.
+- `training_loop`: functions of Megatron's loop that others may surround.
 
 `initialize_platform` is the first thing an entry point calls, before Megatron is imported.
 """
@@ -57,13 +62,13 @@ def _install_cpu_platform() -> None:
     say(f"> platform: cpu (gloo, float32{absent}); chosen by MORE_PLATFORM or the absence of a GPU")
 
     from more_megatron.platform.cuda_stand_ins import NO_COMPILER, TORCH_CUDA
-    from more_megatron.platform.device_mode import enter_for_good
+    from more_megatron.platform.device_mode import BACKWARD_IN_MODE, enter_for_good
     from more_megatron.platform.stand_in import install
     from more_megatron.platform.uneven_collectives import UNEVEN_COLLECTIVES
 
     if os.environ["TORCH_COMPILE_DISABLE"] == "1":
         install(NO_COMPILER)
-    install(TORCH_CUDA + UNEVEN_COLLECTIVES)
+    install(TORCH_CUDA + UNEVEN_COLLECTIVES + BACKWARD_IN_MODE)
     enter_for_good()
 
     from more_megatron.platform.megatron_stand_ins import MEGATRON_ON_CPU

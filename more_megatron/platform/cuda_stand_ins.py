@@ -175,10 +175,7 @@ TORCH_CUDA = (
     ),
     _torch_cuda("Event", HostEvent, "events order the side streams", "core/transformer/moe/moe_layer.py"),
     _torch_cuda(
-        "stream",
-        _stream_context,
-        "work is sent to a side stream",
-        "core/distributed/param_and_grad_buffer.py",
+        "stream", _stream_context, "work is sent to a side stream", "core/distributed/param_and_grad_buffer.py"
     ),
     _torch_cuda(
         "current_stream",

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CpuInPlaceOfCuda", "enter_for_good"]
+from more_megatron.platform.stand_in import StandIn
+
+__all__ = ["BACKWARD_IN_MODE", "CpuInPlaceOfCuda", "enter_for_good"]
 
 
 def _on_cpu(device: Any) -> Any:
@@ -37,18 +39,28 @@ class CpuInPlaceOfCuda(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+_MODE = CpuInPlaceOfCuda()
+_RUN_BACKWARD = torch.autograd._engine_run_backward
+
+
+def _run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
+    with _MODE:
+        return _RUN_BACKWARD(*args, **kwargs)
+
+
+# PyTorch takes a mode off while it handles a function, and `torch.autograd.backward` is such a function.
+BACKWARD_IN_MODE = (
+    StandIn(
+        "torch.autograd",
+        "_engine_run_backward",
+        _run_backward_in_mode,
+        "what a backward pass calls, recomputation above all, would run without the device mode",
+        "core/tensor_parallel/random.py",
+        "torch.autograd.backward(",
+    ),
+)
+
+
 def enter_for_good() -> None:
-    """Make the mode active in this thread until the process ends, in backward passes within backward passes too.
-
-    PyTorch takes a mode off while it handles a function, and `torch.autograd.backward` is such a function: what a
-    backward pass calls, recomputation above all, would run without the mode.
-    """
-    mode = CpuInPlaceOfCuda()
-    run_backward = torch.autograd._engine_run_backward
-
-    def run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return run_backward(*args, **kwargs)
-
-    torch.autograd._engine_run_backward = run_backward_in_mode
-    mode.__enter__()
+    """Make the mode active in this thread until the process ends."""
+    _MODE.__enter__()

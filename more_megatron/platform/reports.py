@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,30 +40,46 @@ _EVALUATE_AND_PRINT_RESULTS = training.evaluate_and_print_results
 
 
 def _evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
-    """Evaluate as Megatron does, with the loss of the test split under its own name."""
+    """Evaluate as Megatron does, the test split under its own name."""
     start_is_over()
     arguments = get_args()
     # With a single full validation set Megatron expects its length in a list.
     if arguments.full_validation and isinstance(arguments.eval_iters, int):
         arguments.eval_iters = [arguments.eval_iters]
-    restore = install(TEST_SPLIT) if prefix.endswith("test set") else lambda: None
-    try:
+    with _as_test(arguments) if prefix.endswith("test set") else contextlib.nullcontext():
         return _EVALUATE_AND_PRINT_RESULTS(prefix, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _as_test(arguments: Any) -> Iterator[None]:
+    """Let Megatron evaluate one set that is the test's: `--eval-iters` of it, whatever is done with validation sets."""
+    own: dict[str, Any] = {"multiple_validation_sets": False, "full_validation": False, "validation_set_names": None}
+    own["eval_iters"] = _test_iterations
+    before = {name: getattr(arguments, name) for name in own}
+    restore = install(TEST_SPLIT)
+    vars(arguments).update(own)
+    try:
+        yield
     finally:
+        vars(arguments).update(before)
         restore()
 
 
 _BUILD_LOADERS = training.build_train_valid_test_data_loaders
+_test_iterations = 0
 
 
 def _build_loaders(provider: Any) -> Any:
     """Build as Megatron does, and evaluate only where there are validation data."""
+    global _test_iterations
+    args = get_args()
+    # Lengths of full validation sets take its place.
+    _test_iterations = args.eval_iters
     loaders = _BUILD_LOADERS(provider)
     validation = loaders[1] or [None]
     # Rank 0 reads data under every layout.
     found = torch.tensor([int(validation[0] is not None)], dtype=torch.long, device="cuda")
     torch.distributed.broadcast(found, 0)
-    args = get_args()
     if args.do_valid and not found.item():
         say("> there are no validation data: nothing is evaluated on them")
         args.do_valid, args.full_validation = 0, False

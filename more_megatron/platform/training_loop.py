@@ -8,14 +8,25 @@ from typing import Any
 
 from megatron.training import training
 
-__all__ = ["surround"]
+__all__ = ["SURROUNDED", "surround"]
+
+# The rows of this table are put in place by those who say what stands there, where it is wanted.
+SURROUNDED = {
+    "evaluate": "it evaluates at one depth, and knows the loss alone",
+    "evaluate_and_print_results": "it reports the loss alone",
+    "training_log": "it logs no figures but those that Megatron has",
+    "train_step": "nobody is asked before and after a step",
+    "checkpoint_and_decide_exit": "nobody else can end a run",
+    "get_forward_backward_func": "a schedule has one sequence length for the whole run",
+}
 
 
 def surround(name: str, around: Callable[..., Any]) -> None:
     """Let the training loop call `around(former, ...)` from now on where it calls a function of its module.
 
     Args:
-        name: The function.
+        name: The function, one of `SURROUNDED`.
         around: Takes what has stood there until now, and the arguments of the call.
     """
+    assert name in SURROUNDED, name
     setattr(training, name, functools.partial(around, getattr(training, name)))

@@ -17,7 +17,7 @@ from more_megatron.systems.base import System
 
 __all__ = ["System", "default_name", "flag_names", "get_system", "names", "systems"]
 
-_INTERFACE = ("base", "export", "forms")
+_INTERFACE = ("base", "divided", "export", "forms")
 
 
 @functools.cache

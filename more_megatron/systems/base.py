@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from more_megatron.monitoring.ranges import Ends
     from more_megatron.monitoring.watch import Watch
 
-__all__ = ["DEPTH", "DIVISION", "REPEATED_ROUTER", "System"]
+__all__ = ["DEPTH", "DIVISION", "MEGATRONS_INITIALIZATION", "REPEATED_ROUTER", "System"]
 
 # Flags of `MoREFlags` that every recurrence reads.
 DEPTH = frozenset(
@@ -46,6 +46,8 @@ DEPTH = frozenset(
 DIVISION = frozenset(f"recurrence_{name}_layers" for name in ("prelude", "coda", "group"))
 # Those that a router reads which is asked in every step.
 REPEATED_ROUTER = frozenset(("router_logit_ema", "router_min_entropy", "router_min_entropy_coeff"))
+# Flags of Megatron's that a system does not read whose stack draws all weights in its own way.
+MEGATRONS_INITIALIZATION = frozenset(("init_method_std", "init_method_xavier_uniform", "embedding_init_method_std"))
 
 
 class System:
@@ -90,6 +92,9 @@ class System:
     expert_states: ClassVar[tuple[str, ...]] = STATES_OF_FEED_FORWARD
     """Modules among them that ask a checkpoint for a state beside their parameters; `N ` before one an expert."""
 
+    fields: ClassVar[Mapping[str, str]] = {}
+    """Fields of config.json that it alone has, and the flags, by name, that they are made from."""
+
     former_keys: ClassVar[Mapping[str, str]] = {}
     """Parameters of its experts that a run with `--finetune` finds in Megatron's experts, and their keys there. Of a
     gated expansion the half that the gate lets through is taken; what is not named is drawn anew."""
@@ -124,12 +129,16 @@ class System:
 
         Args:
             flags: The settings, from `flags`.
-            given: Fields that the user set, among those of `MoREFlags` and of all systems' own flags.
+            given: Fields that the user set, among those of `MoREFlags`, all systems' own flags and what is `unread`.
         """
         read = {"more_variant", *self.reads, *self.own_flags()}
         for name in sorted(given - read):
             yield f"--more-variant {self.name} never reads {flag(name)}: leave it out"
         yield from flags.without_effect(given & read)
+
+    def unread(self, args: Any) -> Set[str]:
+        """Return the flags of Megatron's that it never reads, given a run's arguments."""
+        return frozenset()
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
         """Yield what the system cannot do of what `config` asks for: each one line that names the flags to change."""
@@ -194,12 +203,12 @@ class System:
         return {}
 
     def config_fields(self, args: Any) -> dict[str, Any]:
-        """Return the fields of config.json that it alone has, given a run's arguments."""
-        return {}
+        """Return the values of its `fields`, given a run's arguments."""
+        return {field: getattr(self.flags(args), name) for field, name in self.fields.items()}
 
     def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments that `config_fields` were made from."""
-        return {}
+        return {name: config[field] for field, name in self.fields.items()}
 
     def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
         """Return the rows outside of layers."""

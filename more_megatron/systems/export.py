@@ -18,6 +18,7 @@ from typing import Any
 
 __all__ = [
     "ATTENTION",
+    "CELL_FEED_FORWARD",
     "DENSE",
     "DENSE_WITH_BIASES",
     "FEED_FORWARD",
@@ -148,6 +149,14 @@ FEED_FORWARD = (
     Row("mlp.experts.experts.linear_fc1.bias", "mlp.experts.up_proj_bias", "N m", when="!gated bias"),
     Row("mlp.experts.experts.linear_fc2.weight", "mlp.experts.down_proj", "N h m"),
     Row("mlp.experts.experts.linear_fc2.bias", "mlp.experts.down_proj_bias", "N h", when="bias"),
+)
+
+# A feed-forward network with biases for each expert, beside a cell.
+CELL_FEED_FORWARD = (
+    Row("mlp.experts.ffn.fc1.weight", "mlp.experts.fc1", "N m h"),
+    Row("mlp.experts.ffn.fc1.bias", "mlp.experts.fc1_bias", "N m"),
+    Row("mlp.experts.ffn.fc2.weight", "mlp.experts.fc2", "N h m"),
+    Row("mlp.experts.ffn.fc2.bias", "mlp.experts.fc2_bias", "N h"),
 )
 
 # Modules that ask a checkpoint for a state beside their parameters, which is empty outside FP8: linear layers under

@@ -10,8 +10,6 @@ if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
 
-__all__ = ["SYSTEM"]
-
 
 class MixtureOfExperts(System):
     """Megatron's own layers."""
@@ -20,7 +18,6 @@ class MixtureOfExperts(System):
     summary = "Megatron's MoE layer, the baseline: routed SwiGLU experts and one shared expert"
 
     def stack(self, config: MoREConfig) -> Stack:
-        """Return the layers of the whole model."""
         from more_megatron.blocks.layers import decoder_stack, moe_layer
 
         return decoder_stack(config, moe_layer(config))

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
-from more_megatron.systems.base import DEPTH, System
+from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, System
 from more_megatron.systems.export import MODEL, MOE, STATES_OF_MOE, Row
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Layer, Stack
     from more_megatron.monitoring.ranges import Ends
-
-__all__ = ["SYSTEM"]
 
 # H heads, E experts of a head.
 _ATTENTION = (
@@ -37,14 +35,6 @@ _EXPERTS = (
     Row("mlp.experts.keys", "mlp.experts.keys", "N m h"),
     Row("mlp.experts.values", "mlp.experts.values", "N h m"),
 )
-
-# Fields of config.json, and flags.
-_FIELDS = {
-    "num_head_experts": "switchhead_num_experts",
-    "num_head_experts_per_tok": "switchhead_topk",
-    "head_balance_coef": "switchhead_balance_coeff",
-    "balance_coef": "moeut_balance_coeff",
-}
 
 
 @dataclass
@@ -109,13 +99,19 @@ class MoEUT(System):
         "moe_router_score_function": "sigmoid",
     }
 
+    fields: ClassVar[Mapping[str, str]] = {
+        "num_head_experts": "switchhead_num_experts",
+        "num_head_experts_per_tok": "switchhead_topk",
+        "head_balance_coef": "switchhead_balance_coeff",
+        "balance_coef": "moeut_balance_coeff",
+    }
+
     @property
     def repeats_router(self) -> bool:
         """Whether its routers are asked in every step."""
         return True
 
     def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
-        """Yield what is wrong with flags that were given and that the system, under these settings, never reads."""
         yield from super().without_effect(flags, given)
         if getattr(flags, "switchhead_num_experts", None) != 1:
             return
@@ -123,8 +119,11 @@ class MoEUT(System):
             if name != "switchhead_num_experts":
                 yield f"{flag(name)} has no effect while --switchhead-num-experts is 1: leave it out"
 
+    def unread(self, args: Any) -> Set[str]:
+        """Return the flags of Megatron's that it never reads, given a run's arguments."""
+        return MEGATRONS_INITIALIZATION
+
     def refusals(self, config: "MoREConfig") -> Iterator[str]:
-        """Yield what the system cannot do of what `config` asks for."""
         from more_megatron.blocks.refusals import expert_refusals, loop_refusals
 
         yield from loop_refusals(config)
@@ -143,13 +142,11 @@ class MoEUT(System):
         return dict.fromkeys((*OF_SOFTMAX, "routing/dead experts"))
 
     def figures(self, config: "MoREConfig") -> tuple[str, ...]:
-        """Return the names of figures that its parts record."""
         from more_megatron.blocks.head_experts import head_figures
 
         return () if config.switchhead_num_experts == 1 else head_figures(config.max_steps)
 
     def stack(self, config: "MoREConfig") -> "Stack":
-        """Return the layers of the whole model."""
         from more_megatron.blocks.backends import final_norm
         from more_megatron.model.initialization import uniform_head
         from more_megatron.model.loops import ResidualLoop
@@ -159,34 +156,20 @@ class MoEUT(System):
         groups = (Group(layers, ResidualLoop()),)
         return Stack(config, groups, final_norm(config), head_bias=True, initialization=uniform_head(config))
 
-    def config_fields(self, args: Any) -> dict[str, Any]:
-        """Return the fields of config.json that it alone has, given a run's arguments."""
-        flags: Any = self.flags(args)
-        return {field: getattr(flags, name) for field, name in _FIELDS.items()}
-
-    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments that `config_fields` were made from."""
-        return {name: config[field] for field, name in _FIELDS.items()}
-
     def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
-        """Return the rows outside of layers."""
         return (*MODEL, Row("output_layer.bias", "lm_head.bias", "V"))
 
     def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
-        """Return the rows of a layer."""
         return (*_ATTENTION, *MOE, *_EXPERTS)
 
     def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
-        """Return the modules of a layer that ask a checkpoint for a state beside their parameters."""
         linear = ("query_key", "core_attention", *(("value", "output") if config["num_head_experts"] == 1 else ()))
         return (*(f"self_attention.{name}" for name in linear), *STATES_OF_MOE)
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
-        """Return sizes of its own that rows name."""
         return {"H": config["num_attention_heads"], "E": config["num_head_experts"]}
 
     def features(self, config: Mapping[str, Any]) -> set[str]:
-        """Return features of its own that rows ask for."""
         return {"head_experts"} if config["num_head_experts"] > 1 else set()
 
 

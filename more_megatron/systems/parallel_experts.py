@@ -10,14 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from more_megatron.systems.base import System
-from more_megatron.systems.export import Row
+from more_megatron.systems.export import CELL_FEED_FORWARD, Row
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
     from more_megatron.monitoring.ranges import Ends
-
-__all__ = ["SYSTEM"]
 
 
 class ParallelExperts(System):
@@ -27,10 +25,7 @@ class ParallelExperts(System):
     summary = "expert i mixes, token by token, a feed-forward network and an LSTM along the tokens sent to it"
     mixes_tokens = True
     expert_rows = (
-        Row("mlp.experts.ffn.fc1.weight", "mlp.experts.fc1", "N m h"),
-        Row("mlp.experts.ffn.fc1.bias", "mlp.experts.fc1_bias", "N m"),
-        Row("mlp.experts.ffn.fc2.weight", "mlp.experts.fc2", "N h m"),
-        Row("mlp.experts.ffn.fc2.bias", "mlp.experts.fc2_bias", "N h"),
+        *CELL_FEED_FORWARD,
         # Rows of input, forget, new and output gate.
         Row("mlp.experts.lstm.input.weight", "mlp.experts.lstm_input", "N 4 h h"),
         Row("mlp.experts.lstm.input.bias", "mlp.experts.lstm_input_bias", "N 4 h"),
@@ -43,7 +38,6 @@ class ParallelExperts(System):
     expert_states = ()
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        """Yield what the system cannot do of what `config` asks for."""
         from more_megatron.blocks.refusals import cell_refusals, mixing_refusals, recurrence_refusals
 
         yield from recurrence_refusals(config)
@@ -51,7 +45,6 @@ class ParallelExperts(System):
         yield from mixing_refusals(config)
 
     def figures(self, config: MoREConfig) -> tuple[str, ...]:
-        """Return the names of figures that its parts record."""
         from more_megatron.blocks.parallel_experts import BRANCH_FIGURES
 
         return BRANCH_FIGURES
@@ -61,19 +54,11 @@ class ParallelExperts(System):
         return {"system/lstm gate entropy": (0.02, None)}
 
     def stack(self, config: MoREConfig) -> Stack:
-        """Return the layers of the whole model."""
-        from more_megatron.blocks.layer import MicroBatchTransformerLayer, RowMoELayer
-        from more_megatron.blocks.layers import decoder_stack, moe_layer
+        from more_megatron.blocks.layer import RowMoELayer
+        from more_megatron.blocks.layers import expert_stack
         from more_megatron.blocks.parallel_experts import ParallelExperts, parallel_experts_cost
 
-        layer = moe_layer(
-            config,
-            layer=MicroBatchTransformerLayer,
-            moe=RowMoELayer,
-            parts={"experts": ParallelExperts},
-            experts_cost=functools.partial(parallel_experts_cost, config),
-        )
-        return decoder_stack(config, layer)
+        return expert_stack(config, RowMoELayer, ParallelExperts, functools.partial(parallel_experts_cost, config))
 
 
 SYSTEM = ParallelExperts()

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
 
-__all__ = ["SYSTEM"]
-
 
 class RecurrentExperts(System):
     """Experts that are recurrent blocks; the tokens sent to one attend to each other within their sequence."""
@@ -33,15 +31,14 @@ class RecurrentExperts(System):
         Row("mlp.experts.block.proj", "mlp.experts.proj", "N h q"),
         Row("mlp.experts.block.fc1", "mlp.experts.fc1", "N 2 R h"),
         Row("mlp.experts.block.fc2", "mlp.experts.fc2", "N h R"),
-        Row("mlp.experts.block.norm_1", "mlp.experts.norm_1", "N*h", view="N h"),
-        Row("mlp.experts.block.norm_2", "mlp.experts.norm_2", "N*h", view="N h"),
-        Row("mlp.experts.block.norm_3", "mlp.experts.norm_3", "N*h", view="N h"),
-        Row("mlp.experts.block.norm_4", "mlp.experts.norm_4", "N*h", view="N h"),
+        *(
+            Row(f"mlp.experts.block.norm_{number}", f"mlp.experts.norm_{number}", "N*h", view="N h")
+            for number in range(1, 5)
+        ),
     )
     expert_states = ()
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        """Yield what the system cannot do of what `config` asks for."""
         from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
 
         yield from recurrence_refusals(config)
@@ -49,20 +46,13 @@ class RecurrentExperts(System):
         yield from mixing_refusals(config)
 
     def stack(self, config: MoREConfig) -> Stack:
-        """Return the layers of the whole model."""
         from more_megatron.blocks.block_experts import BlockExperts, block_experts_cost
-        from more_megatron.blocks.layer import MicroBatchTransformerLayer, RowMoELayer
-        from more_megatron.blocks.layers import decoder_stack, moe_layer
+        from more_megatron.blocks.layer import RowMoELayer
+        from more_megatron.blocks.layers import expert_stack
 
         width = self.ffn_hidden_size(config)
-        layer = moe_layer(
-            config,
-            layer=MicroBatchTransformerLayer,
-            moe=RowMoELayer,
-            parts={"experts": functools.partial(BlockExperts, ffn_hidden_size=width)},
-            experts_cost=functools.partial(block_experts_cost, config, width),
-        )
-        return decoder_stack(config, layer)
+        experts = functools.partial(BlockExperts, ffn_hidden_size=width)
+        return expert_stack(config, RowMoELayer, experts, functools.partial(block_experts_cost, config, width))
 
 
 SYSTEM = RecurrentExperts()

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
 
-__all__ = ["SYSTEM"]
-
 
 class RecurrentMoE(System):
     """Megatron's experts in an iterated sub-layer. With one step and scale 1 it is Megatron's layer."""
@@ -26,14 +24,12 @@ class RecurrentMoE(System):
     reads = DEPTH | REPEATED_ROUTER | {"recurrence_residual_scale"}
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        """Yield what the system cannot do of what `config` asks for."""
         from more_megatron.blocks.refusals import recurrence_refusals, repetition_refusals
 
         yield from recurrence_refusals(config)
         yield from repetition_refusals(config, ("moe",))
 
     def stack(self, config: MoREConfig) -> Stack:
-        """Return the layers of the whole model."""
         from more_megatron.blocks.iterated_moe import IteratedMoELayer, RecurrentMoETransformerLayer
         from more_megatron.blocks.layers import decoder_stack, moe_layer
         from more_megatron.blocks.router import IteratedRouter

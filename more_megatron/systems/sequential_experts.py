@@ -10,13 +10,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from more_megatron.systems.base import DEPTH, System
-from more_megatron.systems.export import Row
+from more_megatron.systems.export import CELL_FEED_FORWARD, Row
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
-
-__all__ = ["SYSTEM"]
 
 
 class SequentialExperts(System):
@@ -26,10 +24,7 @@ class SequentialExperts(System):
     summary = "expert i is a feed-forward network, whose output a gated LSTM cell refines r times"
     reads = DEPTH
     expert_rows = (
-        Row("mlp.experts.ffn.fc1.weight", "mlp.experts.fc1", "N m h"),
-        Row("mlp.experts.ffn.fc1.bias", "mlp.experts.fc1_bias", "N m"),
-        Row("mlp.experts.ffn.fc2.weight", "mlp.experts.fc2", "N h m"),
-        Row("mlp.experts.ffn.fc2.bias", "mlp.experts.fc2_bias", "N h"),
+        *CELL_FEED_FORWARD,
         # Rows of input, forget, new and output gate.
         Row("mlp.experts.lstm.weight", "mlp.experts.lstm", "N 4 h h"),
         Row("mlp.experts.lstm.bias", "mlp.experts.lstm_bias", "N 4 h"),
@@ -39,32 +34,21 @@ class SequentialExperts(System):
     expert_states = ()
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        """Yield what the system cannot do of what `config` asks for."""
         from more_megatron.blocks.refusals import cell_refusals, recurrence_refusals
 
         yield from recurrence_refusals(config)
         yield from cell_refusals(config)
 
     def figures(self, config: MoREConfig) -> tuple[str, ...]:
-        """Return the names of figures that its parts record."""
         from more_megatron.monitoring.refinement import REFINEMENT_FIGURES
 
         return REFINEMENT_FIGURES
 
     def stack(self, config: MoREConfig) -> Stack:
-        """Return the layers of the whole model."""
         from more_megatron.blocks.cell_experts import CellMoELayer, SequentialExperts, sequential_experts_cost
-        from more_megatron.blocks.layer import MicroBatchTransformerLayer
-        from more_megatron.blocks.layers import decoder_stack, moe_layer
+        from more_megatron.blocks.layers import expert_stack
 
-        layer = moe_layer(
-            config,
-            layer=MicroBatchTransformerLayer,
-            moe=CellMoELayer,
-            parts={"experts": SequentialExperts},
-            experts_cost=functools.partial(sequential_experts_cost, config),
-        )
-        return decoder_stack(config, layer)
+        return expert_stack(config, CellMoELayer, SequentialExperts, functools.partial(sequential_experts_cost, config))
 
 
 SYSTEM = SequentialExperts()

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from more_megatron.model.stack import Stack
     from more_megatron.monitoring.watch import Watch
 
-__all__ = ["SYSTEM"]
-
 
 @dataclass
 class ProjectionFlags:
@@ -61,15 +59,14 @@ class SharedBlock(System):
         Row("mlp.recurrent_block.proj", "mlp.recurrent_block.proj", "1 h q", view="h q"),
         Row("mlp.recurrent_block.fc1", "mlp.recurrent_block.fc1", "1 2 R h", view="2 R h"),
         Row("mlp.recurrent_block.fc2", "mlp.recurrent_block.fc2", "1 h R", view="h R"),
-        Row("mlp.recurrent_block.norm_1", "mlp.recurrent_block.norm_1", "h"),
-        Row("mlp.recurrent_block.norm_2", "mlp.recurrent_block.norm_2", "h"),
-        Row("mlp.recurrent_block.norm_3", "mlp.recurrent_block.norm_3", "h"),
-        Row("mlp.recurrent_block.norm_4", "mlp.recurrent_block.norm_4", "h"),
+        *(
+            Row(f"mlp.recurrent_block.norm_{number}", f"mlp.recurrent_block.norm_{number}", "h")
+            for number in range(1, 5)
+        ),
     )
     expert_states = ()
 
     def refusals(self, config: "MoREConfig") -> Iterator[str]:
-        """Yield what the system cannot do of what `config` asks for."""
         from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
 
         yield from recurrence_refusals(config)
@@ -82,7 +79,6 @@ class SharedBlock(System):
             yield "has a penalty a layer: --projection-orthogonality-coeff excludes --calculate-per-token-loss"
 
     def losses(self, config: "MoREConfig") -> tuple[str, ...]:
-        """Return the names of losses that are logged."""
         return ("orthogonality_loss",) if config.projection_orthogonality_coeff > 0.0 else ()
 
     def record_health(self, watch: "Watch", module: Any, share: float) -> None:
@@ -93,22 +89,15 @@ class SharedBlock(System):
             module.experts.record_projections(watch, f"layer {module.layer_number}", share)
 
     def stack(self, config: "MoREConfig") -> "Stack":
-        """Return the layers of the whole model."""
         from more_megatron.blocks.block_moe import SharedBlockMoELayer
-        from more_megatron.blocks.layer import MicroBatchTransformerLayer
-        from more_megatron.blocks.layers import decoder_stack, moe_layer
+        from more_megatron.blocks.layers import expert_stack
         from more_megatron.blocks.projection_experts import ProjectionExperts, projection_experts_cost
 
         width = self.ffn_hidden_size(config)
         coefficient = config.projection_orthogonality_coeff
-        layer = moe_layer(
-            config,
-            layer=MicroBatchTransformerLayer,
-            moe=functools.partial(SharedBlockMoELayer, ffn_hidden_size=width, orthogonality_coeff=coefficient),
-            parts={"experts": functools.partial(ProjectionExperts, dropout=config.projection_dropout)},
-            experts_cost=functools.partial(projection_experts_cost, config, width),
-        )
-        return decoder_stack(config, layer)
+        moe = functools.partial(SharedBlockMoELayer, ffn_hidden_size=width, orthogonality_coeff=coefficient)
+        experts = functools.partial(ProjectionExperts, dropout=config.projection_dropout)
+        return expert_stack(config, moe, experts, functools.partial(projection_experts_cost, config, width))
 
 
 SYSTEM = SharedBlock()

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from more_megatron.model.stack import Stack
     from more_megatron.monitoring.ranges import Ends
 
-__all__ = ["SYSTEM"]
+
+_NORMS = tuple(f"mlp.recurrent_block.norm_{number}" for number in range(1, 5))
 
 
 class CombinedBlock(System):
@@ -36,14 +37,11 @@ class CombinedBlock(System):
         Row("mlp.recurrent_block.attention.linear_proj.weight", "mlp.recurrent_block.proj", "h q"),
         Row("mlp.recurrent_block.mlp.linear_fc1.weight", "mlp.recurrent_block.fc1", "2*R h", view="2 R h"),
         Row("mlp.recurrent_block.mlp.linear_fc2.weight", "mlp.recurrent_block.fc2", "h R"),
-        Row("mlp.recurrent_block.norm_1.weight", "mlp.recurrent_block.norm_1", "h"),
-        Row("mlp.recurrent_block.norm_1.bias", "mlp.recurrent_block.norm_1_bias", "h", when="layernorm"),
-        Row("mlp.recurrent_block.norm_2.weight", "mlp.recurrent_block.norm_2", "h"),
-        Row("mlp.recurrent_block.norm_2.bias", "mlp.recurrent_block.norm_2_bias", "h", when="layernorm"),
-        Row("mlp.recurrent_block.norm_3.weight", "mlp.recurrent_block.norm_3", "h"),
-        Row("mlp.recurrent_block.norm_3.bias", "mlp.recurrent_block.norm_3_bias", "h", when="layernorm"),
-        Row("mlp.recurrent_block.norm_4.weight", "mlp.recurrent_block.norm_4", "h"),
-        Row("mlp.recurrent_block.norm_4.bias", "mlp.recurrent_block.norm_4_bias", "h", when="layernorm"),
+        *(
+            Row(f"{norm}.{kind}", f"{norm}{suffix}", "h", when=when)
+            for norm in _NORMS
+            for kind, suffix, when in (("weight", "", ""), ("bias", "_bias", "layernorm"))
+        ),
     )
     expert_states = (
         "mlp.recurrent_block.attention.linear_qkv",
@@ -51,14 +49,10 @@ class CombinedBlock(System):
         "mlp.recurrent_block.attention.linear_proj",
         "mlp.recurrent_block.mlp.linear_fc1",
         "mlp.recurrent_block.mlp.linear_fc2",
-        "mlp.recurrent_block.norm_1",
-        "mlp.recurrent_block.norm_2",
-        "mlp.recurrent_block.norm_3",
-        "mlp.recurrent_block.norm_4",
+        *_NORMS,
     )
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        """Yield what the system cannot do of what `config` asks for."""
         from more_megatron.blocks.refusals import expert_refusals, recurrence_refusals
 
         yield from recurrence_refusals(config)
@@ -73,21 +67,13 @@ class CombinedBlock(System):
         return {"recurrence/token correlation": (None, 0.98), "recurrence/last step share": (0.05, None)}
 
     def stack(self, config: MoREConfig) -> Stack:
-        """Return the layers of the whole model."""
         from more_megatron.blocks.block_moe import CombinedBlockMoELayer
-        from more_megatron.blocks.layer import MicroBatchTransformerLayer
-        from more_megatron.blocks.layers import decoder_stack, moe_layer
+        from more_megatron.blocks.layers import expert_stack
         from more_megatron.blocks.light_experts import LightExperts, light_experts_cost
 
         width = self.ffn_hidden_size(config)
-        layer = moe_layer(
-            config,
-            layer=MicroBatchTransformerLayer,
-            moe=functools.partial(CombinedBlockMoELayer, ffn_hidden_size=width),
-            parts={"experts": LightExperts},
-            experts_cost=functools.partial(light_experts_cost, config, width),
-        )
-        return decoder_stack(config, layer)
+        moe = functools.partial(CombinedBlockMoELayer, ffn_hidden_size=width)
+        return expert_stack(config, moe, LightExperts, functools.partial(light_experts_cost, config, width))
 
 
 SYSTEM = CombinedBlock()

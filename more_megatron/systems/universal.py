@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
-from more_megatron.systems.base import DEPTH, REPEATED_ROUTER, System
+from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, REPEATED_ROUTER, System
 from more_megatron.systems.export import (
     ATTENTION,
     DENSE_WITH_BIASES,
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
     from more_megatron.monitoring.ranges import Ends
-
-__all__ = ["SYSTEM"]
 
 # Read only while positions halt.
 _OF_HALTING = ("halting_epsilon", "halting_output", "ponder_coeff")
@@ -107,8 +105,15 @@ class UniversalTransformer(System):
         "swiglu": False,
     }
 
+    fields: ClassVar[Mapping[str, str]] = {
+        **{name: name for name in ("halting", "halting_epsilon", "halting_output")},
+        "ponder_coef": "ponder_coeff",
+        "time_signal": "universal_time_signal",
+        "post_norm": "universal_post_norm",
+        "training_steps": "recurrence_steps",
+    }
+
     def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
-        """Yield what is wrong with flags that were given and that the system, under these settings, never reads."""
         own: Any = flags
         if own.halting == "none":
             for name in sorted(given & set(_OF_HALTING)):
@@ -118,8 +123,12 @@ class UniversalTransformer(System):
             given = given - {"recurrence_max_steps"}
         yield from super().without_effect(flags, given)
 
+    def unread(self, args: Any) -> Set[str]:
+        """Return the flags of Megatron's that it never reads, given a run's arguments: a head of its own would do."""
+        has_head = args.untie_embeddings_and_output_weights
+        return frozenset() if has_head else MEGATRONS_INITIALIZATION - {"embedding_init_method_std"}
+
     def refusals(self, config: "MoREConfig") -> Iterator[str]:
-        """Yield what the system cannot do of what `config` asks for."""
         from more_megatron.blocks.refusals import loop_refusals
 
         own: Any = config
@@ -136,7 +145,6 @@ class UniversalTransformer(System):
             )
 
     def stack(self, config: "MoREConfig") -> "Stack":
-        """Return the layers of the whole model."""
         from more_megatron.blocks.backends import final_norm
         from more_megatron.blocks.classic_layers import classic_layers
         from more_megatron.model.halting import Halting
@@ -158,7 +166,6 @@ class UniversalTransformer(System):
         )
 
     def figures(self, config: "MoREConfig") -> tuple[str, ...]:
-        """Return the names of figures that its parts record."""
         from more_megatron.model.halting import HALTING_FIGURES
 
         own: Any = config
@@ -169,39 +176,16 @@ class UniversalTransformer(System):
         return {"recurrence/token correlation": (None, 0.998), "system/steps to halt": (1.05, None)}
 
     def architecture(self, args: Any) -> dict[str, Any]:
-        """Return what decides, besides what all models have, which tensors there are: values by flag."""
         flags: Any = self.flags(args)
         names = ("halting", "universal_post_norm", "universal_time_signal")
         learned = {"recurrence_max_steps": flags.max_steps} if flags.universal_time_signal == "learned" else {}
         return {name: getattr(flags, name) for name in names} | learned
 
     def config_fields(self, args: Any) -> dict[str, Any]:
-        """Return the fields of config.json that it alone has, given a run's arguments."""
         flags: Any = self.flags(args)
-        return {
-            "halting": flags.halting,
-            "halting_epsilon": flags.halting_epsilon,
-            "halting_output": flags.halting_output,
-            "ponder_coef": flags.ponder_coeff,
-            "time_signal": flags.universal_time_signal,
-            "training_steps": flags.max_steps,
-            "post_norm": flags.universal_post_norm,
-        }
-
-    def arguments(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments that `config_fields` were made from."""
-        return {
-            "halting": config["halting"],
-            "halting_epsilon": config["halting_epsilon"],
-            "halting_output": config["halting_output"],
-            "ponder_coeff": config["ponder_coef"],
-            "universal_time_signal": config["time_signal"],
-            "universal_post_norm": config["post_norm"],
-            "recurrence_steps": config["training_steps"],
-        }
+        return super().config_fields(args) | {"training_steps": flags.max_steps}
 
     def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
-        """Return the rows outside of layers."""
         rows = [row for row in MODEL if not (config["post_norm"] and "final_layernorm" in row.megatron)]
         if config["time_signal"] == "learned":
             rows.append(Row("decoder.loops.0.signals.time", "model.loops.0.time", "T h"))
@@ -211,24 +195,20 @@ class UniversalTransformer(System):
         return tuple(rows)
 
     def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
-        """Return the rows of a layer, numbered from 0."""
         feed_forward = (*MOE, *self.expert_rows) if config["moe_layers"][layer] else DENSE_WITH_BIASES
         rows = (*ATTENTION, *feed_forward)
         return (*filter(_is_no_norm_in_front, rows), *SANDWICH) if config["post_norm"] else rows
 
     def model_states(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the modules outside of layers that ask a checkpoint for a state beside their parameters."""
         return () if config["post_norm"] else STATES_OF_MODEL
 
     def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
-        """Return the modules of a layer that ask a checkpoint for a state beside their parameters."""
         states = super().layer_states(config, layer)
         if not config["post_norm"]:
             return states
         return (*(name for name in states if name != "pre_mlp_layernorm"), *STATES_OF_SANDWICH)
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
-        """Return sizes of its own that rows name."""
         return {"T": config["training_steps"]}
 
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import enum
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args
 
 from more_megatron.console import LOG, VERBOSE, say
-from more_megatron.errors import MoREError
+from more_megatron.errors import MoREError, speak_in_one_line
 from more_megatron.flags import MoREFlags
 from more_megatron.monitoring.flags import HealthFlags
 from more_megatron.platform import Platform
@@ -109,7 +108,7 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
         if action.type not in (None, int, float, str, bool):
             members = [choice for choice in action.choices or () if isinstance(choice, enum.Enum)]
             action.type = functools.partial(convert, cast(Callable, action.type), members)
-    parser.error = functools.partial(_error, parser)  # type: ignore[method-assign]
+    speak_in_one_line(parser)
     parser.set_defaults(more_variant=default_name())
     parse = functools.partial(_parse, parser.parse_args)
     parser.parse_args = parse  # type: ignore[method-assign, assignment]
@@ -149,14 +148,6 @@ def _installed_defaults() -> dict[str, Any]:
     return defaults
 
 
-def _error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
-    """Take the place of argparse's own, which prints the usage of 800 flags first, on every rank."""
-    unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-    meant = [name for word in unknown for name in difflib.get_close_matches(word, parser._option_string_actions, n=1)]
-    is_typo = message.startswith("unrecognized") and meant
-    raise MoREError(message + f"; did you mean {', '.join(meant)}?" if is_typo else message)
-
-
 def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> argparse.Namespace:
     """Parse, check, and complete the flags whose default depends on a system, a checkpoint or another flag."""
     args = parse_args(*arguments)
@@ -172,7 +163,7 @@ def _parse(parse_args: Callable[..., argparse.Namespace], *arguments: Any) -> ar
     read_blend_files(args)
     check_flags(args, given)
     system = get_system(args.more_variant)
-    for fault in system.without_effect(system.flags(args), given & flag_names()):
+    for fault in system.without_effect(system.flags(args), given & (flag_names() | system.unread(args))):
         raise MoREError(fault)
     _complete(args)
     return args

@@ -16,11 +16,12 @@ from megatron.core.utils import (
     get_batch_on_this_cp_rank,
     get_batch_on_this_tp_rank,
 )
-from megatron.training import get_args
+from megatron.training import get_args, get_tokenizer
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 from more_megatron.config import MoREConfig
+from more_megatron.errors import MoREError
 from more_megatron.training.problems import Problems
 
 __all__ = ["Batch", "next_batch", "reads_boundaries", "stage_needs_data"]
@@ -82,12 +83,16 @@ def next_batch(data_iterator: Iterator, config: MoREConfig, vp_stage: int | None
         data_iterator: Yields dictionaries of tensors; read on tensor-parallel rank 0 only.
         config: Model configuration.
         vp_stage: Virtual pipeline stage, None without interleaving.
+
+    Raises:
+        MoREError: If a token id is not in the vocabulary.
     """
     args = get_args()
     packed = args.dataloader_inter_document_masking
     if not stage_needs_data(config, vp_stage) and not reads_boundaries():
         return Batch()
     sample = next(data_iterator) if mpu.get_tensor_model_parallel_rank() == 0 else {}
+    _check_ids(sample)
     problems = None
     if args.loss_on_answers:
         problems = Problems.share(sample.get("problems"), args.micro_batch_size, args.seq_length)
@@ -108,6 +113,18 @@ def next_batch(data_iterator: Iterator, config: MoREConfig, vp_stage: int | None
 def reads_boundaries() -> bool:
     """Return whether stages in the middle of a pipeline read data as well: they must know where sequences end."""
     return get_args().dataloader_inter_document_masking or get_args().loss_on_answers
+
+
+def _check_ids(sample: dict[str, torch.Tensor]) -> None:
+    """Check ids, still on the host: embedding and loss divided over ranks would take others for 0, without a word."""
+    size = get_tokenizer().vocab_size
+    for name in ("tokens", "labels"):
+        for found in sample[name].aminmax() if name in sample else ():
+            if not 0 <= found < size:
+                raise MoREError(
+                    f"a sample holds the token id {int(found)}, and the vocabulary has {size}: the data are damaged or "
+                    "of another tokenizer; tools/inspect_dataset.py PREFIX --check compares them with what was written"
+                )
 
 
 def _on_device(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:

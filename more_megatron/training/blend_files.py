@@ -35,7 +35,7 @@ def read_blend_files(args: argparse.Namespace) -> None:
     form = 'write {"train": [prefixes], "valid": [..], "test": [..]} into it'
     try:
         content: Any = json.loads(_read(flag, path))
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise MoREError(f"{flag} {path} is not JSON ({error}): {form}") from error
     if not isinstance(content, dict) or not content.get("train") or not content.keys() <= set(_SPLITS):
         raise MoREError(f"{flag} {path} does not name the data of each split: {form}")

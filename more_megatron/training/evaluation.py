@@ -86,7 +86,8 @@ class DepthEvaluation:
         iteration, is_test = args[3], prefix.endswith("test set")
         for number, results in enumerate(self._results):
             names = get_args().validation_set_names
-            suffix = f"-{names[number] if names else number}" if get_args().multiple_validation_sets else ""
+            is_one_of_many = get_args().multiple_validation_sets and not is_test
+            suffix = f"-{names[number] if names else number}" if is_one_of_many else ""
             for steps, values in results.items():
                 self._print(f"{prefix}{suffix}", steps, values)
                 if not is_test and kwargs.get("write_to_tensorboard", True):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
 from more_megatron.systems import flag_names, get_system
-from more_megatron.training.flag_table import RANGES, RULES
+from more_megatron.training.flag_table import NEEDS, RANGES, RULES
 from more_megatron.training.options import option_faults
 
 __all__ = ["check_flags", "convert"]
@@ -31,13 +31,16 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
     """
     get_system(args.more_variant)
     if args.use_checkpoint_args:
-        raise MoREError("--use-checkpoint-args needs a checkpoint in --load: leave it out, or name another folder")
+        raise MoREError("--use-checkpoint-args needs a whole checkpoint in --load: leave it out, or name another")
     if {"bf16", "fp16"} <= given and args.bf16:
         raise MoREError("--bf16 and --fp16 exclude each other: leave one out")
     if args.yaml_cfg is not None:  # The flags are not all there yet.
         return
     for fault in _ranges(args, given):
         raise MoREError(fault)
+    for name, other in NEEDS.items():
+        if name in given and not getattr(args, other):
+            raise MoREError(f"{flag(name)} needs {flag(other)}: give both, or leave it out")
     for is_broken, text in RULES:
         if is_broken(args):
             raise MoREError(re.sub(r"\{(\w+)\}", lambda found: f"{flag(found[1])} {getattr(args, found[1])}", text))
@@ -66,6 +69,8 @@ def convert(of_megatron: Callable[[str], object], choices: Iterable[enum.Enum], 
 def _ranges(args: Namespace, given: Set[str]) -> Iterator[str]:
     for name in sorted(given):
         value = getattr(args, name, None)
+        if value == "":
+            yield f"{flag(name)} is empty: give it a value or leave it out"
         # Those of ours have ranges of their own.
         rows = (_FINITE,) if name in flag_names() else RANGES
         for number in value if isinstance(value, list) else (value,):
@@ -83,6 +88,7 @@ def _bounds(number: float, interval: str) -> str | None:
     is_below = number <= high if interval[-1] == "]" else number < high
     if math.isfinite(number) and is_above and is_below:
         return None
-    words = [f"{'at least' if interval[0] == '[' else 'above'} {low:.0f}"] if math.isfinite(low) else []
-    words += [f"{'at most' if interval[-1] == ']' else 'below'} {high:.0f}" if math.isfinite(high) else "finite"]
+    words = [] if math.isfinite(number) else ["finite"]
+    words += [f"{'at least' if interval[0] == '[' else 'above'} {low:.0f}"] if math.isfinite(low) else []
+    words += [f"{'at most' if interval[-1] == ']' else 'below'} {high:.0f}"] if math.isfinite(high) else []
     return " and ".join(words)

@@ -11,10 +11,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from more_megatron.flags import flag
 from more_megatron.platform.packages import imports
 
-__all__ = ["RANGES", "RULES"]
+__all__ = ["NEEDS", "RANGES", "RULES"]
 
 # Interval, and the flags whose numbers must lie in it: the first row that names a flag counts. No number of a flag may
 # be infinite or none.
@@ -46,6 +48,18 @@ RANGES = (
     ("[0, inf)", r".*"),
 )
 
+# A flag, and the one that it needs.
+NEEDS = {
+    "save": "save_interval",
+    "valid_data_path": "train_data_path",
+    "test_data_path": "train_data_path",
+    "num_query_groups": "group_query_attention",
+    "moe_router_num_groups": "moe_router_group_topk",
+    "recompute_method": "recompute_granularity",
+    "recompute_num_layers": "recompute_granularity",
+    "rope_scaling_factor": "use_rope_scaling",
+}
+
 _FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
 
 
@@ -57,9 +71,20 @@ def _is_split(split: str) -> bool:
     return len(shares) <= 3 and all(0 <= share < math.inf for share in shares) and sum(shares) > 0
 
 
+def _has_no_wsd(a: Namespace) -> bool:
+    steps = a.lr_decay_iters or a.train_iters
+    return a.lr_decay_style == "WSD" and steps and not 0 < (a.lr_wsd_decay_iters or 0) <= steps
+
+
 def _has_odd_heads(a: Namespace) -> bool:
     turned = int((a.kv_channels or a.hidden_size // a.num_attention_heads) * a.rotary_percent)
     return a.position_embedding_type == "rope" and (turned == 0 or turned % 2 == 1)
+
+
+def _has_odd_widths(a: Namespace) -> bool:
+    parts = a.tensor_model_parallel_size
+    experts = (a.moe_ffn_hidden_size or 0) % (a.expert_tensor_parallel_size or parts)
+    return bool((a.ffn_hidden_size or 0) % parts or (a.moe_shared_expert_intermediate_size or 0) % parts or experts)
 
 
 def _has_content(path: str) -> bool:
@@ -72,29 +97,13 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         (lambda a, name=name: getattr(a, name) is None, f"{flag(name)} is missing: give it a value")
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
     ),
-    (
-        lambda a: not (a.train_iters or a.train_samples),
-        "the length of training is missing: give --train-iters or --train-samples",
-    ),
-    (
-        lambda a: a.train_iters and a.train_samples,
-        "{train_iters} and {train_samples} exclude each other: leave one out",
-    ),
+    (lambda a: a.tokenizer_type is None, "--tokenizer-type is missing: give it as in preprocessing"),
+    (lambda a: not (a.train_iters or a.train_samples), "--train-iters is missing: give it, or --train-samples"),
+    (lambda a: a.train_iters and a.train_samples, "{train_iters} and {train_samples} exclude each other"),
     (lambda a: a.lr is None and not a.skip_train, "--lr is missing: give it a value"),
-    (lambda a: a.save and not a.save_interval, "--save needs --save-interval: give it a number of iterations"),
-    (
-        lambda a: a.tokenizer_type is None,
-        "--tokenizer-type is missing: give it and --tokenizer-model as in preprocessing",
-    ),
+    (_has_no_wsd, "--lr-decay-style WSD needs --lr-wsd-decay-iters, at most --lr-decay-iters or --train-iters"),
     # Shapes
-    (
-        lambda a: a.kv_channels is None and a.hidden_size % a.num_attention_heads,
-        "{hidden_size} is not divisible by {num_attention_heads}: change one of them or give --kv-channels",
-    ),
-    (
-        _has_odd_heads,
-        "rotary positions need heads of an even width: change --hidden-size, --kv-channels or {rotary_percent}",
-    ),
+    (_has_odd_heads, "rotary positions need heads of an even width: change --kv-channels or {rotary_percent}"),
     (
         lambda a: a.group_query_attention and a.num_attention_heads % (a.num_query_groups or 1),
         "{num_attention_heads} is not divisible by {num_query_groups}",
@@ -103,49 +112,45 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         lambda a: a.seq_length % (a.tensor_model_parallel_size * a.context_parallel_size),
         "{seq_length} is not divisible by {tensor_model_parallel_size} x {context_parallel_size}, which split it",
     ),
+    (_has_odd_widths, "{tensor_model_parallel_size} must divide --ffn-hidden-size and its kin: change one"),
     (
         lambda a: a.reset_attention_mask and a.pipeline_model_parallel_size > 1,
         "--reset-attention-mask needs --pipeline-model-parallel-size 1: middle pipeline stages do not receive the mask",
     ),
     # Experts
-    (
-        lambda a: a.num_experts and a.moe_router_topk > a.num_experts,
-        "{moe_router_topk} is above {num_experts}: lower it",
-    ),
+    (lambda a: a.num_experts and a.moe_router_topk > a.num_experts, "{moe_router_topk} is above {num_experts}"),
+    (lambda a: a.router_min_entropy > math.log(a.num_experts or 1), "{router_min_entropy} is above ln --num-experts"),
     (
         lambda a: a.num_experts and a.add_bias_linear and a.transformer_impl == "local",
         "--enable-bias-linear needs --transformer-impl transformer_engine: local experts have no biases",
     ),
     (
-        lambda a: isinstance(a.moe_layer_freq, int) and a.moe_layer_freq < 1,
+        lambda a: a.moe_layer_freq == 0 or (isinstance(a.moe_layer_freq, list) and {*a.moe_layer_freq} - {0, 1}),
         "{moe_layer_freq} must be at least 1, or a list as in '[0,1,1,1]', which says which layers have experts",
     ),
     (
-        lambda a: a.window_size and len(a.window_size) != 2,
-        "{window_size} must be two numbers, left and right: --window-size 128,0",
+        lambda a: np.size(a.moe_aux_loss_coeff) > np.size(a.moe_router_load_balancing_type),
+        "{moe_aux_loss_coeff} has more numbers than there are values of {moe_router_load_balancing_type}",
     ),
+    (lambda a: a.window_size and len(a.window_size) != 2, "{window_size} must be two numbers, as in 128,0"),
     # Schedule and data
     (
         lambda a: (a.lr_warmup_iters or 0) >= (a.lr_decay_iters or a.train_iters or math.inf),
         "{lr_warmup_iters} must be below --lr-decay-iters, by default --train-iters: lower it",
     ),
-    (
-        lambda a: a.split is not None and not _is_split(a.split),
-        "{split} must be up to three shares that are not negative and not all 0, as in --split 90,5,5",
-    ),
+    (lambda a: a.split is not None and not _is_split(a.split), "{split} must be up to three shares, as in 90,5,5"),
     (
         lambda a: [] in (a.data_path, a.train_data_path, a.valid_data_path, a.test_data_path),
         "a flag of data is empty: give --data-path or --train-data-path prefixes, weights before them for a blend",
     ),
     (
-        lambda a: not a.train_data_path and (a.valid_data_path or a.test_data_path),
-        "--valid-data-path and --test-data-path need --train-data-path",
+        lambda a: sum(map(bool, (a.data_path, a.data_args_path, a.train_data_path, a.mock_data))) > 1,
+        "the data are named twice: give one of --data-path, --data-args-path, --train-data-path and --mock-data",
     ),
+    (lambda a: a.train_data_path and a.split is not None, "{split} divides --data-path: leave it out"),
+    (lambda a: len(a.spec or (0, 0)) != 2, "{spec} must be two words: a module, and what it holds"),
     (lambda a: a.dataloader_type == "external", "{dataloader_type} is not supported: leave it out"),
-    (
-        lambda a: a.wandb_project and not (a.wandb_save_dir or a.save),
-        "--wandb-project needs a folder for its files: give --wandb-save-dir or --save",
-    ),
+    (lambda a: a.wandb_project and not (a.wandb_save_dir or a.save), "{wandb_project} needs --wandb-save-dir"),
     # What this machine lacks
     (
         lambda a: a.transformer_impl == "transformer_engine" and not imports("transformer_engine.pytorch"),
@@ -161,12 +166,9 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
     ),
     (
         lambda a: a.optimizer == "sgd" and a.use_distributed_optimizer,
-        "{optimizer} cannot be distributed: give --no-use-distributed-optimizer as well",
+        "{optimizer} needs --no-use-distributed-optimizer",
     ),
-    (
-        lambda a: a.async_save and a.ckpt_format == "torch",
-        "--async-save needs --ckpt-format torch_dist: leave {ckpt_format} out",
-    ),
+    (lambda a: a.async_save and a.ckpt_format == "torch", "--async-save needs --ckpt-format torch_dist"),
     # Files
     (
         lambda a: a.tokenizer_type in _FILE_TOKENIZERS and not _has_content(a.tokenizer_model or ""),
@@ -185,8 +187,11 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
             "multi_latent_attention",
             "experimental_attention_variant",
             "heterogeneous_layers_config_path",
+            "heterogeneous_layers_config_encoded_json",
             "hybrid_layer_pattern",
             "fim_data",
+            "adlr_autoresume",
+            "init_model_with_meta_device",
         )
     ),
 )

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from more_megatron.model.curriculum import Curriculum
+from more_megatron.curriculum import Curriculum
 
 __all__ = ["TrainingFlags", "length_curriculum", "option_faults"]
 

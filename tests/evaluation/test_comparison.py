@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
@@ -15,10 +16,12 @@ import pytest
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.comparison.experiment import Experiment, command_line, parse_flags
-from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference
+from more_megatron.evaluation.comparison.health import entropy_by_step, loads
+from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference, results_by_arm
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
 from more_megatron.evaluation.comparison.report import write_report
 from more_megatron.evaluation.comparison.runner import Runner
+from more_megatron.evaluation.comparison.tasks import evaluation
 from more_megatron.systems import get_system, names
 from tests.helpers.shell import PROJECT
 
@@ -95,6 +98,8 @@ def test_the_experiments_that_come_with_it_can_be_read(path: Path) -> None:
         ({"baseline": "other"}, "other"),
         ({"seeds": [1, 1]}, "seeds"),
         ({"tokens": 1, "total_flops": 1}, "total_flops"),
+        ({"tasks": ["chains"]}, "tasks"),
+        ({"problems": 0}, "problems"),
     ],
 )
 def test_a_wrong_key_is_refused_in_one_line(keys: dict[str, object], word: str) -> None:
@@ -116,7 +121,15 @@ def test_flags_are_read_as_they_are_typed() -> None:
 def _plan(*seeds: int) -> Plan:
     experiment = _experiment(arms=["moe", "loop", "universal"], seeds=seeds, depths=[1, 2], baseline="moe")
     arms = [
-        PlannedArm(arm.name, 0, experiment.flags_of(arm, {}), None, 10, 5, 2e6, {"flops": 1.0, "parameters": 1.0}, 512)
+        PlannedArm(
+            arm.name,
+            point=0,
+            flags=experiment.flags_of(arm, {}),
+            flops=2e6,
+            ratios={"flops": 1.0, "parameters": 1.0},
+            tokens=512,
+            recurrent=get_system(arm.system).recurrent,
+        )
         for arm in experiment.arms[:2]
     ]
     refused = PlannedArm("universal", 0, {}, "costs too much")
@@ -126,7 +139,8 @@ def _plan(*seeds: int) -> Plan:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that take a moment."""
-    monkeypatch.setattr(Runner, "launcher", (sys.executable, str(_STAND_IN)))
+    for program in ("launcher", "evaluator"):
+        monkeypatch.setattr(Runner, program, (sys.executable, str(_STAND_IN)))
 
 
 @pytest.mark.usefixtures("quick")
@@ -145,12 +159,20 @@ def test_numbers_are_those_of_the_logs_and_a_failed_run_is_named(
     assert moe["loss"]["mean"] == pytest.approx(0.3015)
     assert loop["difference"]["mean"] == pytest.approx(0.1)
     assert loop["loss_at"]["2"]["mean"] == pytest.approx(2.4015)
+    assert loop["loss_at"]["1"] == {"mean": None, "deviation": None, "count": 2}
     assert loop["answers_at"]["chains exact match"]["2"]["mean"] == pytest.approx(0.2)
     assert refused["refusal"] == "costs too much"
     assert refused["loss"] is None
     for kind in ("md", "html"):
         text = (tmp_path / f"report.{kind}").read_text()
-        for expected in ("0.301 ± 0.001", "seed 13 failed", "moe-seed13", "--lr 0 is no rate", "costs too much"):
+        for expected in (
+            "0.301 ± 0.001",
+            "seed 13 failed",
+            "not finite",
+            "moe-seed13",
+            "--lr 0 is no rate",
+            "costs too much",
+        ):
             assert expected in text, (kind, expected)
 
 
@@ -160,9 +182,29 @@ def test_the_page_holds_its_figures_and_asks_for_nothing(tmp_path: Path) -> None
     Runner(tmp_path, jobs=2).make(plan.runs)
     write_report(plan, tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert len(re.findall(r'<img src="data:image/svg\+xml;base64,[A-Za-z0-9+/=]{1000,}"', page)) == 4
+    assert len(re.findall(r'<img src="data:image/svg\+xml;base64,[A-Za-z0-9+/=]{1000,}"', page)) == 7
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    assert page.count("2 seeds an arm; matched: training FLOPs") == 4
+    assert page.count("Of each arm 2 seeds; matched: training FLOPs") == 7
+
+
+@pytest.mark.usefixtures("quick")
+def test_health_is_that_of_the_runs_and_what_was_not_watched_is_not_called_healthy(tmp_path: Path) -> None:
+    plan = _plan(1, 2, 13)
+    Runner(tmp_path, jobs=2).make(plan.runs)
+    write_report(plan, tmp_path)
+    moe, loop, _ = (arm["health"] for arm in json.loads((tmp_path / "report.json").read_text())["points"][0]["arms"])
+    # Means over layers and steps, 3.0 and seed / 10, then over the seeds that finished.
+    assert loop["entropy"] == pytest.approx({"mean": 3.15, "deviation": 0.1 / 2**0.5, "count": 2})
+    assert (loop["seeds"], loop["experts"], loop["dead experts"]["mean"], loop["load cv"]) == (2, 3, 1.0, None)
+    assert (loop["warnings"]["mean"], loop["warned"]) == (1.0, ["routing/dead experts"])
+    assert (moe["seeds"], moe["entropy"], moe["warnings"]) == (0, None, None)
+    rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| `moe` | 0 |")]
+    assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == ["not recorded"] * 6
+    results = results_by_arm(plan, collect(plan, tmp_path))
+    assert {step: load.tolist() for step, load in loads(results[1]).items()} == {1: [0.75, 0.25, 0], 2: [0.75, 0.25, 0]}
+    assert {step: spread.mean * math.log(3) for step, spread in entropy_by_step(results[1]).items()} == pytest.approx(
+        {1: 2.65, 2: 3.65}
+    )
 
 
 @pytest.mark.usefixtures("quick")
@@ -183,8 +225,7 @@ def test_a_second_training_begins_with_the_weights_of_the_first_and_gives_the_an
     plan = _plan(1)
     Runner(tmp_path, jobs=1, finetune={"train-iters": 3, "num-experts": None}).make(plan.runs)
     folder = tmp_path / "runs" / "loop-seed1"
-    said = (folder / "finetune.txt").read_text()
-    words = said.splitlines()[0].split()
+    words = (folder / "finetune.txt").read_text().splitlines()[0].split()
     assert words[words.index("--load") + 1] == str(folder / "checkpoint")
     assert words[words.index("--save") + 1] == str(folder / "finetuned")
     assert "--finetune" in words
@@ -192,6 +233,38 @@ def test_a_second_training_begins_with_the_weights_of_the_first_and_gives_the_an
     _, run, _ = collect(plan, tmp_path)
     assert (run.loss, list(run.curve)) == (0.401, [1, 8])
     assert run.answers[2] == {"chains exact match": 0.2}
+    with pytest.raises(MoREError, match="moe-seed1 holds a finished run with other flags"):
+        Runner(tmp_path, jobs=1).make(plan.runs)
+
+
+@pytest.mark.usefixtures("quick")
+def test_tasks_are_trained_on_and_answered_by_the_weights_at_the_end(tmp_path: Path) -> None:
+    tasks = {"chains": str(tmp_path / "chains")}
+    experiment = _experiment(tasks=tasks, finetune={"lr": 0.1})
+    assert experiment.finetune is not None
+    assert experiment.finetune["train-data-path"] == [f"{tmp_path}/chains_train_document"]
+    assert (experiment.finetune["loss-on-answers"], experiment.finetune["lr"]) == (True, 0.1)
+    assert _experiment(tasks=tasks, flags=_FLAGS | {"loss-on-answers": True}).finetune is None
+    with pytest.raises(MoREError, match=r"there is no .*chains_test\.jsonl"):
+        evaluation(tasks, 5, [1, 4])
+    for split in ("test", "beyond"):
+        (tmp_path / f"chains_{split}.jsonl").touch()
+
+    plan = _plan(1, 2)
+    Runner(tmp_path, jobs=2, finetune=experiment.finetune, evaluation=evaluation(tasks, 5, [1, 4])).make(plan.runs)
+    asked = (tmp_path / "runs" / "loop-seed1" / "evaluation.txt").read_text()
+    assert "--num-steps 1 4 " in asked
+    assert f"--load {tmp_path}/runs/loop-seed1/finetuned " in asked
+    assert f"--data chains={tmp_path}/chains_test.jsonl chains={tmp_path}/chains_beyond.jsonl " in asked
+    assert "--num-steps" not in (tmp_path / "runs" / "moe-seed1" / "evaluation.txt").read_text()
+    write_report(plan, tmp_path)
+    moe, loop, _ = json.loads((tmp_path / "report.json").read_text())["points"][0]["arms"]
+    assert [loop["answers_at"]["chains exact match"][depth]["mean"] for depth in ("1", "4")] == [0.1, 0.4]
+    # Its steps in training are 2 to 4.
+    assert loop["usual_depth"] == 4
+    assert [loop["by_difficulty"]["chains"][k]["mean"] for k in ("2", "3")] == [4 / 2, pytest.approx(4 / 3)]
+    assert moe["by_difficulty"]["chains"]["2"] == {"mean": 0.0, "deviation": 0.0, "count": 2}
+    assert "### chains exact match by difficulty" in (tmp_path / "report.md").read_text()
 
 
 def test_runs_end_with_a_comparison_that_is_killed(tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def test_a_loss_that_is_not_a_number_fails_training(tmp_path: Path) -> None:
 def training_with_a_nan(folder: str) -> str:
     """Return how training ends whose third loss is no number."""
     from more_megatron.errors import MoREError
-    from more_megatron.evaluation.gpu_check.work import runs, training
+    from more_megatron.evaluation import runs
+    from more_megatron.evaluation.gpu_check.work import training
 
     training.write_corpus(f"{folder}/counting")
     calls, forward_step = [], runs.forward_step

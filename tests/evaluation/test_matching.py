@@ -70,10 +70,32 @@ def test_what_no_width_meets_is_refused_in_one_line() -> None:
     assert "\n" not in message
 
 
+def test_memory_that_was_freed_and_is_taken_again_is_seen() -> None:
+    (risen,) = run_ranks(1, _risen)
+    assert 0.8 * _TAKEN < risen < 1.5 * _TAKEN
+
+
+# In pieces that the allocator keeps when they are freed.
+_TAKEN, _PIECE = 64 * 2**20, 2**16
+
+
+def _risen() -> int:
+    from more_megatron.evaluation.step_benchmark import peak_bytes, reset_peak
+
+    risen = []
+    for _ in range(2):
+        reset_peak()
+        before = peak_bytes()
+        pieces = [b"x" * _PIECE for _ in range(_TAKEN // _PIECE)]
+        risen.append(peak_bytes() - before)
+        del pieces
+    return risen[-1]
+
+
 def _refusal(name: str) -> str:
     from more_megatron.errors import MoREError
     from more_megatron.evaluation.comparison.matching import Goal, match
-    from more_megatron.evaluation.gpu_check.work.runs import configure
+    from more_megatron.evaluation.runs import configure
     from more_megatron.model.depth import Depth
 
     args, model = configure(command_line(name, DRY.speed, _SIZES))
@@ -87,7 +109,7 @@ def _matched(systems: list[str]) -> dict[str, Counted]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from more_megatron.evaluation.comparison.matching import Goal, match, system_cost, widths
-    from more_megatron.evaluation.gpu_check.work.runs import configure, fresh_model
+    from more_megatron.evaluation.runs import configure, fresh_model
     from more_megatron.evaluation.step_benchmark import forward
     from more_megatron.model.depth import Depth
 

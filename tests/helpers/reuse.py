@@ -15,7 +15,7 @@ from megatron.training.argument_utils import ArgumentGroupFactory
 from more_megatron.monitoring.figures import report_to
 from tests.helpers.training import History, train
 
-__all__ = ["forget_run", "train_all"]
+__all__ = ["forget_run", "read_each_docstring_once", "train_all"]
 
 
 def train_all(command_lines: list[str]) -> list[History]:
@@ -24,7 +24,7 @@ def train_all(command_lines: list[str]) -> list[History]:
     Args:
         command_lines: Flags of each run, separated by blanks.
     """
-    _read_each_docstring_once()
+    read_each_docstring_once()
     histories = []
     for command_line in command_lines:
         histories.append(train(command_line))
@@ -46,8 +46,8 @@ def forget_run() -> None:
 
 
 @functools.cache
-def _read_each_docstring_once() -> None:
-    # A third of a second for each command line: the flags' help is read from the source of 27 classes.
+def read_each_docstring_once() -> None:
+    """Keep the flags' help, which is read from the source of 27 classes: a third of a second for each command line."""
     read = functools.partial(ArgumentGroupFactory._get_field_docstrings, object.__new__(ArgumentGroupFactory))
     cached = functools.cache(read)
     ArgumentGroupFactory._get_field_docstrings = lambda self, src_cfg_class: cached(src_cfg_class)

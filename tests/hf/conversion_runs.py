@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ for _name in names():
 _DENSE = (RUNS["huginn, tp2"],)
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"
-_COMMON = f"{TINY_ON_FILES} --train-iters 2 --save-interval 2 --eval-iters 2 --init-method-std 0.2"
+_COMMON = f"{TINY_ON_FILES} --train-iters 2 --save-interval 2 --eval-iters 2"
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,12 @@ def write_data(folder: Path) -> None:
 def command_line(folder: Path, flags: str) -> str:
     """Return the flags of a run on that data."""
     data = f"--train-data-path {folder}/train --valid-data-path {folder}/valid --test-data-path {folder}/valid"
-    depth = "--recurrence-steps 3" if get_system(flags.split()[1]).recurrent else ""
+    system = get_system(flags.split()[1])
+    own = "--recurrence-steps 3" if system.recurrent else ""
+    if not system.unread(Namespace(untie_embeddings_and_output_weights=False)):
+        own += " --init-method-std 0.2"
     common = dense(_COMMON) if flags in _DENSE else _COMMON
-    return f"{common} {data} --data-cache-path {folder}/cache {depth} {flags}"
+    return f"{common} {data} --data-cache-path {folder}/cache {own} {flags}"
 
 
 def train_runs(lines: list[str]) -> list[Reported]:
@@ -134,6 +138,8 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
         lines += from_hf(FromHF(place / "hf", place / "back", verify=True, progress=False))
         to_hf(ToHF(place / "back", place / "again", tokenizer=name != WITHOUT_ARGUMENTS, progress=False))
         lines += to_hf(ToHF(place / "run", place / "half", dtype="bfloat16", verify=True, progress=False))
+        # Threads of a group must not meet the end of the interpreter.
+        assert not torch.distributed.is_initialized()
         said[name] = [*lines, str(_loss(place / "hf", folder / "valid"))]
     return said
 

@@ -31,6 +31,7 @@ from more_megatron.hf.conversion.safetensors_files import Group, plan_files, ten
 from more_megatron.hf.mapping import entries
 from more_megatron.systems import base
 from more_megatron.systems.export import Row
+from more_megatron.unfinished import unfinished_folder
 from tests.helpers.shell import PROJECT
 from tests.hf.conversion_sources import make_args, write_source
 
@@ -107,6 +108,14 @@ def _garble_all(folder: Path) -> None:
         (_garble_all, ("is damaged: common_state", "cannot be read")),
         (lambda folder: _data_file(folder).unlink(), ("__0_0.distcp is missing",)),
         (lambda folder: (folder / "ckpt/release/metadata.json").unlink(), ("metadata.json is missing",)),
+        (
+            lambda folder: (folder / "ckpt/release/metadata.json").write_text("[]"),
+            ("metadata.json is missing or damaged",),
+        ),
+        (
+            lambda folder: (folder / "ckpt/release/metadata.json").write_text('{"sharded_backend": "zarr"}'),
+            ("it is of the format zarr, not torch_dist",),
+        ),
         (lambda folder: (folder / "ckpt/latest_checkpointed_iteration.txt").write_text("x"), ("which checkpoint",)),
         (lambda folder: (folder / "ckpt/latest_checkpointed_iteration.txt").unlink(), ("name another folder",)),
         (lambda folder: shutil.rmtree(folder / "ckpt"), ("is not a folder",)),
@@ -184,6 +193,7 @@ def test_model_that_megatron_cannot_express(fields: dict[str, Any], part: str, f
         ({"hidden_size": None}, "hidden_size None must be an integer"),
         ({"recurrent_intermediate_size": [64]}, "recurrent_intermediate_size [64] must be an integer"),
         ({"norm_eps": float("nan")}, "norm_eps nan must be a finite number"),
+        ({"norm_eps": 10**400}, "must be a finite number"),
         ({"rotary_percent": 2}, "rotary_percent 2 must be at most 1.0"),
         ({"norm_type": "batchnorm"}, "norm_type 'batchnorm' does not exist: choose one of rmsnorm, layernorm"),
         ({"num_key_value_heads": 3}, "num_attention_heads 2 is no multiple of num_key_value_heads 3"),
@@ -265,6 +275,44 @@ def test_an_index_that_is_a_list(folder: Path) -> None:
     _refused(_import(folder), folder / "out", "model.safetensors.index.json is damaged")
 
 
+def test_weights_that_are_there_twice(folder: Path) -> None:
+    to_hf(ToHF(folder / "ckpt", folder / "shards", tokenizer=False, progress=False, max_shard_size=20_000))
+    files = sorted((folder / "shards").glob("*.safetensors"))
+    first, second = (load_file(file) for file in files[:2])
+    name = next(iter(first))
+    save_file({**second, name: first[name] + 1.0}, files[1])
+    job = FromHF(folder / "shards", folder / "out", progress=False)
+    _refused(lambda: from_hf(job), folder / "out", f"holds {name} in both {files[0].name} and {files[1].name}")
+    # Whoever saves a smaller model over it leaves the index, and the other way round the single file.
+    shutil.copy(folder / "hf" / "model.safetensors", folder / "shards")
+    _refused(lambda: from_hf(job), folder / "out", "holds both model.safetensors and model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "megatron_args.json"])
+def test_a_link_that_leads_elsewhere(name: str, folder: Path) -> None:
+    outside = shutil.move(folder / "hf" / name, folder / name)
+    (folder / "hf" / name).symlink_to(outside)
+    _refused(_import(folder), folder / "out", f"hf/{name} is a link to {outside}, outside of its folder")
+
+
+def test_the_cache_of_the_hub_is_read(folder: Path) -> None:
+    snapshot, blobs = folder / "hub/snapshots/abc", folder / "hub/blobs"
+    for place in (snapshot, blobs):
+        place.mkdir(parents=True)
+    for file in (folder / "hf").iterdir():
+        (snapshot / file.name).symlink_to(shutil.move(file, blobs / f"hash-of-{file.name}"))
+    assert len(from_hf(FromHF(snapshot, folder / "out", progress=False))) == 1
+
+
+def test_two_conversions_into_one_folder(folder: Path) -> None:
+    with unfinished_folder(folder / "out") as first:
+        (first / "file").write_text("of the first")
+        with pytest.raises(MoREError, match=r"another process writes .*out: wait for it"):
+            _export(folder)()
+        assert (first / "file").exists()
+    assert (folder / "out" / "file").exists()
+
+
 def test_configuration_that_is_not_there_or_incomplete(folder: Path) -> None:
     path = folder / "hf" / "config.json"
     path.write_text(json.dumps({"model_type": "more", "variant": "moe"}))
@@ -303,6 +351,21 @@ def test_run_of_another_system() -> None:
     del args.more_variant
     with pytest.raises(MoREError, match="the checkpoint is of a run without --more-variant"):
         config_from_args(args, 24)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_size": None},
+        {"num_layers": "2"},
+        {"moe_layer_freq": 0},
+        {"recurrence_steps": "x"},
+        {"moe_router_load_balancing_type": None},
+    ],
+)
+def test_arguments_of_wrong_types(values: dict[str, Any]) -> None:
+    with pytest.raises(MoREError, match="Error: "):
+        config_from_args(make_args(**values), 24)
 
 
 def test_checkpoint_of_another_version(tmp_path: Path) -> None:
@@ -421,15 +484,24 @@ def _plant_in_object(key: str) -> Callable[[Path, _Call], None]:
     return plant
 
 
-def _plant_in_legacy_common(checkpoint: Path, call: _Call) -> None:
-    torch.save({"args": make_args(), "call": call}, checkpoint / "common.pt")
+def _plant_in_legacy_common(form: Callable[[dict[str, Any], Path], None]) -> Callable[[Path, _Call], None]:
+    return lambda checkpoint, call: form({"args": make_args(), "call": call}, checkpoint / "common.pt")
+
+
+def _save_as_before(content: dict[str, Any], path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def _save_pickle(content: dict[str, Any], path: Path) -> None:
+    # Where a file of PyTorch before 1.6 has a number.
+    path.write_bytes(pickle.dumps(content))
 
 
 @pytest.mark.parametrize(
     "plant",
     [
         _plant_in_index,
-        _plant_in_legacy_common,
+        *(_plant_in_legacy_common(form) for form in (torch.save, _save_as_before, _save_pickle)),
         _plant_in_object("common_state"),
         _plant_in_object("decoder.layers.mlp.router.weight"),
         _plant_in_object("decoder.final_layernorm._extra_state"),

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.hf.exported import code_files
-from more_megatron.hf.exported.code_files import PUBLIC_MODULES, write_code
-from more_megatron.hf.exported.system import find_system, system_names
+from more_megatron.hf.exported import system
+from more_megatron.hf.exported.system import PUBLIC_MODULES, find_system, system_names, write_code
 from tests.hf.reference_models import SYSTEMS, random_model
 
-_FOLDER = Path(code_files.__file__).parent
+_FOLDER = Path(system.__file__).parent
 _IMPORT = re.compile(r"^\s*(?:from|import)\s+(\.*\w*)", re.MULTILINE)
 _ALLOWED = {"torch", "transformers"} | set(sys.stdlib_module_names)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from more_megatron.hf.exported import grouped
+from more_megatron.hf.exported import parts
 from more_megatron.hf.exported.configuration_more import MoREConfig
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM, MoREModel
 from more_megatron.hf.exported.noise import state_noise
@@ -224,8 +224,8 @@ def test_grouped_linear_with_and_without_a_kernel(monkeypatch: pytest.MonkeyPatc
     direction = torch.randn(expected.shape, generator=generator)
     gradients = torch.autograd.grad(expected, (rows, weight), direction)
     for has_kernel in (True, False):
-        monkeypatch.setattr(grouped, "_has_grouped_kernel", lambda *_, has=has_kernel: has)
-        output = grouped.grouped_linear(rows, weight, ends)
+        monkeypatch.setattr(parts, "_has_grouped_kernel", lambda *_, has=has_kernel: has)
+        output = parts.grouped_linear(rows, weight, ends)
         torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
         found = torch.autograd.grad(output, (rows, weight), direction)
         torch.testing.assert_close(found, gradients, atol=1e-5, rtol=0)
@@ -290,6 +290,10 @@ def test_new_models_start_as_in_training(variant: str) -> None:
         assert fc1.std().item() == pytest.approx(0.987 * takase, rel=0.05)
         assert fc2.std().item() == pytest.approx(0.987 * takase / (2 * LAYERS * 3) ** 0.5, rel=0.05)
         assert weights[f"model.layers.0.mlp.{part}.norm_3"].eq(1.0).all()
+    if variant == "shared_block_ffn":
+        # Two of four experts, weighed by about a half each.
+        fc2 = weights["model.layers.0.mlp.experts.fc2"]
+        assert fc2.std().item() == pytest.approx(0.987 * takase * 2**0.5, rel=0.05)
     if variant == "universal":
         matrix = weights["model.layers.1.self_attn.q_proj.weight"]
         assert matrix.abs().max().item() == pytest.approx((6 / (2 * HIDDEN)) ** 0.5, rel=0.05)

@@ -10,7 +10,7 @@ import torch
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
-from more_megatron.hf.exported.router_logits import RouterLogits
+from more_megatron.hf.exported.routing import RouterLogits
 from more_megatron.hf.exported.system import find_system
 from tests.helpers.systems import in_two_tiers
 from tests.hf.reference_models import LENGTH, SYSTEMS, VOCABULARY, random_model, tokens
@@ -162,7 +162,7 @@ def test_balance_loss_counts_once_a_batch(batch_size: int, tmp_path: Path) -> No
     torch.testing.assert_close(norms[0], ratio * expected, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", in_two_tiers(SYSTEMS))
+@pytest.mark.parametrize("name", in_two_tiers(name for name in SYSTEMS if find_system(name).traceable))
 def test_one_graph(name: str) -> None:
     model, ids = random_model(name), tokens()
     mask = torch.ones_like(ids)
@@ -217,6 +217,16 @@ def test_generation_from_given_states(name: str) -> None:
         for use in (True, False)
     ]
     assert torch.equal(*beams)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_generation_from_embeddings(name: str) -> None:
+    model, ids = random_model(name), tokens()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(model.generate(inputs_embeds=embeddings, **settings), plain[:, LENGTH:])
+    assert torch.equal(model.generate(inputs_embeds=embeddings, use_cache=False, **settings), plain[:, LENGTH:])
 
 
 def test_states_without_effect_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_p
 from more_megatron.blocks.projection_experts import ProjectionExperts
 from more_megatron.blocks.recurrent_block import RecurrentBlock
 from more_megatron.model.initialization import BlockInitializer
+from more_megatron.systems import get_system, names
 from tests.helpers.models import EXPERTS, gpt_model, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -143,6 +145,28 @@ def _whole_models_are_drawn_so() -> None:
     layers = gpt_model(_config("shared_block"), seq_length=8).decoder.layers
     assert float(layers[0].mlp.recurrent_block.proj.std()) == pytest.approx(out_std, rel=0.03)
     assert not torch.equal(layers[0].mlp.recurrent_block.proj, layers[1].mlp.recurrent_block.proj)
+
+
+def _systems_that_read_a_deviation() -> dict[str, bool]:
+    found = {}
+    for name in names():
+        weights = []
+        for std in (0.02, 0.3):
+            start_ranks()  # with the same random state
+            config = small_config(name, init_method_std=std)
+            model = gpt_model(config, seq_length=8, share_embeddings_and_output_weights=True)
+            weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+        found[name] = not torch.equal(*weights)
+    return found
+
+
+def test_a_system_refuses_the_deviation_that_it_does_not_read() -> None:
+    (found,) = run_ranks(1, _systems_that_read_a_deviation)
+    args = Namespace(untie_embeddings_and_output_weights=False)
+    assert found == {name: "init_method_std" not in get_system(name).unread(args) for name in names()}
+    system = get_system("huginn")
+    faults = list(system.without_effect(system.flags(args), {"init_method_std"}))
+    assert faults == ["--more-variant huginn never reads --init-method-std: leave it out"]
 
 
 def _one_can_refrain_from_drawing() -> None:

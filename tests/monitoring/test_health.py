@@ -236,6 +236,9 @@ def test_ranges_of_a_file(tmp_path: Path) -> None:
     for wrong, part in (
         ("- 1\n", "holds no mapping"),
         ("loss/trend: 3\n", "loss/trend must be"),
+        ("loss/trend: [1, -1]\n", "loss/trend must be"),
+        ("loss/trend: [.nan, 1]\n", "loss/trend must be"),
+        ("routing/lod cv: [0, 1]\n", "did you mean routing/load cv"),
         ("a: [b", "cannot be read"),
     ):
         with pytest.raises(MoREError, match=part):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,19 @@ import torch
 
 from more_megatron.platform import stand_in
 from more_megatron.platform.cuda_stand_ins import NO_COMPILER, TORCH_CUDA
+from more_megatron.platform.device_mode import BACKWARD_IN_MODE
 from more_megatron.platform.megatron_stand_ins import MEGATRON_ON_CPU
 from more_megatron.platform.reports import TEST_SPLIT
 from more_megatron.platform.stand_in import StandIn, install
+from more_megatron.platform.training_loop import SURROUNDED
 from more_megatron.platform.uneven_collectives import UNEVEN_COLLECTIVES
 from more_megatron.platform.wheel_repairs import WHEEL_REPAIRS
 
-_ALL = NO_COMPILER + TORCH_CUDA + UNEVEN_COLLECTIVES + MEGATRON_ON_CPU + WHEEL_REPAIRS + TEST_SPLIT
+_ON_CPU = NO_COMPILER + TORCH_CUDA + UNEVEN_COLLECTIVES + BACKWARD_IN_MODE + MEGATRON_ON_CPU
+_ALL = _ON_CPU + WHEEL_REPAIRS + TEST_SPLIT
+
+
+_README = Path(__file__).parents[2] / "README.md"
 
 
 def _wheel() -> Path:
@@ -28,16 +35,23 @@ def _wheel() -> Path:
 
 
 @pytest.mark.parametrize("entry", _ALL, ids=[f"{entry.target}.{entry.name}" for entry in _ALL])
-def test_wheel_still_needs_it(entry: StandIn) -> None:
+def test_the_wheel_still_needs_it_and_its_reason_is_one_line(entry: StandIn) -> None:
     text = (_wheel() / entry.file).read_text()
     assert entry.text in text, f"the wheel no longer needs the stand-in for {entry.target}.{entry.name}: remove it"
-
-
-@pytest.mark.parametrize("entry", _ALL, ids=[f"{entry.target}.{entry.name}" for entry in _ALL])
-def test_target_exists_and_reason_is_one_line(entry: StandIn) -> None:
     assert hasattr(entry.resolve(), entry.name)
     assert entry.reason.strip()
     assert "\n" not in entry.reason
+
+
+def test_the_training_loop_calls_what_others_surround() -> None:
+    text = (_wheel() / "training" / "training.py").read_text()
+    for name in SURROUNDED:
+        assert re.search(rf"\b{name}\(", text.replace(f"def {name}(", "")), name
+
+
+def test_the_readme_counts_them() -> None:
+    [row] = [line for line in _README.read_text().splitlines() if "`more_megatron/platform/`" in line]
+    assert [int(number) for number in re.findall(r"\b\d+\b", row)] == [len(_ON_CPU), len(WHEEL_REPAIRS)]
 
 
 def test_install_and_restore(monkeypatch: pytest.MonkeyPatch) -> None:

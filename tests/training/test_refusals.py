@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from more_megatron.errors import one_line
@@ -30,18 +32,24 @@ FLAGS = {
     f"{_UNIFORM} --recurrence-min-steps 4 --recurrence-max-steps 2": "2 is below --recurrence-min-steps 4",
     "--recurrence-backprop-steps 0": "--recurrence-backprop-steps 0 must be at least 1",
     "--recurrence-steps 1000000000": "--recurrence-steps 1000000000 must be below",
+    "--recurrence-curriculum 0:99999999": "--recurrence-curriculum 99999999 must be at least 1 and below",
+    "--router-min-entropy 99": "--router-min-entropy 99.0 is above ln --num-experts",
     "--recurrence-residual-scale nan": "--recurrence-residual-scale nan",
     "--no-such-flag 3": "unrecognized arguments: --no-such-flag 3",
     "--num-laers 3": "unrecognized arguments: --num-laers 3; did you mean --num-layers?",
+    "--bf16 true": "unrecognized arguments: true, more than --bf16 takes",
+    "--adam-eps -1e-8": "--adam-eps -1e-08 must be above 0",
     "--num-layers four": "--num-layers: invalid int value: 'four'",
     "--optimizer magic": "--optimizer: invalid choice: 'magic'",
     "--exit-signal X": "--exit-signal: invalid value: 'X' (choose from SIGHUP",
     "--moe-layer-freq 1/0": "--moe-layer-freq: invalid value: '1/0'",
-    "--hidden-size 33": "--hidden-size 33 is not divisible by --num-attention-heads 4",
+    "--hidden-size 33": "--hidden-size % --num-attention-heads == 0 must hold",
     "--kv-channels 15": "heads of an even width",
     "--group-query-attention --num-query-groups 3": "--num-attention-heads 4 is not divisible by --num-query-groups 3",
     "--moe-router-topk 5": "--moe-router-topk 5 is above --num-experts 4",
     "--moe-layer-freq ([1]*3)": "--moe-layer-freq names 3 layers, --num-layers is 4",
+    "--moe-layer-freq [1,0,1,2]": "which says which layers have experts",
+    "--moe-aux-loss-coeff 0.01 0.02": "more numbers than there are values of --moe-router-load-balancing-type",
     "--moe-layer-freq 0": "--moe-layer-freq 0 must be at least 1",
     "--expert-model-parallel-size 3": "expert model parallel",
     "--tensor-model-parallel-size 2": "world size (1) is not divisible",
@@ -67,20 +75,28 @@ FLAGS = {
     "--inference-max-requests 8": "--inference-max-requests has no effect in pretraining",
     "--rl-default-temperature 1.0": "--rl-default-temperature has no effect in pretraining",
     "--img-h 224": "--img-h has no effect in pretraining",
-    "--use-checkpoint-args": "--use-checkpoint-args needs a checkpoint in --load",
+    "--use-checkpoint-args": "--use-checkpoint-args needs a whole checkpoint in --load",
     "--load /no/such/folder": "there is no checkpoint in --load /no/such/folder",
     "--pretrained-checkpoint /no/such": "there is no checkpoint in --pretrained-checkpoint /no/such",
+    "--adlr-autoresume": "--adlr-autoresume is not supported",
+    "--num-query-groups 2": "--num-query-groups needs --group-query-attention",
+    "--min-lr 1": "--min-lr <= --lr must hold, where --min-lr is 1.0 and --lr is 0.001",
+    "--start-weight-decay 0.5": "--start-weight-decay is None must hold, where --start-weight-decay is 0.5",
+    "--lr-decay-style WSD --lr-wsd-decay-iters 7": "--lr-decay-style WSD needs --lr-wsd-decay-iters",
     "--bf16 --fp16": "--bf16 and --fp16 exclude each other",
     "--lr-warmup-iters 6": "--lr-warmup-iters 6 must be below --lr-decay-iters",
     "--train-samples 24": "--train-iters 6 and --train-samples 24 exclude each other",
     "--split a,b,c": "--split a,b,c must be up to three shares",
     "--split 0,0,0": "--split 0,0,0 must be up to three shares",
+    "--mock-data": "the data are named twice",
     "--data-path": "a flag of data is empty",
     "--data-path -1 a 2 b": "the weight -1.0 of a blend of data must be above 0",
     "--data-path nan a 2 b": "the weight nan of a blend of data must be above 0",
     "--async-save --ckpt-format torch": "--async-save needs --ckpt-format torch_dist",
-    "--wandb-project more": "--wandb-project needs a folder",
+    "--wandb-project more": "--wandb-project more needs --wandb-save-dir",
     "--dataloader-type external": "--dataloader-type external is not supported",
+    "--save ''": "--save is empty: give it a value or leave it out",
+    "--spec gpt": "must be two words",
     "--spec no.module name": "--spec no.module name cannot be imported",
     "--hidden-size 4000000": "B parameters would take",
 }
@@ -276,6 +292,36 @@ def test_data_without_validation_are_trained_on(corpus: Path, tmp_path: Path) ->
     file.write_text(str(corpus))
     ended = pretrain_more(1, f"{run} --data-args-path {file} --split 100,0,0")[0]
     assert ended.code == 0, ended.stderr
+
+
+def test_bad_ids_where_the_check_at_start_does_not_look(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "long", documents=20_000)
+    tokens = np.memmap(f"{prefix}.bin", np.uint16)
+    looked_at = np.zeros(len(tokens), bool)
+    for start in np.linspace(0, len(tokens) - 4096, 64, dtype=np.int64):
+        looked_at[start : start + 4096] = True
+    # Of the rows that pad the vocabulary, and beyond them.
+    for wrong in (127, 500):
+        tokens[~looked_at] = wrong
+        tokens.flush()
+        refused(_on(prefix), f"a sample holds the token id {wrong}, and the vocabulary has 127", "inspect_dataset.py")
+
+
+def test_several_validation_sets_and_a_test(corpus: Path, tmp_path: Path) -> None:
+    """Each under its own name; the test set has another length than they."""
+    short, long = (write_corpus(tmp_path / str(size), documents=size) for size in (4, 9))
+    file = tmp_path / "blend"
+    file.write_text(json.dumps({"train": [str(corpus)], "valid": [str(short), str(long)], "test": [str(short)]}))
+    run = TINY_ON_FILES.replace("--eval-iters 0", "--eval-iters 3 --num-layers 1 --recurrence-eval-depths 1 2")
+    run += f" --train-iters 1 --full-validation --per-split-data-args-path {file}"
+    [ended] = pretrain_more(1, f"{run} --multiple-validation-sets --validation-set-names short long")
+    assert ended.code == 0, ended.stderr
+    names = re.findall(r"^ (\S+) loss at iteration 1 on (\S+) set", ended.stdout, re.MULTILINE)
+    assert names == [("validation-short", "validation"), ("validation-long", "validation"), ("test", "test")]
+    assert " evaluation at iteration 1 on test set with 2 recurrence steps | lm loss: " in ended.stdout
+    [ended] = pretrain_more(1, run)
+    assert ended.code == 0, ended.stderr
+    assert " test loss at iteration 1 on test set" in ended.stdout
 
 
 def test_tokenizer_of_other_data(corpus: Path, tmp_path: Path) -> None:

@@ -107,6 +107,19 @@ def test_refusal_is_one_line_of_ours(tmp_path: Path) -> None:
     assert output.count("Traceback") == 1
 
 
+def test_a_killed_rank_is_one_line_of_another(tmp_path: Path) -> None:
+    import psutil
+
+    log = tmp_path / "killed.log"
+    with alone(2), _torchrun(f"{TINY} --train-iters 9999", log) as process:
+        _wait_for(lambda: " iteration        5/" in log.read_text(), process, log)
+        psutil.Process(process.pid).children()[0].kill()
+        assert process.wait(timeout=60) != 0
+    lines = [line for line in log.read_text().splitlines() if line.startswith("pretrain_more.py: error: ")]
+    assert len(lines) == 1, lines
+    assert "another rank" in lines[0]
+
+
 def test_quiet_start_and_an_interruption_that_says_how_to_go_on(tmp_path: Path) -> None:
     save, logs = tmp_path / "save", [tmp_path / "first.log", tmp_path / "verbose.log"]
     flags = f"{TINY} --train-iters 9999 --save {save} --save-interval 2 --override-opt-param-scheduler"

@@ -61,6 +61,11 @@ class RowGroups:
         ends = self.ends.tolist()
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
+    def members(self, number: int) -> torch.Tensor:
+        """Return which of `number` rows are which group's, bool [rows, groups]."""
+        rows = torch.arange(number, device=self.ends.device).unsqueeze(1)
+        return (rows < self.ends) & (rows >= torch.nn.functional.pad(self.ends[:-1], (1, 0)))
+
     def as_one(self) -> RowGroups:
         """Return the same rows as one group."""
         return RowGroups(self.ends[-1:])

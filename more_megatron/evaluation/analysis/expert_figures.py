@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.evaluation.figures import heat_map, new_figure, save, spread
+from more_megatron.figures import heat_map, new_figure, save, spread
 
 __all__ = ["draw_experts"]
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.figures import heat_map, new_figure, save, spread
+from more_megatron.figures import draw_loads, new_figure, save, spread
 from more_megatron.monitoring.flags import HEALTH_FILE
 
-__all__ = ["draw_health", "read_health"]
+__all__ = ["draw_health", "read_health", "warned_figure"]
 
 _MOST_LINES, _MOST_ROWS = 8, 24
 _STEP = re.compile(r"/step (\d+)$")
@@ -179,13 +179,13 @@ def _over_steps(records: Sequence[Record], title: str, belongs: Callable[[str], 
 
 def _warnings(records: Sequence[Record]) -> Callable[[Any], None] | None:
     """Return what draws when which figure lay outside of its range."""
-    names = sorted({_warned(warning) for record in records for warning in record["warnings"]})
+    names = sorted({warned_figure(warning) for record in records for warning in record["warnings"]})
     if not names:
         return None
 
     def draw(axis: Any) -> None:
         for row, name in enumerate(names):
-            at = [record["iteration"] for record in records if name in map(_warned, record["warnings"])]
+            at = [record["iteration"] for record in records if name in map(warned_figure, record["warnings"])]
             axis.plot(at, [row] * len(at), "s", color="#b2182b", markersize=4)
         axis.set_title("Warnings", fontsize=10)
         axis.set_yticks(range(len(names)), names, fontsize=7)
@@ -198,7 +198,8 @@ def _warnings(records: Sequence[Record]) -> Callable[[Any], None] | None:
     return draw
 
 
-def _warned(warning: str) -> str:
+def warned_figure(warning: str) -> str:
+    """Return the figure that a warning is about."""
     return "not finite" if "not finite" in warning else warning.split(" is ")[0]
 
 
@@ -208,17 +209,10 @@ def _loads(record: Record) -> Callable[[Any], None] | None:
     tags = spread(sorted(experts, key=lambda tag: (len(tag), tag)), _MOST_ROWS)
     if not tags:
         return None
-    width = max(len(experts[tag]["load"]) for tag in tags)
-    values = np.full((len(tags), width), np.nan)
-    for row, tag in enumerate(tags):
-        load = experts[tag]["load"]
-        values[row, : len(load)] = np.array(load) * len(load)
 
     def draw(axis: Any) -> None:
-        image = heat_map(axis, values, [_label(tag) for tag in tags], colours="Purples")
-        axis.set_title(f"Load of experts / mean, iteration {record['iteration']}", fontsize=10)
-        axis.set_xlabel("expert", fontsize=8)
+        draw_loads(axis, {_label(tag): experts[tag]["load"] for tag in tags})
+        axis.set_title(f"Load of experts, iteration {record['iteration']}", fontsize=10)
         axis.tick_params(axis="y", labelsize=6)
-        axis.figure.colorbar(image, ax=axis, shrink=0.8)
 
     return draw

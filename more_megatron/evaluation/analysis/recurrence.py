@@ -14,8 +14,8 @@ from more_megatron.evaluation.analysis.recurrence_figures import draw_recurrence
 from more_megatron.evaluation.analysis.trajectories import KINDS, Trajectories, distances_of_starts
 from more_megatron.evaluation.analysis.writing import write_analysis
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
-from more_megatron.evaluation.figures import spread
 from more_megatron.evaluation.texts import read_texts, token_windows
+from more_megatron.figures import spread
 
 __all__ = ["analyze_recurrence"]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from more_megatron.evaluation.analysis.trajectories import KINDS
-from more_megatron.evaluation.figures import new_figure, save, spread
+from more_megatron.figures import new_figure, save, spread
 
 __all__ = ["draw_recurrence"]
 

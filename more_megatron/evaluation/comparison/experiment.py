@@ -18,10 +18,11 @@ from typing import Any, Self
 import yaml
 
 from more_megatron.errors import MoREError
+from more_megatron.evaluation.comparison.tasks import fine_tuning
 from more_megatron.flags import MoREFlags
 from more_megatron.systems import flag_names, get_system, systems
 
-__all__ = ["MATCHES", "Arm", "Experiment", "Flags", "command_line", "parse_flags"]
+__all__ = ["MATCHES", "Arm", "Experiment", "Flags", "command_line", "mean_steps", "parse_flags"]
 
 # Flags of `pretrain_more.py` by name without the dashes; True: a switch, None: left out, a list: several values.
 Flags = dict[str, Any]
@@ -72,7 +73,11 @@ class Experiment:
         arms: By name, with flags of their own.
         deep: Name of a dense arm of r times the layers, where one is wanted.
         sweep: Flags, and the values that they take in turn, all combinations of them.
-        finetune: Flags of a second run that begins with the weights of the first; None: there is none.
+        tasks: Problems with answers (see `tasks`), prefix by task: each run is fine-tuned on them, unless its training
+            was on answers (`--loss-on-answers`), and answers them at each of `depths`.
+        problems: How many problems of each file are answered.
+        finetune: Flags of a second training that begins with the weights of the first; with `tasks` they stand over
+            those of the fine-tuning. None: there is no such training unless `tasks` ask for it.
     """
 
     title: str
@@ -87,6 +92,8 @@ class Experiment:
     flags: Flags = field(default_factory=dict)
     deep: str | None = None
     sweep: dict[str, list[Any]] = field(default_factory=dict)
+    tasks: dict[str, str] = field(default_factory=dict)
+    problems: int = 200
     finetune: Flags | None = None
 
     @classmethod
@@ -123,7 +130,11 @@ class Experiment:
         if experiment.deep is not None:
             experiment = dataclasses.replace(experiment, arms=(*experiment.arms, experiment._deep_arm()))
         experiment._check()
-        return dataclasses.replace(experiment, baseline=experiment.baseline or experiment._megatrons_own())
+        finetune = experiment.finetune
+        if experiment.tasks and not experiment.flags.get("loss-on-answers"):
+            finetune = fine_tuning(experiment.tasks) | (finetune or {})
+        baseline = experiment.baseline or experiment._megatrons_own()
+        return dataclasses.replace(experiment, baseline=baseline, finetune=finetune)
 
     def _check(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -136,6 +147,10 @@ class Experiment:
             raise MoREError(f"seeds {list(self.seeds)} must be one or more, each once")
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
+        if self.problems < 1:
+            raise MoREError(f"problems {self.problems} must be at least 1")
+        if not isinstance(self.tasks, dict) or not all(isinstance(prefix, str) for prefix in self.tasks.values()):
+            raise MoREError(f"tasks must be a table of prefixes of tools/prepare_tasks.py, not {self.tasks!r}")
 
     def _megatrons_own(self) -> str:
         own = (arm.name for arm in self.arms if get_system(arm.system).is_megatrons)
@@ -179,7 +194,7 @@ class Experiment:
             and (arm.has_experts or not _OF_EXPERTS.match(name))
         }
         if arm.reference:
-            given["num-layers"] = given["num-layers"] * _mean_steps(shared)
+            given["num-layers"] = given["num-layers"] * mean_steps(shared)
         comparable = {} if arm.reference else _dashed(system.comparable)
         if "recurrence_eval_depths" in read:
             comparable["recurrence-eval-depths"] = list(self.depths)
@@ -191,7 +206,7 @@ def _dashed(flags: Mapping[str, Any]) -> Flags:
     return {name.replace("_", "-"): value for name, value in flags.items()}
 
 
-def _mean_steps(flags: Flags) -> int:
+def mean_steps(flags: Flags) -> int:
     """Return the mean recurrence steps of a training run."""
     names = {field.name for field in dataclasses.fields(MoREFlags)}
     ours = {name.replace("-", "_"): value for name, value in flags.items()}

@@ -6,24 +6,25 @@ A colour and a line style are those of an arm throughout.
 from __future__ import annotations
 
 import base64
-import functools
 import io
 import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from more_megatron.evaluation.comparison.measures import ArmResult, Spread, health_series
+import numpy as np
+
+from more_megatron.evaluation.comparison import health
+from more_megatron.evaluation.comparison.lines import Lines, Points, line_figures
+from more_megatron.evaluation.comparison.measures import ArmResult
 from more_megatron.evaluation.comparison.timing import Timing
-from more_megatron.evaluation.figures import new_figure
+from more_megatron.figures import draw_loads, new_figure
 
 __all__ = ["Drawn", "draw_all"]
 
-_INCHES = (5.6, 4.2)
+_INCHES = (4.8, 3.9)
 _MANY = 1e4
 _STYLES = ("-", "--", ":", "-.")
-Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -51,50 +52,11 @@ def draw_all(arms: Sequence[ArmResult], timings: Sequence[Timing], matched: str)
         timings: How fast they are.
         matched: What was matched, in words.
     """
-    seeds = sorted({arm.loss.count for arm in arms if arm.loss is not None})
-    counted = f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''} an arm; matched: {matched}"
-    draw = _Draw(arms, counted)
-    yield from draw.lines(
-        "curves",
-        "Training loss",
-        "training tokens",
-        "nats a token",
-        _curves,
-        "Mean over the seeds of what was logged.",
-    )
-    yield from draw.lines(
-        "flops",
-        "Validation loss against training FLOPs",
-        "training FLOPs",
-        "nats a token",
-        _against_flops,
-        "Mean over the seeds. Each validation on the way reads other samples, the same for all arms.",
-    )
-    yield from draw.lines(
-        "depth",
-        "Validation loss against depth",
-        "recurrence steps r in evaluation",
-        "nats a token",
-        _against_depth,
-        "The same weights at different r; bars: one standard deviation. Without recurrence: a dotted level.",
-        by_depth=True,
-    )
-    yield from draw.answers()
-    for name, title, unit in (
-        ("entropy", "Routing entropy", "nats"),
-        ("load cv", "Variation of expert load", "deviation over mean"),
-    ):
-        yield from draw.lines(
-            name.replace(" ", "-"),
-            f"{title} by training step",
-            "training step",
-            unit,
-            functools.partial(health_series, figure=name),
-            "Mean over layers, recurrence steps and seeds.",
-        )
-    yield from draw.bars(
-        "speed", "Speed", "GFLOP/s", {timing.arm: timing.achieved_flops / 1e9 for timing in timings}, "Timed in turn."
-    )
+    draw = _Draw(arms, matched)
+    for lines in line_figures(arms):
+        yield from draw.lines(lines)
+    yield from draw.loads()
+    yield from draw.speed(timings)
 
 
 class _Draw:
@@ -102,79 +64,82 @@ class _Draw:
 
     Args:
         arms: The arms.
-        counted: Seeds and matching, in words.
+        matched: What was matched, in words.
     """
 
-    def __init__(self, arms: Sequence[ArmResult], counted: str) -> None:
-        self._arms, self._counted = arms, counted
+    def __init__(self, arms: Sequence[ArmResult], matched: str) -> None:
+        self._arms, self._matched = arms, matched
 
-    def lines(
-        self,
-        name: str,
-        title: str,
-        x: str,
-        y: str,
-        points_of: Callable[[ArmResult], Points],
-        note: str,
-        by_depth: bool = False,
-    ) -> Iterator[Drawn]:
+    def lines(self, lines: Lines) -> Iterator[Drawn]:
         """Yield a figure with a line for each arm that has points; none if none has."""
-        points = {arm.arm.name: points_of(arm) for arm in self._arms}
-        if not any(len(each) > 0 for each in points.values()):
+        points = [lines.points_of(arm) for arm in self._arms]
+        if not any(points):
             return
-        from matplotlib.ticker import EngFormatter
-
         figure, axes = _new()
-        for number, arm in enumerate(self._arms):
+        for number, (arm, each) in enumerate(zip(self._arms, points, strict=True)):
             style: dict[str, Any] = {"color": _colour(number), "label": arm.arm.name, "linewidth": 1.4}
-            if each := points[arm.arm.name]:
-                axes.plot(*zip(*each, strict=True), _STYLES[number // 10 % 4], marker=".", markersize=3, **style)
-            elif by_depth and arm.loss is not None:
-                axes.axhline(arm.loss.mean, linestyle=":", **style)
-            if by_depth:
-                _error_bars(axes, arm, _colour(number))
-        if by_depth:
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:.0f}")
-        elif max(at for each in points.values() for at, _ in each) > _MANY:
-            axes.xaxis.set_major_formatter(EngFormatter())
-        axes.set_xlabel(x)
-        axes.set_ylabel(y)
-        _focus(axes, points.values())
+            means = [spread.mean for spread in each.values()]
+            if each:
+                axes.plot(list(each), means, _STYLES[number // 10 % 4], marker=".", markersize=3, **style)
+            elif lines.level_of is not None and (level := lines.level_of(arm)) is not None:
+                axes.axhline(level.mean, linestyle=":", **style)
+            if not lines.is_falling:
+                _error_bars(axes, each, _colour(number))
+        _scale(axes, [x for each in points for x in each], lines.is_doubled)
+        if lines.is_share:
+            axes.set_ylim(bottom=0.0)
+        else:
+            _focus(axes, [[spread.mean for spread in each.values()] for each in points], lines.is_falling)
+        axes.set_xlabel(lines.x)
+        axes.set_ylabel(lines.y)
         figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-        yield self._drawn(figure, name, title, note)
+        counts = {spread.count for each in points for spread in each.values()}
+        yield self._drawn(figure, lines.name, lines.title, lines.note, counts)
 
-    def answers(self) -> Iterator[Drawn]:
-        """Yield a figure for each task: exact match against depth."""
-        names = {name for arm in self._arms for run in arm.finished for at in run.answers.values() for name in at}
-        for measure in sorted(name for name in names if name.endswith("exact match")):
-            yield from self.lines(
-                measure.replace(" ", "-"),
-                f"{measure.removesuffix(' exact match')}: exact match against depth",
-                "recurrence steps r in evaluation",
-                "share of problems",
-                functools.partial(_answers, measure=measure),
-                "Answers whose every token was the most probable one after those before it. At 0: no depth to choose.",
-            )
+    def loads(self) -> Iterator[Drawn]:
+        """Yield a heat map of the load of experts, a row for each arm and recurrence step; none without experts."""
+        found = [(arm, health.loads(arm)) for arm in self._arms]
+        rows = {
+            f"{arm.arm.name}, step {step}" if step else arm.arm.name: load
+            for arm, by_step in found
+            for step, load in by_step.items()
+        }
+        if not rows:
+            return
+        figure = new_figure(_INCHES[0], 1.6 + 0.2 * len(rows))
+        axes = figure.subplots()
+        draw_loads(axes, rows, range(1, max(map(len, rows.values())) + 1))
+        axes.set_xlabel("experts of a layer, the most loaded one first")
+        note = (
+            "Share of the choices of routers, mean over layers and seeds, at the last training step that was watched. "
+            "Steps: of the recurrence, as many as were drawn there."
+        )
+        counts = {sum(bool(run.health) for run in arm.finished) for arm, by_step in found if by_step}
+        yield self._drawn(figure, "load-by-step", "Expert load by recurrence step", note, counts)
 
-    def bars(self, name: str, title: str, unit: str, values: Mapping[str, float], note: str) -> Iterator[Drawn]:
-        """Yield a figure with a bar for each arm that has a value."""
-        if not values:
+    def speed(self, timings: Sequence[Timing]) -> Iterator[Drawn]:
+        """Yield a figure with a bar for each arm that was timed; none if none was."""
+        if not timings:
             return
         figure, axes = _new()
         places = {arm.arm.name: number for number, arm in enumerate(self._arms)}
-        axes.barh(list(values), list(values.values()), color=[_colour(places[arm]) for arm in values])
+        axes.barh(
+            [timing.arm for timing in timings],
+            [timing.achieved_flops / 1e9 for timing in timings],
+            color=[_colour(places[timing.arm]) for timing in timings],
+        )
         axes.invert_yaxis()
-        axes.set_xlabel(unit)
-        yield self._drawn(figure, name, title, note)
+        axes.set_xlabel("GFLOP/s")
+        yield self._drawn(figure, "speed", "Speed", "Forward and backward passes, timed in turn.", {1})
 
-    def _drawn(self, figure: Any, name: str, title: str, note: str) -> Drawn:
+    def _drawn(self, figure: Any, name: str, title: str, note: str, counts: set[int]) -> Drawn:
         figure.suptitle(title, fontsize=11)
         buffer = io.BytesIO()
         # Letters as outlines look the same wherever the report is read.
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         uri = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        return Drawn(name, title, f"{note} {self._counted}.", uri)
+        seeds = f"{' to '.join(map(str, sorted({min(counts), max(counts)})))} seed{'s' if counts != {1} else ''}"
+        return Drawn(name, title, f"{note} Of each arm {seeds}; matched: {self._matched}.", uri)
 
 
 def _new() -> tuple[Any, Any]:
@@ -191,18 +156,42 @@ def _colour(number: int) -> Any:
     return colormaps["tab10"](number % 10)
 
 
-def _focus(axes: Any, lines: Any) -> None:
-    """Leave out of sight where curves fall from, which is the same for all and would flatten what differs."""
-    values = [y for points in lines for _, y in points if math.isfinite(y)]
-    lasts = [points[-1][1] for points in lines if len(points) > 0]
-    low, high = min(values), max(values)
-    if lasts and high > max(lasts):
-        axes.set_ylim(top=max(lasts) + max(0.3 * (high - max(lasts)), 0.1 * (high - low)))
+def _scale(axes: Any, places: Sequence[float], is_doubled: bool) -> None:
+    """Let the axis below have ticks that suit its values."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    if is_doubled:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+    elif max(places) > _MANY:
+        axes.xaxis.set_major_formatter(EngFormatter())
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _error_bars(axes: Any, arm: ArmResult, colour: Any) -> None:
-    spreads = {depth: arm.loss_at(depth) for depth in arm.depths}
-    known = {depth: each for depth, each in spreads.items() if each is not None and not math.isnan(each.deviation)}
+def _focus(axes: Any, lines: Sequence[Sequence[float]], is_falling: bool) -> None:
+    """Leave out of sight what lies far above the rest, and would flatten what differs there.
+
+    Args:
+        axes: Where lines are drawn.
+        lines: Their values.
+        is_falling: Whether that is where all lines fall from, above the last of each; else what is beyond three times
+            the interquartile range.
+    """
+    lines = [finite for line in lines if (finite := [y for y in line if math.isfinite(y)])]
+    values = [y for line in lines for y in line]
+    if not values:
+        return
+    low, high, last = min(values), max(values), max(line[-1] for line in lines)
+    first, third = np.percentile(values, (25, 75))
+    falling = last + max(0.3 * (high - last), 0.1 * (high - low))
+    top = falling if is_falling else third + 3 * (third - first)
+    if low < top < high:
+        axes.set_ylim(low - 0.3 * (top - low), top)
+
+
+def _error_bars(axes: Any, points: Points, colour: Any) -> None:
+    known = {x: each for x, each in points.items() if not math.isnan(each.deviation)}
     axes.errorbar(
         list(known),
         [each.mean for each in known.values()],
@@ -212,30 +201,3 @@ def _error_bars(axes: Any, arm: ArmResult, colour: Any) -> None:
         capsize=2,
         linewidth=0.8,
     )
-
-
-def _mean_by_key(series: Sequence[Mapping[int, float]]) -> list[tuple[int, float]]:
-    """Return the mean over the seeds at each step that all of them have."""
-    shared = set.intersection(*(set(one) for one in series)) if series else set()
-    return [(key, statistics.fmean(one[key] for one in series)) for key in sorted(shared)]
-
-
-def _curves(arm: ArmResult) -> Points:
-    means = _mean_by_key([run.curve for run in arm.finished])
-    return [(step * arm.arm.tokens / arm.steps, loss) for step, loss in means]
-
-
-def _against_flops(arm: ArmResult) -> Points:
-    means = _mean_by_key([run.validations for run in arm.finished])
-    return [(step * arm.arm.tokens / arm.steps * arm.arm.flops, loss) for step, loss in means]
-
-
-def _against_depth(arm: ArmResult) -> Points:
-    spreads: list[tuple[int, Spread | None]] = [(depth, arm.loss_at(depth)) for depth in arm.depths]
-    return [(depth, spread.mean) for depth, spread in spreads if spread is not None]
-
-
-def _answers(arm: ArmResult, measure: str) -> Points:
-    depths = sorted({depth for run in arm.finished for depth in run.answers})
-    spreads = [(depth, arm.answers_at(depth, measure)) for depth in depths]
-    return [(depth, spread.mean) for depth, spread in spreads if spread is not None]

@@ -6,23 +6,25 @@ import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from more_megatron.evaluation.analysis.health_page import read_health
+from more_megatron.evaluation.comparison.experiment import mean_steps
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
-from more_megatron.evaluation.comparison.runner import FINETUNE_LOG, LOG, read_record
+from more_megatron.evaluation.comparison.runner import CHECKPOINT, EVALUATION, FINETUNE_LOG, LOG, read_record
+from more_megatron.evaluation.comparison.tasks import Answers, ByDifficulty, read_evaluation
 from more_megatron.evaluation.training_log import TrainingLog, read_log
 from more_megatron.monitoring.flags import HEALTH_FILE
 
-__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "health_series", "results_by_arm"]
+__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "results_by_arm", "task_names"]
 
 _EVALUATION = re.compile(
     r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
 )
-_FIGURE = re.compile(r"([^|:]+?): ([-+.\dE]+)")
+_FIGURE = re.compile(r"([^|:]+?): ([-+.\dE]+|nan|[-+]?inf)", re.IGNORECASE)
 _LOSS = "lm loss"
 # Two-sided confidence of an interval.
 _CONFIDENCE = 0.95
@@ -35,7 +37,7 @@ class Spread:
     Attributes:
         mean: Mean.
         deviation: Sample standard deviation; NaN with one seed.
-        count: Seeds.
+        count: Seeds. If one of them is not finite, mean and deviation are not.
     """
 
     mean: float
@@ -45,6 +47,8 @@ class Spread:
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         """Return the spread of one value a seed."""
+        if not all(map(math.isfinite, values)):
+            return cls(math.nan, math.nan, len(values))
         deviation = statistics.stdev(values) if len(values) > 1 else math.nan
         return cls(statistics.fmean(values), deviation, len(values))
 
@@ -86,8 +90,9 @@ class RunResult:
         losses: The same by recurrence steps.
         curve: Training loss by training step.
         validations: Validation loss by training step.
-        answers: Figures of answers, such as the exact match of a task, by recurrence steps (0: none to choose); after
-            fine-tuning if there was such.
+        answers: Figures of answers, such as the exact match of a task: of generated ones if the run was evaluated, else
+            as the log has them; after fine-tuning if there was such.
+        by_difficulty: Exact match of generated answers.
         tokens_per_second: As trained, beside other runs.
         health: Records of health.jsonl; empty where the run wrote none.
     """
@@ -100,7 +105,8 @@ class RunResult:
     losses: dict[int, float] = field(default_factory=dict)
     curve: dict[int, float] = field(default_factory=dict)
     validations: dict[int, float] = field(default_factory=dict)
-    answers: dict[int, dict[str, float]] = field(default_factory=dict)
+    answers: Answers = field(default_factory=dict)
+    by_difficulty: ByDifficulty = field(default_factory=dict)
     tokens_per_second: float = math.nan
     health: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -133,9 +139,9 @@ class ArmResult:
         return sorted({depth for run in self.finished for depth in run.losses})
 
     @property
-    def steps(self) -> int:
-        """Training steps of a run."""
-        return int(self.arm.flags["train-iters"])
+    def step_tokens(self) -> float:
+        """Tokens of a training step; 0 of an arm that was refused."""
+        return self.arm.tokens / int(self.arm.flags.get("train-iters", 1))
 
     def loss_at(self, depth: int) -> Spread | None:
         """Return the validation loss at a number of recurrence steps."""
@@ -147,6 +153,20 @@ class ArmResult:
         values = [run.answers.get(depth, {}).get(figure) for run in self.finished]
         known = [value for value in values if value is not None]
         return Spread.of(known) if known else None
+
+    @property
+    def usual_depth(self) -> int:
+        """Of the recurrence steps at which problems were answered those nearest to the mean of training."""
+        depths = {depth for run in self.finished for depth in run.by_difficulty}
+        return min(depths, key=lambda depth: abs(depth - mean_steps(self.arm.flags)), default=0)
+
+    def by_difficulty(self, task: str) -> dict[float, Spread]:
+        """Return the exact match of a task at the usual depth by difficulty."""
+        values: dict[int, list[float]] = {}
+        for run in self.finished:
+            for difficulty, exact in run.by_difficulty.get(self.usual_depth, {}).get(task, {}).items():
+                values.setdefault(difficulty, []).append(exact)
+        return {difficulty: Spread.of(each) for difficulty, each in sorted(values.items())}
 
 
 def collect(plan: Plan, folder: Path) -> list[RunResult]:
@@ -165,19 +185,9 @@ def results_by_arm(plan: Plan, runs: list[RunResult]) -> list[ArmResult]:
     return [ArmResult(arm, tuple(result for run, result in pairs if run.arm == arm)) for arm in plan.arms]
 
 
-def health_series(arm: ArmResult, figure: str) -> list[tuple[float, float]]:
-    """Return a figure of routing by training step, its mean over layers, recurrence steps and seeds.
-
-    Args:
-        arm: The arm.
-        figure: Such as `entropy`; see docs/health.md.
-    """
-    values: dict[int, list[float]] = {}
-    for record in (record for run in arm.finished for record in run.health):
-        for tag, value in record["figures"].items():
-            if value is not None and re.fullmatch(rf"routing/.*/{re.escape(figure)}(/step \d+)?", tag):
-                values.setdefault(record["iteration"], []).append(value)
-    return [(iteration, statistics.fmean(each)) for iteration, each in sorted(values.items())]
+def task_names(arms: Sequence[ArmResult]) -> list[str]:
+    """Return the tasks whose problems have difficulties."""
+    return sorted({task for arm in arms for run in arm.finished for at in run.by_difficulty.values() for task in at})
 
 
 def difference(arm: ArmResult, baseline: ArmResult) -> Difference | None:
@@ -209,6 +219,9 @@ def _result(run: Run, folder: Path) -> RunResult:
     if record.state != "finished":
         return RunResult(run.name, run.seed, record.state, record.reason)
     result = _of_log(RunResult(run.name, run.seed, record.state), _lines(folder / LOG), folder)
+    if (found := folder / EVALUATION / "results.json").exists():
+        answers, by_difficulty = read_evaluation(found)
+        return dataclasses.replace(result, answers=answers, by_difficulty=by_difficulty)
     if not (folder / FINETUNE_LOG).exists():
         return result
     tuned = _lines(folder / FINETUNE_LOG)
@@ -224,7 +237,7 @@ def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
     log: TrainingLog = read_log(lines)
     if not log.validations:
         return dataclasses.replace(result, state="failed", reason=f"no validation loss in {folder / LOG}")
-    last = log.validations[-1]
+    last, weights = log.validations[-1], folder / CHECKPOINT
     at_depths = _at_depths(lines, last.iteration)
     return dataclasses.replace(
         result,
@@ -234,7 +247,7 @@ def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
         validations={line.iteration: line.loss for line in log.validations},
         answers=_answers(at_depths),
         tokens_per_second=log.tokens_per_second(),
-        health=_health(folder),
+        health=read_health(weights) if (weights / HEALTH_FILE).exists() else [],
     )
 
 
@@ -250,15 +263,10 @@ def _at_depths(lines: list[str], iteration: int) -> dict[int, dict[str, float]]:
     return found
 
 
-def _answers(at_depths: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
+def _answers(at_depths: Answers) -> Answers:
     """Return what evaluations say of answers."""
     return {
         depth: {name: value for name, value in figures.items() if name != _LOSS}
         for depth, figures in at_depths.items()
         if set(figures) - {_LOSS}
     }
-
-
-def _health(folder: Path) -> list[Mapping[str, Any]]:
-    """Return the records of health that a run has written; empty where it wrote none."""
-    return [record for path in sorted(folder.rglob(HEALTH_FILE)) for record in read_health(path.parent)]

@@ -152,7 +152,7 @@ class _Built:
     """
 
     def __init__(self, flags: Flags) -> None:
-        from more_megatron.evaluation.gpu_check.work.runs import configure
+        from more_megatron.evaluation.runs import configure
         from more_megatron.model.depth import DepthSampler
 
         self.flags = flags

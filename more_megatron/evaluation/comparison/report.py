@@ -15,9 +15,17 @@ from typing import Any
 from more_megatron import __version__
 from more_megatron.data.indexed import read_manifest
 from more_megatron.errors import MoREError
+from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.experiment import Flags, command_line
 from more_megatron.evaluation.comparison.figures import draw_all
-from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference, results_by_arm
+from more_megatron.evaluation.comparison.measures import (
+    ArmResult,
+    RunResult,
+    collect,
+    difference,
+    results_by_arm,
+    task_names,
+)
 from more_megatron.evaluation.comparison.planning import Plan
 from more_megatron.evaluation.comparison.timing import Timing, read_timings
 from more_megatron.platform.packages import has_package
@@ -92,8 +100,9 @@ def _content(plan: Plan, runs: list[RunResult], folder: Path) -> dict[str, Any]:
         "seeds": experiment["seeds"],
         "depths": experiment["depths"],
         "points": points,
+        "health_figures": health.FIGURES,
         "unfinished": [run for run in map(dataclasses.asdict, runs) if run["state"] != "finished"],
-        "runs": list(map(dataclasses.asdict, runs)),
+        "runs": [{name: value for name, value in vars(run).items() if name != "health"} for run in runs],
         "absent": list(_absent(runs, timings)),
         "versions": {"more-megatron": __version__, "Python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
@@ -113,6 +122,9 @@ def _point(
         "arms": [_arm(arm, baseline) | {"timing": by_arm.get(arm.arm.name)} for arm in arms],
         "depths": sorted({depth for arm in arms for depth in arm.depths}),
         "answers": _answer_names(arms),
+        "tasks": {
+            task: sorted({each for arm in arms for each in arm.by_difficulty(task)}) for task in task_names(arms)
+        },
         "figures": list(draw_all(arms, timings, _MATCHED[experiment["match"]])),
     }
 
@@ -141,7 +153,13 @@ def _arm(result: ArmResult, baseline: ArmResult) -> dict[str, Any]:
             name: {depth: dataclasses.asdict(each) for depth in depths if (each := result.answers_at(depth, name))}
             for name in _answer_names([result])
         },
+        "usual_depth": result.usual_depth,
+        "by_difficulty": {
+            task: {difficulty: dataclasses.asdict(each) for difficulty, each in result.by_difficulty(task).items()}
+            for task in task_names([result])
+        },
         "seeds": {run.seed: run.loss if run.state == "finished" else run.state for run in result.runs},
+        "health": health.summary(result),
         "command": " ".join(command_line(arm.flags)),
     }
 
@@ -162,9 +180,11 @@ def _absent(runs: Sequence[RunResult], timings: Sequence[Timing]) -> list[str]:
     if not timings:
         lines.append("Speed and memory: the arms were not timed; --time does that.")
     if not any(run.health for run in runs):
-        lines.append("Routing health: no run has written a health.jsonl.")
+        lines.append("Health: no run has written a health.jsonl (--health-interval).")
+    if not any(run.by_difficulty for run in runs):
+        lines.append("Accuracy by difficulty: no run was asked problems when it had ended; --tasks does that.")
     if not any(run.answers for run in runs):
-        lines.append("Accuracy: no run was trained on problems with answers (--loss-on-answers).")
+        lines.append("Accuracy: no run was trained on problems with answers (--tasks, or --loss-on-answers).")
     return lines
 
 
@@ -184,6 +204,8 @@ def _spread(value: dict[str, Any] | None, digits: int = 3) -> str:
     """Return mean and standard deviation as a table has them."""
     if value is None:
         return "-"
+    if math.isnan(value["mean"]):
+        return "not finite"
     mean = f"{value['mean']:.{digits}f}"
     return mean if math.isnan(value["deviation"]) else f"{mean} ± {value['deviation']:.{digits}f}"
 

@@ -1,7 +1,7 @@
 """Makes the runs of a plan side by side, each once: what is finished is not repeated, what failed is named.
 
 A run is a folder: `log.txt`, all that its attempts said, `finetune.txt`, the same of a second training that begins with
-its weights, and `record.json`, written when it has ended.
+its weights, `evaluation/`, its answers to problems, and `record.json`, written when it has ended.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ from more_megatron.evaluation.comparison.experiment import Flags, command_line
 from more_megatron.evaluation.comparison.planning import Run
 from more_megatron.unfinished import unfinished_file
 
-__all__ = ["FINETUNE_LOG", "LOG", "Record", "Runner", "apart", "read_record"]
+__all__ = ["CHECKPOINT", "EVALUATION", "FINETUNE_LOG", "LOG", "Record", "Runner", "apart", "read_record"]
 
-_PROGRAM = Path(__file__).resolve().parents[3] / "pretrain_more.py"
+_PROJECT = Path(__file__).resolve().parents[3]
 LOG, FINETUNE_LOG = "log.txt", "finetune.txt"
+CHECKPOINT, EVALUATION = "checkpoint", "evaluation"
 _TRACKER = "latest_checkpointed_iteration.txt"
 _PR_SET_PDEATHSIG = 1
 
@@ -45,12 +46,14 @@ class Record:
         flags: Its flags, without folders.
         seconds: Time of the last attempt.
         reason: Why it failed.
+        later: Flags of what came behind its training.
     """
 
     state: str
     flags: Flags
     seconds: float
     reason: str = ""
+    later: dict[str, Flags] = field(default_factory=dict)
 
 
 def read_record(folder: Path) -> Record | None:
@@ -72,8 +75,10 @@ class Runner:
         processes: Ranks of a run.
         keeps_weights: Whether checkpoints stay when their run has finished.
         finetune: Flags of a second training that begins with the weights of each run; None: there is none.
+        evaluation: Flags of `tools/evaluate.py`, for the weights at the end; None: they are not evaluated.
     """
 
+    evaluator = (sys.executable, str(_PROJECT / "tools" / "evaluate.py"))
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
     """What a run is started with, up to the number of its ranks."""
 
@@ -84,9 +89,12 @@ class Runner:
         processes: int = 1,
         keeps_weights: bool = False,
         finetune: Flags | None = None,
+        evaluation: Flags | None = None,
     ) -> None:
         self._folder, self._jobs, self._processes = folder, jobs, processes
-        self._keeps_weights, self._finetune = keeps_weights, finetune
+        self._keeps_weights, self._finetune, self._evaluation = keeps_weights, finetune, evaluation
+        later = {"finetune": finetune, "evaluation": evaluation}
+        self._later = {name: flags for name, flags in later.items() if flags is not None}
         self._seconds: list[float] = []
         self._left = 0
 
@@ -106,7 +114,7 @@ class Runner:
         record = read_record(self._run_folder(run))
         if record is None or record.state != "finished":
             return False
-        if record.flags != _flags(run):
+        if (record.flags, record.later) != (_flags(run), self._later):
             raise MoREError(
                 f"{self._run_folder(run)} holds a finished run with other flags: give another --folder, or remove it"
             )
@@ -137,16 +145,17 @@ class Runner:
 
     async def _make(self, run: Run, place: int) -> None:
         folder = self._run_folder(run)
-        if not (folder / "checkpoint" / _TRACKER).exists():
+        if not (folder / CHECKPOINT / _TRACKER).exists():
             # An attempt that has saved nothing begins anew, and what it said is not to stand beside that.
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         start, flags = time.monotonic(), _flags(run)
         if run.arm.refusal is not None:
-            record = Record("failed", flags, 0.0, run.arm.refusal)
+            record = Record("failed", flags, 0.0, run.arm.refusal, self._later)
         else:
-            reason = await self._train_all(folder, flags, place)
-            record = Record("failed" if reason else "finished", flags, time.monotonic() - start, reason)
+            reason = await self._take_steps(run, folder, place)
+            state, seconds = "failed" if reason else "finished", time.monotonic() - start
+            record = Record(state, flags, seconds, reason, self._later)
         with unfinished_file(folder / "record.json") as unfinished:
             unfinished.write_text(json.dumps(asdict(record), indent=1))
         if record.state == "finished" and not self._keeps_weights:
@@ -154,19 +163,28 @@ class Runner:
                 shutil.rmtree(weights)
         self._say(run, record)
 
-    async def _train_all(self, folder: Path, flags: Flags, place: int) -> str:
-        """Train, and fine-tune if that was asked for; return why it failed, nothing if it did not."""
-        trained = folder / "checkpoint"
-        code = await self._train(self._folders(trained, flags) | flags, folder / LOG, place)
-        if code or self._finetune is None:
-            return _reason(folder / LOG) if code else ""
-        flags = {name: value for name, value in (flags | self._finetune).items() if value is not None}
-        tuned = folder / "finetuned"
-        shutil.rmtree(tuned, ignore_errors=True)
-        (folder / FINETUNE_LOG).unlink(missing_ok=True)
-        start: Flags = {"load": trained, "finetune": True}
-        code = await self._train(self._folders(tuned, flags) | start | flags, folder / FINETUNE_LOG, place)
-        return _reason(folder / FINETUNE_LOG) if code else ""
+    async def _take_steps(self, run: Run, folder: Path, place: int) -> str:
+        """Train, fine-tune and evaluate as far as was asked for; return why it failed, nothing if it did not."""
+        flags, weights = _flags(run), folder / CHECKPOINT
+        commands = {LOG: self._training(self._folders(weights, flags) | flags)}
+        if self._finetune is not None:
+            flags = {name: value for name, value in (flags | self._finetune).items() if value is not None}
+            start: Flags = {"load": weights, "finetune": True}
+            weights = folder / "finetuned"
+            commands[FINETUNE_LOG] = self._training(self._folders(weights, flags) | start | flags)
+        if self._evaluation is not None:
+            asked = self._evaluation | ({} if run.arm.recurrent else {"num-steps": None}) | {"load": weights}
+            asked = {name: value for name, value in asked.items() if value is not None}
+            commands[f"{EVALUATION}.txt"] = [*self.evaluator, *command_line(asked | {"output": folder / EVALUATION})]
+        for name in {"finetuned", EVALUATION, *commands} - {LOG}:
+            # Of an attempt before; training itself goes on where it was.
+            shutil.rmtree(folder / name, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+        for log, command in commands.items():
+            if await self._call(command, folder / log, place):
+                return _reason(folder / log)
+        return ""
 
     def _folders(self, checkpoint: Path, flags: Flags) -> Flags:
         """Return what a run is given besides its flags: where it writes to, and continues from."""
@@ -178,8 +196,11 @@ class Runner:
             "save-interval": flags["train-iters"],
         }
 
-    async def _train(self, flags: Flags, log: Path, place: int) -> int:
-        command = [*self.launcher, "--nproc-per-node", str(self._processes), str(_PROGRAM), *command_line(flags)]
+    def _training(self, flags: Flags) -> list[str]:
+        program = str(_PROJECT / "pretrain_more.py")
+        return [*self.launcher, "--nproc-per-node", str(self._processes), program, *command_line(flags)]
+
+    async def _call(self, command: list[str], log: Path, place: int) -> int:
         with open(log, "a") as output:
             process = await asyncio.create_subprocess_exec(
                 *command, stdout=output, stderr=output, env=self._environment(place), preexec_fn=_end_with_parent
@@ -256,6 +277,3 @@ def _begin_apart(log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29512")

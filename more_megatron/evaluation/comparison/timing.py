@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Timing", "read_timings", "save_timings"]
 
-_ROUNDS, _WARMUP = 5, 1
+# The first step allocates gradients, which are not to count.
+_ROUNDS, _WARMUP = 5, 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _at_point(plan: Plan, point: int) -> list[Timing]:
 
 def _benchmark(arm: PlannedArm) -> tuple[StepBenchmark, Depth, int]:
     """Return a model with a batch, its mean depth, and the tokens of the batch."""
-    from more_megatron.evaluation.gpu_check.work.runs import configure, sole_rank
+    from more_megatron.evaluation.runs import configure, sole_rank
     from more_megatron.evaluation.step_benchmark import StepBenchmark
     from more_megatron.model.depth import DepthSampler
 

@@ -180,7 +180,7 @@ def _import_all() -> None:
 
     # Before Megatron is imported.
     initialize_platform()
-    importlib.import_module("more_megatron.evaluation.gpu_check.work.runs")
+    importlib.import_module("more_megatron.evaluation.runs")
     # What is here now stays: collecting garbage between runs need not look at it again.
     gc.collect()
     gc.freeze()

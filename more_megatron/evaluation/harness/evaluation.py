@@ -12,9 +12,9 @@ from typing import Any
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
-from more_megatron.evaluation.figures import spread
 from more_megatron.evaluation.harness.plan import PlannedTask, load_task, plan_tasks
 from more_megatron.evaluation.harness.report import write_report
+from more_megatron.figures import spread
 from more_megatron.unfinished import unfinished_file
 
 __all__ = ["evaluate"]

@@ -88,6 +88,7 @@ def _check_hub(task: str) -> None:
         ) from error
 
 
+@functools.lru_cache(maxsize=1)  # A task is evaluated at one depth after the other.
 def load_task(planned: PlannedTask, detokenization: str) -> Any:
     """Return a task with its documents, as the harness wants to be given it.
 

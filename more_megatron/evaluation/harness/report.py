@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.evaluation.figures import heat_map, new_figure, save
+from more_megatron.figures import heat_map, new_figure, save
 from more_megatron.unfinished import unfinished_file
 
 __all__ = ["markdown_table", "write_report"]

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from more_megatron.errors import MoREError
+from more_megatron.errors import MoREError, last_line
 from more_megatron.flags import flag
 from more_megatron.hf.conversion.config_file import check_config, known_fields
 from more_megatron.systems import get_system, names
@@ -97,8 +97,20 @@ def config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any
         vocab_size: Rows of the embedding, with padding.
 
     Raises:
-        MoREError: If there is no such system, or the Hugging Face model cannot express what the flags ask for.
+        MoREError: If there is no such system, the Hugging Face model cannot express what the flags ask for, or they are
+            not the arguments of a run.
     """
+    try:
+        return _config_from_args(args, vocab_size)
+    except MoREError:
+        raise
+    except AttributeError as error:
+        raise MoREError(f"they do not say {error.name}: they were not written by this version") from error
+    except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise MoREError(last_line(error)) from error
+
+
+def _config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
     _check(args)
     system, fields = get_system(args.more_variant), known_fields(args.more_variant)
     heads = args.num_attention_heads

@@ -13,7 +13,7 @@ from more_megatron.hf.exported.system import find_system, system_names
 from more_megatron.systems.forms import Form, find_form, form_of_type
 from more_megatron.systems.forms import names as form_names
 
-__all__ = ["check_config", "known_fields", "read_config"]
+__all__ = ["check_config", "check_links", "known_fields", "read_config"]
 
 _REMEDY = "correct it, or export the model again"
 
@@ -50,18 +50,33 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise MoREError(str(error)) from error
 
 
+def check_links(folder: Path) -> None:
+    """Check that no file of a Hugging Face folder lies elsewhere; those of the hub's cache lie beside its snapshots.
+
+    Raises:
+        MoREError: If one does.
+    """
+    inside = folder.resolve()
+    places = {inside, inside.parent.parent / "blobs"} if inside.parent.name == "snapshots" else {inside}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_symlink() and path.resolve().parent not in places:
+            raise MoREError(f"{path} is a link to {path.resolve()}, outside of its folder: put the file itself there")
+
+
 def read_config(folder: Path) -> tuple[dict[str, Any], Form | None]:
     """Return the content of `config.json` in a folder, as ours has it, and the form that the folder has if not ours.
 
     Raises:
-        MoREError: If it is not there, not of a model of ours, or not as the description of its fields says.
+        MoREError: If it is not there, not of a model of ours, or not as the description of its fields says; or if files
+            of the folder lie elsewhere.
     """
+    check_links(folder)
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
     except OSError as error:
         raise MoREError(f"--load {folder} holds no config.json: name the folder of a Hugging Face model") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MoREError(f"{path} is damaged: export the model again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     form = form_of_type(kind)

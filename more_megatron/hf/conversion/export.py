@@ -20,7 +20,7 @@ from more_megatron.hf.conversion.safetensors_files import Group, plan_files, wri
 from more_megatron.hf.conversion.stored_args import write_args
 from more_megatron.hf.conversion.tokenizer_files import ExportedTokenizer, plan_tokenizer
 from more_megatron.hf.conversion.verification import compare_logits, compare_tensors
-from more_megatron.hf.exported.code_files import write_code
+from more_megatron.hf.exported.system import write_code
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
 from more_megatron.systems.forms import Form, find_form
@@ -134,10 +134,6 @@ class _Source:
 def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
     try:
         return config_from_args(checkpoint.args, vocab_size)
-    except AttributeError as error:
-        raise MoREError(
-            f"the arguments in checkpoint {checkpoint.path} do not say {error.name}: it was not written by this version"
-        ) from error
     except MoREError as error:
         raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
 

@@ -157,7 +157,7 @@ def _arguments(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         return derived
     try:
         described = config_from_args(argparse.Namespace(**stored), config["vocab_size"])
-    except (MoREError, AttributeError, TypeError, KeyError) as error:
+    except MoREError as error:
         raise MoREError(
             f"{args_path(folder)} does not hold the arguments of a run ({error}): remove it, and they are derived from "
             "config.json"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -95,23 +97,32 @@ def megatron_logits(
         return "biases need Transformer Engine"
     for name, value in _HERE.items():
         setattr(args, name, value)
-    _one_rank()
-    model = _build(args, checkpoint)
-    metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": parallel_state.get_data_parallel_group()}
-    state = {"model": model.sharded_state_dict(metadata=metadata)}
-    model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.path))["model"])
-    for parameter in model.parameters() if dtype is not None else ():
-        parameter.copy_(parameter.to(dtype))
-    positions = torch.arange(tokens.size(1)).expand_as(tokens)
-    return model.eval()(tokens, positions, None)
+    with _one_rank():
+        model = _build(args, checkpoint)
+        metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": parallel_state.get_data_parallel_group()}
+        state = {"model": model.sharded_state_dict(metadata=metadata)}
+        model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.path))["model"])
+        for parameter in model.parameters() if dtype is not None else ():
+            parameter.copy_(parameter.to(dtype))
+        positions = torch.arange(tokens.size(1)).expand_as(tokens)
+        return model.eval()(tokens, positions, None)
 
 
-def _one_rank() -> None:
-    if not torch.distributed.is_initialized():
+@contextlib.contextmanager
+def _one_rank() -> Iterator[None]:
+    """Be the only rank. Its groups end with the block: their threads must not meet the end of the interpreter."""
+    is_new = not torch.distributed.is_initialized()
+    if is_new:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+    try:
+        yield
+    finally:
+        if is_new:
+            parallel_state.destroy_model_parallel()
+            torch.distributed.destroy_process_group()
 
 
 def _build(args: argparse.Namespace, checkpoint: MegatronCheckpoint) -> GPTModel:

@@ -83,6 +83,8 @@ class MegatronCheckpoint:
             if tuple(self._tensors[key].size) != shape:
                 found = list(self._tensors[key].size)
                 raise MoREError(f"checkpoint {self.path} holds {key} in shape {found} instead of {list(shape)}")
+            if not self._tensors[key].properties.dtype.is_floating_point:
+                raise MoREError(f"checkpoint {self.path} holds {key} in {self._tensors[key].properties.dtype}")
         unknown = sorted(set(self._tensors) - expected)
         if unknown:
             names = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")

@@ -139,7 +139,12 @@ class SafetensorsFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._hashes: dict[str, str] = {}
-        self._files = {name: file for file in self._list() for name in self._names(file)}
+        self._files: dict[str, str] = {}
+        for file in self._list():
+            for name in self._names(file):
+                other = self._files.setdefault(name, file)
+                if other != file:
+                    raise MoREError(f"{folder} holds {name} in both {other} and {file}: export the model again")
 
     @property
     def names(self) -> set[str]:
@@ -174,18 +179,22 @@ class SafetensorsFolder:
         return tensor
 
     def _list(self) -> list[str]:
-        index = self.folder / _INDEX
+        index, single = self.folder / _INDEX, "model.safetensors"
+        has_single = (self.folder / single).is_file()
         if index.is_file():
-            return self._listed(index)
-        if not (self.folder / "model.safetensors").is_file():
-            raise MoREError(f"{self.folder} holds no model.safetensors: name a folder with a Hugging Face model")
-        return ["model.safetensors"]
+            names = self._listed(index)
+            if has_single and single not in names:
+                raise MoREError(f"{self.folder} holds both {single} and {_INDEX}: remove the one that is stale")
+            return names
+        if not has_single:
+            raise MoREError(f"{self.folder} holds no {single}: name a folder with a Hugging Face model")
+        return [single]
 
     def _listed(self, index: Path) -> list[str]:
         """Return the files that an index names."""
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise MoREError(f"{index} is damaged: export the model again") from error
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or name == "..":

@@ -72,7 +72,7 @@ def read_args(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
         return {name: _dtype(value) for name, value in found.items() if name not in _OF_THE_MACHINE}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise MoREError(f"{path} is damaged: remove it, and the arguments are derived from config.json") from error
 
 

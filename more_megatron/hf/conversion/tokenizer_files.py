@@ -93,6 +93,7 @@ def plan_tokenizer(
     kind = options.tokenizer_type
     if kind in _NULL_TYPES:
         tokenizer = load(options)
+        _check_size(options, tokenizer.vocab_size, rows)
         return ExportedTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.eod, tokenizer.eod, None)
     if kind not in (*SENTENCEPIECE_TYPES, *_HUGGINGFACE_TYPES):
         raise MoREError(f"--tokenizer-type {kind} has no files for AutoTokenizer: {_REMEDY}")

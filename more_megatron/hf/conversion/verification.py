@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint import CheckpointException
 
 from more_megatron.errors import MoREError, last_line
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
@@ -112,7 +113,7 @@ def _megatron_logits(
         return megatron_logits(checkpoint, tokens, dtype)
     except MoREError:
         raise
-    except Exception as error:  # whatever Megatron meets in a checkpoint from elsewhere
+    except (Exception, CheckpointException) as error:  # whatever Megatron meets in a checkpoint from elsewhere
         raise MoREError(f"checkpoint {checkpoint.path} cannot be loaded by Megatron: {last_line(error)}") from error
 
 

@@ -1,57 +1,89 @@
-"""Causal self-attention of a layer."""
+"""Attention, also where rows are tokens of several sequences, and rotary positions (Su et al., arXiv 2104.09864)."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from .cache import Memory
-from .context import CallContext
 from .fields import Config
-from .norms import build_norm
-from .rotary import rotate
-from .row_mask import RowMask
 
-__all__ = ["MoREAttention", "attend"]
+__all__ = ["Rotation", "RowMask", "attend", "rotate", "rotation"]
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosine and sine of the angles of each position, [b or 1, s, planes] each."""
+
+
+@dataclass(frozen=True)
+class RowMask:
+    """The keys that each row sees.
+
+    Attributes:
+        visible: True for these, [rows, keys].
+        sequence: The sequence that each row is of, [rows].
+    """
+
+    visible: Tensor
+    sequence: Tensor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | RowMask | None) -> Tensor:
     """Return the attention of [b, heads, rows, d] to [b, groups, keys, d] where the mask is True; None: causal."""
     if isinstance(mask, RowMask):
-        return mask.attend(query, key, value)
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        is_causal=mask is None and query.size(2) > 1,
-        enable_gqa=query.size(1) != key.size(1),
-    )
+        return _attend_by_row(query, key, value, mask)
+    is_causal, is_grouped = mask is None and query.size(2) > 1, query.size(1) != key.size(1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
 
 
-class MoREAttention(nn.Module):
-    """Attention with grouped queries."""
+def _attend_by_row(query: Tensor, key: Tensor, value: Tensor, rows: RowMask) -> Tensor:
+    """Return the attention of [1, heads, rows, d] to [b, groups, keys, d], [1, heads, rows, d]."""
+    used, own, counts = rows.sequence.unique(return_inverse=True, return_counts=True)
+    # The rows of a sequence side by side, as many as the longest has.
+    order = own.argsort(stable=True)
+    number = torch.empty_like(own)
+    number[order] = torch.arange(len(own), device=own.device) - (counts.cumsum(0) - counts)[own[order]]
+    shape = (len(used), int(counts.max()))
+    padded = query.new_zeros(*shape, query.size(1), query.size(3))
+    padded = padded.index_put((own, number), query[0].transpose(0, 1))
+    mask = torch.ones(*shape, rows.visible.size(1), dtype=torch.bool, device=query.device)
+    mask[own, number] = rows.visible
+    if len(used) < len(key):
+        key, value = key[used], value[used]
+    output = attend(padded.transpose(1, 2), key, value, mask.unsqueeze(1))
+    return output.transpose(1, 2)[own, number].transpose(0, 1).unsqueeze(0)
 
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        hidden, size = config.hidden_size, config.head_dim
-        queries, keys = config.num_attention_heads * size, config.num_key_value_heads * size
-        self.q_proj = nn.Linear(hidden, queries, bias=config.attention_bias)
-        self.k_proj = nn.Linear(hidden, keys, bias=config.attention_bias)
-        self.v_proj = nn.Linear(hidden, keys, bias=config.attention_bias)
-        self.o_proj = nn.Linear(queries, hidden, bias=config.linear_bias)
-        self.q_norm = build_norm(config, size) if config.qk_norm else nn.Identity()
-        self.k_norm = build_norm(config, size) if config.qk_norm else nn.Identity()
 
-    def forward(self, hidden_states: Tensor, context: CallContext, memory: Memory) -> Tensor:
-        """Return what each token gathers from those before it, [b, s, h]."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        query, key, value = (
-            projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-            for projection in projections
-        )
-        query = rotate(self.q_norm(query), context.rotation, self.config.rotary_interleaved)
-        key = rotate(self.k_norm(key), context.rotation, self.config.rotary_interleaved)
-        key, value = memory.extend("attention", key, value)
-        return self.o_proj(attend(query, key, value, context.mask).transpose(1, 2).flatten(2))
+def rotation(config: Config, positions: Tensor) -> Rotation | None:
+    """Return cosine and sine at positions [b or 1, s]; None without rotary embedding."""
+    if config.position_embedding != "rope":
+        return None
+    size = int(config.head_dim * config.rotary_percent)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=positions.device) / size
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    if config.rope_scaling_factor is not None:
+        frequencies = _stretch(frequencies, config.rope_scaling_factor)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def _stretch(frequencies: Tensor, factor: float, context: int = 8192) -> Tensor:
+    """Slow down the frequencies that turn less than four times in the context, as Llama 3.1 does."""
+    turns = context * frequencies / (2.0 * math.pi)
+    kept = ((turns - 1.0) / 3.0).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / factor)
+
+
+def rotate(x: Tensor, angles: Rotation | None, interleaved: bool) -> Tensor:
+    """Rotate the leading channels of [b, ..., s, d]; a plane is two neighbouring channels, or one of each half."""
+    if angles is None:
+        return x
+    batch, length, planes = angles[0].shape
+    cos, sin = (part.to(x.dtype).view(batch, *(1,) * (x.dim() - 3), length, planes) for part in angles)
+    turned, rest = x[..., : 2 * planes], x[..., 2 * planes :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, second * cos + first * sin)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned, rest), dim=-1)

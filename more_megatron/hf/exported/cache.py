@@ -25,11 +25,7 @@ _STEP = "step."
 
 
 class _Place(DynamicLayer):
-    """A pair of growing tensors, which may end before the text does: at the last token that came here.
-
-    Args:
-        first: The layer that says how long the text is; None: this one.
-    """
+    """A pair of growing tensors. It may end before the text, as long as `first` says: at the last token here."""
 
     def __init__(self, first: Any = None) -> None:
         super().__init__()
@@ -122,12 +118,9 @@ class Memory:
         return place.keys, place.values
 
     def _written(self, held: Tensor | None, earlier: Tensor | None, new: Tensor) -> Tensor:
-        """Return the tensor of a place, [b, any, T, any], with the new tokens in it.
+        """Return what a place holds, [b, any, T, any], with new tokens, [b, any, s, any], or some, [1, any, n, any].
 
-        Args:
-            held: What the place holds.
-            earlier: What the place of the step before holds, which is complete.
-            new: New tokens, [b, any, s, any], or some of them, [1, any, n, any].
+        `earlier` is what the place of the step before holds, which is complete.
         """
         length = 0 if held is None else held.size(-2)
         known = [] if held is None else [held[..., : self.past, :]]
@@ -166,10 +159,7 @@ def _pair(place: Any) -> tuple[Any, Any]:
 def prepare_cache(cache: Cache, num_steps: int | None, slots: int | None) -> None:
     """Let a cache have places by name.
 
-    Args:
-        cache: The cache of a call.
-        num_steps: Recurrence steps of the call; None if the model has no recurrence.
-        slots: Steps of which it keeps keys and values; None: all.
+    `num_steps` is None if the model has no recurrence, `slots` if the keys and values of all steps are kept.
 
     Raises:
         ValueError: If the cache cannot grow, or was filled with other numbers of steps.

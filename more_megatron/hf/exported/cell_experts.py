@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .cache import Memory
-from .context import CallContext
-from .experts import MoREMoE
 from .fields import Config
-from .grouped import grouped_linear
-from .recurrence import Rows
+from .parts import grouped_linear
 from .routing import Routing
 
-__all__ = ["CellExperts", "IteratedMoE", "lstm_cell"]
+__all__ = ["CellExperts", "lstm_cell"]
 
 
 class CellExperts(nn.Module):
@@ -66,21 +61,6 @@ class CellExperts(nn.Module):
     def feed_forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return what the feed-forward network makes of [rows, h]."""
         return self.linear(self.expand(rows, routing), "fc2", routing)
-
-
-class IteratedMoE(MoREMoE):
-    """Experts that are called with the rows, and with what rows these are."""
-
-    experts: Any
-
-    def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
-        """Return weighted outputs, [rows, h]."""
-        rows = Rows(context, self.layer_idx, routing, self._stream)
-        return routing.weigh(self.experts(routing.dispatch(x), rows))
-
-    def _stream(self, state: Tensor, rows: Rows) -> Tensor:
-        output = rows.routing.weigh(self.experts.output(state, rows.routing))
-        return rows.context.stream + rows.routing.combine(output)
 
 
 def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

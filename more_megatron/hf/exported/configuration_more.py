@@ -8,9 +8,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .code_files import write_code
 from .fields import FIELDS, check_fields, complete_fields
-from .system import find_system, system_names
+from .system import find_system, system_names, write_code
 
 __all__ = ["MoREConfig"]
 

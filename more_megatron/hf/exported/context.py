@@ -10,14 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .attention import Rotation, RowMask
 from .cache import Memory
 from .exits import Exits
 from .noise import state_noise
-from .records import Records
-from .rotary import Rotation
-from .row_mask import RowMask
 
-__all__ = ["CallContext"]
+__all__ = ["CallContext", "Records", "find_documents"]
+
+
+@dataclass
+class Records:
+    """What a call keeps of its recurrences, by their place: a layer may be computed again for its gradients.
+
+    Attributes:
+        keep_states: Whether states are kept.
+        steps: Steps that each token took, [b, s], by recurrence, where tokens stop by themselves.
+        states: State behind each step of each recurrence, [b, s, h], by recurrence and step.
+    """
+
+    keep_states: bool = False
+    steps: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    states: dict[tuple[int, int], Tensor] = dataclasses.field(default_factory=dict)
+
+    def repeat_last(self, index: int, last: int, num_steps: int) -> None:
+        """Let a recurrence that ended with some step have the states of all steps."""
+        if self.keep_states:
+            self.states.update({(index, step): self.states[index, last] for step in range(last + 1, num_steps)})
+
+    def exit_steps(self) -> Tensor | None:
+        """Return the steps that each token took, [recurrences, b, s]; None if they all took the same."""
+        return torch.stack([self.steps[index].cpu() for index in sorted(self.steps)]) if self.steps else None
+
+    def recurrent_states(self) -> Tensor | None:
+        """Return the states, [recurrences, steps, b, s, h]; None if they were not to be kept or nothing recurs."""
+        if not self.states:
+            return None
+        first = next(iter(self.states.values()))
+        recurrences = len({index for index, _ in self.states})
+        states = torch.stack([self.states[place].to(first.device) for place in sorted(self.states)])
+        return states.unflatten(0, (recurrences, -1))
 
 
 @dataclass(frozen=True)
@@ -35,8 +66,7 @@ class CallContext:
         state_std: Standard deviation of initial states.
         input_states: Initial states of the first tokens, [states, b, up to s, h]; None for noise.
         shape: (b, s) of the call.
-        embeddings: What the first layer is given, [b, s, h]. For loops only: layers may be recomputed.
-        losses: Loops append what is to be added to the loss in training. For loops only.
+        losses: Loops append what is to be added to the loss in training; layers must not, they may be recomputed.
         records: What the call keeps of its recurrences.
         exits: How tokens stop by themselves; None: all take `num_steps`.
         warm: Where the last states of tokens are kept, from which the tokens behind them start; None: nowhere.
@@ -56,7 +86,6 @@ class CallContext:
     state_std: float
     input_states: Tensor | None
     shape: tuple[int, int]
-    embeddings: Tensor | None = None
     losses: list[Tensor] = dataclasses.field(default_factory=list)
     records: Records = dataclasses.field(default_factory=Records)
     exits: Exits | None = None
@@ -92,12 +121,9 @@ class CallContext:
         return visible
 
     def initial_state(self, index: int, like: Tensor, layer: int | None = None) -> Tensor:
-        """Return the state that a recurrence starts from, shaped and typed as `like`, [b, s, h].
+        """Return the state that a recurrence, counted from 0, starts from, shaped and typed as `like`, [b, s, h].
 
-        Args:
-            index: Which of the model's recurrences, from 0.
-            like: A tensor of that shape.
-            layer: Layer in the noise's coordinates, from 1. Default: `index + 1`.
+        `layer` is that in the noise's coordinates, from 1; by default `index + 1`.
         """
         given = None if self.input_states is None else self.input_states[index].to(like)
         given = self._last_state(index) if given is None else given
@@ -156,3 +182,46 @@ class CallContext:
             return value.to(device, **kwargs) if isinstance(value, Tensor | CallContext) else value
 
         return CallContext(**{field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
+
+def find_documents(positions: Tensor, padding: Tensor | None, memory: Memory, past: int) -> Tensor | None:
+    """Return the number of each token's document, [b, T], where a row holds several.
+
+    A document begins where a position is not the one after the position before it. Packing collators send such
+    positions, and transformers' own models keep these documents apart, too.
+
+    Args:
+        positions: Positions that a call was given, [b or 1, s].
+        padding: True for padding, [b, T].
+        memory: The cache, which keeps the documents of the tokens before these.
+        past: Number of tokens in the cache.
+    """
+    if past > 0 and not memory.holds("documents"):
+        return None
+    begins = torch.zeros_like(positions, dtype=torch.bool)
+    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    if padding is not None:
+        begins = begins & ~padding[:, past:]
+        begins[:, 1:] &= ~padding[:, past:-1]
+    if past > 0:
+        return _continued(positions, begins, memory)
+    if not torch.compiler.is_compiling() and not bool(begins.any()):
+        return None
+    documents = begins.long().cumsum(-1)
+    _keep(positions, documents, memory)
+    return documents
+
+
+def _continued(positions: Tensor, begins: Tensor, memory: Memory) -> Tensor:
+    """Return the documents of all tokens, where those before these are in the cache."""
+    nothing = positions[:, :0]
+    known_positions, known_documents = _keep(nothing, nothing, memory)
+    begins[:, 0] = positions[:, 0] != known_positions[:, -1] + 1
+    documents = known_documents[:, -1:] + begins.long().cumsum(-1)
+    return _keep(positions.expand_as(documents), documents, memory)[1]
+
+
+def _keep(positions: Tensor, documents: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """Append to the cache and return positions and documents of all tokens, [b, T] each."""
+    kept = memory.extend("documents", *(part[:, None, :, None] for part in (positions, documents)))
+    return kept[0][:, 0, :, 0], kept[1][:, 0, :, 0]

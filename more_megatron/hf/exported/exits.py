@@ -6,15 +6,13 @@ place of a name: `model.generate(..., criterion=MyCriterion(), exit_threshold=0.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Criterion", "Exits", "find_exits"]
+__all__ = ["CRITERIA", "Criterion", "Exits"]
 
 
 class Criterion:
@@ -55,7 +53,6 @@ class KLDivergence(Criterion):
     reads_logits = True
 
     def measure(self, seen: Tensor, former: Tensor | None) -> Tensor:
-        """Return the logarithms of the probabilities."""
         return seen.log_softmax(-1)
 
     def distance(self, former: Tensor, now: Tensor) -> Tensor:
@@ -75,7 +72,6 @@ class EntropyDifference(Criterion):
         return -(logs.exp() * logs).sum(-1, keepdim=True)
 
     def distance(self, former: Tensor, now: Tensor) -> Tensor:
-        """Return the difference."""
         return (now - former).abs().squeeze(-1)
 
 
@@ -85,7 +81,6 @@ class LatentDifference(Criterion):
     threshold = 0.03
 
     def distance(self, former: Tensor, now: Tensor) -> Tensor:
-        """Return the ratio of the norms."""
         return (now - former).norm(dim=-1) / now.norm(dim=-1).clamp(min=torch.finfo(now.dtype).tiny)
 
 
@@ -149,13 +144,9 @@ class Exits:
         return self.criterion.stops(former, now, self.threshold)
 
     def measure(self, state: Tensor, stream: Callable[[], Tensor] | None, former: Tensor | None) -> Tensor:
-        """Return what the criterion measures, [n, any].
+        """Return what the criterion measures of n tokens, [n, any], given their states and what it measured before.
 
-        Args:
-            state: States of n tokens, [n, any].
-            stream: Returns what the last norm would be given if the recurrence ended now, [..., h] of these tokens.
-                None: nobody knows.
-            former: What was measured a step before; None in front of the first step.
+        `stream` returns what the last norm would be given if the recurrence ended now, [..., h]; None: nobody knows.
         """
         if not self.criterion.reads_logits:
             return self.criterion.measure(_wide(state), former)
@@ -167,48 +158,3 @@ class Exits:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def find_exits(
-    criterion: str | Criterion | None,
-    threshold: float | str | None,
-    min_steps: int | None,
-    num_steps: int,
-    read: Callable[[Tensor], Tensor] | None,
-) -> Exits | None:
-    """Return how tokens stop; None: together, after `num_steps`.
-
-    Args:
-        criterion: A name in `CRITERIA`, or a criterion; None or "none" for none.
-        threshold: Its threshold; None or "auto" for its own.
-        min_steps: Steps that every token takes; None: 1.
-        num_steps: Most steps.
-        read: Returns logits, given what the output layer and its norm are applied to; None where there is none.
-
-    Raises:
-        ValueError: If there is no such criterion, or an argument has no effect or is out of range.
-    """
-    names = ", ".join(CRITERIA)
-    if criterion is None or criterion == "none":
-        for name, value in {"exit_threshold": threshold, "min_steps": min_steps}.items():
-            if value is not None:
-                raise ValueError(f"{name} {value!r} has no effect without a criterion: choose one of {names}")
-        return None
-    if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise ValueError(f"criterion {criterion!r} does not exist: choose one of {names}")
-        criterion = CRITERIA[criterion]()
-    if criterion.reads_logits and read is None:
-        raise ValueError(f"{type(criterion).__name__} reads logits: load the model with AutoModelForCausalLM")
-    min_steps = 1 if min_steps is None else min_steps
-    if not isinstance(min_steps, int) or not 1 <= min_steps <= num_steps:
-        raise ValueError(f"min_steps {min_steps!r} must be an integer between 1 and num_steps {num_steps}")
-    return Exits(criterion, _threshold(criterion, threshold), min_steps, read)
-
-
-def _threshold(criterion: Criterion, threshold: Any) -> float:
-    if threshold is None or threshold == "auto":
-        return criterion.threshold
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0.0:
-        raise ValueError(f"exit_threshold {threshold!r} must be a number of at least 0, or 'auto'")
-    return float(threshold) if math.isfinite(threshold) else math.inf

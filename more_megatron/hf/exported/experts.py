@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -9,11 +11,11 @@ from transformers.activations import ACT2FN
 from .cache import Memory
 from .context import CallContext
 from .fields import Config
-from .grouped import grouped_linear
-from .mlp import MoREMLP
+from .parts import MoREMLP, grouped_linear
+from .recurrence import Rows
 from .routing import MoRERouter, Routing
 
-__all__ = ["FeedForwardExperts", "MoREMoE"]
+__all__ = ["FeedForwardExperts", "MoREMoE", "RecurringMoE"]
 
 
 class FeedForwardExperts(nn.Module):
@@ -32,7 +34,7 @@ class FeedForwardExperts(nn.Module):
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
-        """Return weighted outputs, [rows, h]."""
+        """Return weighted outputs, [rows, h], given [rows, h]."""
         inner = grouped_linear(rows, getattr(self, self.up_name), routing.ends)
         if self.down_proj_bias is not None:
             inner = inner + getattr(self, f"{self.up_name}_bias")[routing.experts]
@@ -55,23 +57,27 @@ class MoREMoE(nn.Module):
         layer_idx: Index of the layer, from 0.
 
     Attributes:
+        experts_class: The routed experts.
+        router_class: The router.
         reads_former: Whether routing depends on the logits of the pass before, in a layer that is repeated.
     """
 
+    experts_class: type[nn.Module] = FeedForwardExperts
+    router_class: type[MoRERouter] = MoRERouter
     reads_former = False
 
     def __init__(self, config: Config, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.gate = MoRERouter(config)
+        self.gate = self.router_class(config)
         self.build_experts()
         width = config.shared_expert_intermediate_size
         self.shared_expert = MoREMLP(config, width) if width else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def build_experts(self) -> None:
-        """Create the routed experts."""
-        self.experts: nn.Module = FeedForwardExperts(self.config)
+        """Create the routed experts, and what they share."""
+        self.experts: Any = self.experts_class(self.config)
 
     def forward(self, x: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> tuple[Tensor, Tensor]:
         """Route, compute and combine.
@@ -113,3 +119,22 @@ class MoREMoE(nn.Module):
     def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
         """Return what the layer makes of the combined output, [b, s, h]."""
         return output
+
+
+class RecurringMoE(MoREMoE):
+    """Experts with a recurrence inside them. Subclasses say how it runs, and what follows from its last states."""
+
+    def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
+        return self.output(self.last_states(x, routing, context, memory), routing)
+
+    def last_states(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
+        """Return the last states, [rows, any], of experts that are called with the rows and what rows they are."""
+        return self.experts(routing.dispatch(x), Rows(context, self.layer_idx, routing, self.stream))
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return the weighted outputs that follow from last states, [rows, h]."""
+        return routing.weigh(state)
+
+    def stream(self, state: Tensor, rows: Rows) -> Tensor:
+        """Return what the next layer would be given if the recurrence ended now, shaped as tokens."""
+        return rows.context.stream + rows.routing.combine(self.output(state, rows.routing))

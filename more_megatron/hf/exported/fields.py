@@ -6,7 +6,7 @@ these (`System.fields`).
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +63,7 @@ class Field:
         if self.kind is list:
             return isinstance(value, list | tuple) and all(isinstance(item, bool) for item in value)
         if self.kind is float:
-            return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
 
     def _kind_in_words(self) -> str:

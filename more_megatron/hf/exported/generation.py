@@ -75,11 +75,18 @@ class MoREGenerationMixin(GenerationMixin):
         }
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, exit_log: list[Tensor] | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        exit_log: list[Tensor] | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        """Return the arguments of the next call: of the initial states those of its tokens."""
+        """Return the arguments of the next call: of the initial states those of its tokens.
+
+        transformers looks for `inputs_embeds` among the names here, before it takes them.
+        """
         states = kwargs.pop("input_states", None)
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if states is not None:
             tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
             cache = inputs.get("past_key_values", inputs.get("cache"))

@@ -7,13 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from .cell_experts import CellExperts, IteratedMoE
+from .cell_experts import CellExperts
+from .experts import RecurringMoE
 from .fields import Config
 from .interface import System
 from .recurrence import Rows, State, recur
 from .routing import Routing
-
-__all__ = ["SYSTEM"]
 
 
 class GRUExperts(CellExperts):
@@ -28,33 +27,29 @@ class GRUExperts(CellExperts):
         super().__init__(config, {"gru": (4, width, width), "gru_bias": (4, width)})
 
     def draw_recurrent(self, name: str, weight: Tensor) -> None:
-        """Draw a weight or bias: where one gate sees two, their sum."""
+        # Where one gate sees two weights, their sum.
         bound = 1.0 / math.sqrt(weight.size(2))
         weight.uniform_(-bound, bound)
         weight[:, :2] += torch.empty_like(weight[:, :2]).uniform_(-bound, bound)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """Return [rows, h], given that."""
+        """Return the last states, [rows, m], given [rows, h]."""
 
         def step(number: int, rows: Rows, state: Tensor) -> State:
             reset, update, new, hidden = self.linear(state, "gru", rows.routing).chunk(4, dim=-1)
             new = torch.tanh(new + reset.sigmoid() * hidden)
             return (torch.lerp(new, state.to(new.dtype), update.sigmoid()),)
 
-        (state,) = recur(step, (self.expand(x, rows.routing),), rows)
-        return self.output(state, rows.routing)
-
-    def output(self, state: Tensor, routing: Routing) -> Tensor:
-        """Return what follows from last states, [rows, h], given [rows, m]."""
-        return self.linear(state, "fc2", routing)
+        return recur(step, (self.expand(x, rows.routing),), rows)[0]
 
 
-class GRUExpertsMoE(IteratedMoE):
+class GRUExpertsMoE(RecurringMoE):
     """A layer of them."""
 
-    def build_experts(self) -> None:
-        """Create the routed experts."""
-        self.experts = GRUExperts(self.config)
+    experts_class = GRUExperts
+
+    def output(self, state: Tensor, routing: Routing) -> Tensor:
+        return routing.weigh(self.experts.linear(state, "fc2", routing))
 
 
 class GRUExpertsSystem(System):

@@ -4,7 +4,8 @@ A system is one file in this folder, named as `--more-variant` names it, with a 
 torch, transformers and the files beside it, by `from .attention import MoREAttention` and the like: transformers finds
 files by such lines, and an export has exactly those that its system leads to. Nothing else knows the system by name.
 
-- Another feed-forward part with experts: a subclass of `MoREMoE`, named by `System.moe_class` (recurrent_experts.py).
+- Another feed-forward part with experts: a subclass of `MoREMoE`, or of `RecurringMoE` if something recurs in it, named
+  by `System.moe_class` (gru_experts.py).
 - Another layer (norms, residuals, attention): a subclass of `MoRELayer`, named by `System.layer_class`, or
   `System.build_layer` (recurrent_moe.py). A layer that returns the logits of several routers names them in `routers`.
 - Layers that are repeated: `System.groups` returns groups, and a group's `loop` is a subclass of `Loop`, which has the
@@ -37,10 +38,9 @@ from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config, Field
 from .layer import MoRELayer
-from .mlp import MoREMLP
-from .norms import build_norm
+from .parts import MoREMLP, build_norm
 from .recurrence import Rows, State, recur
-from .router_logits import RouterLogits, load_balancing_loss
+from .routing import RouterLogits, load_balancing_loss
 
 __all__ = ["Group", "Loop", "RunPass", "System"]
 
@@ -111,11 +111,7 @@ class System:
     fixed: Mapping[str, Any] = {}
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Check that the fields of a configuration agree with each other.
-
-        Raises:
-            ValueError: If they do not.
-        """
+        """Raise a `ValueError` if the fields of a configuration do not agree with each other."""
         for name, value in self.fixed.items():
             wanted = value(values) if callable(value) else value
             if values[name] != wanted:
@@ -145,11 +141,15 @@ class System:
         """Return the feed-forward part of a layer: experts where the configuration wants them."""
         if config.moe_layers[layer_idx]:
             return self.moe_class(config, layer_idx)
+        return self.build_dense(config)
+
+    def build_dense(self, config: Config) -> nn.Module:
+        """Return the feed-forward part of a layer without experts."""
         return MoREMLP(config, config.intermediate_size)
 
     def build_final_norm(self, config: Config) -> nn.Module:
         """Return the norm before the output layer."""
-        return build_norm(config, config.hidden_size)
+        return build_norm(config)
 
     def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
         """Draw a new weight that a module itself holds, and return whether that was done.
@@ -162,12 +162,6 @@ class System:
         return draw is not None
 
     def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the loss of the routers as it is reported, and what of it is added to the loss.
-
-        Args:
-            config: Model configuration.
-            router_logits: Logits of each decision of the call.
-            mask: 0 for padding, [b, T].
-        """
+        """Return the loss of routers as it is reported, and what is added of it; the mask is 0 for padding, [b, T]."""
         loss = load_balancing_loss(router_logits, config, mask)
         return loss, loss * config.router_aux_loss_coef

@@ -20,16 +20,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import can_return_tuple
 
+from .attention import rotation
 from .cache import Memory, prepare_cache
 from .configuration_more import MoREConfig
-from .context import CallContext
-from .documents import find_documents
+from .context import CallContext, Records, find_documents
 from .generation import MoREGenerationMixin
-from .norms import MoRERMSNorm
 from .options import CallOptions
-from .records import Records
-from .rotary import rotation
+from .parts import MoRERMSNorm
 from .stack import Stack, Trace, build_loops
 from .system import find_system
 
@@ -41,13 +40,7 @@ _CACHE_FIELD = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__
 
 @dataclass
 class MoREModelOutput(MoeModelOutputWithPast):
-    """What layers return.
-
-    Attributes:
-        losses: What loops want to have added to the loss in training; None if nothing.
-        recurrent_states: The state behind each step, [recurrences, steps, b, s, h].
-        exit_steps: Steps that each token took, [recurrences, b, s].
-    """
+    """What layers return: `losses` are what loops want to have added in training, the rest is as below."""
 
     losses: tuple[Tensor, ...] | None = None
     recurrent_states: Tensor | None = None
@@ -84,36 +77,20 @@ class MoREPreTrainedModel(PreTrainedModel):
         if config.router_expert_bias:
             self._keep_in_fp32_modules_strict = ["expert_bias"]
 
-    def _asked(self, states: bool | None, logits: bool | None) -> tuple[bool, bool]:
-        """Return whether hidden states and router logits are asked for, by the call or else by the configuration."""
-        config = self.config
-        return (
-            bool(config.output_hidden_states if states is None else states),
-            bool(config.output_router_logits if logits is None else logits),
-        )
-
-    def _as_asked(self, output: Any, return_dict: bool | None) -> Any:
-        """Return the output as an object or as a tuple."""
-        as_object = self.config.return_dict if return_dict is None else return_dict
-        return output if as_object else output.to_tuple()
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Draw the weights a module itself holds that were not loaded."""
         for name, weight in module.named_parameters(recurse=False):
-            if not getattr(weight, "_is_hf_initialized", False) and not self.system.draw_weight(
+            if getattr(weight, "_is_hf_initialized", False) or self.system.draw_weight(
                 self.config, module, name, weight
             ):
-                _draw(module, name, weight, self.config.initializer_range)
-
-
-def _draw(module: nn.Module, name: str, weight: Tensor, std: float) -> None:
-    if name.endswith("bias"):
-        weight.zero_()
-    elif isinstance(module, MoRERMSNorm | nn.LayerNorm):
-        weight.fill_(1.0)
-    else:
-        weight.normal_(0.0, std)
+                continue
+            if name.endswith("bias"):
+                weight.zero_()
+            elif isinstance(module, MoRERMSNorm | nn.LayerNorm):
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, self.config.initializer_range)
 
 
 class MoREModel(MoREPreTrainedModel):
@@ -123,8 +100,7 @@ class MoREModel(MoREPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.position_embedding == "learned"
-        size = (config.max_position_embeddings, config.hidden_size)
-        self.embed_positions = nn.Embedding(*size) if learned else None
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.layers = nn.ModuleList(
             self.system.build_layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
@@ -133,6 +109,7 @@ class MoREModel(MoREPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -143,7 +120,6 @@ class MoREModel(MoREPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
         cache: Cache | None = None,
         options: CallOptions | None = None,
         read: Callable[[Tensor], Tensor] | None = None,
@@ -163,7 +139,6 @@ class MoREModel(MoREPreTrainedModel):
             output_hidden_states: Whether to return what each layer is given, in every pass, and the result.
             output_router_logits: Whether to return the logits of each routing decision, [b s, N], which know their
                 layer and step.
-            return_dict: Whether to return an object instead of a tuple.
             cache: The same as `past_key_values`.
             options: What the call says of its recurrences. Default: what it says by their names.
             read: Output layer, for criteria that read logits.
@@ -177,7 +152,9 @@ class MoREModel(MoREPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         options = CallOptions.taken_from(kwargs) if options is None else options
         exits = options.exits(self.config, self.system, None if read is None else lambda x: read(self.norm(x)))
-        if exits is not None and any(self._asked(output_hidden_states, output_router_logits)):
+        keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        keeps_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if exits is not None and (keeps_states or keeps_logits):
             raise ValueError("hidden states and router logits are not kept where tokens stop by themselves")
         cache = past_key_values if cache is None else cache
         memory = self._memory(cache, use_cache, options, exits is not None)
@@ -186,8 +163,8 @@ class MoREModel(MoREPreTrainedModel):
             hidden_states = hidden_states + self.embed_positions(context.positions)
         scale = self.system.embedding_scale(self.config)
         hidden_states = hidden_states if scale == 1.0 else hidden_states * scale
-        context = dataclasses.replace(context, embeddings=hidden_states, exits=exits)
-        trace = Trace(*self._asked(output_hidden_states, output_router_logits))
+        context = dataclasses.replace(context, exits=exits)
+        trace = Trace(bool(keeps_states), bool(keeps_logits))
         groups = self.system.groups(self.config)
         stack = Stack(groups, self.layers, self.loops, self.norm, context, memory, trace)
         hidden_states = self.norm(stack.run(hidden_states))
@@ -201,7 +178,7 @@ class MoREModel(MoREPreTrainedModel):
             "exit_steps": context.records.exit_steps(),
             _CACHE_FIELD: memory.cache if self._uses_cache(cache, use_cache) else None,
         }
-        return self._as_asked(MoREModelOutput(**fields), return_dict)
+        return MoREModelOutput(**fields)
 
     def _uses_cache(self, cache: Cache | None, use_cache: bool | None) -> bool:
         """Return whether a call has a cache."""
@@ -231,12 +208,10 @@ class MoREModel(MoREPreTrainedModel):
         """Return what the layers are told."""
         past = memory.past
         padding = _find_padding(embeddings, attention_mask, past)
-        documents = None
-        if positions is not None:
-            documents = find_documents(positions, padding, memory, past)
-        elif padding is not None:
+        documents = None if positions is None else find_documents(positions, padding, memory, past)
+        if positions is None and padding is not None:
             positions = ((~padding).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        else:
+        elif positions is None:
             positions = torch.arange(past, past + embeddings.size(1), device=embeddings.device).unsqueeze(0)
         if options.input_states is not None:
             _check_states(options.input_states, self.system.num_states(self.config), embeddings)
@@ -291,6 +266,7 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=self.system.head_bias)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -302,7 +278,6 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
-        return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -349,8 +324,7 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
             name: outputs.get(name)
             for name in (_CACHE_FIELD, "hidden_states", "router_logits", "recurrent_states", "exit_steps")
         }
-        output = MoRECausalLMOutput(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
-        return self._as_asked(output, return_dict)
+        return MoRECausalLMOutput(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
 
 
 def _weight(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:

@@ -2,8 +2,6 @@
 
 from .interface import System
 
-__all__ = ["SYSTEM"]
-
 
 class MoE(System):
     """Without recurrence."""

@@ -13,19 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attend
+from .attention import attend, rotate
 from .cache import Memory
 from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config, Field
-from .grouped import grouped_linear
 from .interface import Group, Loop, System
-from .layer import MoRELayer
-from .rotary import rotate
-from .router_logits import RouterLogits, load_balancing_loss
-from .routing import MoRERouter, Routing
-
-__all__ = ["SYSTEM"]
+from .layer import LayerOutput, MoRELayer
+from .parts import grouped_linear
+from .routing import MoRERouter, RouterLogits, Routing, load_balancing_loss
 
 
 def _normal(config: Config, weight: Tensor, inputs: int) -> None:
@@ -37,14 +33,11 @@ class SigmaRouter(MoRERouter):
     """Weighs the chosen experts by their sigmoids, as they are."""
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights and the experts of each token, [b, s, k] each."""
-        scores = logits.float().sigmoid()
-        bias = 0.0 if self.expert_bias is None else self.expert_bias.float()
-        experts = self._topk(scores + bias)[1]
-        return (scores.gather(-1, experts) * (self.config.router_scaling_factor or 1.0)).to(logits.dtype), experts
+        probs, experts = self.best(logits.float().sigmoid())
+        return self.scaled(probs, logits), experts
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw rows of one norm: no expert is preferred at the start."""
+        # Rows of one norm: no expert is preferred at the start.
         if name == "weight":
             _normal(self.config, weight, self.config.hidden_size)
             std = weight.std()
@@ -63,7 +56,7 @@ class SigmaExperts(nn.Module):
         self.values = nn.Parameter(torch.empty(experts, hidden, width))
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw a new weight; the values of all experts together are one matrix."""
+        # The values of all experts together are one matrix.
         all_channels = self.config.num_experts * self.config.moe_intermediate_size
         _normal(self.config, weight, self.config.hidden_size if name == "keys" else all_channels)
 
@@ -76,26 +69,11 @@ class SigmaExperts(nn.Module):
 class SigmaMoE(MoREMoE):
     """Many small experts. Router and shared expert read a norm of what they read."""
 
-    def __init__(self, config: Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.gate = SigmaRouter(config)
-
-    def build_experts(self) -> None:
-        """Create the routed experts."""
-        self.experts = SigmaExperts(self.config)
+    experts_class = SigmaExperts
+    router_class = SigmaRouter
 
     def forward(self, normed: Tensor, context: CallContext, memory: Memory, *stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Route, compute and combine.
-
-        Args:
-            normed: What router and shared expert read, [b, s, h].
-            context: What the layer knows about the call.
-            memory: The layer's part of the cache.
-            stream: What the experts read, [b, s, h].
-
-        Returns:
-            Output, [b, s, h], and router logits, [b, s, N].
-        """
+        """Route, compute and combine as others do; the experts read the stream, [b, s, h]."""
         logits = self.gate(normed)
         routing = Routing(*self.gate.choose(logits), self.config.num_experts)
         output = routing.combine(self.apply_experts(stream[0], routing, context, memory))
@@ -112,7 +90,6 @@ class HeadWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape))
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw a new weight."""
         _normal(self.config, weight, self.inputs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -126,8 +103,9 @@ class SwitchHead(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        hidden, size, heads, experts = config.hidden_size, config.head_dim, config.num_attention_heads, _experts(config)
-        width, is_dense = heads * size, _experts(config) == 1
+        hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
+        experts, width = config.num_head_experts, heads * size
+        is_dense = experts == 1
         self.query_key = HeadWeight(config, (2 * width, hidden), hidden)
         self.output_router = HeadWeight(config, (heads * experts, hidden), hidden)
         self.value_router = None if is_dense else HeadWeight(config, (heads * experts, hidden), hidden)
@@ -190,26 +168,18 @@ class PeriLayer(MoRELayer):
 
     def __init__(self, config: Config, layer_idx: int, mlp: nn.Module) -> None:
         super().__init__(config, layer_idx, mlp)
-        self.routers = ("router",) if _experts(config) == 1 else ("router", "value", "output")
+        self.routers = ("router",) if config.num_head_experts == 1 else ("router", "value", "output")
 
     def build_attention(self) -> nn.Module:
-        """Return the attention."""
         return SwitchHead(self.config)
 
-    def forward(
-        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return hidden states, [b, s, h], and the logits of all routers of the layer."""
+    def forward(self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> LayerOutput:
         normed = self.input_layernorm(hidden_states)
         output, *of_heads = self.self_attn(normed, hidden_states, context, memory)
         hidden_states = hidden_states + output
         normed = self.post_attention_layernorm(hidden_states)
         output, logits = self.mlp(normed, context, memory, hidden_states)
         return (hidden_states + output, logits, *of_heads)
-
-
-def _experts(config: Config) -> int:
-    return config.num_head_experts
 
 
 def _minus_entropy(logits: Sequence[Tensor], batch: int, mask: Tensor | None) -> Tensor:
@@ -251,14 +221,12 @@ class MoEUT(System):
     }
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Check that a head has the experts that a token uses."""
         super().check(values)
         experts, topk = values["num_head_experts"], values["num_head_experts_per_tok"]
         if 1 < experts < topk:
             raise ValueError(f"num_head_experts_per_tok {topk} must be at most num_head_experts {experts}")
 
     def groups(self, config: Config) -> Sequence[Group]:
-        """Return all layers as one group."""
         return (Group(range(config.num_hidden_layers), Loop),)
 
     def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .exits import Criterion, Exits, find_exits
+from .exits import CRITERIA, Criterion, Exits
 from .fields import Config
 from .interface import System
 
@@ -50,10 +50,10 @@ class CallOptions:
     warm_start: bool = False
     output_recurrent_states: bool = False
 
-    @classmethod
-    def names(cls) -> set[str]:
+    @staticmethod
+    def names() -> frozenset[str]:
         """Return the names of all options."""
-        return {field.name for field in fields(cls)} | set(ALIASES)
+        return _NAMES
 
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any]) -> CallOptions:
@@ -80,11 +80,31 @@ class CallOptions:
         Raises:
             ValueError: If there is no such criterion, or an argument has no effect or is out of range.
         """
-        steps = self.steps(config)
-        found = find_exits(self.criterion, self.exit_threshold, self.min_steps, steps, read)
-        if found is not None and not system.recurrent:
+        criterion, names = self.criterion, ", ".join(CRITERIA)
+        if criterion is None or criterion == "none":
+            for name, value in (("exit_threshold", self.exit_threshold), ("min_steps", self.min_steps)):
+                if value is not None:
+                    raise ValueError(f"{name} {value!r} has no effect without a criterion: choose one of {names}")
+            return None
+        if isinstance(criterion, str):
+            if criterion not in CRITERIA:
+                raise ValueError(f"criterion {criterion!r} does not exist: choose one of {names}")
+            criterion = CRITERIA[criterion]()
+        if criterion.reads_logits and read is None:
+            raise ValueError(f"{type(criterion).__name__} reads logits: load the model with AutoModelForCausalLM")
+        most, least = self.steps(config), 1 if self.min_steps is None else self.min_steps
+        if not isinstance(least, int) or not 1 <= least <= most:
+            raise ValueError(f"min_steps {least!r} must be an integer between 1 and num_steps {most}")
+        exits = Exits(criterion, self._threshold(criterion), least, read)
+        if not system.recurrent:
             raise ValueError("criterion has no effect: in this system the number of steps means nothing")
-        return found
+        return exits
+
+    def _threshold(self, criterion: Criterion) -> float:
+        value = criterion.threshold if self.exit_threshold in (None, "auto") else self.exit_threshold
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0.0:
+            raise ValueError(f"exit_threshold {value!r} must be a number of at least 0, or 'auto'")
+        return value
 
     def slots(self, config: Config, system: System) -> int | None:
         """Return the steps that a cache keeps; None: all.
@@ -100,21 +120,17 @@ class CallOptions:
         return None if found >= self.steps(config) else found
 
     def check_warm_start(self, config: Config, system: System) -> None:
-        """Check that there are states to start from.
-
-        Raises:
-            ValueError: If there are none.
-        """
+        """Raise a `ValueError` if there are no states to start from."""
         if self.warm_start and system.num_states(config) == 0:
             raise ValueError("warm_start has no effect: the recurrences of this system start from their input")
 
 
-def positive(name: str, value: Any) -> int:
-    """Return an integer of at least 1.
+# A tracer cannot ask a class for its fields.
+_NAMES = frozenset(field.name for field in fields(CallOptions)) | set(ALIASES)
 
-    Raises:
-        ValueError: If it is none.
-    """
+
+def positive(name: str, value: Any) -> int:
+    """Return an integer of at least 1, or raise a `ValueError` that names it."""
     try:
         if isinstance(value, bool):
             raise TypeError("a truth value")

@@ -12,11 +12,9 @@ from .cell_experts import CellExperts, lstm_cell
 from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config
-from .grouped import grouped_linear
 from .interface import System
+from .parts import grouped_linear
 from .routing import Routing
-
-__all__ = ["SYSTEM"]
 
 _GATE_WIDTH = 64
 States = tuple[Tensor, Tensor]
@@ -43,15 +41,9 @@ class TimeOrder:
     firsts: Tensor
 
     @classmethod
-    def of(cls, routing: Routing, token: Tensor, document: Tensor, num_experts: int) -> TimeOrder:
-        """Return the order.
-
-        Args:
-            routing: Where the rows go.
-            token: Number of each row's token among all new ones, sequence by sequence, [rows].
-            document: Number of each row's document among those of all sequences, [rows]; negative for padding.
-            num_experts: Number of experts.
-        """
+    def of(cls, routing: Routing, document: Tensor) -> TimeOrder:
+        """Return the order, given the number of each row's document among those of all sequences; below 0: padding."""
+        token, num_experts = routing.tokens, len(routing.ends)
         rows = (document >= 0).nonzero().flatten()
         key = torch.stack((routing.experts[rows], document[rows]), dim=1)
         segment = torch.unique(key, dim=0, return_inverse=True)[1]
@@ -89,7 +81,7 @@ class ParallelExperts(CellExperts):
         super().__init__(config, shapes)
 
     def draw_recurrent(self, name: str, weight: Tensor) -> None:
-        """Draw a weight as PyTorch's LSTM does, whose two biases are one here."""
+        # As PyTorch's LSTM, whose two biases are one here.
         if name.endswith("bias"):
             super().draw_recurrent(name, weight)
         else:
@@ -104,16 +96,9 @@ class ParallelExperts(CellExperts):
         return weights[:, :1] * self.feed_forward(rows, routing) + weights[:, 1:] * along
 
     def run(self, rows: Tensor, routing: Routing, order: TimeOrder, states: States) -> States:
-        """Run along segments.
+        """Return hidden and cell state behind each row, [rows, h] each, zeros behind padding.
 
-        Args:
-            rows: [rows, h].
-            routing: Where they go.
-            order: The order of the rows.
-            states: Hidden and cell states that segments start from, [segments, h] each.
-
-        Returns:
-            Hidden and cell state behind each row, [rows, h] each; zeros behind padding.
+        `states` are those that segments start from, [segments, h] each.
         """
         inputs = self.linear(rows, "lstm_input", routing)[order.rows]
         weight = self.lstm_state.flatten(1, 2)
@@ -139,40 +124,30 @@ class ParallelExperts(CellExperts):
 class ParallelExpertsMoE(MoREMoE):
     """A layer of them. The cache has the states behind every token, so that it can be cut back."""
 
-    experts: ParallelExperts
-
-    def build_experts(self) -> None:
-        """Create the routed experts."""
-        self.experts = ParallelExperts(self.config)
+    experts_class = ParallelExperts
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
-        """Return weighted outputs, [rows, h]."""
         batch, topk, length = routing.shape
         rows, documents = routing.dispatch(x), _documents(context, batch, x.device)
-        token = torch.arange(batch * length, device=x.device).view(batch, 1, length).expand(routing.shape)
-        token = token.flatten()[routing.order]
-        document = documents[:, context.past :].flatten()[token]
-        order = TimeOrder.of(routing, token, document, self.config.num_experts)
+        document = documents[:, context.past :].flatten()[routing.tokens]
+        order = TimeOrder.of(routing, document)
         first = order.firsts
-        starts = self._held(memory, routing, documents, token[first] // length, document[first], routing.experts[first])
+        starts = self._held(memory, documents, routing.tokens[first] // length, document[first], routing.experts[first])
         states = self.experts.run(rows, routing, order, starts)
         # [b, k, s, h], as keys and values are kept.
         memory.extend("states", *(state[routing.restore].view(batch, topk, length, -1) for state in states))
         memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
         return routing.weigh(self.experts.mix(rows, routing, states[0]))
 
-    def _held(
-        self, memory: Memory, routing: Routing, documents: Tensor, sequence: Tensor, document: Tensor, expert: Tensor
-    ) -> States:
+    def _held(self, memory: Memory, documents: Tensor, sequence: Tensor, document: Tensor, expert: Tensor) -> States:
         """Return the states that segments go on from: zeros, or those behind the last token in the cache.
 
         Args:
             memory: The layer's part of the cache.
-            routing: Where new tokens go.
             documents: Number of each token's document, [b, T]; negative for padding.
-            sequence: Sequence of each segment, [segments].
-            document: Its document, [segments].
-            expert: Its expert, [segments].
+            sequence: Sequence of each segment, [segments], as what follows.
+            document: Its document.
+            expert: Its expert.
         """
         hidden_size, dtype = self.config.hidden_size, self.experts.lstm_state.dtype
         held, routed = memory.held("states"), memory.held("experts")

@@ -8,30 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import attend
+from .attention import RowMask, attend, rotate
 from .cache import Memory
 from .context import CallContext
-from .experts import MoREMoE
+from .experts import RecurringMoE
 from .fields import Config, Field
-from .grouped import grouped_linear
-from .initialization import layers_passed, takase_normal
 from .interface import System
-from .norms import rms_norm
+from .parts import grouped_linear, layers_passed, rms_norm, takase_normal
 from .recurrence import Rows, State, recur
-from .rotary import rotate
 from .routing import Routing
-from .row_mask import RowMask
 
 __all__ = ["BlockRows", "BlockSystem", "MixingMoE", "RecurrentBlock", "block_width"]
 
 
 def block_width(hidden_sizes: int) -> Field:
     """Return the field for the width of the MLP in a block, given its default in hidden sizes."""
-
-    def default(found: dict) -> int:
-        return hidden_sizes * found["hidden_size"]
-
-    return Field(int, default, "Width of the MLP in a recurrent block.", low=1)
+    meaning = "Width of the MLP in a recurrent block."
+    return Field(int, lambda found: hidden_sizes * found["hidden_size"], meaning, low=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +40,6 @@ class BlockRows(Rows):
     memory: Memory
 
     def select(self, places: Tensor) -> BlockRows:
-        """Return the rows of some tokens."""
         found = super().select(places)
         memory, mask = self.memory.select(self.context.shape, places), found.context.mask
         if isinstance(self.mask, Tensor) and self.routing is not None:
@@ -101,7 +93,6 @@ class RecurrentBlock(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw a new weight as the training code does."""
         if name.endswith("bias"):
             weight.zero_()
         elif name.startswith("norm"):
@@ -157,10 +148,18 @@ class RecurrentBlock(nn.Module):
         return rms_norm(x, weight, eps)
 
 
-class MixingMoE(MoREMoE):
-    """Experts that let the tokens of a sequence that were sent to them attend to each other, causally."""
+class MixingMoE(RecurringMoE):
+    """Experts whose blocks let the tokens of a sequence that were sent to them attend to each other, causally."""
 
-    def block_rows(self, routing: Routing, context: CallContext, memory: Memory) -> BlockRows:
+    def last_states(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
+        state = routing.dispatch(context.initial_state(self.layer_idx, x))
+        return self.run_block(routing.dispatch(x), state, self._block_rows(routing, context, memory))
+
+    def run_block(self, x: Tensor, state: Tensor, rows: BlockRows) -> Tensor:
+        """Return the last states, [rows, h], given the rows and the first states."""
+        return self.experts(x, state, rows)
+
+    def _block_rows(self, routing: Routing, context: CallContext, memory: Memory) -> BlockRows:
         """Return the rows that go through a recurrent block: each sees those of its expert that its token sees."""
         topk = routing.shape[1]
         chosen, _ = memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
@@ -169,26 +168,12 @@ class MixingMoE(MoREMoE):
         mask = same.unsqueeze(1) & context.visible.repeat(1, 1, topk, topk)
         return BlockRows(context, self.layer_idx, routing, self.stream, mask=mask, memory=memory.at("block"))
 
-    def stream(self, state: Tensor, rows: BlockRows) -> Tensor:
-        """Return what the next layer would be given if the recurrence ended now, shaped as tokens."""
-        return rows.context.stream + rows.routing.combine(self.output(state, rows.routing))
-
-    def output(self, state: Tensor, routing: Routing) -> Tensor:
-        """Return the weighted outputs that follow from last states, [rows, h] each."""
-        return routing.weigh(state)
-
-    def initial_rows(self, x: Tensor, routing: Routing, context: CallContext) -> Tensor:
-        """Return the initial state of each row, [rows, h]."""
-        return routing.dispatch(context.initial_state(self.layer_idx, x))
-
 
 class BlockSystem(System):
     """Layers with recurrent blocks: one initial state a layer, and attention in every step."""
 
     def num_states(self, config: Config) -> int:
-        """Return the number of layers."""
         return config.num_hidden_layers
 
     def caches_steps(self, config: Config) -> bool:
-        """Return whether a layer has a block."""
         return any(config.moe_layers)

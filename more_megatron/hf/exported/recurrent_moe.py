@@ -9,11 +9,9 @@ from .context import CallContext
 from .experts import MoREMoE
 from .fields import LOGIT_EMA, Field
 from .interface import System
-from .layer import MoRELayer
+from .layer import LayerOutput, MoRELayer
 from .recurrence import Rows, State, recur
 from .routing import averaged_logits
-
-__all__ = ["SYSTEM"]
 
 
 class IteratedLayer(MoRELayer):
@@ -21,10 +19,7 @@ class IteratedLayer(MoRELayer):
 
     mlp: MoREMoE
 
-    def transform(
-        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return hidden states and the logits of each step."""
+    def transform(self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> LayerOutput:
         if not self.is_moe:
             return super().transform(hidden_states, context, memory)
         scale = self.config.residual_scale

@@ -1,6 +1,9 @@
-"""Which experts a token is sent to, and the rows that go there."""
+"""Which experts a token is sent to, the rows that go there, and what is kept of the decisions of a call."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,17 +11,11 @@ from torch.nn import functional as F
 
 from .fields import Config
 
-__all__ = ["MoRERouter", "Routing", "averaged_logits", "router_scores"]
+__all__ = ["MoRERouter", "RouterLogits", "Routing", "averaged_logits", "load_balancing_loss", "router_scores"]
 
 
 def averaged_logits(config: Config, logits: Tensor, *former: Tensor) -> Tensor:
-    """Return logits averaged over steps: l_t = beta l_{t-1} + (1 - beta) W s_t, and l_0 = W s_0.
-
-    Args:
-        config: Model configuration; `router_logit_ema` is beta.
-        logits: Those of this step, [b, s, N].
-        former: Those of the step before, if there was one.
-    """
+    """Return logits averaged over steps, `beta former + (1 - beta) logits`; the first step has no former ones."""
     beta = config.router_logit_ema
     return beta * former[0] + (1.0 - beta) * logits if former and beta > 0.0 else logits
 
@@ -58,13 +55,20 @@ class MoRERouter(nn.Module):
             if not config.router_pre_softmax:
                 probs = probs.softmax(-1, dtype=torch.float32)
         else:
-            scores = router_scores(config, logits)
-            bias = 0.0 if self.expert_bias is None else self.expert_bias.float()
-            experts = self._topk(scores + bias)[1]
-            probs = scores.gather(-1, experts)
+            probs, experts = self.best(router_scores(config, logits))
             if config.num_experts_per_tok > 1:
                 probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
-        return (probs * (config.router_scaling_factor or 1.0)).to(logits.dtype), experts
+        return self.scaled(probs, logits), experts
+
+    def best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scores of the chosen experts, and these, where a bias may take part in the choice."""
+        bias = 0.0 if self.expert_bias is None else self.expert_bias.float()
+        experts = self._topk(scores + bias)[1]
+        return scores.gather(-1, experts), experts
+
+    def scaled(self, probs: Tensor, logits: Tensor) -> Tensor:
+        """Return routing probabilities by their factor, in the type of the logits."""
+        return (probs * (self.config.router_scaling_factor or 1.0)).to(logits.dtype)
 
     def _topk(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return the highest scores and their experts, within the best groups of experts if these are limited."""
@@ -84,6 +88,14 @@ class Routing:
         probs: Routing probabilities, [b, s, k].
         experts: Experts, [b, s, k].
         num_experts: Number of experts.
+
+    Attributes:
+        shape: (b, k, s), in which rows stand before they are sorted.
+        order: Place of each row before.
+        restore: Row of each place before.
+        experts: Expert of each row.
+        tokens: Token of each row, sequence by sequence.
+        ends: End of each expert's rows, int32.
     """
 
     def __init__(self, probs: Tensor, experts: Tensor, num_experts: int) -> None:
@@ -96,6 +108,8 @@ class Routing:
         self.experts = unsorted[self.order]
         numbers = torch.arange(num_experts, device=experts.device)
         self.ends = torch.searchsorted(self.experts, numbers, right=True, out_int32=True)
+        tokens = torch.arange(batch * length, device=experts.device).view(batch, 1, length).expand(self.shape)
+        self.tokens = tokens.flatten()[self.order]
         self.probs = probs.transpose(1, 2).flatten()[self.order].unsqueeze(-1)
 
     def select(self, places: Tensor) -> tuple[Routing, Tensor]:
@@ -107,9 +121,7 @@ class Routing:
 
     def dispatch(self, x: Tensor) -> Tensor:
         """Return the row of each token and expert, [rows, h], given [b, s, h]."""
-        batch, _, length = self.shape
-        tokens = torch.arange(batch * length, device=x.device).view(batch, 1, length).expand(self.shape)
-        return x.flatten(0, 1)[tokens.flatten()[self.order]]
+        return x.flatten(0, 1)[self.tokens]
 
     def combine(self, rows: Tensor) -> Tensor:
         """Return the sum over the experts of each token, [b, s, h]."""
@@ -118,3 +130,68 @@ class Routing:
     def weigh(self, rows: Tensor) -> Tensor:
         """Return rows times routing probabilities."""
         return (rows * self.probs).to(rows.dtype)
+
+
+class RouterLogits(tuple):
+    """Logits of each decision, [b s, N], in the order of computation: a tuple that knows where each was made.
+
+    Args:
+        logits: Logits of each decision.
+        layers: Layer of each, from 0.
+        steps: Recurrence step of each, from 0.
+        routers: Name of the router of each.
+        batch: Number of sequences of the call.
+    """
+
+    layers: tuple[int, ...]
+    steps: tuple[int, ...]
+    routers: tuple[str, ...]
+    batch: int
+
+    def __new__(
+        cls,
+        logits: Iterable[Any] = (),
+        layers: Iterable[int] = (),
+        steps: Iterable[int] = (),
+        routers: Iterable[str] = (),
+        batch: int = 1,
+    ) -> RouterLogits:
+        made = super().__new__(cls, logits)
+        made.layers, made.steps, made.routers = tuple(layers), tuple(steps), tuple(routers)
+        made.batch = batch
+        return made
+
+    def by_layer(self, router: str | None = None) -> dict[int, Tensor]:
+        """Return the logits of all steps of each layer that has the router, by default its first, [steps, b, s, N]."""
+        steps: dict[int, dict[int, Tensor]] = {}
+        for logits, layer, step, name in zip(self, self.layers, self.steps, self.routers, strict=True):
+            if router in (None, name):
+                steps.setdefault(layer, {}).setdefault(step, logits.unflatten(0, (self.batch, -1)))
+        return {layer: torch.stack([found[step] for step in sorted(found)]) for layer, found in steps.items()}
+
+    def at(self, layer: int, step: int = 0, router: str | None = None) -> Tensor:
+        """Return the logits of one decision; a `KeyError` is raised if it was not made, or there are several."""
+        places = zip(self, self.layers, self.steps, self.routers, strict=True)
+        found = [logits for logits, *place, name in places if place == [layer, step] and router in (None, name)]
+        if len(found) != 1:
+            raise KeyError(f"{len(found)} routing decisions in layer {layer}, step {step}, router {router}")
+        return found[0]
+
+
+def load_balancing_loss(router_logits: Iterable[Tensor], config: Config, mask: Tensor | None) -> Tensor:
+    """Return the balance loss of the Switch Transformer (arXiv 2101.03961, equation 4), the mean over decisions.
+
+    It is 1 if experts get the same share of tokens and of probability. Padding, 0 in the mask, [b, T], is not counted.
+    """
+    losses = []
+    for logits in router_logits:
+        scores = router_scores(config, logits)
+        scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+        chosen = torch.zeros_like(scores).scatter(-1, scores.topk(config.num_experts_per_tok, dim=-1)[1], 1.0)
+        counted = scores.new_ones(len(scores), 1)
+        if mask is not None:
+            counted = mask[:, -(len(scores) // len(mask)) :].reshape(-1, 1).to(scores)
+        tokens = counted.sum().clamp(min=1.0)
+        load = (chosen * counted).sum(0) / (tokens * config.num_experts_per_tok)
+        losses.append(config.num_experts * (load * (scores * counted).sum(0) / tokens).sum())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cell_experts import CellExperts, IteratedMoE, lstm_cell
+from .cell_experts import CellExperts, lstm_cell
+from .experts import RecurringMoE
 from .fields import Config
 from .interface import System
 from .recurrence import Rows, State, recur
-from .routing import Routing
-
-__all__ = ["SYSTEM"]
 
 
 class SequentialExperts(CellExperts):
@@ -29,7 +27,7 @@ class SequentialExperts(CellExperts):
         super().__init__(config, shapes)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """Return [rows, h], given that."""
+        """Return the last states, [rows, h], given [rows, h]."""
 
         def step(number: int, rows: Rows, refined: Tensor, cell: Tensor) -> State:
             new, cell = lstm_cell(self.linear(refined, "lstm", rows.routing), cell)
@@ -40,17 +38,11 @@ class SequentialExperts(CellExperts):
         refined = self.feed_forward(x, rows.routing)
         return recur(step, (refined, torch.zeros_like(refined)), rows)[0]
 
-    def output(self, state: Tensor, routing: Routing) -> Tensor:
-        """Return the last state, which is the output."""
-        return state
 
-
-class SequentialExpertsMoE(IteratedMoE):
+class SequentialExpertsMoE(RecurringMoE):
     """A layer of them."""
 
-    def build_experts(self) -> None:
-        """Create the routed experts."""
-        self.experts = SequentialExperts(self.config)
+    experts_class = SequentialExperts
 
 
 class SequentialExpertsSystem(System):

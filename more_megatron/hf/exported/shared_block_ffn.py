@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -10,13 +12,10 @@ from .cache import Memory
 from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config
-from .grouped import grouped_linear
-from .initialization import layers_passed, takase_normal
+from .parts import grouped_linear, takase_normal
 from .recurrence import Rows
 from .recurrent_block import BlockRows, BlockSystem, RecurrentBlock, block_width
 from .routing import Routing
-
-__all__ = ["SYSTEM"]
 
 
 class LightExperts(nn.Module):
@@ -30,8 +29,12 @@ class LightExperts(nn.Module):
         self.fc2 = nn.Parameter(torch.empty(experts, hidden, 2 * hidden))
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw a new weight as the training code does."""
-        takase_normal(self.config, weight, layers_passed(self.config) if name == "fc2" else None)
+        config, chosen = self.config, self.config.num_experts_per_tok
+        takase_normal(config, weight, depth=None)
+        if name == "fc2":
+            # Their weighted sum, which a block reads, is as long as one of them, if routers know nothing yet.
+            is_share_of_all = config.router_score_function == "softmax" and config.router_pre_softmax
+            weight *= (config.num_experts if is_share_of_all else chosen) / math.sqrt(chosen)
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h]."""
@@ -42,13 +45,13 @@ class LightExperts(nn.Module):
 class CombinedBlockMoE(MoREMoE):
     """Light experts are combined first; then one recurrent block runs over the whole sequence."""
 
+    experts_class = LightExperts
+
     def build_experts(self) -> None:
-        """Create the light experts and the block."""
-        self.experts = LightExperts(self.config)
+        super().build_experts()
         self.recurrent_block = RecurrentBlock(self.config, follows_layers=True)
 
     def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
-        """Return the block's last state, [b, s, h]."""
         rows = BlockRows(context, self.layer_idx, stream=_stream, mask=context.mask, memory=memory.at("block"))
         return self.recurrent_block(output, context.initial_state(self.layer_idx, output), rows)
 

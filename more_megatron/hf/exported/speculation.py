@@ -41,12 +41,13 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     verifications: int | None = None
 
 
+@dataclass
 class _Speculation:
     """One generation.
 
-    Args:
+    Attributes:
         model: The model.
-        input_ids: Prompts, [b, s].
+        texts: Prompts, [s], which grow.
         process: Turns logits, [b, V], into scores, given the tokens before, [b, any].
         stops: Returns whether a sequence is complete, given its tokens, [1, any].
         sample: Whether tokens are drawn; else the best is taken.
@@ -56,30 +57,25 @@ class _Speculation:
         mask: 0 for padding, [b, s].
         cache: A cache, empty or with the beginning of the prompts.
         kwargs: Further arguments of the model's calls.
+        rows: The sequences that go on, in the order of the rows of mask and cache.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        process: LogitsProcessorList,
-        stops: Callable[[Tensor], bool],
-        sample: bool,
-        draft_steps: int,
-        draft_tokens: int,
-        longest: int | None,
-        mask: Tensor,
-        cache: Cache,
-        kwargs: dict[str, Any],
-    ) -> None:
-        self.model, self.process, self.stops, self.sample = model, process, stops, sample
-        self.draft_steps, self.draft_tokens, self.longest = draft_steps, draft_tokens, longest
-        self.mask, self.cache, self.kwargs = mask, cache, kwargs
-        self.texts = list(input_ids)
-        # The sequences that go on, in the order of the rows of mask and cache.
+    model: Any
+    texts: list[Tensor]
+    process: LogitsProcessorList
+    stops: Callable[[Tensor], bool]
+    sample: bool
+    draft_steps: int
+    draft_tokens: int
+    longest: int | None
+    mask: Tensor
+    cache: Cache
+    kwargs: dict[str, Any]
+    verifications: int = 0
+
+    def __post_init__(self) -> None:
         self.rows = list(range(len(self.texts)))
         self.drafted, self.accepted = torch.zeros(2, len(self.texts), dtype=torch.long)
-        self.verifications = 0
 
     def run(self) -> None:
         """Generate until all sequences are complete."""
@@ -223,17 +219,7 @@ def speculate(
     draft_tokens: int,
     **kwargs: Any,
 ) -> SpeculativeOutput | Tensor:
-    """Generate as `generate` does, given what transformers has prepared.
-
-    Args:
-        model: The model.
-        input_ids: Prompts, [b, s].
-        logits_processor: Makes scores of logits.
-        stopping_criteria: Says which sequences are complete.
-        generation_config: Whether to draw tokens, what to pad with, and what to return.
-        draft_steps: Steps of a draft.
-        draft_tokens: Tokens of a draft.
-        kwargs: Mask, cache and options of the model's calls.
+    """Generate as `generate` does, given what transformers has prepared for it, and the steps and tokens of a draft.
 
     Returns:
         Sequences, [b, any], padded on the right, or an object with them and the tokens that were accepted.
@@ -241,7 +227,7 @@ def speculate(
     cache, mask = kwargs.get("past_key_values", kwargs.get("cache")), kwargs.get("attention_mask")
     generation = _Speculation(
         model,
-        input_ids,
+        list(input_ids),
         process=logits_processor,
         stops=lambda text: bool(stopping_criteria(text, None).all()),
         sample=bool(generation_config.do_sample),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Any
@@ -14,7 +15,7 @@ from .context import CallContext
 from .fields import Config
 from .interface import Group, System
 from .recurrence import Rows
-from .router_logits import RouterLogits
+from .routing import RouterLogits
 
 __all__ = ["Stack", "Trace", "build_loops"]
 
@@ -28,19 +29,18 @@ class Trace:
     """
 
     def __init__(self, keep_states: bool, keep_logits: bool) -> None:
-        self._keep_states, self._keep_logits = keep_states, keep_logits
-        self._states: list[Tensor] = []
-        self._decisions: list[tuple[Tensor, int, int, str]] = []
+        self._states: list[Tensor] | None = [] if keep_states else None
+        self._decisions: list[tuple[Tensor, int, int, str]] | None = [] if keep_logits else None
         self._batch = 1
 
     def see_states(self, states: Tensor) -> None:
         """Keep hidden states, [b, s, h]."""
-        if self._keep_states:
+        if self._states is not None:
             self._states.append(states)
 
     def see_logits(self, logits: Iterable[Tensor], layer: int, step: int, routers: tuple[str, ...]) -> None:
         """Keep the logits that one call of a layer returned, [b, s, N] each, or [b, s, heads, N]."""
-        if not self._keep_logits:
+        if self._decisions is None:
             return
         for number, part in enumerate(logits):
             further, router = divmod(number, len(routers))
@@ -50,12 +50,12 @@ class Trace:
     @property
     def states(self) -> tuple[Tensor, ...] | None:
         """The hidden states; None if they were not to be kept."""
-        return tuple(self._states) if self._keep_states else None
+        return None if self._states is None else tuple(self._states)
 
     @property
     def logits(self) -> RouterLogits | None:
         """The router logits; None if they were not to be kept."""
-        if not self._keep_logits:
+        if self._decisions is None:
             return None
         logits, layers, steps, routers = zip(*self._decisions, strict=True) if self._decisions else ((),) * 4
         return RouterLogits(logits, layers, steps, routers, self._batch)
@@ -74,10 +74,11 @@ def build_loops(config: Config, system: System) -> nn.ModuleList:
     return nn.ModuleList(group.loop(config) for group in groups if group.loop is not None)
 
 
+@dataclass(frozen=True)
 class Stack:
     """Runs the groups of one call.
 
-    Args:
+    Attributes:
         groups: The groups of the stack.
         layers: All layers.
         loops: The loops, one for each group that has one.
@@ -87,18 +88,13 @@ class Stack:
         trace: What the call keeps.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        layers: nn.ModuleList,
-        loops: nn.ModuleList,
-        norm: nn.Module,
-        context: CallContext,
-        memory: Memory,
-        trace: Trace,
-    ) -> None:
-        self.groups, self.layers, self.loops, self.norm = groups, layers, loops, norm
-        self.context, self.memory, self.trace = context, memory, trace
+    groups: Sequence[Group]
+    layers: nn.ModuleList
+    loops: nn.ModuleList
+    norm: nn.Module
+    context: CallContext
+    memory: Memory
+    trace: Trace
 
     def run(self, hidden_states: Tensor) -> Tensor:
         """Return what the last layer makes of the embeddings, [b, s, h]."""
@@ -125,16 +121,10 @@ class Stack:
         step: int,
         rows: Rows,
     ) -> Tensor:
-        """Run the layers of a group once.
+        """Run the layers of a group once on [b, s, h] or, where tokens have stopped, [1, n, h].
 
-        Args:
-            group: The group.
-            former: Router logits of each layer in the pass before, of all tokens; those of this one are put here.
-            memory: The cache.
-            trace: What the call keeps.
-            hidden_states: What the first layer is given, [b, s, h] or, where tokens have stopped, [1, n, h].
-            step: Number of the pass, from 0.
-            rows: Which tokens these are.
+        `former` holds the router logits of each layer in the pass before, of all tokens; those of this pass are put
+        there.
         """
         memory = memory.select(self.context.shape, rows.chosen)
         for layer_idx in group.layers:
@@ -152,11 +142,7 @@ class Stack:
     def _behind(self, groups: Sequence[Group], aside: dict, state: Tensor, rows: Rows) -> Tensor:
         """Return what the final norm would be given if a loop ended with a state: the groups behind that run once.
 
-        Args:
-            groups: The groups behind the loop.
-            aside: Their keys and values, which the cache must not have yet.
-            state: The state, [b, s, h] or, where tokens have stopped, [1, n, h].
-            rows: Which tokens these are.
+        Their keys and values are kept `aside`: the cache must not have them yet.
         """
         memory = self.memory.write_aside(aside)
         for group in groups:

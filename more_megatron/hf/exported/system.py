@@ -1,15 +1,21 @@
-"""Finds a system by its name: the file of that name in this folder, wherever the folder is."""
+"""The files of this folder: the system of a name, wherever the folder is, and the modules that an export needs."""
 
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 from .interface import System
 
-__all__ = ["find_system", "system_names"]
+__all__ = ["PUBLIC_MODULES", "find_system", "system_names", "write_code"]
+
+PUBLIC_MODULES = ("configuration_more", "modeling_more")
+"""Modules that `auto_map` in `config.json` names."""
 
 _FOLDER = Path(__file__).parent
+# As transformers finds them (transformers/dynamic_module_utils.py).
+_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
 
 
 def system_names() -> tuple[str, ...]:
@@ -27,3 +33,41 @@ def find_system(name: str) -> System:
     if name not in names:
         raise ValueError(f"variant {name!r} does not exist: choose one of {', '.join(names)}")
     return importlib.import_module(f".{name}", __package__).SYSTEM
+
+
+def write_code(folder: Path, system: str) -> None:
+    """Write the public modules and everything that they and a system import.
+
+    The system is found by its name when the model is built, while transformers copies the modules that a file imports
+    in its text, before version 5 only those of the public modules themselves. So these import all there are. Where this
+    code has itself been copied that way, transformers goes on to copy it.
+
+    Args:
+        folder: Where to.
+        system: Name of the system.
+    """
+    if not all((_FOLDER / f"{name}.py").is_file() for name in PUBLIC_MODULES):
+        return
+    for name in PUBLIC_MODULES:
+        text = _text(name)
+        needed = _modules({name, system}) - {name}
+        missing = sorted(needed - set(_RELATIVE_IMPORT.findall(text)))
+        lines = [f"from .{module} import __name__ as _{module}  # noqa: E402, F401\n" for module in missing]
+        if lines:
+            text += "\n# transformers copies the modules that this text names.\n" + "".join(lines)
+        (folder / f"{name}.py").write_text(text)
+    for name in _modules({*PUBLIC_MODULES, system}) - set(PUBLIC_MODULES):
+        (folder / f"{name}.py").write_text(_text(name))
+
+
+def _text(module: str) -> str:
+    return (_FOLDER / f"{module}.py").read_text()
+
+
+def _modules(names: set[str]) -> set[str]:
+    """Return modules and all that they import."""
+    found: set[str] = set()
+    while names:
+        found |= names
+        names = {name for module in names for name in _RELATIVE_IMPORT.findall(_text(module))} - found
+    return found

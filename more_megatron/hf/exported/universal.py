@@ -12,17 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cache import Memory
 from .context import CallContext
 from .division import RepeatedMoE
 from .fields import LOGIT_EMA, Config, Field
 from .interface import Group, Loop, RunPass, System
-from .layer import MoRELayer
-from .mlp import MoREMLP
-from .norms import build_norm
+from .layer import SandwichLayer
+from .parts import MoREMLP
 from .recurrence import Rows, State, recur
-
-__all__ = ["SYSTEM"]
 
 _LONGEST = 1e4
 
@@ -49,7 +45,6 @@ class _HaltingProbability(nn.Linear):
             nn.init.xavier_uniform_(weight)
 
     def forward(self, state: Tensor) -> Tensor:
-        """Return the probability, in float32."""
         return nn.functional.linear(state.float(), self.weight.float(), self.bias.float()).sigmoid()
 
 
@@ -63,11 +58,9 @@ class UniversalLoop(Loop):
         self.halting = _HaltingProbability(config) if config.halting == "act" else None
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw the time signals."""
         weight.normal_(0.0, self.config.hidden_size**-0.5)
 
     def forward(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows) -> Tensor:
-        """Return what the group makes of its input, [b, s, h]."""
         context = rows.context
         if self.time is not None and context.num_steps > len(self.time):
             raise ValueError(
@@ -79,7 +72,6 @@ class UniversalLoop(Loop):
         return super().forward(hidden_states, run_pass, rows)
 
     def enter(self, state: Tensor, hidden_states: Tensor, step: int, rows: Rows) -> Tensor:
-        """Return the state with the signals of position and step."""
         positions = _sinusoid(rows.context.positions, self.config.hidden_size).to(state.dtype)
         return state + positions + self._time(step, state)
 
@@ -91,16 +83,8 @@ class UniversalLoop(Loop):
     def _halted(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows, halting: nn.Module) -> Tensor:
         """Return the output of all positions. Those that have halted still take part in every pass."""
 
-        def step(
-            number: int,
-            rows: Rows,
-            state: Tensor,
-            output: Tensor,
-            total: Tensor,
-            steps: Tensor,
-            remainder: Tensor,
-            halted: Tensor,
-        ) -> State:
+        def step(number: int, rows: Rows, *carried: Tensor) -> State:
+            state, output, total, steps, remainder, halted = carried
             entering = self.enter(state, hidden_states, number, rows)
             probability = halting(entering)
             ends = ~halted & (total + probability > 1.0 - self.config.halting_epsilon)
@@ -133,25 +117,17 @@ def _mean(values: Tensor, context: CallContext) -> Tensor:
     return (values * counted).sum() / counted.sum().clamp(min=1)
 
 
-class UniversalLayer(MoRELayer):
+class UniversalLayer(SandwichLayer):
     """A layer with norms in front of its parts, or behind their residual sums as in the paper."""
 
     def __init__(self, config: Config, layer_idx: int, mlp: nn.Module) -> None:
         super().__init__(config, layer_idx, mlp)
-        behind = [build_norm(config, config.hidden_size) if config.post_norm else nn.Identity() for _ in range(2)]
-        self.attention_output_norm, self.mlp_output_norm = behind
         if config.post_norm:
             self.input_layernorm = self.post_attention_layernorm = nn.Identity()
+        else:
+            self.attention_output_norm = self.mlp_output_norm = nn.Identity()
         for part in self.modules():
             setattr(part, "is_drawn_by_size", True)  # noqa: B010
-
-    def transform(
-        self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Return hidden states and the logits of each routing decision."""
-        hidden_states = self.attention_output_norm(hidden_states)
-        hidden_states, *logits = super().transform(hidden_states, context, memory, *former)
-        return (self.mlp_output_norm(hidden_states), *logits)
 
 
 class UniversalTransformer(System):
@@ -178,28 +154,22 @@ class UniversalTransformer(System):
     }
 
     def check(self, values: Mapping[str, Any]) -> None:
-        """Check that there is a time signal for the steps that calls take by default."""
         steps, learned = values["mean_recurrence"], values["training_steps"]
         if values["time_signal"] == "learned" and steps > learned:
             raise ValueError(f"mean_recurrence {steps} is above training_steps {learned}, which have a time signal")
 
     def groups(self, config: Config) -> Sequence[Group]:
-        """Return all layers as one group."""
         return (Group(range(config.num_hidden_layers), UniversalLoop),)
 
     def embedding_scale(self, config: Config) -> float:
-        """Return the root of the hidden size."""
         return math.sqrt(config.hidden_size)
 
-    def build_mlp(self, config: Config, layer_idx: int) -> nn.Module:
-        """Return the feed-forward part of a layer: experts, or an MLP with biases."""
-        if config.moe_layers[layer_idx]:
-            return self.moe_class(config, layer_idx)
+    def build_dense(self, config: Config) -> nn.Module:
         return MoREMLP(config, config.intermediate_size, bias=True)
 
     def build_final_norm(self, config: Config) -> nn.Module:
-        """Return the norm before the output layer; a layer of the paper ends with its own."""
-        return nn.Identity() if config.post_norm else build_norm(config, config.hidden_size)
+        # A layer of the paper ends with its own.
+        return nn.Identity() if config.post_norm else super().build_final_norm(config)
 
     def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
         """Draw the matrices of layers as Glorot and Bengio do (AISTATS 2010)."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from more_megatron.evaluation.gpu_check.outcomes import Finding
-from more_megatron.evaluation.gpu_check.work.runs import configure
+from more_megatron.evaluation.runs import configure
 from more_megatron.platform import Platform, initialize_platform
 
 __all__ = ["attention", "ceilings", "defaults", "packages"]

@@ -11,8 +11,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.evaluation.gpu_check.outcomes import Finding
-from more_megatron.evaluation.gpu_check.work.runs import configure, fresh_model
 from more_megatron.evaluation.gpu_check.work.tensors import gradients, sharded
+from more_megatron.evaluation.runs import configure, fresh_model
 from more_megatron.evaluation.step_benchmark import forward
 from more_megatron.model.depth import Depth
 from more_megatron.model.noise import state_noise

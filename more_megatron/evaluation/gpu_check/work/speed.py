@@ -16,7 +16,7 @@ from more_megatron.errors import MoREError
 from more_megatron.evaluation.comparison.matching import Goal, match, system_cost
 from more_megatron.evaluation.gpu_check.outcomes import Finding
 from more_megatron.evaluation.gpu_check.plan import Sizes
-from more_megatron.evaluation.gpu_check.work.runs import configure, sole_rank
+from more_megatron.evaluation.runs import configure, sole_rank
 from more_megatron.evaluation.step_benchmark import (
     StepBenchmark,
     peak_bytes,

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from more_megatron.checkpoint_files import checkpoint_to_load
 from more_megatron.evaluation.gpu_check.outcomes import Finding
-from more_megatron.evaluation.gpu_check.work.runs import configure, fresh_model, train
 from more_megatron.evaluation.gpu_check.work.tensors import sharded
+from more_megatron.evaluation.runs import configure, fresh_model, train
 from more_megatron.evaluation.step_benchmark import forward
 from more_megatron.hf.conversion.export import ToHF, to_hf
 

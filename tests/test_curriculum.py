@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
-from more_megatron.model.curriculum import Curriculum
 
 
 def test_each_entry_holds_from_its_iteration_on() -> None:

@@ -1,8 +1,8 @@
-"""What the figures of evaluation have in common."""
+"""What figures have in common, those of a run that trains and those of evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from more_megatron.errors import MoREError
 from more_megatron.unfinished import unfinished_file
 
-__all__ = ["heat_map", "new_figure", "save", "spread"]
+__all__ = ["draw_loads", "heat_map", "new_figure", "save", "spread"]
 
 _MOST_NUMBERS = 200
 _MOST_TICKS = 16
@@ -70,6 +70,22 @@ def heat_map(
                 colour = "white" if value > 0.6 * top else "#222222"
                 axis.text(column, row, _number(value), ha="center", va="center", fontsize=7, color=colour)
     return image
+
+
+def draw_loads(axis: Any, loads: Mapping[str, np.ndarray], columns: Sequence[Any] | None = None) -> None:
+    """Draw the loads of experts as colours, a row for each router.
+
+    Args:
+        axis: Axes of matplotlib.
+        loads: The share of all choices that fell on each expert, [experts], by name of the router.
+        columns: Names of the experts. Default: their numbers.
+    """
+    values = np.full((len(loads), max(map(len, loads.values()))), np.nan)
+    for row, load in enumerate(loads.values()):
+        values[row, : len(load)] = np.asarray(load) * len(load)
+    image = heat_map(axis, values, list(loads), columns, max(2.0, float(np.nanmax(values))), colours="Purples")
+    axis.set_xlabel("expert")
+    axis.figure.colorbar(image, ax=axis, label="tokens, in parts of the mean", shrink=0.8)
 
 
 def _number(value: float) -> str:

@@ -56,10 +56,13 @@ def fresh_model(model_config: GPTModelConfig) -> GPTModel:
 
 
 def sole_rank() -> None:
-    """Form Megatron's process groups of the one rank there is, and seed its generators."""
+    """Form Megatron's process groups of the one rank there is, and seed its generators.
+
+    It meets nobody, and needs neither a port nor the variables of a launcher.
+    """
     if not torch.distributed.is_initialized():
-        cuda = initialize_platform() is Platform.CUDA
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        backend = "nccl" if initialize_platform() is Platform.CUDA else "gloo"
+        torch.distributed.init_process_group(backend, rank=0, world_size=1, store=torch.distributed.HashStore())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
