@@ -107,7 +107,7 @@ def plan_encoder(
             recipe = f"it refuses this tokenizer ({last_line(error)[:120]})"
         else:
             if different is None:
-                reason = "its ids are the reference's on every piece, on hostile texts and on the first half megabyte"
+                reason = "its ids are the reference's on every piece, on hostile texts and on the first megabyte"
                 return EncoderPlan(tokenizer, append_eod, recipe, name, reason)
             recipe = f"its ids differ from the reference's, first in {different}"
     return EncoderPlan(tokenizer, append_eod, None, reference.name, f"not gigatoken: {recipe}")

@@ -21,7 +21,7 @@ Encode = Callable[[Sequence[bytes]], Sequence[ArrayLike]]
 
 # gigatoken keeps every word it has met; from this much text on it starts again.
 _RENEW_BYTES = 1 << 25
-_SAMPLE_BYTES = 1 << 19
+_SAMPLE_BYTES = 1 << 20
 # A longer document is not encoded twice if its task has a shorter one.
 _CHECKED_BYTES = 1 << 13
 
@@ -102,7 +102,7 @@ def checked(fast: Encode, reference: Encode) -> Encode:
 
 
 def first_difference(fast: Encode, reference: Encode, pieces: Sequence[str], documents: Iterable[bytes]) -> str | None:
-    """Compare two ways to encode on every piece, on hostile texts and on the first half megabyte of the documents.
+    """Compare two ways to encode on every piece, on hostile texts and on the first megabyte of the documents.
 
     Returns:
         The beginning of the first text that differs, or None.
