@@ -15,7 +15,8 @@ from more_megatron.systems import get_system, systems
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.model import model_config_from_args
 from tests.helpers.ranks import run_ranks
-from tests.helpers.shell import PROJECT, calls_of, linter, parse, train_call
+from tests.helpers.shell import PROJECT, Call, calls_of, linter, parse, train_call
+from tests.helpers.systems import in_two_tiers
 from tools.sample_text import write_sample_text
 
 _SCRIPTS = sorted([*PROJECT.glob("examples/**/*.sh"), PROJECT / ".ci" / "run"])
@@ -30,10 +31,20 @@ def test_bash_and_shellcheck_accept(script: Path) -> None:
     assert found.returncode == 0, found.stdout
 
 
-@pytest.mark.parametrize("variant", systems())
-def test_debug_script_trains(variant: str, tmp_path: Path) -> None:
-    (call,) = calls_of(f"bash examples/debug/{variant}.sh --train-iters 2 --log-interval 2", tmp_path)
+def _debug(variant: str, folder: Path) -> Call:
+    (call,) = calls_of(f"bash examples/debug/{variant}.sh --train-iters 2 --log-interval 2", folder)
     assert call.flags[call.flags.index("--more-variant") + 1] == variant
+    return call
+
+
+@pytest.mark.parametrize("variant", systems())
+def test_debug_script_parses(variant: str, tmp_path: Path) -> None:
+    parse(_debug(variant, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("variant", in_two_tiers(systems()))
+def test_debug_script_trains(variant: str, tmp_path: Path) -> None:
+    call = _debug(variant, tmp_path)
     for ended in train_call(call, "", tmp_path):
         assert ended.code == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
 

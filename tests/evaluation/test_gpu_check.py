@@ -30,7 +30,7 @@ def _check(*flags: str, seconds: float) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
 
 
-@pytest.mark.parametrize("chosen", [names()[:2], pytest.param(names(), marks=pytest.mark.matrix)], ids=len)
+@pytest.mark.parametrize("chosen", [names()[:1], pytest.param(names(), marks=pytest.mark.matrix)], ids=len)
 def test_the_dry_run_passes_every_stage(chosen: tuple[str, ...], tmp_path: Path) -> None:
     done = _check("--dry-run", "--systems", *chosen, "--output", str(tmp_path), seconds=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

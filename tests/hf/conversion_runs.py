@@ -18,7 +18,17 @@ from tests.helpers.corpus import write_corpus
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY_ON_FILES, dense
 
-__all__ = ["RUNS", "SEQUENCES", "WITHOUT_ARGUMENTS", "Reported", "command_line", "convert", "train_runs", "write_data"]
+__all__ = [
+    "IN_MATRIX",
+    "RUNS",
+    "SEQUENCES",
+    "WITHOUT_ARGUMENTS",
+    "Reported",
+    "command_line",
+    "convert",
+    "train_runs",
+    "write_data",
+]
 
 SEQUENCES = 8
 _LENGTH = 16
@@ -66,6 +76,12 @@ RUNS: dict[str, str] = {
 for _name in names():
     if not any(f"--more-variant {_name} " in f"{_flags} " for _flags in RUNS.values()):
         RUNS[f"{_name}, tp2"] = f"--more-variant {_name} {_TP2}"
+# Of these, what only the whole matrix tries: each system is in another run, and so is each layout (of ep2, what is no
+# expert is data-parallel).
+IN_MATRIX = (
+    *("moe, dp", "recurrent_moe, pp2", "recurrent_experts, tp2", "shared_block, tp2", "moeut, ep2"),
+    "shared_block_ffn, tp2",
+)
 _DENSE = (RUNS["huginn, tp2"],)
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"

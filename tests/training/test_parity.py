@@ -230,16 +230,24 @@ SYSTEMS = {
         for experts, sampling in ((1, _FIXED), (4, _uniform(1)))
     },
 }
-_TRIED_ALWAYS = 3
+_TRIED_ALWAYS = 2
 
 
 def _spread_over_layouts() -> set[tuple[str, str]]:
-    """Return some layouts of each system so that each layout is among them: what is tried without the whole matrix."""
+    """Return some layouts of each system, with each layout among them: what is tried without the whole matrix."""
+    chosen: set[tuple[str, str]] = set()
     tried: collections.Counter[str] = collections.Counter()
-    chosen = set()
+    able = {layout: [name for name, system in SYSTEMS.items() if layout in system.layouts] for layout in LAYOUTS}
+    for layout in sorted(LAYOUTS, key=lambda layout: len(able[layout])):
+        system = min(able[layout], key=lambda name: tried[name])
+        tried.update((system, layout))
+        chosen.add((system, layout))
     for name, system in SYSTEMS.items():
-        for layout in sorted(system.layouts, key=lambda layout: (tried[layout], LAYOUTS[layout].ranks))[:_TRIED_ALWAYS]:
-            tried[layout] += 1
+        others = [layout for layout in system.layouts if (name, layout) not in chosen]
+        used = {LAYOUTS[layout].ranks for other, layout in chosen if other == name}
+        others.sort(key=lambda layout: (LAYOUTS[layout].ranks not in used, tried[layout]))
+        for layout in others[: max(_TRIED_ALWAYS - tried[name], 0)]:
+            tried.update((layout,))
             chosen.add((name, layout))
     return chosen
 
@@ -253,9 +261,12 @@ _CASES = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Return the runs of this module, started when first asked for."""
-    return Runs(tmp_path_factory.mktemp("parity"))
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Return the runs of this module's tests, started when first asked for."""
+    own = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    calls = [item.callspec.params for item in own if hasattr(item, "callspec")]
+    cases = [(call["system"], call["layout"]) for call in calls if "layout" in call]
+    return Runs(tmp_path_factory.mktemp("parity"), cases)
 
 
 class Runs:
@@ -263,20 +274,22 @@ class Runs:
 
     Args:
         folder: Holds the checkpoints.
+        cases: Systems and layouts that are tried.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, cases: list[tuple[str, str]]) -> None:
+        self._folder, self._cases = folder, cases
         self._run = f"{_RUN} --data-path {write_corpus(folder / 'corpus')}"
-        self._worlds: dict[tuple[str, tuple[str, ...]], list[History] | AssertionError] = {}
+        self._worlds: dict[tuple[str, int], dict[str, History] | AssertionError] = {}
 
     @functools.cache  # noqa: B019
     def reference(self, system: str) -> History:
-        """Return the uninterrupted run of a single process, which saves after its first step."""
+        """Return the uninterrupted run of a single process; others save after its first step, for those that load."""
+        optimizers = {LAYOUTS[layout].optimizer for name, layout in self._cases if name == system}
         lines = [
             f"{self._line(system)} {optimizer} --save {self._checkpoint(system, optimizer)} "
             "--save-interval 1 --exit-interval 1"
-            for optimizer in (_OFF, Layout.optimizer)
+            for optimizer in sorted(optimizers)
         ]
         return run_ranks(1, train_all, [*lines, self._line(system)])[0][-1]
 
@@ -286,29 +299,24 @@ class Runs:
 
     def of(self, system: str, layout: str) -> History:
         """Return the run of a layout that loads the reference's checkpoint, as the last rank reports it."""
-        ranks, is_always = LAYOUTS[layout].ranks, (system, layout) in _ALWAYS
-        names = tuple(
-            name
-            for name in SYSTEMS[system].layouts
-            if LAYOUTS[name].ranks == ranks and ((system, name) in _ALWAYS) == is_always
-        )
-        if (system, names) not in self._worlds:
-            self._worlds[system, names] = self._outcome(system, names)
-        outcome = self._worlds[system, names]
+        ranks = LAYOUTS[layout].ranks
+        if (system, ranks) not in self._worlds:
+            self._worlds[system, ranks] = self._outcome(system, ranks)
+        outcome = self._worlds[system, ranks]
         if isinstance(outcome, AssertionError):
             raise outcome
-        return outcome[names.index(layout)]
+        return outcome[layout]
 
-    def _outcome(self, system: str, names: tuple[str, ...]) -> list[History] | AssertionError:
+    def _outcome(self, system: str, ranks: int) -> dict[str, History] | AssertionError:
         self.reference(system)
+        names = [layout for name, layout in self._cases if name == system and LAYOUTS[layout].ranks == ranks]
         lines = [
             f"{self._line(system)} {layout.flags} {layout.optimizer} "
             f"--load {self._checkpoint(system, layout.optimizer)}"
             for layout in map(LAYOUTS.__getitem__, names)
         ]
-        ranks = LAYOUTS[names[0]].ranks
         try:
-            return run_ranks(ranks, train_all, lines)[-1]
+            return dict(zip(names, run_ranks(ranks, train_all, lines)[-1], strict=True))
         except AssertionError as failure:  # said by each test of this world, and not tried again
             return failure
 
