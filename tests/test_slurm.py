@@ -248,10 +248,10 @@ def _parse_in_worlds(calls: list[tuple[list[str], int]], folder: str) -> list[di
     from more_megatron.platform import initialize_platform
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.model import model_config_from_args
-    from tests.helpers.reuse import _read_each_docstring_once, forget_run
+    from tests.helpers.reuse import forget_run, read_each_docstring_once
 
     os.chdir(folder)
-    _read_each_docstring_once()
+    read_each_docstring_once()
     names = ("num_layers", "num_experts", "micro_batch_size", "global_batch_size", "data_parallel_size")
     sizes = ("pipeline_model_parallel_size", "expert_model_parallel_size")
     layouts = []

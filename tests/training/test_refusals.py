@@ -22,7 +22,7 @@ from more_megatron.training.model import model_config_from_args
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.ranks import run_ranks
-from tests.helpers.reuse import _read_each_docstring_once, forget_run
+from tests.helpers.reuse import forget_run, read_each_docstring_once
 from tests.helpers.training import TINY, TINY_ON_FILES
 
 _UNIFORM = "--recurrence-sampling uniform"
@@ -173,7 +173,7 @@ def lines() -> dict[str, str | None]:
 
 def _lines(all_flags: list[str]) -> list[str | None]:
     """Do what the program does before it starts a world, for each of the flags."""
-    _read_each_docstring_once()
+    read_each_docstring_once()
     found: list[str | None] = []
     for flags in all_flags:
         sys.argv = ["pretrain_more.py", *shlex.split(f"{TINY} {flags}")]
