@@ -42,7 +42,6 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _UINT16_VOCABULARY = 65500
 _CHUNK = 1 << 20
 
-
 MANIFEST_VERSION = 2
 """Version 1 had no hashes of the files and no count of skipped lines."""
 
@@ -133,8 +132,7 @@ def read_index(path: str | os.PathLike[str]) -> IndexFile:
         pointers=np.frombuffer(data, np.int64, sequences, lengths_end),
         documents=np.frombuffer(data, np.int64, entries, pointers_end),
     )
-    fault = _fault(index)
-    if fault:
+    if fault := _fault(index):
         raise DatasetError(f"{path} is damaged: {fault}; preprocess again")
     return index
 
@@ -175,11 +173,11 @@ def write_index(stream: IO[bytes], dtype: np.dtype, lengths: NDArray[np.int32]) 
         stream.write(ends[:-1].astype("<i8").data)
         place = int(ends[-1])
     stream.write(struct.pack("<q", 0))
-    sequence = 0
+    place = 0
     for chunk in chunks:
-        bounds = np.cumsum(chunk > 0, dtype=np.int64) + sequence
+        bounds = np.cumsum(chunk > 0, dtype=np.int64) + place
         stream.write(bounds.astype("<i8").data)
-        sequence = int(bounds[-1])
+        place = int(bounds[-1])
 
 
 def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:

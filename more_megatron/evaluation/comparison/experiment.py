@@ -125,6 +125,9 @@ class Experiment:
         known = {key.name for key in dataclasses.fields(cls)}
         if unknown := sorted(set(keys) - known):
             raise MoREError(f"there is no key {unknown[0]}: choose among {', '.join(sorted(known))}")
+        for name in set(_TUPLES) & set(keys):
+            if not isinstance(keys[name], list | tuple) or not all(type(number) is int for number in keys[name]):
+                raise MoREError(f"{name} must be a list of whole numbers, not {keys[name]!r}")
         values = dict(keys) | {name: tuple(keys[name]) for name in _TUPLES if name in keys}
         experiment = cls(**values | {"arms": tuple(_arms(keys.get("arms")))})
         if experiment.deep is not None:
@@ -145,6 +148,9 @@ class Experiment:
             raise MoREError(f"match {self.match} does not exist: choose one of {', '.join(MATCHES)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise MoREError(f"seeds {list(self.seeds)} must be one or more, each once")
+        for key, number in (("tokens", self.tokens), ("total_flops", self.total_flops)):
+            if number is not None and not (isinstance(number, int | float) and number > 0):
+                raise MoREError(f"{key} {number!r} must be a number above 0")
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
         if self.problems < 1:
@@ -267,6 +273,8 @@ def _arms(given: Any) -> Iterator[Arm]:
         MoREError: If an arm is no table, or names a system that does not exist.
     """
     table = dict.fromkeys(given) if isinstance(given, list | tuple) else given or dict.fromkeys(systems())
+    if not isinstance(table, dict):
+        raise MoREError(f"arms must be a table or a list of names, not {given!r}")
     for name, flags in table.items():
         if isinstance(flags, Arm):
             yield flags
