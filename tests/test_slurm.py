@@ -245,10 +245,10 @@ def _parse_in_worlds(calls: list[tuple[list[str], int]], folder: str) -> list[di
     """Check each command line as the program does in a world of its size, and return the layouts."""
     import sys
 
+    from more_megatron.evaluation.runs import forget_run, read_each_docstring_once
     from more_megatron.platform import initialize_platform
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.model import model_config_from_args
-    from tests.helpers.reuse import forget_run, read_each_docstring_once
 
     os.chdir(folder)
     read_each_docstring_once()

@@ -26,13 +26,14 @@ from megatron.training.argument_utils import ArgumentGroupFactory, pretrain_cfg_
 from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.evaluation.training_log import Iteration, read_log
+from more_megatron.monitoring.figures import report_to
 from more_megatron.platform import Platform, initialize_platform
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
 from more_megatron.training.model import model_config_from_args
 
-__all__ = ["configure", "fresh_model", "sole_rank", "train"]
+__all__ = ["configure", "forget_run", "fresh_model", "read_each_docstring_once", "sole_rank", "train"]
 
 
 def configure(command_line: str) -> tuple[Namespace, GPTModelConfig]:
@@ -77,8 +78,8 @@ def train(command_line: str) -> list[Iteration]:
     Raises:
         RuntimeError: If Megatron ends the run before its time.
     """
-    _read_each_docstring_once()
-    _forget_run()
+    read_each_docstring_once()
+    forget_run()
     output = io.StringIO()
     with _command_line(command_line), contextlib.redirect_stdout(output):
         args = parse_arguments(initialize_platform())
@@ -96,7 +97,7 @@ def train(command_line: str) -> list[Iteration]:
             if leaving.code:
                 raise RuntimeError(f"Megatron ended the run with exit code {leaving.code}") from leaving
         finally:
-            _forget_run()
+            forget_run()
             print(output.getvalue(), file=sys.__stdout__)
     return read_log(output.getvalue().splitlines()).iterations
 
@@ -117,7 +118,7 @@ def _forget_arguments() -> None:
     _free()
 
 
-def _forget_run() -> None:
+def forget_run() -> None:
     """Put Megatron's process-wide state back to where it is in a process that has not trained yet.
 
     The process group of all ranks stays; Megatron takes it over where it finds one.
@@ -125,6 +126,7 @@ def _forget_run() -> None:
     _leave_groups()
     training.destroy_global_state()
     destroy_moe_metrics_tracker()
+    report_to(None)
     checkpointing._CHECKPOINT_VERSION = None
     checkpointing._LOADED_ITERATION = None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -148,8 +150,8 @@ def _free() -> None:
 
 
 @functools.cache
-def _read_each_docstring_once() -> None:
-    # A third of a second for each command line: the flags' help is read from the source of 27 classes.
+def read_each_docstring_once() -> None:
+    """Keep the flags' help, which is read from the source of 27 classes: a third of a second for each command line."""
     read = functools.partial(ArgumentGroupFactory._get_field_docstrings, object.__new__(ArgumentGroupFactory))
     cached = functools.cache(read)
     ArgumentGroupFactory._get_field_docstrings = lambda self, src_cfg_class: cached(src_cfg_class)

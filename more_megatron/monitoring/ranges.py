@@ -119,10 +119,13 @@ def healthy_ranges(
         ranges |= {f"routing/{name}": healthy for name, healthy in _ROUTING.items()}
         if repeats_router:
             ranges["routing/entropy"] = _REPEATED_ENTROPY
-    for name, ends in (*own.items(), *(_read(overrides) if overrides is not None else {}).items()):
-        meant = difflib.get_close_matches(name, ranges, n=1, cutoff=0.9)
-        if overrides is not None and name not in own and meant not in ([], [name]):
+    given = {} if overrides is None else _read(overrides)
+    known = {*ranges, *own}
+    for name in given:
+        meant = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        if meant:
             raise MoREError(f"--health-ranges {overrides}: there is no figure {name}; did you mean {meant[0]}?")
+    for name, ends in (*own.items(), *given.items()):
         if ends is None:
             ranges.pop(name, None)
         else:

@@ -10,9 +10,9 @@ import torch
 from megatron.training import training
 
 from more_megatron.blocks import iterated_moe as recurrent_moe
+from more_megatron.evaluation.runs import forget_run
 from more_megatron.model.depth import Depth
 from tests.helpers.ranks import run_ranks
-from tests.helpers.reuse import forget_run
 from tests.helpers.training import TINY, History, train
 
 _RUN = f"{TINY} --train-iters 3 --weight-decay 0"

@@ -12,7 +12,7 @@ import megatron.core.tokenizers.text.text_tokenizer  # noqa: E402, F401
 import torch._dynamo  # noqa: E402, F401
 from megatron.training.arguments import add_megatron_arguments  # noqa: E402
 
-from tests.helpers.reuse import read_each_docstring_once  # noqa: E402
+from more_megatron.evaluation.runs import read_each_docstring_once  # noqa: E402
 
 # Every rank reads flags.
 read_each_docstring_once()

@@ -16,8 +16,9 @@ from megatron.core.utils import unwrap_model
 from megatron.training import get_args, training
 
 from more_megatron.errors import MoREError
+from more_megatron.evaluation.runs import forget_run
 from more_megatron.training import forward
-from tests.helpers.reuse import forget_run, train_all
+from tests.helpers.reuse import train_all
 
 __all__ = ["FAULTS", "SPIKE", "faulty_run", "write_easy_corpus"]
 

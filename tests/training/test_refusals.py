@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from more_megatron.errors import one_line
+from more_megatron.evaluation.runs import forget_run, read_each_docstring_once
 from more_megatron.platform import initialize_platform
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.checkpoints import check_checkpoint
@@ -22,7 +23,6 @@ from more_megatron.training.model import model_config_from_args
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.ranks import run_ranks
-from tests.helpers.reuse import forget_run, read_each_docstring_once
 from tests.helpers.training import TINY, TINY_ON_FILES
 
 _UNIFORM = "--recurrence-sampling uniform"
