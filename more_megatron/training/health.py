@@ -30,7 +30,7 @@ from more_megatron.monitoring.report import Report
 from more_megatron.monitoring.routing import routing_figures, routing_loads, watch_router
 from more_megatron.monitoring.validation import observe_validation
 from more_megatron.monitoring.watch import Key, Watch, watching
-from more_megatron.platform.finite import Tracer, non_finite_stop, trace_reruns
+from more_megatron.platform.repairs.finite import Tracer, non_finite_stop, trace_reruns
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.parameter_owners import adapters, parameter_owners
