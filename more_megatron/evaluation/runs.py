@@ -29,7 +29,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from more_megatron.evaluation.training_log import Iteration, read_log
 from more_megatron.monitoring.figures import report_to
 from more_megatron.platform import Platform, initialize_platform
-from more_megatron.platform.finite import Tracer, trace_reruns
+from more_megatron.platform.repairs.finite import Tracer, trace_reruns
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
