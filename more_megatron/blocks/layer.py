@@ -116,12 +116,19 @@ class RowMoELayer(CapacityInTrainingMoELayer):
         dispatched, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
         dispatched, tokens_per_expert, probs = self.token_dispatcher.dispatch_postprocess(dispatched, probs)
         rows, order = self._sort(hidden_states, tokens_per_expert, inputs)
+        output = self._compute_experts(dispatched, probs, rows, order, inputs.micro_batch.depth)
+        output = self.combine(self.token_dispatcher.combine_preprocess(output))
+        return self.postprocess(output, shared_output), None
+
+    def _compute_experts(
+        self, dispatched: torch.Tensor, probs: torch.Tensor, rows: Rows, order: torch.Tensor, depth: Depth
+    ) -> torch.Tensor:
+        """Return the weighted output of the experts for the dispatched rows, [rows, h], in the dispatcher's order."""
         restore = torch.empty_like(order)
         restore[order] = torch.arange(len(order), device=order.device)
-        output = self._apply_experts(dispatched.index_select(0, order), rows, inputs.micro_batch.depth)
+        output = self._apply_experts(dispatched.index_select(0, order), rows, depth)
         output = (output * probs.index_select(0, order).unsqueeze(-1)).to(output.dtype)
-        output = self.combine(self.token_dispatcher.combine_preprocess(output.index_select(0, restore)))
-        return self.postprocess(output, shared_output), None
+        return output.index_select(0, restore)
 
     def _apply_experts(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Return the output of the local experts, [rows, h], given the sorted rows."""

@@ -104,6 +104,8 @@ def grouped_parameter(
 ) -> torch.nn.Parameter:
     """Return the weights of all groups on this rank as one parameter, [groups, ...], not yet drawn.
 
+    A weight of one dimension is laid out flat, [groups * size]: Megatron decays no parameter of one dimension.
+
     Args:
         shape: Shape of a group's whole weight.
         split_dim: Dimension of a group's weight that is split over ranks; None if every rank holds all of it.
@@ -112,7 +114,8 @@ def grouped_parameter(
         MoREError: If the split does not come out even.
     """
     local, split_dim = _local_shape(placement, shape, split_dim)
-    return _new(config, (len(placement.groups), *local), local, split_dim)
+    groups = len(placement.groups)
+    return _new(config, (groups * local[0],) if len(local) == 1 else (groups, *local), local, split_dim)
 
 
 def grouped_bias(
@@ -120,8 +123,8 @@ def grouped_bias(
 ) -> torch.nn.Parameter:
     """Return the biases of all groups on this rank as one parameter; otherwise as `grouped_parameter`.
 
-    It is laid out flat, [groups * size]: Megatron decays no parameter of one dimension. In a checkpoint the biases are
-    one tensor with an axis for the groups, as weights are: [groups, ...].
+    It is laid out flat, for the same reason. In a checkpoint the biases are one tensor with an axis for the groups, as
+    weights are: [groups, ...].
     """
     local, split_dim = _local_shape(placement, shape, split_dim)
     return _new(config, (len(placement.groups) * math.prod(local),), local, split_dim, has_group_axis=True)
@@ -146,14 +149,11 @@ def grouped_linear_weights(
 
 
 def grouped_norm_weight(config: MoREConfig, placement: Placement) -> Weights:
-    """Return the weights of an RMSNorm for each group, not yet drawn: a norm of the backend's if it has one.
-
-    Else they are laid out flat, [groups * h]: Megatron decays no parameter of one dimension.
-    """
+    """Return the weights of an RMSNorm for each group, not yet drawn: a norm of the backend's if it has one."""
     shape = (config.hidden_size,)
     norm = backend_of(config).row_norm(config) if len(placement.groups) == 1 else None
     if norm is None:
-        return _new(config, (len(placement.groups) * config.hidden_size,), shape, None)
+        return grouped_parameter(config, placement, shape)
     for parameter, tail in _names(norm).items():
         _mark(Piece(parameter), shape, None, tail)
     return norm
