@@ -75,6 +75,14 @@ _SAME = {
 }
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 _POSITIONS = {"rope": "rope", "none": "none", "learned": "learned_absolute"}
+# Activation function and whether it is gated, by argument; the fused bias and GELU is the tanh approximation:
+# megatron/core/fusions/fused_bias_gelu.py.
+_ACTIVATIONS = {
+    "swiglu": ("silu", True),
+    "quick_geglu": ("quick_gelu", True),
+    "squared_relu": ("relu2", False),
+    "bias_gelu_fusion": ("gelu_pytorch_tanh", False),
+}
 _ROUTINGS_WITH_A_STATE = ("sinkhorn", "quantile_balancing")
 # Factor of Megatron's --use-rope-scaling, whatever else is asked for: megatron/training/models/gpt.py.
 _ROPE_SCALING_FACTOR = 8.0
@@ -126,7 +134,7 @@ def _config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, An
         "gated_mlp": gated,
         "norm_type": args.normalization.lower(),
         "attention_bias": args.add_bias_linear or args.add_qkv_bias,
-        "position_embedding": _inverse(_POSITIONS)[args.position_embedding_type],
+        "position_embedding": {theirs: ours for ours, theirs in _POSITIONS.items()}[args.position_embedding_type],
         "rope_scaling_factor": _ROPE_SCALING_FACTOR if args.use_rope_scaling else None,
         **_experts(args),
         "mean_recurrence": system.flags(args).evaluation_steps,
@@ -174,10 +182,6 @@ def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments | system.arguments(config)
 
 
-def _inverse(table: Mapping[str, str]) -> dict[str, str]:
-    return {value: key for key, value in table.items()}
-
-
 def _check(args: argparse.Namespace) -> None:
     variant = getattr(args, "more_variant", None)
     if variant not in names():
@@ -199,32 +203,22 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _activation(args: argparse.Namespace) -> tuple[str, bool]:
-    if args.swiglu:
-        return "silu", True
-    if args.quick_geglu:
-        return "quick_gelu", True
-    if args.squared_relu:
-        return "relu2", False
-    activation = get_system(args.more_variant).activation
-    if activation != "gelu":
-        return activation, False
-    # The fused bias and GELU is the tanh approximation: megatron/core/fusions/fused_bias_gelu.py.
-    return ("gelu_pytorch_tanh" if args.add_bias_linear and args.bias_gelu_fusion else "gelu"), False
+    plain = get_system(args.more_variant).activation
+    for name in ("swiglu", "quick_geglu", "squared_relu"):
+        if getattr(args, name):
+            return _ACTIVATIONS[name]
+    if plain == "gelu" and args.add_bias_linear and args.bias_gelu_fusion:
+        return _ACTIVATIONS["bias_gelu_fusion"]
+    return plain, False
 
 
 def _activation_flags(config: Mapping[str, Any]) -> dict[str, bool]:
-    activation, gated = config["hidden_act"], config["gated_mlp"]
-    known = {("silu", True), ("quick_gelu", True), ("relu2", False), (get_system(config["variant"]).activation, False)}
-    if ("gelu", False) in known:
-        known.add(("gelu_pytorch_tanh", False))
-    if (activation, gated) not in known:
-        raise MoREError(f"hidden_act {activation} with gated_mlp {gated} has no counterpart in Megatron")
-    return {
-        "swiglu": activation == "silu",
-        "quick_geglu": activation == "quick_gelu",
-        "squared_relu": activation == "relu2",
-        "bias_gelu_fusion": activation == "gelu_pytorch_tanh",
-    }
+    found, plain = (config["hidden_act"], config["gated_mlp"]), get_system(config["variant"]).activation
+    flags = {name: found == activation for name, activation in _ACTIVATIONS.items()}
+    is_known = found == (plain, False) or (any(flags.values()) and not (flags["bias_gelu_fusion"] and plain != "gelu"))
+    if not is_known:
+        raise MoREError(f"hidden_act {found[0]} with gated_mlp {found[1]} has no counterpart in Megatron")
+    return flags
 
 
 def _experts(args: argparse.Namespace) -> dict[str, Any]:

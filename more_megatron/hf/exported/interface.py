@@ -6,8 +6,8 @@ files by such lines, and an export has exactly those that its system leads to. N
 
 - Another feed-forward part with experts: a subclass of `MoREMoE`, or of `RecurringMoE` if something recurs in it, named
   by `System.moe_class` (gru_experts.py).
-- Another layer (norms, residuals, attention): a subclass of `MoRELayer`, named by `System.layer_class`, or
-  `System.build_layer` (recurrent_moe.py). A layer that returns the logits of several routers names them in `routers`.
+- Another layer (norms, residuals, attention): a subclass of `MoRELayer`, named by `System.layer_class`
+  (recurrent_moe.py). A layer that returns the logits of several routers names them in `routers`.
 - Layers that are repeated: `System.groups` returns groups, and a group's `loop` is a subclass of `Loop`, which has the
   adapter, the time signals or the halting as parameters, `model.loops.0.adapter.weight` for example. It says where the
   state begins (`first_state`) and what enters a pass (`enter`). Keys and values, router logits and hidden states of
@@ -21,7 +21,7 @@ files by such lines, and an export has exactly those that its system leads to. N
   runs along a sequence.
 - Weights: a module with a method `draw_weight(name, weight)` draws its own; `System.draw_weight` may draw any.
 - Fields of `config.json`: `System.fields` for its own, `System.defaults` where it differs from all others.
-- Losses: loops append to `context.losses`; `System.router_loss` makes a loss of router logits.
+- Losses: loops append to `context.records.losses`; `System.router_loss` makes a loss of router logits.
 
 tests/hf iterates over this folder: a new system is tested by being here.
 """
@@ -38,7 +38,7 @@ from .context import CallContext
 from .experts import MoREMoE
 from .fields import Config, Field
 from .layer import MoRELayer
-from .parts import MoREMLP, build_norm
+from .parts import MoREMLP, MoRERMSNorm, build_norm
 from .recurrence import Rows, State, recur
 from .routing import RouterLogits, load_balancing_loss
 
@@ -135,13 +135,9 @@ class System:
 
     def build_layer(self, config: Config, layer_idx: int) -> MoRELayer:
         """Return a layer."""
-        return self.layer_class(config, layer_idx, self.build_mlp(config, layer_idx))
-
-    def build_mlp(self, config: Config, layer_idx: int) -> nn.Module:
-        """Return the feed-forward part of a layer: experts where the configuration wants them."""
-        if config.moe_layers[layer_idx]:
-            return self.moe_class(config, layer_idx)
-        return self.build_dense(config)
+        has_experts = config.moe_layers[layer_idx]
+        mlp = self.moe_class(config, layer_idx) if has_experts else self.build_dense(config)
+        return self.layer_class(config, layer_idx, mlp)
 
     def build_dense(self, config: Config) -> nn.Module:
         """Return the feed-forward part of a layer without experts."""
@@ -151,15 +147,17 @@ class System:
         """Return the norm before the output layer."""
         return build_norm(config)
 
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
-        """Draw a new weight that a module itself holds, and return whether that was done.
-
-        What is not drawn becomes 0 if it is a bias, 1 if it is a norm, and normal with `initializer_range` otherwise.
-        """
-        draw = getattr(module, "draw_weight", None)
+    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
+        """Draw a new weight that a module itself holds: as the module does, if it has a `draw_weight`."""
+        draw: Any = getattr(module, "draw_weight", None)
         if draw is not None:
             draw(name, weight)
-        return draw is not None
+        elif name.endswith("bias"):
+            weight.zero_()
+        elif isinstance(module, MoRERMSNorm | nn.LayerNorm):
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, config.initializer_range)
 
     def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the loss of routers as it is reported, and what is added of it; the mask is 0 for padding, [b, T]."""

@@ -13,10 +13,9 @@ from .exits import CRITERIA, Criterion, Exits
 from .fields import Config
 from .interface import System
 
-__all__ = ["ALIASES", "CallOptions", "positive"]
+__all__ = ["OPTIONS", "WITHOUT_STEPS", "CallOptions", "positive"]
 
-ALIASES = {"exit_criterion": "criterion"}
-"""Other names of the options."""
+WITHOUT_STEPS = "in this system the number of steps means nothing"
 
 
 @dataclass(frozen=True)
@@ -50,38 +49,47 @@ class CallOptions:
     warm_start: bool = False
     output_recurrent_states: bool = False
 
-    @staticmethod
-    def names() -> frozenset[str]:
-        """Return the names of all options."""
-        return _NAMES
-
     @classmethod
     def taken_from(cls, kwargs: dict[str, Any]) -> CallOptions:
         """Return the options among the arguments of a call, where they are taken away."""
-        given = {ALIASES.get(name, name): kwargs.pop(name) for name in cls.names() if name in kwargs}
+        given = {_OTHER_NAMES.get(name, name): kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        if given.get("criterion") == "none":
+            del given["criterion"]
         return cls(**{name: value for name, value in given.items() if value is not None})
 
     def steps(self, config: Config) -> int:
-        """Return the number of steps.
-
-        Raises:
-            ValueError: If it is not an integer of at least 1.
-        """
+        """Return the number of steps, or raise a `ValueError` if it is not an integer of at least 1."""
         return config.mean_recurrence if self.num_steps is None else positive("num_steps", self.num_steps)
 
-    def exits(self, config: Config, system: System, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
+    def check(self, config: Config, system: System, embeddings: Tensor) -> None:
+        """Raise a `ValueError` if an option has no effect in a system, or initial states do not fit [b, s, h]."""
+        number = system.num_states(config)
+        needs = {
+            "criterion": (system.recurrent, WITHOUT_STEPS),
+            "cache_steps": (system.caches_steps(config), "the cache of this system does not grow with the steps"),
+            "warm_start": (number > 0, "the recurrences of this system start from their input"),
+            "input_states": (number > 0, "this system has no initial states"),
+        }
+        for name, (has_effect, reason) in needs.items():
+            if not has_effect and getattr(self, name) is not None and getattr(self, name) is not False:
+                raise ValueError(f"{name} has no effect: {reason}")
+        if self.input_states is not None:
+            found, wanted = tuple(self.input_states.shape), (number, *embeddings.shape)
+            if len(found) != 4 or found[:2] + found[3:] != wanted[:2] + wanted[3:] or not 1 <= found[2] <= wanted[2]:
+                raise ValueError(f"input_states has shape {found}, and not {wanted}")
+
+    def exits(self, config: Config, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
         """Return how tokens stop by themselves; None: they do not.
 
         Args:
             config: Model configuration.
-            system: The system.
             read: Returns logits, given what the output layer and its norm are applied to; None where there is none.
 
         Raises:
             ValueError: If there is no such criterion, or an argument has no effect or is out of range.
         """
         criterion, names = self.criterion, ", ".join(CRITERIA)
-        if criterion is None or criterion == "none":
+        if criterion is None:
             for name, value in (("exit_threshold", self.exit_threshold), ("min_steps", self.min_steps)):
                 if value is not None:
                     raise ValueError(f"{name} {value!r} has no effect without a criterion: choose one of {names}")
@@ -95,38 +103,21 @@ class CallOptions:
         most, least = self.steps(config), 1 if self.min_steps is None else self.min_steps
         if not isinstance(least, int) or not 1 <= least <= most:
             raise ValueError(f"min_steps {least!r} must be an integer between 1 and num_steps {most}")
-        exits = Exits(criterion, self._threshold(criterion), least, read)
-        if not system.recurrent:
-            raise ValueError("criterion has no effect: in this system the number of steps means nothing")
-        return exits
+        threshold = criterion.threshold if self.exit_threshold in (None, "auto") else self.exit_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0.0:
+            raise ValueError(f"exit_threshold {threshold!r} must be a number of at least 0, or 'auto'")
+        return Exits(criterion, threshold, least, read)
 
-    def _threshold(self, criterion: Criterion) -> float:
-        value = criterion.threshold if self.exit_threshold in (None, "auto") else self.exit_threshold
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0.0:
-            raise ValueError(f"exit_threshold {value!r} must be a number of at least 0, or 'auto'")
-        return value
-
-    def slots(self, config: Config, system: System) -> int | None:
-        """Return the steps that a cache keeps; None: all.
-
-        Raises:
-            ValueError: If that has no effect, or is no integer of at least 1.
-        """
-        if self.cache_steps is None:
-            return None
-        if not system.caches_steps(config):
-            raise ValueError("cache_steps has no effect: the cache of this system does not grow with the steps")
-        found = positive("cache_steps", self.cache_steps)
-        return None if found >= self.steps(config) else found
-
-    def check_warm_start(self, config: Config, system: System) -> None:
-        """Raise a `ValueError` if there are no states to start from."""
-        if self.warm_start and system.num_states(config) == 0:
-            raise ValueError("warm_start has no effect: the recurrences of this system start from their input")
+    def slots(self, config: Config) -> int | None:
+        """Return the steps that a cache keeps; None: all. A `ValueError` is raised as by `steps`."""
+        found = None if self.cache_steps is None else positive("cache_steps", self.cache_steps)
+        return None if found is None or found >= self.steps(config) else found
 
 
+_OTHER_NAMES = {"exit_criterion": "criterion"}
 # A tracer cannot ask a class for its fields.
-_NAMES = frozenset(field.name for field in fields(CallOptions)) | set(ALIASES)
+OPTIONS = frozenset(field.name for field in fields(CallOptions)) | set(_OTHER_NAMES)
+"""Names of all options."""
 
 
 def positive(name: str, value: Any) -> int:

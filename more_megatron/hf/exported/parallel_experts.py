@@ -43,18 +43,15 @@ class TimeOrder:
     @classmethod
     def of(cls, routing: Routing, document: Tensor) -> TimeOrder:
         """Return the order, given the number of each row's document among those of all sequences; below 0: padding."""
-        token, num_experts = routing.tokens, len(routing.ends)
-        rows = (document >= 0).nonzero().flatten()
+        num_experts, rows = len(routing.ends), (document >= 0).nonzero().flatten()
         key = torch.stack((routing.experts[rows], document[rows]), dim=1)
-        segment = torch.unique(key, dim=0, return_inverse=True)[1]
-        order = (segment * (int(token.max()) + 1) + token[rows]).argsort() if len(rows) > 0 else segment
+        segment, lengths = torch.unique(key, dim=0, return_inverse=True, return_counts=True)[1:]
+        order = (segment * (int(routing.tokens.max()) + 1) + routing.tokens[rows]).argsort()
         rows, segment = rows[order], segment[order]
-        lengths = torch.bincount(segment)
         starts = lengths.cumsum(0) - lengths
         step = torch.arange(len(rows), device=rows.device) - starts[segment]
-        by_step = step.argsort(stable=True)
+        by_step, steps = step.argsort(stable=True), max(lengths.tolist(), default=0)
         places = step * num_experts + routing.experts[rows]
-        steps = int(lengths.max()) if len(lengths) > 0 else 0
         counts = torch.bincount(places, minlength=steps * num_experts).view(steps, num_experts)
         ends = counts.cumsum(1).to(torch.int32)
         return cls(rows[by_step], segment[by_step], counts.sum(1).tolist(), ends, rows[starts])
@@ -69,24 +66,16 @@ class ParallelExperts(CellExperts):
 
     def __init__(self, config: Config) -> None:
         hidden = config.hidden_size
-        shapes = {
-            "lstm_input": (4, hidden, hidden),
-            "lstm_input_bias": (4, hidden),
-            "lstm_state": (4, hidden, hidden),
-            "gate_fc1": (_GATE_WIDTH, hidden),
-            "gate_fc1_bias": (_GATE_WIDTH,),
-            "gate_fc2": (2, _GATE_WIDTH),
-            "gate_fc2_bias": (2,),
-        }
-        super().__init__(config, shapes)
+        cell = {"lstm_input": (4, hidden, hidden), "lstm_input_bias": (4, hidden), "lstm_state": (4, hidden, hidden)}
+        gate = {"gate_fc1": (_GATE_WIDTH, hidden), "gate_fc1_bias": (_GATE_WIDTH,)}
+        super().__init__(config, {**cell, **gate, "gate_fc2": (2, _GATE_WIDTH), "gate_fc2_bias": (2,)})
 
     def draw_recurrent(self, name: str, weight: Tensor) -> None:
         # As PyTorch's LSTM, whose two biases are one here.
         if name.endswith("bias"):
             super().draw_recurrent(name, weight)
         else:
-            bound = weight.size(2) ** -0.5
-            weight.uniform_(-bound, bound)
+            weight.uniform_(-(weight.size(2) ** -0.5), weight.size(2) ** -0.5)
 
     def mix(self, rows: Tensor, routing: Routing, along: Tensor) -> Tensor:
         """Return both branches, mixed, [rows, h], given rows and what the LSTM made of them."""
@@ -116,7 +105,7 @@ class ParallelExperts(CellExperts):
             passed.append((hidden, cell))
         if not passed:
             return torch.zeros_like(rows), torch.zeros_like(rows)
-        after = [torch.cat(parts) for parts in zip(*passed, strict=True)]
+        after = (torch.cat(parts) for parts in zip(*passed, strict=True))
         hidden, cell = (x.new_zeros(rows.shape).index_copy(0, order.rows, x) for x in after)
         return hidden, cell
 
@@ -142,17 +131,11 @@ class ParallelExpertsMoE(MoREMoE):
     def _held(self, memory: Memory, documents: Tensor, sequence: Tensor, document: Tensor, expert: Tensor) -> States:
         """Return the states that segments go on from: zeros, or those behind the last token in the cache.
 
-        Args:
-            memory: The layer's part of the cache.
-            documents: Number of each token's document, [b, T]; negative for padding.
-            sequence: Sequence of each segment, [segments], as what follows.
-            document: Its document.
-            expert: Its expert.
+        `documents` are those of all tokens, [b, T]; segments are of a sequence, document and expert each.
         """
-        hidden_size, dtype = self.config.hidden_size, self.experts.lstm_state.dtype
         held, routed = memory.held("states"), memory.held("experts")
         if held is None or routed is None or held[0].size(2) == 0 or len(sequence) == 0:
-            zeros = torch.zeros(len(sequence), hidden_size, dtype=dtype, device=sequence.device)
+            zeros = self.experts.lstm_state.new_zeros(len(sequence), self.config.hidden_size)
             return zeros, zeros
         chosen = routed[0].squeeze(1)[sequence]  # [segments, past, k]
         mine = chosen == expert[:, None, None]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from .fields import Config
 from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_width
 
 
 class RecurrentExpertsMoE(MixingMoE):
     """Expert i computes `s <- Block_i(Adapter_i([s; x]))`, r times."""
 
-    def build_experts(self) -> None:
-        self.experts = RecurrentBlock(self.config, self.config.num_experts)
+    @staticmethod
+    def experts_class(config: Config) -> RecurrentBlock:
+        return RecurrentBlock(config, config.num_experts)
 
 
 class RecurrentExperts(BlockSystem):

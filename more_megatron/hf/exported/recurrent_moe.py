@@ -29,10 +29,10 @@ class IteratedLayer(MoRELayer):
             normed = self.post_attention_layernorm(state)
             logits = averaged_logits(self.config, self.mlp.gate(normed), *former)
             decisions.append(logits)
-            output = self.mlp.mix(normed, logits, rows.context, memory)
+            output = self.mlp.mix(normed, logits, rows.context, rows.memory)
             return state + (output if scale == 1.0 else output * scale), logits
 
-        rows = Rows(context, self.layer_idx, stream=lambda state, _: state)
+        rows = Rows(context, memory, self.layer_idx, lambda state, _: state)
         return (recur(step, (hidden_states,), rows)[0], *decisions)
 
 

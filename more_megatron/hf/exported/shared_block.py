@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from .fields import Config
 from .parts import grouped_linear
-from .recurrent_block import BlockRows, BlockSystem, MixingMoE, RecurrentBlock, block_width
+from .recurrence import Rows
+from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_width
 from .routing import Routing
 
 
@@ -29,11 +30,11 @@ class SharedBlockMoE(MixingMoE):
 
     experts_class = ProjectionExperts
 
-    def build_experts(self) -> None:
-        super().build_experts()
-        self.recurrent_block = RecurrentBlock(self.config)
+    def __init__(self, config: Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.recurrent_block = RecurrentBlock(config)
 
-    def run_block(self, x: Tensor, state: Tensor, rows: BlockRows) -> Tensor:
+    def run_block(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
         return self.recurrent_block(grouped_linear(x, self.experts.proj_in, rows.routing.ends), state, rows)
 
     def output(self, state: Tensor, routing: Routing) -> Tensor:

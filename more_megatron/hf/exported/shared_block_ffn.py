@@ -14,7 +14,7 @@ from .experts import MoREMoE
 from .fields import Config
 from .parts import grouped_linear, takase_normal
 from .recurrence import Rows
-from .recurrent_block import BlockRows, BlockSystem, RecurrentBlock, block_width
+from .recurrent_block import BlockSystem, RecurrentBlock, block_width
 from .routing import Routing
 
 
@@ -47,12 +47,13 @@ class CombinedBlockMoE(MoREMoE):
 
     experts_class = LightExperts
 
-    def build_experts(self) -> None:
-        super().build_experts()
-        self.recurrent_block = RecurrentBlock(self.config, follows_layers=True)
+    def __init__(self, config: Config, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        self.recurrent_block = RecurrentBlock(config, follows_layers=True)
 
-    def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
-        rows = BlockRows(context, self.layer_idx, stream=_stream, mask=context.mask, memory=memory.at("block"))
+    def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
+        output = super().mix(x, logits, context, memory)
+        rows = Rows(context, memory.at("block"), self.layer_idx, _stream)
         return self.recurrent_block(output, context.initial_state(self.layer_idx, output), rows)
 
 
