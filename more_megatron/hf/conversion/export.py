@@ -102,20 +102,16 @@ class _Model:
         shapes = self.checkpoint.shapes()
         if _EMBEDDING not in shapes:
             raise MoREError(f"checkpoint {self.checkpoint.path} lacks the parameter {_EMBEDDING}")
-        self.config = _config(self.checkpoint, shapes[_EMBEDDING][0])
+        try:
+            self.config = config_from_args(self.checkpoint.args, shapes[_EMBEDDING][0])
+        except MoREError as error:
+            raise MoREError(f"the arguments in checkpoint {self.checkpoint.path}: {error}") from error
         self.form = None if job.form is None else find_form(job.form)
         if self.form is not None:
             _check_form(self.form, self.config)
         self.source = Source(self.checkpoint, entries(self.config, self.form), job.dtype)
         self.checkpoint.check(self.source.entries, self.config["num_hidden_layers"])
         self.config["dtype"] = str(self.source.dtype(self.source.entries[0])).removeprefix("torch.")
-
-
-def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
-    try:
-        return config_from_args(checkpoint.args, vocab_size)
-    except MoREError as error:
-        raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
 
 
 def _check_form(form: Form, config: dict[str, Any]) -> None:

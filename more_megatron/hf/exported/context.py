@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import Rotation, RowMask, rotate
+from .attention import Rotation, RowMask, rotate, rotation
 from .cache import Memory
 from .exits import Exits
 from .fields import Config
 from .noise import state_noise
+from .options import CallOptions
 from .routing import RouterLogits
 
 __all__ = ["CallContext", "Records", "find_documents", "find_padding"]
@@ -77,13 +78,10 @@ class CallContext:
     Attributes:
         config: Model configuration.
         positions: Position of each token, [b or 1, s].
-        rotation: Cosine and sine of its angles; None without rotary embedding.
         padding: True for padding, [b, T]; None without any.
         documents: Number of each token's document in its row, [b, T]; None if a row is one document.
         past: Number of tokens in the cache.
-        num_steps: Recurrence steps.
-        init_scale: Factor on the standard deviation of initial states.
-        input_states: Initial states of the first tokens, [states, b, up to s, h]; None for noise.
+        options: What the call says of its recurrences.
         shape: (b, s) of the call.
         records: What the call keeps.
         exits: How tokens stop by themselves; None: all take `num_steps`.
@@ -96,13 +94,10 @@ class CallContext:
 
     config: Config
     positions: Tensor
-    rotation: Rotation | None
     padding: Tensor | None
     documents: Tensor | None
     past: int
-    num_steps: int
-    init_scale: float
-    input_states: Tensor | None
+    options: CallOptions
     shape: tuple[int, int]
     records: Records
     exits: Exits | None = None
@@ -110,6 +105,11 @@ class CallContext:
     stream: Tensor | None = None
     places: Tensor | None = None
     whole: CallContext | None = None
+
+    @functools.cached_property
+    def rotation(self) -> Rotation | None:
+        """Cosine and sine of the angles of each token; None without rotary embedding."""
+        return rotation(self.config, self.positions)
 
     @functools.cached_property
     def mask(self) -> Tensor | RowMask | None:
@@ -146,10 +146,11 @@ class CallContext:
 
         `layer` is that in the noise's coordinates, from 1; by default `index + 1`.
         """
-        given = self._last_state(index) if self.input_states is None else self.input_states[index].to(like)
+        states = self.options.input_states
+        given = self._last_state(index) if states is None else states[index].to(like)
         if given is not None and given.size(1) == like.size(1):
             return given
-        number, std = index + 1 if layer is None else layer, self.config.state_std * self.init_scale
+        number, std = index + 1 if layer is None else layer, self.config.state_std * self.options.init_scale
         noise = state_noise(self.positions, like.size(-1), self.config.noise_seed, number, std)
         noise = noise.to(like.dtype).expand_as(like)
         return noise if given is None else torch.cat((given, noise[:, given.size(1) :]), dim=1)
@@ -178,11 +179,8 @@ class CallContext:
         def rows(part: Tensor) -> Tensor:
             return part.expand(self.shape[0], -1, *part.shape[2:]).flatten(0, 1)[places].unsqueeze(0)
 
-        turned = None if self.rotation is None else (rows(self.rotation[0]), rows(self.rotation[1]))
         stream = None if self.stream is None else rows(self.stream)
-        return dataclasses.replace(
-            self, positions=rows(self.positions), rotation=turned, stream=stream, places=places, whole=self
-        )
+        return dataclasses.replace(self, positions=rows(self.positions), stream=stream, places=places, whole=self)
 
     def beside(self, part: Tensor | None) -> CallContext:
         """Return the context of a recurrence to whose result a part, [b, s, h], is added, among others."""
@@ -193,12 +191,9 @@ class CallContext:
     def to(self, device: torch.device, **kwargs: Any) -> CallContext:
         """Return a copy on another device, which is how accelerate hands arguments to layers that live there."""
 
-        def move(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(move(part) for part in value)
-            return value.to(device, **kwargs) if isinstance(value, Tensor | CallContext) else value
-
-        return CallContext(**{field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)})
+        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts = {name: part for name, part in own.items() if isinstance(part, Tensor | CallContext)}
+        return dataclasses.replace(self, **{name: part.to(device, **kwargs) for name, part in parts.items()})
 
 
 def find_padding(attention_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:

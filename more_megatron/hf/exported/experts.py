@@ -52,18 +52,16 @@ class MoREMoE(nn.Module):
     """Router, routed experts and shared expert of a layer, counted from 0. Subclasses have other experts.
 
     Attributes:
-        experts_class: The routed experts.
         router_class: The router.
     """
 
-    experts_class: Callable[[Config], nn.Module] = FeedForwardExperts
     router_class: type[MoRERouter] = MoRERouter
 
-    def __init__(self, config: Config, layer_idx: int) -> None:
+    def __init__(self, config: Config, layer_idx: int, experts_class: Callable[[Config], nn.Module]) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.gate = self.router_class(config)
-        self.experts: Any = self.experts_class(config)
+        self.experts: Any = experts_class(config)
         width = config.shared_expert_intermediate_size
         self.shared_expert = MoREMLP(config, width) if width else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None

@@ -59,15 +59,15 @@ class MoREGenerationMixin(GenerationMixin):
             if tokens is not None:
                 raise ValueError(f"lookahead_for_draft {tokens!r} has no effect without draft_steps")
             return None
-        options = CallOptions.taken_from(dict(kwargs))
+        options = CallOptions.taken_from(dict(kwargs), self.config)
         for name in ("criterion", "cache_steps", "warm_start", "num_beams", "assistant_model", "streamer"):
             if kwargs.get(name, getattr(options, name, None)) not in (None, False, 1):
                 raise ValueError(f"draft_steps does not go together with {name}: leave one of them out")
         if not self.system.recurrent:
             raise ValueError(f"draft_steps has no effect: {WITHOUT_STEPS}")
-        steps, most = positive("draft_steps", steps), options.steps(self.config)
-        if steps >= most:
-            raise ValueError(f"draft_steps {steps} must be below num_steps {most}")
+        steps = positive("draft_steps", steps)
+        if steps >= options.num_steps:
+            raise ValueError(f"draft_steps {steps} must be below num_steps {options.num_steps}")
         tokens = positive("lookahead_for_draft", DRAFT_TOKENS if tokens is None else tokens)
         return {"draft_steps": steps, "draft_tokens": tokens}
 

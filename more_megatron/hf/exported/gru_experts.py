@@ -46,16 +46,8 @@ class GRUExperts(CellExperts):
 class GRUExpertsMoE(RecurringMoE):
     """A layer of them."""
 
-    experts_class = GRUExperts
-
     def output(self, state: Tensor, routing: Routing) -> Tensor:
         return routing.weigh(self.experts.linear(state, "fc2", routing))
 
 
-class GRUExpertsSystem(System):
-    """Experts alone differ."""
-
-    moe_class = GRUExpertsMoE
-
-
-SYSTEM = GRUExpertsSystem()
+SYSTEM = System(moe_class=GRUExpertsMoE, experts_class=GRUExperts)

@@ -4,8 +4,8 @@ A system is one file in this folder, named as `--more-variant` names it, with a 
 torch, transformers and the files beside it, by `from .attention import MoREAttention` and the like: transformers finds
 files by such lines, and an export has exactly those that its system leads to. Nothing else knows the system by name.
 
-- Another feed-forward part with experts: a subclass of `MoREMoE`, or of `RecurringMoE` if something recurs in it, named
-  by `System.moe_class` (gru_experts.py).
+- Other experts: a module named by `System.experts_class`, in a feed-forward part named by `System.moe_class`, which is
+  `MoREMoE`, `RecurringMoE` if something recurs in it (sequential_experts.py), or a subclass of them (gru_experts.py).
 - Another layer (norms, residuals, attention): a subclass of `MoRELayer`, named by `System.layer_class`
   (recurrent_moe.py). A layer that returns the logits of several routers names them in `routers`.
 - Layers that are repeated: `System.groups` returns groups, and a group's `loop` is a subclass of `Loop`, which has the
@@ -35,9 +35,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .context import CallContext
-from .experts import MoREMoE
+from .experts import FeedForwardExperts, MoREMoE
 from .fields import Config, Field
 from .layer import MoRELayer
+from .options import WITHOUT_STEPS, CallOptions
 from .parts import MoREMLP, MoRERMSNorm, build_norm
 from .recurrence import Rows, State, recur
 from .routing import RouterLogits, load_balancing_loss
@@ -88,10 +89,11 @@ class Group:
 
 
 class System:
-    """Megatron's mixture of experts. Subclasses say what differs.
+    """Megatron's mixture of experts. Attributes that differ are given by their names, or by a subclass.
 
     Attributes:
         moe_class: Feed-forward part of layers with experts.
+        experts_class: The routed experts in it.
         layer_class: Layer.
         recurrent: Whether the number of steps means anything.
         traceable: Whether `torch.export` can follow it: no loop is as long as the data say.
@@ -102,6 +104,7 @@ class System:
     """
 
     moe_class: type[MoREMoE] = MoREMoE
+    experts_class: Callable[[Config], nn.Module] = FeedForwardExperts
     layer_class: type[MoRELayer] = MoRELayer
     recurrent: bool = True
     traceable: bool = True
@@ -110,12 +113,33 @@ class System:
     defaults: Mapping[str, Any] = {}
     fixed: Mapping[str, Any] = {}
 
+    def __init__(self, **own: Any) -> None:
+        vars(self).update(own)
+
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise a `ValueError` if the fields of a configuration do not agree with each other."""
         for name, value in self.fixed.items():
             wanted = value(values) if callable(value) else value
             if values[name] != wanted:
                 raise ValueError(f"{name} {values[name]} must be {wanted} in this system")
+
+    def check_call(self, config: Config, options: CallOptions, embeddings: Tensor) -> None:
+        """Raise a `ValueError` if an option has no effect, or initial states do not fit embeddings, [b, s, h]."""
+        number = self.num_states(config)
+        needs = {
+            "criterion": (self.recurrent, WITHOUT_STEPS),
+            "cache_steps": (self.caches_steps(config), "the cache of this system does not grow with the steps"),
+            "warm_start": (number > 0, "the recurrences of this system start from their input"),
+            "input_states": (number > 0, "this system has no initial states"),
+        }
+        for name, (has_effect, reason) in needs.items():
+            value = getattr(options, name)
+            if not has_effect and value is not None and value is not False:
+                raise ValueError(f"{name} has no effect: {reason}")
+        if options.input_states is not None:
+            found, wanted = tuple(options.input_states.shape), (number, *embeddings.shape)
+            if len(found) != 4 or found[:2] + found[3:] != wanted[:2] + wanted[3:] or not 1 <= found[2] <= wanted[2]:
+                raise ValueError(f"input_states has shape {found}, and not {wanted}")
 
     def groups(self, config: Config) -> Sequence[Group]:
         """Return the groups of the stack, in order; together they are all layers."""
@@ -136,7 +160,7 @@ class System:
     def build_layer(self, config: Config, layer_idx: int) -> MoRELayer:
         """Return a layer."""
         has_experts = config.moe_layers[layer_idx]
-        mlp = self.moe_class(config, layer_idx) if has_experts else self.build_dense(config)
+        mlp = self.moe_class(config, layer_idx, self.experts_class) if has_experts else self.build_dense(config)
         return self.layer_class(config, layer_idx, mlp)
 
     def build_dense(self, config: Config) -> nn.Module:

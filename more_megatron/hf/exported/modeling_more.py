@@ -21,7 +21,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .attention import rotation
 from .cache import Memory, prepare_cache
 from .configuration_more import MoREConfig
 from .context import CallContext, Records, find_documents, find_padding
@@ -140,9 +139,9 @@ class MoREModel(MoREPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        options = CallOptions.taken_from(kwargs) if options is None else options
-        options.check(self.config, self.system, hidden_states)
-        exits = options.exits(self.config, None if read is None else lambda x: read(self.norm(x)))
+        options = CallOptions.taken_from(kwargs, self.config) if options is None else options
+        self.system.check_call(self.config, options, hidden_states)
+        exits = options.exits(None if read is None else lambda x: read(self.norm(x)))
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keeps_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if exits is not None and (keeps_states or keeps_logits):
@@ -176,12 +175,11 @@ class MoREModel(MoREPreTrainedModel):
         return DynamicCache() if given is None and wanted else given
 
     def _memory(self, cache: Cache | None, options: CallOptions, exits: Exits | None) -> Memory:
-        slots = options.slots(self.config)
         if cache is None:
             # Tokens that go on see what those that stopped have left.
             return Memory(None if exits is None else DynamicCache(), slots=1)
-        prepare_cache(cache, options.steps(self.config) if self.system.recurrent else None, slots)
-        return Memory(cache, cache.get_seq_length(), slots)
+        prepare_cache(cache, options.num_steps if self.system.recurrent else None, options.slots)
+        return Memory(cache, cache.get_seq_length(), options.slots)
 
     def _context(
         self,
@@ -204,13 +202,10 @@ class MoREModel(MoREPreTrainedModel):
         return CallContext(
             config=self.config,
             positions=positions.long(),
-            rotation=rotation(self.config, positions),
             padding=padding,
             documents=documents,
             past=past,
-            num_steps=options.steps(self.config),
-            init_scale=options.init_scale,
-            input_states=options.input_states,
+            options=options,
             shape=(batch, length),
             records=records,
             exits=exits,
@@ -258,7 +253,7 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
 
         All other arguments are those of `MoREModel`.
         """
-        options = CallOptions.taken_from(kwargs)
+        options = CallOptions.taken_from(kwargs, self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

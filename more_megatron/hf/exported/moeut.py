@@ -69,7 +69,6 @@ class SigmaExperts(nn.Module):
 class SigmaMoE(MoREMoE):
     """Many small experts. Router and shared expert read a norm of what they read."""
 
-    experts_class = SigmaExperts
     router_class = SigmaRouter
 
     def forward(self, normed: Tensor, context: CallContext, memory: Memory, *stream: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,6 +183,7 @@ class MoEUT(System):
     """One group of peri-layernorm layers, repeated."""
 
     moe_class = SigmaMoE
+    experts_class = SigmaExperts
     layer_class = PeriLayer
     head_bias = True
     fields = {  # noqa: RUF012

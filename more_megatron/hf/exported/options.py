@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .exits import CRITERIA, Criterion, Exits
 from .fields import Config
-from .interface import System
 
 __all__ = ["OPTIONS", "WITHOUT_STEPS", "CallOptions", "positive"]
 
@@ -39,7 +38,7 @@ class CallOptions:
             token with several experts it is the mean of theirs, and a token that stops keeps its last.
     """
 
-    num_steps: Any = None
+    num_steps: int
     input_states: Tensor | None = None
     init_scale: float = 1.0
     criterion: str | Criterion | None = None
@@ -50,40 +49,25 @@ class CallOptions:
     output_recurrent_states: bool = False
 
     @classmethod
-    def taken_from(cls, kwargs: dict[str, Any]) -> CallOptions:
-        """Return the options among the arguments of a call, where they are taken away."""
+    def taken_from(cls, kwargs: dict[str, Any], config: Config) -> CallOptions:
+        """Return the options among the arguments of a call, where they are taken away.
+
+        Raises:
+            ValueError: If numbers of steps are not integers of at least 1.
+        """
         given = {_OTHER_NAMES.get(name, name): kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        given = {name: value for name, value in given.items() if value is not None}
         if given.get("criterion") == "none":
             del given["criterion"]
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        for name in ("num_steps", "cache_steps"):
+            if name in given:
+                given[name] = positive(name, given[name])
+        return cls(**{"num_steps": config.mean_recurrence, **given})
 
-    def steps(self, config: Config) -> int:
-        """Return the number of steps, or raise a `ValueError` if it is not an integer of at least 1."""
-        return config.mean_recurrence if self.num_steps is None else positive("num_steps", self.num_steps)
-
-    def check(self, config: Config, system: System, embeddings: Tensor) -> None:
-        """Raise a `ValueError` if an option has no effect in a system, or initial states do not fit [b, s, h]."""
-        number = system.num_states(config)
-        needs = {
-            "criterion": (system.recurrent, WITHOUT_STEPS),
-            "cache_steps": (system.caches_steps(config), "the cache of this system does not grow with the steps"),
-            "warm_start": (number > 0, "the recurrences of this system start from their input"),
-            "input_states": (number > 0, "this system has no initial states"),
-        }
-        for name, (has_effect, reason) in needs.items():
-            if not has_effect and getattr(self, name) is not None and getattr(self, name) is not False:
-                raise ValueError(f"{name} has no effect: {reason}")
-        if self.input_states is not None:
-            found, wanted = tuple(self.input_states.shape), (number, *embeddings.shape)
-            if len(found) != 4 or found[:2] + found[3:] != wanted[:2] + wanted[3:] or not 1 <= found[2] <= wanted[2]:
-                raise ValueError(f"input_states has shape {found}, and not {wanted}")
-
-    def exits(self, config: Config, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
+    def exits(self, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
         """Return how tokens stop by themselves; None: they do not.
 
-        Args:
-            config: Model configuration.
-            read: Returns logits, given what the output layer and its norm are applied to; None where there is none.
+        `read` returns logits, given what the output layer and its norm are applied to; None where there is none.
 
         Raises:
             ValueError: If there is no such criterion, or an argument has no effect or is out of range.
@@ -100,18 +84,18 @@ class CallOptions:
             criterion = CRITERIA[criterion]()
         if criterion.reads_logits and read is None:
             raise ValueError(f"{type(criterion).__name__} reads logits: load the model with AutoModelForCausalLM")
-        most, least = self.steps(config), 1 if self.min_steps is None else self.min_steps
-        if not isinstance(least, int) or not 1 <= least <= most:
-            raise ValueError(f"min_steps {least!r} must be an integer between 1 and num_steps {most}")
+        least = 1 if self.min_steps is None else self.min_steps
+        if not isinstance(least, int) or not 1 <= least <= self.num_steps:
+            raise ValueError(f"min_steps {least!r} must be an integer between 1 and num_steps {self.num_steps}")
         threshold = criterion.threshold if self.exit_threshold in (None, "auto") else self.exit_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0.0:
             raise ValueError(f"exit_threshold {threshold!r} must be a number of at least 0, or 'auto'")
         return Exits(criterion, threshold, least, read)
 
-    def slots(self, config: Config) -> int | None:
-        """Return the steps that a cache keeps; None: all. A `ValueError` is raised as by `steps`."""
-        found = None if self.cache_steps is None else positive("cache_steps", self.cache_steps)
-        return None if found is None or found >= self.steps(config) else found
+    @property
+    def slots(self) -> int | None:
+        """The steps that a cache keeps; None: all."""
+        return None if self.cache_steps is None or self.cache_steps >= self.num_steps else self.cache_steps
 
 
 _OTHER_NAMES = {"exit_criterion": "criterion"}

@@ -113,8 +113,6 @@ class ParallelExperts(CellExperts):
 class ParallelExpertsMoE(MoREMoE):
     """A layer of them. The cache has the states behind every token, so that it can be cut back."""
 
-    experts_class = ParallelExperts
-
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         batch, topk, length = routing.shape
         rows, documents = routing.dispatch(x), _documents(context, batch, x.device)
@@ -159,13 +157,6 @@ def _documents(context: CallContext, batch: int, device: torch.device) -> Tensor
     return documents if context.padding is None else documents.masked_fill(context.padding, -1)
 
 
-class ParallelExpertsSystem(System):
-    """Recurrence runs along the text: the number of steps means nothing."""
-
-    moe_class = ParallelExpertsMoE
-    recurrent = False
-    # An LSTM takes as many steps as tokens were sent to its expert.
-    traceable = False
-
-
-SYSTEM = ParallelExpertsSystem()
+# Recurrence runs along the text: the number of steps means nothing, and an LSTM takes as many steps as tokens were sent
+# to its expert.
+SYSTEM = System(moe_class=ParallelExpertsMoE, experts_class=ParallelExperts, recurrent=False, traceable=False)

@@ -118,7 +118,7 @@ def recur(step: Callable[..., State], state: State, rows: Rows, result: int = 0)
     if context.exits is not None:
         state = _recur_until_exit(step, state, rows, context.exits, result)
     else:
-        for number in range(context.num_steps):
+        for number in range(context.options.num_steps):
             state = step(number, rows, *state)
             rows.record(number, state[0])
     if context.warm is not None:
@@ -143,12 +143,12 @@ def _recur_until_exit(step: Callable[..., State], state: State, every: Rows, exi
         return exits.criterion.measure(seen.to(torch.promote_types(seen.dtype, torch.float32)), former)
 
     former = measure(None)
-    for number in range(context.num_steps):
+    for number in range(context.options.num_steps):
         state = step(number, rows, *state)
         steps[places] += 1
         whole = tuple(rows.put(old, new) for old, new in zip_longest(whole, state))
         every.record(number, whole[0])
-        if number + 1 == context.num_steps:
+        if number + 1 == context.options.num_steps:
             break
         now = measure(former)
         stays = ~exits.criterion.stops(former, now, exits.threshold) | (number + 1 < exits.min_steps)
@@ -159,7 +159,7 @@ def _recur_until_exit(step: Callable[..., State], state: State, every: Rows, exi
             rows = every.select(places)
             state = tuple(map(rows.take, whole))
         former = now
-    for later in range(number + 1, context.num_steps):
+    for later in range(number + 1, context.options.num_steps):
         every.record(later, whole[0])
     context.records.steps[every.index] = steps.unflatten(0, context.shape)
     return whole

@@ -16,13 +16,15 @@ from .parts import grouped_linear, layers_passed, rms_norm, takase_normal
 from .recurrence import Rows, State, recur
 from .routing import Routing
 
-__all__ = ["BlockSystem", "MixingMoE", "RecurrentBlock", "block_width"]
+__all__ = ["BlockSystem", "MixingMoE", "RecurrentBlock", "block_fields"]
 
 
-def block_width(hidden_sizes: int) -> Field:
+def block_fields(hidden_sizes: int) -> dict[str, Field]:
     """Return the field for the width of the MLP in a block, given its default in hidden sizes."""
-    meaning = "Width of the MLP in a recurrent block."
-    return Field(int, lambda found: hidden_sizes * found["hidden_size"], meaning, low=1)
+    width = Field(
+        int, lambda found: hidden_sizes * found["hidden_size"], "Width of the MLP in a recurrent block.", low=1
+    )
+    return {"recurrent_intermediate_size": width}
 
 
 class RecurrentBlock(nn.Module):

@@ -36,14 +36,5 @@ class IteratedLayer(MoRELayer):
         return (recur(step, (hidden_states,), rows)[0], *decisions)
 
 
-class RecurrentMoE(System):
-    """Layers that iterate their experts."""
-
-    layer_class = IteratedLayer
-    fields = {  # noqa: RUF012
-        "residual_scale": Field(float, 1.0, "Factor on what a step adds to the residual stream."),
-        "router_logit_ema": LOGIT_EMA,
-    }
-
-
-SYSTEM = RecurrentMoE()
+_SCALE = Field(float, 1.0, "Factor on what a step adds to the residual stream.")
+SYSTEM = System(layer_class=IteratedLayer, fields={"residual_scale": _SCALE, "router_logit_ema": LOGIT_EMA})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .fields import Config
 from .parts import grouped_linear
 from .recurrence import Rows
-from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_width
+from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_fields
 from .routing import Routing
 
 
@@ -28,10 +30,8 @@ class ProjectionExperts(nn.Module):
 class SharedBlockMoE(MixingMoE):
     """Expert i computes `W_out_i . R(W_in_i . x)`, where R is the block."""
 
-    experts_class = ProjectionExperts
-
-    def __init__(self, config: Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+    def __init__(self, config: Config, *args: Any) -> None:
+        super().__init__(config, *args)
         self.recurrent_block = RecurrentBlock(config)
 
     def run_block(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
@@ -41,11 +41,4 @@ class SharedBlockMoE(MixingMoE):
         return routing.weigh(grouped_linear(state, self.experts.proj_out, routing.ends))
 
 
-class SharedBlock(BlockSystem):
-    """The layers with such experts."""
-
-    moe_class = SharedBlockMoE
-    fields = {"recurrent_intermediate_size": block_width(4)}  # noqa: RUF012
-
-
-SYSTEM = SharedBlock()
+SYSTEM = BlockSystem(moe_class=SharedBlockMoE, experts_class=ProjectionExperts, fields=block_fields(4))

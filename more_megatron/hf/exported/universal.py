@@ -61,11 +61,11 @@ class UniversalLoop(Loop):
         weight.normal_(0.0, self.config.hidden_size**-0.5)
 
     def forward(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows) -> Tensor:
-        context = rows.context
-        if self.time is not None and context.num_steps > len(self.time):
+        steps = rows.context.options.num_steps
+        if self.time is not None and steps > len(self.time):
             raise ValueError(
-                f"num_steps {context.num_steps} is above {len(self.time)}, the steps that the model learned a time "
-                "signal for: take at most these, or train with --universal-time-signal sinusoid"
+                f"num_steps {steps} is above {len(self.time)}, the steps that the model learned a time signal for: "
+                "take at most these, or train with --universal-time-signal sinusoid"
             )
         if self.halting is not None:
             return self._halted(hidden_states, run_pass, rows, self.halting)
