@@ -13,34 +13,19 @@ from more_megatron.systems import get_system, names
 
 __all__ = ["args_from_config", "config_from_args"]
 
-# Arguments that the Hugging Face model knows under one value only.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "multi_latent_attention": (False,),
-    "experimental_attention_variant": (None,),
-    "linear_attention_freq": (None,),
-    "attention_output_gate": (False,),
-    "qk_l2_norm": (False,),
+_OFF = (
+    *("multi_latent_attention", "experimental_attention_variant", "linear_attention_freq", "attention_output_gate"),
+    *("qk_l2_norm", "window_size", "no_rope_freq", "layernorm_zero_centered_gamma", "apply_layernorm_1p"),
+    *("apply_residual_connection_post_layernorm", "mtp_num_layers", "heterogeneous_layers_config_path"),
+    *("hybrid_layer_pattern", "is_hybrid_model", "spec", "use_mup", "glu_linear_offset", "activation_func_clamp_value"),
+    *("moe_latent_size", "moe_apply_probs_on_input", "moe_mlp_glu_interleave_size"),
+    *("moe_shared_expert_glu_interleave_size", "moe_router_force_load_balancing", "moe_router_force_biased"),
+)
+# Arguments that the Hugging Face model knows under few values only.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_OFF, (None, False, 0)),
     "softmax_type": ("vanilla",),
-    "window_size": (None,),
-    "no_rope_freq": (None,),
     "rotary_seq_len_interpolation_factor": (None, 1),
-    "layernorm_zero_centered_gamma": (False,),
-    "apply_layernorm_1p": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "mtp_num_layers": (None, 0),
-    "heterogeneous_layers_config_path": (None,),
-    "hybrid_layer_pattern": (None,),
-    "is_hybrid_model": (False,),
-    "spec": (None,),
-    "use_mup": (False,),
-    "glu_linear_offset": (0.0,),
-    "activation_func_clamp_value": (None,),
-    "moe_latent_size": (None,),
-    "moe_apply_probs_on_input": (False,),
-    "moe_mlp_glu_interleave_size": (None,),
-    "moe_shared_expert_glu_interleave_size": (None,),
-    "moe_router_force_load_balancing": (False,),
-    "moe_router_force_biased": (None,),
 }
 
 # Fields of config.json that are arguments under another name; systems may lack the last of them.
@@ -187,7 +172,7 @@ def _check(args: argparse.Namespace) -> None:
     if variant not in names():
         system = "a run without --more-variant" if variant is None else f"--more-variant {variant}"
         raise MoREError(f"the checkpoint is of {system}: systems that can be converted are {', '.join(names())}")
-    for name, supported in _UNSUPPORTED.items():
+    for name, supported in _SUPPORTED.items():
         value = getattr(args, name, supported[0])
         if value not in supported:
             raise MoREError(f"{flag(name)} {value} has no counterpart in the Hugging Face model")

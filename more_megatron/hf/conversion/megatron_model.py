@@ -25,40 +25,26 @@ from more_megatron.systems import get_system  # noqa: E402
 
 __all__ = ["megatron_logits"]
 
+_NONE = (
+    *("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("moe_expert_capacity_factor", "fp8", "fp4"),
+)
+_OFF = (
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "perform_initialization"),
+    *("moe_pad_expert_input_to_capacity", "moe_shared_expert_overlap", "moe_permute_fusion", "moe_router_fusion"),
+    *("moe_grouped_gemm", "masked_softmax_fusion", "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"),
+    *("apply_rope_fusion", "fp8_param_gather", "fp4_param_gather"),
+)
 # One rank without a GPU, in float32, beside what layouts and dtypes are by default.
 _HERE = {
-    "use_cpu_initialization": True,
-    "perform_initialization": False,
+    **dict.fromkeys(_NONE),
+    **dict.fromkeys(_OFF, False),
+    **dict.fromkeys(("use_cpu_initialization", "no_persist_layer_norm", "attention_softmax_in_fp32"), True),
     "expert_tensor_parallel_size": 1,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
     "moe_token_dispatcher_type": "alltoall",
-    "moe_expert_capacity_factor": None,
-    "moe_pad_expert_input_to_capacity": False,
-    "moe_shared_expert_overlap": False,
-    "moe_permute_fusion": False,
-    "moe_router_fusion": False,
-    "moe_grouped_gemm": False,
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "recompute_modules": None,
     "transformer_impl": "local",
-    "no_persist_layer_norm": True,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
     "cuda_graph_impl": "none",
-    "fp8": None,
-    "fp4": None,
-    "fp8_param_gather": False,
-    "fp4_param_gather": False,
-    "attention_softmax_in_fp32": True,
 }
 
 

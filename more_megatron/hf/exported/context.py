@@ -191,9 +191,11 @@ class CallContext:
     def to(self, device: torch.device, **kwargs: Any) -> CallContext:
         """Return a copy on another device, which is how accelerate hands arguments to layers that live there."""
 
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        parts = {name: part for name, part in own.items() if isinstance(part, Tensor | CallContext)}
-        return dataclasses.replace(self, **{name: part.to(device, **kwargs) for name, part in parts.items()})
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, part in parts.items():
+            if isinstance(part, Tensor | CallContext):
+                parts[name] = part.to(device, **kwargs)
+        return CallContext(**parts)
 
 
 def find_padding(attention_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
