@@ -62,13 +62,7 @@ class ToHF:
 
 
 def to_hf(job: ToHF) -> list[str]:
-    """Convert a checkpoint into a folder that `from_pretrained` reads.
-
-    Args:
-        job: What, where to and how.
-
-    Returns:
-        What was done, in lines.
+    """Convert a checkpoint into a folder that `from_pretrained` reads, and return what was done, in lines.
 
     Raises:
         MoREError: If the checkpoint, the tokenizer or the place to write to is not as it must be. Nothing is left

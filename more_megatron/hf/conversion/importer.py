@@ -60,13 +60,7 @@ class FromHF:
 
 
 def from_hf(job: FromHF) -> list[str]:
-    """Convert a Hugging Face model of ours into a checkpoint that runs of any layout begin from.
-
-    Args:
-        job: What, where to and how.
-
-    Returns:
-        What was done, in lines.
+    """Convert a Hugging Face model of ours into a checkpoint that runs of any layout begin from; return what was done.
 
     Raises:
         MoREError: If the model or the place to write to is not as it must be. Nothing is left under the final name.
