@@ -77,6 +77,11 @@ class ParallelExperts(CellExperts):
         else:
             weight.uniform_(-(weight.size(2) ** -0.5), weight.size(2) ** -0.5)
 
+    def forward(self, rows: Tensor, routing: Routing, order: TimeOrder, states: States) -> tuple[Tensor, States]:
+        """Return outputs, [rows, h], and hidden and cell state behind each row, [rows, h] each."""
+        states = self.run(rows, routing, order, states)
+        return self.mix(rows, routing, states[0]), states
+
     def mix(self, rows: Tensor, routing: Routing, along: Tensor) -> Tensor:
         """Return both branches, mixed, [rows, h], given rows and what the LSTM made of them."""
         inner = self.linear(rows, "gate_fc1", routing).relu().unsqueeze(1)
@@ -120,11 +125,11 @@ class ParallelExpertsMoE(MoREMoE):
         order = TimeOrder.of(routing, document)
         first = order.firsts
         starts = self._held(memory, documents, routing.tokens[first] // length, document[first], routing.experts[first])
-        states = self.experts.run(rows, routing, order, starts)
+        output, states = self.experts(rows, routing, order, starts)
         # [b, k, s, h], as keys and values are kept.
         memory.extend("states", *(state[routing.restore].view(batch, topk, length, -1) for state in states))
         memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
-        return routing.weigh(self.experts.mix(rows, routing, states[0]))
+        return routing.weigh(output)
 
     def _held(self, memory: Memory, documents: Tensor, sequence: Tensor, document: Tensor, expert: Tensor) -> States:
         """Return the states that segments go on from: zeros, or those behind the last token in the cache.
@@ -133,7 +138,8 @@ class ParallelExpertsMoE(MoREMoE):
         """
         held, routed = memory.held("states"), memory.held("experts")
         if held is None or routed is None or held[0].size(2) == 0 or len(sequence) == 0:
-            zeros = self.experts.lstm_state.new_zeros(len(sequence), self.config.hidden_size)
+            shape, dtype = (len(sequence), self.config.hidden_size), self.experts.lstm_state.dtype
+            zeros = torch.zeros(shape, dtype=dtype, device=sequence.device)
             return zeros, zeros
         chosen = routed[0].squeeze(1)[sequence]  # [segments, past, k]
         mine = chosen == expert[:, None, None]
