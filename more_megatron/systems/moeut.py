@@ -4,13 +4,12 @@ Csordas et al., arXiv 2405.16039. `--num-layers` is the size of the group, `--re
 """
 
 import functools
-import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.errors import MoREError
-from more_megatron.flags import MoREFlags, flag
+from more_megatron.flags import MoREFlags, check_ranges, flag
 from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, System
 from more_megatron.systems.export import MODEL, MOE, STATES_OF_MOE, Row
 
@@ -65,19 +64,14 @@ class MoEUTFlags:
         Raises:
             MoREError: If one is out of range.
         """
-        if self.switchhead_num_experts < 1:
-            raise MoREError(f"--switchhead-num-experts {self.switchhead_num_experts} must be at least 1")
+        check_ranges(self, dict.fromkeys(("switchhead_balance_coeff", "moeut_balance_coeff"), "[0, inf)"))
+        check_ranges(self, dict.fromkeys(("switchhead_expert_dropout", "moeut_expert_dropout"), "[0, 1)"))
+        check_ranges(self, {"switchhead_num_experts": "[1, inf)"})
         if not self._is_dense and not 1 <= self.switchhead_topk <= self.switchhead_num_experts:
             raise MoREError(
                 f"--switchhead-topk {self.switchhead_topk} must be from 1 to --switchhead-num-experts "
                 f"{self.switchhead_num_experts}"
             )
-        for name in ("switchhead_balance_coeff", "moeut_balance_coeff"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise MoREError(f"{flag(name)} {getattr(self, name)} must be at least 0")
-        for name in ("switchhead_expert_dropout", "moeut_expert_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise MoREError(f"{flag(name)} {getattr(self, name)} must be from 0 to below 1")
 
     @property
     def _is_dense(self) -> bool:

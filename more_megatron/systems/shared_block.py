@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from more_megatron.errors import MoREError
-from more_megatron.flags import flag
+from more_megatron.flags import check_ranges
 from more_megatron.systems.base import DEPTH, System
 from more_megatron.systems.export import Row
 
@@ -35,11 +34,7 @@ class ProjectionFlags:
         Raises:
             MoREError: If one is out of range.
         """
-        if not 0.0 <= self.projection_orthogonality_coeff < float("inf"):
-            name, value = flag("projection_orthogonality_coeff"), self.projection_orthogonality_coeff
-            raise MoREError(f"{name} {value} must be at least 0")
-        if not 0.0 <= self.projection_dropout < 1.0:
-            raise MoREError(f"{flag('projection_dropout')} {self.projection_dropout} must be from 0 to below 1")
+        check_ranges(self, {"projection_orthogonality_coeff": "[0, inf)", "projection_dropout": "[0, 1)"})
 
 
 class SharedBlock(System):

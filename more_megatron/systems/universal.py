@@ -10,8 +10,7 @@ from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from more_megatron.errors import MoREError
-from more_megatron.flags import MoREFlags, flag
+from more_megatron.flags import MoREFlags, check_ranges, flag
 from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, REPEATED_ROUTER, System
 from more_megatron.systems.export import (
     ATTENTION,
@@ -75,10 +74,7 @@ class UniversalFlags:
         import torch
         from megatron.core.utils import init_method_normal
 
-        if not 0.0 <= self.halting_epsilon < 1.0:
-            raise MoREError(f"--halting-epsilon {self.halting_epsilon} must be from 0 to below 1")
-        if not 0.0 <= self.ponder_coeff < float("inf"):
-            raise MoREError(f"--ponder-coeff {self.ponder_coeff} must be at least 0")
+        check_ranges(self, {"halting_epsilon": "[0, 1)", "ponder_coeff": "[0, inf)"})
         config: Any = self
         # What Megatron takes where no flag names another.
         if config.activation_func is torch.nn.functional.gelu:
