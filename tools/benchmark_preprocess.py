@@ -253,6 +253,7 @@ def _measure_all(args: argparse.Namespace, folder: Path) -> None:
     source = args.input or str(folder / "articles.txt")
     if args.input is None:
         write_sample_text(source)
+    open(source).close()  # Before minutes of work on another text.
     print(f"{args.workers} workers, medians of {args.runs} paired runs; x: one by one over ours")
     print(_ROW.format("text", "tokenizer", "CPU-s", "theirs", "wall s", "theirs", "CPU x", "wall x"))
     for name in args.corpora:

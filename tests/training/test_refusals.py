@@ -367,3 +367,16 @@ def _forget_platform() -> None:
     from more_megatron.platform import initialize_platform
 
     initialize_platform.cache_clear()
+
+
+def test_a_node_whose_name_does_not_resolve() -> None:
+    nowhere = {"MASTER_ADDR": "node0.invalid"}
+    first, second = pretrain_more(2, TINY, environment=nowhere, prepare=_do_not_wait_for_names)
+    refused(first, "the name 'node0.invalid' of MASTER_ADDR does not resolve")
+    assert second.stderr == ""
+
+
+def _do_not_wait_for_names() -> None:
+    from more_megatron import lifetime
+
+    lifetime._SECONDS_FOR_A_NAME = 1
