@@ -91,6 +91,8 @@ def _plan(args: argparse.Namespace) -> planning.Plan:
         if defaults | plan.experiment == json.loads(json.dumps(asdict(experiment))):
             return plan
     plan = apart(planning.plan, experiment, log=args.folder / "planning.log")
+    if all(arm.refusal for arm in plan.arms):
+        raise MoREError(f"{args.experiment}: no arm can be trained; {plan.arms[0].name}: {plan.arms[0].refusal}")
     plan.save(path)
     return plan
 

@@ -355,6 +355,7 @@ def test_output_folder_that_cannot_be_made(tmp_path: Path, flag: str) -> None:
     (tmp_path / "file").write_text("")
     ended = pretrain_more(1, f"{TINY} --save-interval 2 {flag} {tmp_path / 'file' / 'below'}")[0]
     refused(ended, str(tmp_path / "file" / "below"), "Not a directory")
+    assert ("--save-interval without --save: this run saves nothing" in ended.stdout) == (flag != "--save")
 
 
 def test_platform_that_does_not_exist() -> None:

@@ -155,6 +155,9 @@ class Experiment:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
         if self.problems < 1:
             raise MoREError(f"problems {self.problems} must be at least 1")
+        for key in ("flags", "sweep", "finetune"):
+            if not isinstance(getattr(self, key), dict | None):
+                raise MoREError(f"{key} must be a table, not {getattr(self, key)!r}")
         if not isinstance(self.tasks, dict) or not all(isinstance(prefix, str) for prefix in self.tasks.values()):
             raise MoREError(f"tasks must be a table of prefixes of tools/prepare_tasks.py, not {self.tasks!r}")
 
