@@ -50,7 +50,7 @@ def check_ranges(fields: object, ranges: Mapping[str, str]) -> None:
     for name, interval in ranges.items():
         low, high = (float(bound) for bound in interval[1:-1].split(", "))
         value = getattr(fields, name, None)
-        for number in value if isinstance(value, list) else (value,):
+        for number in value if isinstance(value, list | tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
             is_above = number >= low if interval[0] == "[" else number > low
