@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
+from more_megatron.flags import check_ranges
 
 _STAGES = "abcdef"
 
@@ -50,8 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not args.stages or set(args.stages) - set(_STAGES):
             raise MoREError(f"--stages {args.stages!r} must be one or more of the letters {_STAGES}")
-        if not args.budget > 0:
-            raise MoREError(f"--budget {args.budget:g} must be a number of seconds above 0")
+        check_ranges(args, {"budget": "(0, inf)"})
         gpus = 0 if args.dry_run else _gpus()
         if not args.dry_run and gpus == 0:
             raise MoREError("PyTorch sees no GPU: check the driver, or give --dry-run")

@@ -25,12 +25,14 @@ from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment, 
 from more_megatron.evaluation.comparison.report import check_packages, write_report
 from more_megatron.evaluation.comparison.runner import Runner, apart
 from more_megatron.evaluation.comparison.tasks import evaluation
+from more_megatron.flags import check_ranges
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison and return the exit code: 1 if a run failed."""
     args = _parse(arguments)
     with one_line_errors("compare_systems.py"):
+        check_ranges(args, {"jobs": "[1, inf)", "nproc_per_node": "[1, inf)"})
         if args.run is None and not args.plan:
             check_packages()
         args.folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.errors import MoREError, last_line
+from more_megatron.flags import check_ranges
 
 __all__ = ["ExportedModel", "add_model_arguments", "open_model"]
 
@@ -116,8 +117,7 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
     Raises:
         MoREError: If the folder or checkpoint is missing, damaged or without a tokenizer.
     """
-    if args.batch_size < 1:
-        raise MoREError(f"--batch-size {args.batch_size} must be at least 1")
+    check_ranges(args, {"batch_size": "[1, inf)"})
     with contextlib.ExitStack() as stack:
         folder = args.model
         if folder is None:
