@@ -108,6 +108,7 @@ def test_the_experiments_that_come_with_it_can_be_read(path: Path) -> None:
         ({"depths": [1, -1]}, "--depths -1 must be at least 1"),
         ({"finetune": "yes please"}, "finetune must be a table"),
         ({"flags": ["lr"]}, "flags must be a table"),
+        ({"sweep": {"lr": []}}, "sweep must be a table of lists"),
     ],
 )
 def test_a_wrong_key_is_refused_in_one_line(keys: dict[str, object], word: str) -> None:

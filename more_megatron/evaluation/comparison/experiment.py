@@ -155,9 +155,12 @@ class Experiment:
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
         check_ranges(self, {"seeds": "[0, inf)", "depths": "[1, 10000]"})
-        for key in ("flags", "sweep", "finetune"):
+        for key in ("flags", "finetune"):
             if not isinstance(getattr(self, key), dict | None):
                 raise MoREError(f"{key} must be a table, not {getattr(self, key)!r}")
+        swept = self.sweep.values() if isinstance(self.sweep, dict) else [None]
+        if not all(isinstance(values, list) and values for values in swept):
+            raise MoREError(f"sweep must be a table of lists of values, not {self.sweep!r}")
         if not isinstance(self.tasks, dict) or not all(isinstance(prefix, str) for prefix in self.tasks.values()):
             raise MoREError(f"tasks must be a table of prefixes of tools/prepare_tasks.py, not {self.tasks!r}")
 
