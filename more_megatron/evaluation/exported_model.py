@@ -117,7 +117,7 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
     Raises:
         MoREError: If the folder or checkpoint is missing, damaged or without a tokenizer.
     """
-    check_ranges(args, {"batch_size": "[1, inf)"})
+    check_ranges(args, {"batch_size": "[1, inf)", "num_steps": "(-inf, 10000]"})
     with contextlib.ExitStack() as stack:
         folder = args.model
         if folder is None:

@@ -260,6 +260,7 @@ def test_hellaswag_from_a_file(run: _Run, tmp_path: Path) -> None:
         ("--tasks babi --data babi=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON"),
         ("--tasks hellaswag --data hellaswag=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON object with"),
         ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 0", "--num-steps 0 cannot be taken by"),
+        ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 99999", "--num-steps 99999 must be at most"),
         (
             "--tasks wikitext --data wikitext=FOLDER/long.jsonl --exit-criterion no",
             "--exit-criterion no cannot be taken by .*: criterion 'no' does not exist: choose one of kl,",
