@@ -29,7 +29,7 @@ from more_megatron.flags import check_ranges
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison and return the exit code: 1 if a run failed."""
+    """Run the comparison and return the exit code."""
     args = _parse(arguments)
     with one_line_errors("compare_systems.py"):
         check_ranges(args, {"jobs": "[1, inf)", "nproc_per_node": "[1, inf)"})
@@ -133,7 +133,9 @@ def _report(args: argparse.Namespace, plan: planning.Plan) -> int:
     print(f"report: {args.folder / 'report.html'}")
     for run in failed:
         print(f"  {run.name} {run.state}: {run.reason or 'it has not ended'}")
-    return 1 if failed else 0
+    if failed:
+        raise MoREError(f"{len(failed)} of {len(plan.runs)} runs have no result: without --report it makes them")
+    return 0
 
 
 if __name__ == "__main__":

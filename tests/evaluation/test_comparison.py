@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -134,6 +135,12 @@ def test_an_experiment_without_an_arm_that_can_be_trained_is_refused(
     with pytest.raises(MoREError, match="no arm can be trained; moe: --num-layers is missing"):
         compare_systems._plan(args)
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_report_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MoREError, match="2 of 2 runs have no result"):
+        compare_systems._report(argparse.Namespace(folder=tmp_path), _plan(1))
+    assert (tmp_path / "report.html").exists()
 
 
 # Runs, with a stand-in for the program.
