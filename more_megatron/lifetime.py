@@ -44,7 +44,7 @@ def check_launcher() -> None:
         raise MoREError(
             f"the environment variables say rank {rank} of {world_size}: count ranks from 0 to below WORLD_SIZE"
         )
-    if world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has looked for it.
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has looked for it.
         _wait_for_name(os.environ.get("MASTER_ADDR", ""))
 
 
