@@ -103,6 +103,7 @@ def test_the_experiments_that_come_with_it_can_be_read(path: Path) -> None:
         ({"depths": 3}, "list of whole numbers"),
         ({"arms": 3}, "arms must be"),
         ({"tokens": 0}, "tokens 0"),
+        ({"tokens": math.inf}, "tokens inf must be a number above 0"),
         ({"tokens": 1, "total_flops": 1}, "total_flops"),
         ({"tasks": ["chains"]}, "tasks"),
         ({"problems": 0}, "problems 0 must be a number above 0"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import re
 import shlex
@@ -150,7 +151,7 @@ class Experiment:
             raise MoREError(f"seeds {list(self.seeds)} must be one or more, each once")
         for key in ("tokens", "total_flops", "problems"):
             number = getattr(self, key)
-            if number is not None and not (isinstance(number, int | float) and number > 0):
+            if number is not None and not (isinstance(number, int | float) and 0 < number < math.inf):
                 raise MoREError(f"{key} {number!r} must be a number above 0")
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
