@@ -156,7 +156,7 @@ def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
     check_links(folder)
     device = _device(args.device)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=args.dtype or "auto",
             trust_remote_code=args.trust_remote_code,
@@ -164,6 +164,7 @@ def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
         )
     except Exception as error:  # Whatever a damaged file makes of itself in transformers, safetensors or json.
         raise MoREError(f"the model {source} cannot be loaded: {last_line(error)}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers draws them at random, and goes on.
         raise MoREError(f"the model {source} lacks {len(missing)} of its weights, {missing[0]} first: export it again")
     recurrent = bool(getattr(getattr(model, "system", None), "recurrent", False))
