@@ -8,24 +8,59 @@ import dataclasses
 import functools
 import math
 from argparse import Namespace
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Literal, Self
 
 from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
 
-__all__ = ["MoREFlags", "flag"]
+__all__ = ["MoREFlags", "check_ranges", "flag"]
 
 _DEFAULT_STEPS = 4
-# A slip of the hand: nothing runs so many steps, and no block is so wide.
-_TOO_MANY_STEPS = 10_000
-_TOO_WIDE = 1_000_000
+# Above them it is a slip of the hand: nothing runs so many steps, and no block is so wide.
+_STEPS = "[1, 10000]"
+_RANGES = {
+    **{f"recurrence_{name}": _STEPS for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps")},
+    "recurrence_eval_depths": _STEPS,
+    "recurrence_ffn_hidden_size": "[1, 1000000]",
+    "recurrence_state_std": "[0, inf)",
+    "recurrence_residual_scale": "(-inf, inf)",
+    "router_logit_ema": "[0, 1)",
+    "router_min_entropy": "[0, inf)",
+    "router_min_entropy_coeff": "[0, inf)",
+}
 
 
 def flag(name: str) -> str:
     """Return the command-line flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+def check_ranges(fields: object, ranges: Mapping[str, str]) -> None:
+    """Check numbers, and lists of numbers, against intervals; none may be infinite, or no number.
+
+    Args:
+        fields: What has them, by the name of their flag; what is no number is left.
+        ranges: Intervals by name, as in `[0, 1)`.
+
+    Raises:
+        MoREError: If one lies outside; the message names its flag.
+    """
+    for name, interval in ranges.items():
+        low, high = (float(bound) for bound in interval[1:-1].split(", "))
+        value = getattr(fields, name, None)
+        for number in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            is_above = number >= low if interval[0] == "[" else number > low
+            is_below = number <= high if interval[-1] == "]" else number < high
+            if not (is_above and is_below and -math.inf < number < math.inf):
+                words = [] if number - number == 0 else ["finite"]
+                words += [f"{'at least' if interval[0] == '[' else 'above'} {low:.0f}"] if low > -math.inf else []
+                words += [f"{'at most' if interval[-1] == ']' else 'below'} {high:.0f}"] if high < math.inf else []
+                kind = "g" if isinstance(number, float) else "d"
+                raise MoREError(f"{flag(name)} {number:{kind}} must be {' and '.join(words)}")
 
 
 @dataclass
@@ -111,19 +146,9 @@ class MoREFlags:
         Raises:
             MoREError: If a field is out of range or contradicts another; the message names the flag.
         """
-        for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps"):
-            self._require(f"recurrence_{name}", at_least=1, below=_TOO_MANY_STEPS)
-        self._require("recurrence_ffn_hidden_size", at_least=1, below=_TOO_WIDE)
-        means = self.curriculum.values if self.curriculum is not None else []
-        for name, numbers in (("eval_depths", self.recurrence_eval_depths or []), ("curriculum", means)):
-            for steps in numbers:
-                if not 1 <= steps < _TOO_MANY_STEPS:
-                    raise MoREError(
-                        f"--recurrence-{name.replace('_', '-')} {steps} must be at least 1 and below {_TOO_MANY_STEPS}"
-                    )
-        for name in ("recurrence_state_std", "router_min_entropy", "router_min_entropy_coeff"):
-            self._require(name, at_least=0)
-        self._require("router_logit_ema", at_least=0, below=1)
+        check_ranges(self, _RANGES)
+        if self.curriculum is not None:
+            check_ranges(Namespace(recurrence_curriculum=self.curriculum.values), {"recurrence_curriculum": _STEPS})
         self._check_range()
 
     def without_effect(self, given: Set[str]) -> Iterator[str]:
@@ -193,17 +218,6 @@ class MoREFlags:
     @property
     def _lowest_step(self) -> int:
         return self.recurrence_min_steps or 1
-
-    def _require(self, name: str, at_least: float, below: float | None = None) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if not math.isfinite(value):
-            raise MoREError(f"{flag(name)} {value} must be a number that is finite")
-        if value < at_least:
-            raise MoREError(f"{flag(name)} {value} must be at least {at_least}")
-        if below is not None and value >= below:
-            raise MoREError(f"{flag(name)} {value} must be below {below}")
 
     def _check_range(self) -> None:
         low, high = self._lowest_step, self.recurrence_max_steps

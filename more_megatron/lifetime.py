@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 _SECONDS = 0.5
+_SECONDS_FOR_A_NAME = 60
 
 
 def check_launcher() -> None:
@@ -42,6 +44,21 @@ def check_launcher() -> None:
         raise MoREError(
             f"the environment variables say rank {rank} of {world_size}: count ranks from 0 to below WORLD_SIZE"
         )
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun has looked for it.
+        _wait_for_name(os.environ.get("MASTER_ADDR", ""))
+
+
+def _wait_for_name(host: str) -> None:
+    """Wait until a node's name is known, as it may be a little after the node is there.
+
+    PyTorch would look for it twice as long as --distributed-timeout-minutes, and log where it stood then.
+    """
+    for _ in range(_SECONDS_FOR_A_NAME):
+        with contextlib.suppress(OSError, UnicodeError):
+            socket.getaddrinfo(host or None, 0)
+            return
+        time.sleep(1.0)
+    raise MoREError(f"the name {host!r} of MASTER_ADDR does not resolve: give an address of the node of rank 0")
 
 
 def end_with_launcher() -> None:

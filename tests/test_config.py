@@ -35,7 +35,7 @@ def _config(**fields: Any) -> MoREConfig:
             "--recurrence-steps 9 lies outside",
         ),
         ({"recurrence_state_std": -0.1}, "--recurrence-state-std -0.1 must be at least 0"),
-        ({"router_logit_ema": 1.0}, "--router-logit-ema 1.0 must be below 1"),
+        ({"router_logit_ema": 1.0}, "--router-logit-ema 1 must be at least 0 and below 1"),
     ],
 )
 def test_refusals_name_the_flag(fields: dict[str, Any], message: str) -> None:

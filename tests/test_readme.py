@@ -53,7 +53,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calls(folder: Path) -> list[Call]:
     """What the blocks of README.md call."""
     blocks = re.findall(r"^```bash\n(.*?)^```", _README, flags=re.MULTILINE | re.DOTALL)
-    return calls_of("\n".join(blocks), folder, {"NODE_RANK": "0", "MASTER_ADDR": "node0"})
+    script = "\n".join(blocks).replace("wikitext103/preprocess.sh\n", "wikitext103/preprocess.sh data\n")
+    return calls_of(script, folder, {"NODE_RANK": "0", "MASTER_ADDR": "node0"})
 
 
 def test_make_targets_exist(calls: list[Call]) -> None:

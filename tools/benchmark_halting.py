@@ -13,6 +13,7 @@ import json
 from typing import Any
 
 from more_megatron.errors import OneLineParser, one_line_errors
+from more_megatron.flags import check_ranges
 from more_megatron.systems import systems
 
 
@@ -106,6 +107,8 @@ def main() -> None:
     """Run the benchmark."""
     flags = parse_flags()
     with one_line_errors("benchmark_halting.py"):
+        numbers = ("symbols", "alphabet", "hidden_size", "limit", "train_iters", "batch_size")
+        check_ranges(flags, dict.fromkeys(numbers, "[1, inf)") | {"lr": "[0, inf)"})
         rows = []
         for number, ponder_coeff in enumerate(flags.ponder_coeffs):
             row = train(flags, ponder_coeff)

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
+from more_megatron.flags import check_ranges
 
 _PROMPT = 16
 
@@ -36,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     with one_line_errors(Path(__file__).name), torch.no_grad():
+        numbers = ("num_steps", "windows", "length", "batch_size", "new_tokens", "draft_tokens")
+        check_ranges(args, dict.fromkeys(numbers, "[1, inf)"))
         bench = _Benchmark(args)
         for title, header, rows in (
             ("Steps", "steps | loss | tokens/s", bench.depths),

@@ -35,6 +35,7 @@ from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import open_source
 from more_megatron.data.tokenizers import TokenizerOptions, build_megatron, load
 from more_megatron.errors import OneLineParser, one_line_errors
+from more_megatron.flags import check_ranges
 from tools.sample_text import write_sample_text
 
 _TOOL = Path(__file__).with_name("preprocess_wikitext.py")
@@ -250,9 +251,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _measure_all(args: argparse.Namespace, folder: Path) -> None:
+    check_ranges(args, {"megabytes": "(0, inf)", "runs": "[1, inf)", "workers": "[1, inf)"})
     source = args.input or str(folder / "articles.txt")
     if args.input is None:
         write_sample_text(source)
+    open(source).close()  # Before minutes of work on another text.
     print(f"{args.workers} workers, medians of {args.runs} paired runs; x: one by one over ours")
     print(_ROW.format("text", "tokenizer", "CPU-s", "theirs", "wall s", "theirs", "CPU x", "wall x"))
     for name in args.corpora:

@@ -13,6 +13,7 @@ import argparse
 import json
 
 from more_megatron.errors import OneLineParser, one_line_errors
+from more_megatron.flags import check_ranges
 from more_megatron.systems import get_system, names
 
 
@@ -133,6 +134,7 @@ def main() -> None:
     """Run the benchmark."""
     flags = parse_flags()
     with one_line_errors("benchmark_step.py"):
+        check_ranges(flags, {"rounds": "[1, inf)", "warmup": "[0, inf)", "depths": "[1, inf)"})
         benchmarks = build(flags)
         figures = {"comparison": compare(flags, benchmarks)}
         if flags.depths:

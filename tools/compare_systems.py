@@ -26,12 +26,14 @@ from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment
 from more_megatron.evaluation.comparison.report import check_packages, write_report
 from more_megatron.evaluation.comparison.runner import Runner, apart
 from more_megatron.evaluation.comparison.tasks import evaluation
+from more_megatron.flags import check_ranges
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the comparison and return the exit code: 1 if a run failed."""
+    """Run the comparison and return the exit code."""
     args = _parse(arguments)
     with one_line_errors("compare_systems.py"):
+        check_ranges(args, {"jobs": "[1, inf)", "nproc_per_node": "[1, inf)"})
         if args.run is None and not args.plan:
             check_packages()
         args.folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +94,8 @@ def _plan(args: argparse.Namespace) -> planning.Plan:
         if defaults | plan.experiment == json.loads(json.dumps(asdict(experiment))):
             return plan
     plan = apart(planning.plan, experiment, log=args.folder / "planning.log")
+    if all(arm.refusal for arm in plan.arms):
+        raise MoREError(f"{args.experiment}: no arm can be trained; {plan.arms[0].name}: {plan.arms[0].refusal}")
     plan.save(path)
     return plan
 
@@ -130,7 +134,9 @@ def _report(args: argparse.Namespace, plan: planning.Plan) -> int:
     print(f"report: {args.folder / 'report.html'}")
     for run in failed:
         print(f"  {run.name} {run.state}: {run.reason or 'it has not ended'}")
-    return 1 if failed else 0
+    if failed:
+        raise MoREError(f"{len(failed)} of {len(plan.runs)} runs have no result: without --report it makes them")
+    return 0
 
 
 if __name__ == "__main__":

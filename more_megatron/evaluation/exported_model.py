@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.errors import MoREError, last_line
+from more_megatron.flags import check_ranges
 
 __all__ = ["ExportedModel", "add_model_arguments", "open_model"]
 
@@ -98,8 +99,7 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
     Raises:
         MoREError: If the folder or checkpoint is missing, damaged or without a tokenizer.
     """
-    if args.batch_size < 1:
-        raise MoREError(f"--batch-size {args.batch_size} must be at least 1")
+    check_ranges(args, {"batch_size": "[1, inf)", "num_steps": "(-inf, 10000]"})
     if args.model is not None:
         yield _load(args, args.model)
         return
@@ -135,11 +135,17 @@ def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
     check_links(folder)
     device = _device(args.device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=args.dtype or "auto", trust_remote_code=args.trust_remote_code
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=args.dtype or "auto",
+            trust_remote_code=args.trust_remote_code,
+            output_loading_info=True,
         )
     except Exception as error:  # Whatever a damaged file makes of itself in transformers, safetensors or json.
         raise MoREError(f"the model {source} cannot be loaded: {last_line(error)}") from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):  # transformers draws them at random, and goes on.
+        raise MoREError(f"the model {source} lacks {len(missing)} of its weights, {missing[0]} first: export it again")
     recurrent = bool(getattr(getattr(model, "system", None), "recurrent", False))
     return ExportedModel(source, folder, model.eval().to(device), _tokenizer(args, folder), recurrent)
 

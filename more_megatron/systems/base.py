@@ -7,11 +7,9 @@ import neither Megatron nor PyTorch at their top; what builds layers is imported
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, flag
 from more_megatron.systems.export import ATTENTION, DENSE, FEED_FORWARD, MODEL, MOE, Row, states
 
@@ -22,7 +20,7 @@ if TYPE_CHECKING:
     from more_megatron.monitoring.ranges import Ends
     from more_megatron.monitoring.watch import Watch
 
-__all__ = ["DEPTH", "DIVISION", "MEGATRONS_INITIALIZATION", "REPEATED_ROUTER", "System", "require"]
+__all__ = ["DEPTH", "DIVISION", "MEGATRONS_INITIALIZATION", "REPEATED_ROUTER", "System"]
 
 # Flags of `MoREFlags` that every recurrence reads.
 DEPTH = frozenset(
@@ -38,15 +36,6 @@ DIVISION = frozenset(f"recurrence_{name}_layers" for name in ("prelude", "coda",
 REPEATED_ROUTER = frozenset(("router_logit_ema", "router_min_entropy", "router_min_entropy_coeff"))
 # Flags of Megatron's that a system does not read whose stack draws all weights in its own way.
 MEGATRONS_INITIALIZATION = frozenset(("init_method_std", "init_method_xavier_uniform", "embedding_init_method_std"))
-
-
-def require(flags: Any, *names: str, below: float | None = None) -> None:
-    """Refuse fields that are below 0, or not below a limit, with a `MoREError`."""
-    for name in names:
-        value = getattr(flags, name)
-        if not 0.0 <= value < (math.inf if below is None else below):
-            must = "at least 0" if below is None else f"from 0 to below {below:g}"
-            raise MoREError(f"{flag(name)} {value} must be {must}")
 
 
 class System:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.blocks.refusals import expert_refusals, loop_refusals
 from more_megatron.errors import MoREError
-from more_megatron.flags import MoREFlags, flag
-from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, System, require
+from more_megatron.flags import MoREFlags, check_ranges, flag
+from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, System
 from more_megatron.systems.export import MODEL, MOE, Row, states
 
 if TYPE_CHECKING:
@@ -60,15 +60,14 @@ class MoEUTFlags:
 
     def check(self) -> None:
         """Check the fields."""
-        if self.switchhead_num_experts < 1:
-            raise MoREError(f"--switchhead-num-experts {self.switchhead_num_experts} must be at least 1")
+        check_ranges(self, dict.fromkeys(("switchhead_balance_coeff", "moeut_balance_coeff"), "[0, inf)"))
+        check_ranges(self, dict.fromkeys(("switchhead_expert_dropout", "moeut_expert_dropout"), "[0, 1)"))
+        check_ranges(self, {"switchhead_num_experts": "[1, inf)"})
         if self.switchhead_num_experts > 1 and not 1 <= self.switchhead_topk <= self.switchhead_num_experts:
             raise MoREError(
                 f"--switchhead-topk {self.switchhead_topk} must be from 1 to --switchhead-num-experts "
                 f"{self.switchhead_num_experts}"
             )
-        require(self, "switchhead_balance_coeff", "moeut_balance_coeff")
-        require(self, "switchhead_expert_dropout", "moeut_expert_dropout", below=1.0)
 
 
 class MoEUT(System):

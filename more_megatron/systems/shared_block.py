@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
-from more_megatron.systems.base import DEPTH, System, require
+from more_megatron.flags import check_ranges
+from more_megatron.systems.base import DEPTH, System
 from more_megatron.systems.export import Row
 
 if TYPE_CHECKING:
@@ -30,8 +31,7 @@ class ProjectionFlags:
 
     def check(self) -> None:
         """Check the fields."""
-        require(self, "projection_orthogonality_coeff")
-        require(self, "projection_dropout", below=1.0)
+        check_ranges(self, {"projection_orthogonality_coeff": "[0, inf)", "projection_dropout": "[0, 1)"})
 
 
 class SharedBlock(System):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from more_megatron.blocks.refusals import loop_refusals
-from more_megatron.flags import MoREFlags, flag
-from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, REPEATED_ROUTER, System, require
+from more_megatron.flags import MoREFlags, check_ranges, flag
+from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, REPEATED_ROUTER, System
 from more_megatron.systems.export import ATTENTION, DENSE_WITH_BIASES, MODEL, MOE, SANDWICH, Row
 
 if TYPE_CHECKING:
@@ -63,8 +63,7 @@ class UniversalFlags:
         import torch
         from megatron.core.utils import init_method_normal
 
-        require(self, "halting_epsilon", below=1.0)
-        require(self, "ponder_coeff")
+        check_ranges(self, {"halting_epsilon": "[0, 1)", "ponder_coeff": "[0, inf)"})
         config: Any = self
         # What Megatron takes where no flag names another.
         if config.activation_func is torch.nn.functional.gelu:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import enum
-import math
 import re
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Set
 
 from more_megatron.errors import MoREError
-from more_megatron.flags import flag
+from more_megatron.flags import check_ranges, flag
 from more_megatron.systems import flag_names, get_system
 from more_megatron.training.flag_table import NEEDS, RANGES, RULES
 from more_megatron.training.options import option_faults
 
 __all__ = ["check_flags", "convert"]
-
-_FINITE = ("(-inf, inf)", r".*")
 
 
 def check_flags(args: Namespace, given: Set[str]) -> None:
@@ -36,8 +33,11 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
         raise MoREError("--bf16 and --fp16 exclude each other: leave one out")
     if args.yaml_cfg is not None:  # The flags are not all there yet.
         return
-    for fault in _ranges(args, given):
-        raise MoREError(fault)
+    for name in sorted(given):
+        if getattr(args, name, None) == "":
+            raise MoREError(f"{flag(name)} is empty: give it a value or leave it out")
+        if name not in flag_names():  # Those of ours are checked where a configuration is built of them.
+            check_ranges(args, {name: next(interval for interval, names in RANGES if re.fullmatch(names, name))})
     for name, other in NEEDS.items():
         if name in given and not getattr(args, other):
             raise MoREError(f"{flag(name)} needs {flag(other)}: give both, or leave it out")
@@ -64,31 +64,3 @@ def convert(of_megatron: Callable[[str], object], choices: Iterable[enum.Enum], 
     except Exception as error:
         names = ", ".join(choice.name for choice in choices)
         raise ArgumentTypeError(f"invalid value: {text!r}{names and f' (choose from {names})'}") from error
-
-
-def _ranges(args: Namespace, given: Set[str]) -> Iterator[str]:
-    for name in sorted(given):
-        value = getattr(args, name, None)
-        if value == "":
-            yield f"{flag(name)} is empty: give it a value or leave it out"
-        # Those of ours have ranges of their own.
-        rows = (_FINITE,) if name in flag_names() else RANGES
-        for number in value if isinstance(value, list) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                interval = next(interval for interval, names in rows if re.fullmatch(names, name))
-                bounds = _bounds(number, interval)
-                if bounds is not None:
-                    yield f"{flag(name)} {number:{'g' if isinstance(number, float) else 'd'}} must be {bounds}"
-
-
-def _bounds(number: float, interval: str) -> str | None:
-    """Return the bounds of an interval in words, None if a number lies between them."""
-    low, high = (float(bound) for bound in interval[1:-1].split(", "))
-    is_above = number >= low if interval[0] == "[" else number > low
-    is_below = number <= high if interval[-1] == "]" else number < high
-    if math.isfinite(number) and is_above and is_below:
-        return None
-    words = [] if math.isfinite(number) else ["finite"]
-    words += [f"{'at least' if interval[0] == '[' else 'above'} {low:.0f}"] if math.isfinite(low) else []
-    words += [f"{'at most' if interval[-1] == ']' else 'below'} {high:.0f}"] if math.isfinite(high) else []
-    return " and ".join(words)

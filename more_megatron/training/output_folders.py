@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from more_megatron.checkpoint_lock import only_trainer
+from more_megatron.console import say
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
 
@@ -24,6 +25,8 @@ def check_output_folders(args: argparse.Namespace) -> None:
     """
     if args.rank != 0:
         return
+    if args.save_interval and not args.save:
+        say("> --save-interval without --save: this run saves nothing")
     for name in _FOLDERS:
         folder = getattr(args, name)
         if not folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from more_megatron.evaluation.comparison.runner import Runner
 from more_megatron.evaluation.comparison.tasks import evaluation
 from more_megatron.systems import get_system, names
 from tests.helpers.shell import PROJECT
+from tools import compare_systems
 
 _FLAGS = {
     "num-layers": 2,
@@ -102,9 +104,14 @@ def test_the_experiments_that_come_with_it_can_be_read(path: Path) -> None:
         ({"depths": 3}, "list of whole numbers"),
         ({"arms": 3}, "arms must be"),
         ({"tokens": 0}, "tokens 0"),
+        ({"tokens": math.inf}, "tokens inf must be a number above 0"),
         ({"tokens": 1, "total_flops": 1}, "total_flops"),
         ({"tasks": ["chains"]}, "tasks"),
-        ({"problems": 0}, "problems"),
+        ({"problems": 0}, "problems 0 must be a number above 0"),
+        ({"depths": [1, -1]}, "--depths -1 must be at least 1"),
+        ({"finetune": "yes please"}, "finetune must be a table"),
+        ({"flags": ["lr"]}, "flags must be a table"),
+        ({"sweep": {"lr": []}}, "sweep must be a table of lists"),
     ],
 )
 def test_a_wrong_key_is_refused_in_one_line(keys: dict[str, object], word: str) -> None:
@@ -118,6 +125,24 @@ def test_flags_are_read_as_they_are_typed() -> None:
     flags = parse_flags("--lr 1e-3 --loss-on-answers --train-data-path a b --split=9,1,0")
     assert flags == {"lr": "1e-3", "loss-on-answers": True, "train-data-path": ["a", "b"], "split": "9,1,0"}
     assert parse_flags(" ".join(arguments_of(flags))) == flags
+
+
+def test_an_experiment_without_an_arm_that_can_be_trained_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "e.yaml").write_text("arms: [moe]")
+    plan = Plan({}, ({},), (PlannedArm("moe", 0, {}, "--num-layers is missing"),))
+    monkeypatch.setattr(compare_systems, "apart", lambda *_, **__: plan)
+    args = compare_systems._parse([str(tmp_path / "e.yaml"), "--folder", str(tmp_path)])
+    with pytest.raises(MoREError, match="no arm can be trained; moe: --num-layers is missing"):
+        compare_systems._plan(args)
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_report_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
+    with pytest.raises(MoREError, match="2 of 2 runs have no result"):
+        compare_systems._report(argparse.Namespace(folder=tmp_path), _plan(1))
+    assert (tmp_path / "report.html").exists()
 
 
 # Runs, with a stand-in for the program.

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from more_megatron.data.answers import Exercise, write_answers
 from more_megatron.data.tokenizers import TokenizerOptions, TokenizerType, load
@@ -260,6 +262,7 @@ def test_hellaswag_from_a_file(run: _Run, tmp_path: Path) -> None:
         ("--tasks babi --data babi=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON"),
         ("--tasks hellaswag --data hellaswag=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON object with"),
         ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 0", "--num-steps 0 cannot be taken by"),
+        ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 99999", "--num-steps 99999 must be at most"),
         (
             "--tasks wikitext --data wikitext=FOLDER/long.jsonl --exit-criterion no",
             "--exit-criterion no cannot be taken by .*: criterion 'no' does not exist: choose one of kl,",
@@ -294,16 +297,22 @@ def _no_network(*args: Any, **kwargs: Any) -> None:
 def test_damaged_models(run: _Run, tmp_path: Path) -> None:
     from more_megatron.evaluation.exported_model import open_model
 
-    def opened(flags: str) -> None:
+    def opened(flags: str) -> Path:
         words = f"--tasks wikitext --output {tmp_path}/out --device cpu {flags}".split()
-        with open_model(parse_arguments(words)):
-            pass
+        with open_model(parse_arguments(words)) as exported:
+            return Path(shutil.copytree(exported.folder, tmp_path / "export"))
 
     with pytest.raises(MoREError, match="is not a folder of a Hugging Face model: it has no config"):
         opened(f"--model {tmp_path}")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(MoREError, match=f"the model {tmp_path} cannot be loaded: ValueError"):
         opened(f"--model {tmp_path}")
+    folder = opened(f"--load {run.folder}/checkpoint")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MoREError, match=r"lacks 1 of its weights, lm_head\.weight first: export it again"):
+        opened(f"--model {folder}")
     with pytest.raises(MoREError, match="--batch-size 0 must be at least 1"):
         opened(f"--load {run.folder}/checkpoint --batch-size 0")
     with pytest.raises(MoREError, match="--device teapot cannot be used"):

@@ -65,6 +65,12 @@ def test_a_system_that_does_not_exist_is_refused_in_one_line(tmp_path: Path) -> 
     assert done.stderr.strip().startswith("check_gpu.py: error: --systems nothing does not exist")
 
 
+def test_a_budget_is_a_number_of_seconds(tmp_path: Path) -> None:
+    done = _check("--budget", "nan", "--output", str(tmp_path), seconds=120)
+    assert done.returncode == 1
+    assert done.stderr == "check_gpu.py: error: --budget nan must be finite and above 0\n"
+
+
 def test_a_wrong_weight_fails_parity(tmp_path: Path) -> None:
     right, wrong = run_ranks(1, parity_with_a_wrong_weight, str(tmp_path))[0]
     assert right == []

@@ -160,12 +160,12 @@ def test_a_setting_that_makes_no_sense_is_refused_by_name(fields: dict[str, Any]
 @pytest.mark.parametrize(
     ("field", "value", "flag"),
     [
-        ("router_logit_ema", 1.0, "--router-logit-ema 1.0"),
+        ("router_logit_ema", 1.0, "--router-logit-ema 1 "),
         ("router_logit_ema", -0.1, "--router-logit-ema -0.1"),
-        ("projection_dropout", 1.0, "--projection-dropout 1.0"),
-        ("router_min_entropy", -1.0, "--router-min-entropy -1.0"),
-        ("router_min_entropy_coeff", -1.0, "--router-min-entropy-coeff -1.0"),
-        ("projection_orthogonality_coeff", -1.0, "--projection-orthogonality-coeff -1.0"),
+        ("projection_dropout", 1.0, "--projection-dropout 1 "),
+        ("router_min_entropy", -1.0, "--router-min-entropy -1 "),
+        ("router_min_entropy_coeff", -1.0, "--router-min-entropy-coeff -1 "),
+        ("projection_orthogonality_coeff", -1.0, "--projection-orthogonality-coeff -1 "),
     ],
 )
 def test_other_fields_have_their_ranges_too(field: str, value: float, flag: str) -> None:

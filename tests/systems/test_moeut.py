@@ -189,8 +189,8 @@ def test_experts_drop_out_in_training() -> None:
     [
         ({"switchhead_num_experts": 0}, "--switchhead-num-experts 0 must be at least 1"),
         ({"switchhead_topk": 5}, "--switchhead-topk 5 must be from 1 to --switchhead-num-experts 4"),
-        ({"moeut_balance_coeff": -1.0}, "--moeut-balance-coeff -1.0 must be at least 0"),
-        ({"switchhead_expert_dropout": 1.0}, "--switchhead-expert-dropout 1.0 must be from 0 to below 1"),
+        ({"moeut_balance_coeff": -1.0}, "--moeut-balance-coeff -1 must be at least 0"),
+        ({"switchhead_expert_dropout": 1.0}, "--switchhead-expert-dropout 1 must be at least 0 and below 1"),
         ({"num_query_groups": 2}, "leave out --group-query-attention"),
         ({"moe_layer_freq": 2}, "leave out --moe-layer-freq"),
         ({"qk_layernorm": True}, "does not know --qk-layernorm: leave it out"),

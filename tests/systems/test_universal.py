@@ -129,8 +129,8 @@ def test_equals_an_independent_computation() -> None:
 
 def test_wrong_settings_end_in_one_line() -> None:
     for fields, message in (
-        ({"halting_epsilon": 1.0}, "--halting-epsilon 1.0 must be from 0 to below 1"),
-        ({"ponder_coeff": -1.0}, "--ponder-coeff -1.0 must be at least 0"),
+        ({"halting_epsilon": 1.0}, "--halting-epsilon 1 must be at least 0 and below 1"),
+        ({"ponder_coeff": -1.0}, "--ponder-coeff -1 must be at least 0"),
         (
             {"recurrence_eval_steps": 5},
             "at 5: lower --recurrence-eval-steps .* or give --universal-time-signal sinusoid",

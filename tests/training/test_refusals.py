@@ -31,8 +31,8 @@ FLAGS = {
     "--more-variant nonsense": "--more-variant nonsense does not exist: choose one of ",
     f"{_UNIFORM} --recurrence-min-steps 4 --recurrence-max-steps 2": "2 is below --recurrence-min-steps 4",
     "--recurrence-backprop-steps 0": "--recurrence-backprop-steps 0 must be at least 1",
-    "--recurrence-steps 1000000000": "--recurrence-steps 1000000000 must be below",
-    "--recurrence-curriculum 0:99999999": "--recurrence-curriculum 99999999 must be at least 1 and below",
+    "--recurrence-steps 1000000000": "--recurrence-steps 1000000000 must be at least 1 and at most 10000",
+    "--recurrence-curriculum 0:99999999": "--recurrence-curriculum 99999999 must be at least 1 and at most 10000",
     "--router-min-entropy 99": "--router-min-entropy 99.0 is above ln --num-experts",
     "--recurrence-residual-scale nan": "--recurrence-residual-scale nan",
     "--no-such-flag 3": "unrecognized arguments: --no-such-flag 3",
@@ -355,6 +355,8 @@ def test_output_folder_that_cannot_be_made(tmp_path: Path, flag: str) -> None:
     (tmp_path / "file").write_text("")
     ended = pretrain_more(1, f"{TINY} --save-interval 2 {flag} {tmp_path / 'file' / 'below'}")[0]
     refused(ended, str(tmp_path / "file" / "below"), "Not a directory")
+    says_so = "--save-interval without --save: this run saves nothing" in ended.stdout
+    assert says_so == (flag == "--data-cache-path")  # Megatron opens the writer of TensorBoard before.
 
 
 def test_platform_that_does_not_exist() -> None:
@@ -367,3 +369,16 @@ def _forget_platform() -> None:
     from more_megatron.platform import initialize_platform
 
     initialize_platform.cache_clear()
+
+
+def test_a_node_whose_name_does_not_resolve() -> None:
+    nowhere = {"MASTER_ADDR": "node0.invalid"}
+    first, second = pretrain_more(2, TINY, environment=nowhere, prepare=_do_not_wait_for_names)
+    refused(first, "the name 'node0.invalid' of MASTER_ADDR does not resolve")
+    assert second.stderr == ""
+
+
+def _do_not_wait_for_names() -> None:
+    from more_megatron import lifetime
+
+    lifetime._SECONDS_FOR_A_NAME = 1

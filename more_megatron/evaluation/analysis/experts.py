@@ -16,6 +16,7 @@ from more_megatron.evaluation.analysis.token_kinds import KINDS, TokenKinds
 from more_megatron.evaluation.analysis.writing import write_analysis
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
 from more_megatron.evaluation.texts import batches, read_texts, token_windows
+from more_megatron.flags import check_ranges
 from more_megatron.progress import progress_bar
 
 __all__ = ["analyze_experts"]
@@ -32,8 +33,7 @@ def analyze_experts(args: argparse.Namespace) -> list[str]:
     Raises:
         MoREError: If the model has no experts, or model or text cannot be read.
     """
-    if args.max_tokens < 1:
-        raise MoREError(f"--max-tokens {args.max_tokens} must be at least 1")
+    check_ranges(args, {"max_tokens": "[1, inf)"})
     texts = read_texts(args.text)
     with open_model(args) as exported:
         if not any(getattr(exported.model.config, "moe_layers", ())):

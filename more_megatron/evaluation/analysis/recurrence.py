@@ -16,6 +16,7 @@ from more_megatron.evaluation.analysis.writing import write_analysis
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
 from more_megatron.evaluation.texts import read_texts, token_windows
 from more_megatron.figures import spread
+from more_megatron.flags import check_ranges
 
 __all__ = ["analyze_recurrence"]
 
@@ -33,10 +34,7 @@ def analyze_recurrence(args: argparse.Namespace) -> list[str]:
     Raises:
         MoREError: If the model has no recurrence, or model or text cannot be read.
     """
-    if args.max_tokens < 2:
-        raise MoREError(f"--max-tokens {args.max_tokens} must be at least 2")
-    if args.initial_states < 1:
-        raise MoREError(f"--initial-states {args.initial_states} must be at least 1")
+    check_ranges(args, {"max_tokens": "[2, inf)", "initial_states": "[1, inf)"})
     texts = read_texts(args.text)
     with open_model(args) as exported:
         if not exported.recurrent:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ import yaml
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import Flags, read_by
 from more_megatron.evaluation.comparison.tasks import fine_tuning
-from more_megatron.flags import MoREFlags
+from more_megatron.flags import MoREFlags, check_ranges
 from more_megatron.systems import flag_names, get_system, systems
 
 __all__ = ["MATCHES", "Arm", "Experiment", "mean_steps"]
@@ -116,13 +117,19 @@ class Experiment:
             raise MoREError(f"match {self.match} does not exist: choose one of {', '.join(MATCHES)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise MoREError(f"seeds {list(self.seeds)} must be one or more, each once")
-        for key, number in (("tokens", self.tokens), ("total_flops", self.total_flops)):
-            if number is not None and not (isinstance(number, int | float) and number > 0):
+        for key in ("tokens", "total_flops", "problems"):
+            number = getattr(self, key)
+            if number is not None and not (isinstance(number, int | float) and 0 < number < math.inf):
                 raise MoREError(f"{key} {number!r} must be a number above 0")
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
-        if self.problems < 1:
-            raise MoREError(f"problems {self.problems} must be at least 1")
+        check_ranges(self, {"seeds": "[0, inf)", "depths": "[1, 10000]"})
+        for key in ("flags", "finetune"):
+            if not isinstance(getattr(self, key), dict | None):
+                raise MoREError(f"{key} must be a table, not {getattr(self, key)!r}")
+        swept = self.sweep.values() if isinstance(self.sweep, dict) else [None]
+        if not all(isinstance(values, list) and values for values in swept):
+            raise MoREError(f"sweep must be a table of lists of values, not {self.sweep!r}")
         if not isinstance(self.tasks, dict) or not all(isinstance(prefix, str) for prefix in self.tasks.values()):
             raise MoREError(f"tasks must be a table of prefixes of tools/prepare_tasks.py, not {self.tasks!r}")
 

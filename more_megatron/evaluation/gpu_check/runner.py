@@ -18,6 +18,7 @@ from more_megatron.evaluation.gpu_check.outcomes import Finding, Outcome, Report
 from more_megatron.evaluation.gpu_check.plan import DRY, GPU, Plan
 from more_megatron.evaluation.gpu_check.stages import LETTERS, Case, Stage, stages
 from more_megatron.evaluation.gpu_check.worlds import World, WorldError
+from more_megatron.flags import check_ranges
 from more_megatron.platform.packages import has_package
 from more_megatron.systems import names
 
@@ -105,6 +106,7 @@ def check(args: argparse.Namespace, command: str) -> Report:
     deadline, cores = time.monotonic() + args.budget, os.cpu_count() or 1
     if not args.stages or set(args.stages) - set(LETTERS):
         raise MoREError(f"--stages {args.stages!r} must be one or more of the letters {LETTERS}")
+    check_ranges(args, {"budget": "(0, inf)"})
     ranks = 2 if args.dry_run else _gpus()
     report = Report(args.output, command)
     for name in args.systems or ():

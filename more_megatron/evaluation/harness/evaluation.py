@@ -16,6 +16,7 @@ from more_megatron.evaluation.exported_model import open_model
 from more_megatron.evaluation.harness.plan import PlannedTask, load_task, plan_tasks
 from more_megatron.evaluation.harness.report import write_report
 from more_megatron.figures import spread
+from more_megatron.flags import check_ranges
 from more_megatron.platform.packages import has_package
 from more_megatron.unfinished import write_whole
 
@@ -39,8 +40,7 @@ def evaluate(args: argparse.Namespace) -> list[str]:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if args.exit_threshold is not None and args.exit_criterion is None:
         raise MoREError("--exit-threshold needs --exit-criterion: name one")
-    if args.limit is not None and args.limit < 1:
-        raise MoREError(f"--limit {args.limit} must be at least 1")
+    check_ranges(args, {"limit": "[1, inf)"})
     tasks = plan_tasks(args.tasks, args.data)
     with open_model(args) as exported:
         exits = {"criterion": args.exit_criterion, "exit_threshold": args.exit_threshold}
