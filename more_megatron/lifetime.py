@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -19,10 +21,12 @@ __all__ = [
     "end_with_starter",
     "forks_end_with_this",
     "how_to_continue",
+    "receive_at_end_of_parent",
     "say_at_sigterm",
 ]
 
 _SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
 
 
 def check_launcher() -> None:
@@ -51,6 +55,14 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent(os.getppid())
+        # A rank that is stopped runs no thread.
+        receive_at_end_of_parent(signal.SIGKILL)
+
+
+def receive_at_end_of_parent(number: int) -> None:
+    """Let this process receive a signal when the one that started it has ended, however that did. Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def forks_end_with_this() -> None:

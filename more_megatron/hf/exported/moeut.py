@@ -92,9 +92,9 @@ class HeadWeight(nn.Module):
     def draw_weight(self, name: str, weight: Tensor) -> None:
         _normal(self.config, weight, self.inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x` times the one matrix."""
-        return nn.functional.linear(x, self.weight)
+    def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+        """Return `x` times the one matrix, or each group of rows that ends there times its own."""
+        return nn.functional.linear(x, self.weight) if ends is None else grouped_linear(x, self.weight, ends)
 
 
 class SwitchHead(nn.Module):
@@ -142,7 +142,7 @@ class SwitchHead(nn.Module):
     def _values(self, stream: Tensor, logits: Tensor) -> Tensor:
         """Return [b, heads, s, d]."""
         routing = self._routing(logits)
-        rows = routing.weigh(grouped_linear(routing.dispatch(stream), self.value.weight, routing.ends))
+        rows = routing.weigh(self.value(routing.dispatch(stream), routing.ends))
         batch, choices, length = routing.shape
         shape = (batch, self.config.num_attention_heads, choices // self.config.num_attention_heads, length)
         return rows[routing.restore].unflatten(0, shape).sum(2)
@@ -151,7 +151,7 @@ class SwitchHead(nn.Module):
         """Return [b, s, h], given [b, heads, s, d]."""
         routing = self._routing(logits)
         rows = gathered.repeat_interleave(self.config.num_head_experts_per_tok, dim=1).flatten(0, 2)[routing.order]
-        return routing.combine(grouped_linear(routing.weigh(rows), self.output.weight, routing.ends))
+        return routing.combine(self.output(routing.weigh(rows), routing.ends))
 
     def _routing(self, logits: Tensor) -> Routing:
         """Return the rows of all heads; each head has experts of its own."""

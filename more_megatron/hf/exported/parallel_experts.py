@@ -88,6 +88,11 @@ class ParallelExperts(CellExperts):
             bound = weight.size(2) ** -0.5
             weight.uniform_(-bound, bound)
 
+    def forward(self, rows: Tensor, routing: Routing, order: TimeOrder, states: States) -> tuple[Tensor, States]:
+        """Return outputs, [rows, h], and hidden and cell state behind each row, [rows, h] each."""
+        states = self.run(rows, routing, order, states)
+        return self.mix(rows, routing, states[0]), states
+
     def mix(self, rows: Tensor, routing: Routing, along: Tensor) -> Tensor:
         """Return both branches, mixed, [rows, h], given rows and what the LSTM made of them."""
         inner = self.linear(rows, "gate_fc1", routing).relu().unsqueeze(1)
@@ -133,11 +138,11 @@ class ParallelExpertsMoE(MoREMoE):
         order = TimeOrder.of(routing, document)
         first = order.firsts
         starts = self._held(memory, documents, routing.tokens[first] // length, document[first], routing.experts[first])
-        states = self.experts.run(rows, routing, order, starts)
+        output, states = self.experts(rows, routing, order, starts)
         # [b, k, s, h], as keys and values are kept.
         memory.extend("states", *(state[routing.restore].view(batch, topk, length, -1) for state in states))
         memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
-        return routing.weigh(self.experts.mix(rows, routing, states[0]))
+        return routing.weigh(output)
 
     def _held(self, memory: Memory, documents: Tensor, sequence: Tensor, document: Tensor, expert: Tensor) -> States:
         """Return the states that segments go on from: zeros, or those behind the last token in the cache.

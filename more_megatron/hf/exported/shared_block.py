@@ -23,6 +23,10 @@ class ProjectionExperts(nn.Module):
         for matrix in weight:
             matrix.copy_(nn.init.orthogonal_(torch.empty_like(matrix, dtype=torch.float32)))
 
+    def forward(self, rows: Tensor, name: str, ends: Tensor) -> Tensor:
+        """Return [rows, h] times the matrices of a name; each expert's rows end at one of `ends`."""
+        return grouped_linear(rows, getattr(self, name), ends)
+
 
 class SharedBlockMoE(MixingMoE):
     """Expert i computes `W_out_i . R(W_in_i . x)`, where R is the block."""
@@ -34,10 +38,10 @@ class SharedBlockMoE(MixingMoE):
         self.recurrent_block = RecurrentBlock(self.config)
 
     def run_block(self, x: Tensor, state: Tensor, rows: BlockRows) -> Tensor:
-        return self.recurrent_block(grouped_linear(x, self.experts.proj_in, rows.routing.ends), state, rows)
+        return self.recurrent_block(self.experts(x, "proj_in", rows.routing.ends), state, rows)
 
     def output(self, state: Tensor, routing: Routing) -> Tensor:
-        return routing.weigh(grouped_linear(state, self.experts.proj_out, routing.ends))
+        return routing.weigh(self.experts(state, "proj_out", routing.ends))
 
 
 class SharedBlock(BlockSystem):
