@@ -207,7 +207,7 @@ def one_line_errors(program: str, continuation: Callable[[], str] = str) -> Iter
                 if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # The others ask the store, which may be with this one.
                     time.sleep(_SECONDS_TO_SPEAK)
             else:  # The launcher ends all ranks with the first that leaves: not before the other has spoken.
-                time.sleep(_PATIENCE_SECONDS)
+                time.sleep(_SECONDS_TO_SPEAK if interrupted else _PATIENCE_SECONDS)
             sys.stdout.flush()
         # Not sys.exit: pending collectives of the other ranks must not hold this one back.
         os._exit(_INTERRUPTED if interrupted else 1)

@@ -10,7 +10,8 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from more_megatron.errors import MoREError
@@ -23,6 +24,7 @@ __all__ = [
     "how_to_continue",
     "receive_at_end_of_parent",
     "say_at_sigterm",
+    "starting_deaf",
 ]
 
 _SECONDS = 0.5
@@ -126,6 +128,17 @@ def end_with_starter() -> None:
     starter = multiprocessing.parent_process()
     assert starter is not None
     _end_after(starter.join)
+
+
+@contextlib.contextmanager
+def starting_deaf() -> Iterator[None]:
+    """Keep SIGTERM from processes that are started in the block until `end_with_starter` has them ignore it."""
+    resource_tracker.ensure_running()  # It would lift the mask when it starts.
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _end_with_parent(parent: int) -> None:
