@@ -108,7 +108,7 @@ def _written_file(error: BaseException) -> str | None:
     """Return the file that an error is of: that of a write, unlike that of an open, does not name it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     files = [value for frame in reversed(frames) for value in frame.f_locals.values() if isinstance(value, io.IOBase)]
-    return next((file.name for file in files if isinstance(getattr(file, "name", None), str)), None)
+    return next((name for name in (getattr(file, "name", None) for file in files) if isinstance(name, str)), None)
 
 
 def _condition(line: str, trace: TracebackType | None) -> str:
