@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -28,6 +29,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from more_megatron.evaluation.training_log import Iteration, read_log
 from more_megatron.monitoring.figures import report_to
 from more_megatron.platform import Platform, initialize_platform
+from more_megatron.platform.finite import Tracer, trace_reruns
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
@@ -123,14 +125,26 @@ def forget_run() -> None:
 
     The process group of all ranks stays; Megatron takes it over where it finds one.
     """
+    _empty_models()
     _leave_groups()
     training.destroy_global_state()
     destroy_moe_metrics_tracker()
     report_to(None)
+    trace_reruns(Tracer())
     checkpointing._CHECKPOINT_VERSION = None
     checkpointing._LOADED_ITERATION = None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _free()
+
+
+def _empty_models() -> None:
+    """Take their content from the models of former runs, which nothing else can free.
+
+    A model's last graph, which its token dispatchers keep, and its wrapper's hooks hold each other through nodes of
+    C++, where Python's collector does not look. With the model its process groups and their threads would stay.
+    """
+    for model in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
+        vars(model).clear()
 
 
 def _leave_groups() -> None:

@@ -63,6 +63,7 @@ def _install_cpu_platform() -> None:
 
     from more_megatron.platform.cuda_stand_ins import NO_COMPILER, TORCH_CUDA
     from more_megatron.platform.device_mode import BACKWARD_IN_MODE, enter_for_good
+    from more_megatron.platform.memory import keep_freed_memory
     from more_megatron.platform.stand_in import install
     from more_megatron.platform.uneven_collectives import UNEVEN_COLLECTIVES
 
@@ -70,6 +71,7 @@ def _install_cpu_platform() -> None:
         install(NO_COMPILER)
     install(TORCH_CUDA + UNEVEN_COLLECTIVES + BACKWARD_IN_MODE)
     enter_for_good()
+    keep_freed_memory()
 
     from more_megatron.platform.megatron_stand_ins import MEGATRON_ON_CPU
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from more_megatron.errors import MoREError
 from more_megatron.platform.selection import Platform, select_platform
 
-__all__ = ["check_fits_devices", "check_fits_host"]
+__all__ = ["check_fits_devices", "check_fits_host", "keep_freed_memory"]
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
+# Of glibc's `mallopt`.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def check_fits_host(size: float, what: str, remedy: str) -> None:
@@ -52,3 +55,15 @@ def _host_memory() -> int:
     with contextlib.suppress(OSError, ValueError):  # There is no limit, or no such file.
         memory = min(memory, int(_CGROUP.read_text()))
     return memory
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep what tensors free for those that follow, as PyTorch's allocator of a GPU's memory does.
+
+    glibc returns each block above 32 MB to the system, whose pages are cleared again every time: that takes longer than
+    an activation function. Without glibc nothing is done.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, -1)
