@@ -100,16 +100,18 @@ class _Console:
 
     def keep(self, text: str) -> None:
         """Write to the file, or keep the text until there is one."""
-        if self._file is None:
+        file = self._file  # A local, which the error of a full disk is named after.
+        if file is None:
             self._kept.append(text)
         else:
-            self._file.write(text)
+            file.write(text)
 
     def write_to(self, path: Path) -> None:
         """Append what was kept and will be kept to a file."""
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open until the process ends
-        self._file.writelines(self._kept)
-        self._kept.clear()
+        kept, self._kept = self._kept, []
+        for text in kept:
+            self.keep(text)
 
     def flush(self) -> None:
         """Show at once what has been written."""

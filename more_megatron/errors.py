@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import io
 import os
 import re
 import sys
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 __all__ = [
     "MoREError",
     "OneLineParser",
+    "is_out_of_space",
     "last_line",
     "one_line",
     "one_line_errors",
@@ -33,6 +35,8 @@ _MOST_CHARACTERS = 600
 _INTERRUPTED = 130
 _UNSAFE = "Weights only load failed"
 _NEGATIVE_NUMBER = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$|-(inf|nan)$", re.IGNORECASE)
+# What the system, NumPy and PyTorch say of a disk without room.
+_FULL = r"No space left|Disk quota|File too large|requested and \d+ written|StreamWriter failed|unexpected pos \d"
 
 # What an error that nobody foresaw means, by its text and the files that it came through.
 _REMEDIES = (
@@ -49,7 +53,7 @@ _REMEDIES = (
     (r"environment variable \w+ expected", "start it with torchrun, as README.md does, which sets it"),
     (r"EADDRINUSE|address already in use", "another program has this port: torchrun --master-port takes another"),
     (r"Too many open files", "allow more of them: ulimit -n"),
-    (r"No space left|Disk quota|File too large", "make room and start the same command again"),
+    (_FULL, "make room and start the same command again"),
     (
         r"megatron/core/tokenizers/",
         "the tokenizer cannot be loaded: give --tokenizer-type and --tokenizer-model or files as in preprocessing",
@@ -80,8 +84,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MoREError):
         return text
     kind, found = type(error).__name__, traceback.extract_tb(error.__traceback__)
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{str(error.filename)[:_MOST_CHARACTERS]}: {error.strerror}"
+    file = getattr(error, "filename", None) or (_written_file(error) if is_out_of_space(error) else None)
     if "Traceback (most recent call last)" in text or _UNSAFE in text:
         text = last_line(error)
     text = text.partition(". This is typically caused by a remote worker")[0]
@@ -89,9 +92,23 @@ def one_line(error: BaseException) -> str:
         text = _condition(found[-1].line or "", error.__traceback__)
     told = f"{kind} {text} {' '.join(_short(frame.filename) for frame in found)}"
     remedy = next((f"; {remedy}" for pattern, remedy in _REMEDIES if re.search(pattern, told)), "")
+    if isinstance(error, OSError) and file is not None:
+        return f"{str(file)[:_MOST_CHARACTERS]}: {error.strerror or text}{remedy}"
     shortened = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ..."
     where = f" at {_short(found[-1].filename)}:{found[-1].lineno}" if found else ""
     return f"{shortened}{remedy} ({kind}{where}; MORE_TRACEBACK=1 shows the way there)"
+
+
+def is_out_of_space(error: BaseException) -> bool:
+    """Return whether an error is of a write for which there was no room."""
+    return not isinstance(error, MoREError) and re.search(_FULL, str(error)) is not None
+
+
+def _written_file(error: BaseException) -> str | None:
+    """Return the file that an error is of: that of a write, unlike that of an open, does not name it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    files = [value for frame in reversed(frames) for value in frame.f_locals.values() if isinstance(value, io.IOBase)]
+    return next((name for name in (getattr(file, "name", None) for file in files) if isinstance(name, str)), None)
 
 
 def _condition(line: str, trace: TracebackType | None) -> str:
@@ -190,7 +207,7 @@ def one_line_errors(program: str, continuation: Callable[[], str] = str) -> Iter
                 if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # The others ask the store, which may be with this one.
                     time.sleep(_SECONDS_TO_SPEAK)
             else:  # The launcher ends all ranks with the first that leaves: not before the other has spoken.
-                time.sleep(_PATIENCE_SECONDS)
+                time.sleep(_SECONDS_TO_SPEAK if interrupted else _PATIENCE_SECONDS)
             sys.stdout.flush()
         # Not sys.exit: pending collectives of the other ranks must not hold this one back.
         os._exit(_INTERRUPTED if interrupted else 1)

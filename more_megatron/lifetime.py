@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 from more_megatron.errors import MoREError
@@ -20,11 +22,14 @@ __all__ = [
     "end_with_starter",
     "forks_end_with_this",
     "how_to_continue",
+    "receive_at_end_of_parent",
     "say_at_sigterm",
+    "starting_deaf",
 ]
 
 _SECONDS = 0.5
 _SECONDS_FOR_A_NAME = 60
+_PR_SET_PDEATHSIG = 1
 
 
 def check_launcher() -> None:
@@ -68,6 +73,14 @@ def end_with_launcher() -> None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with_parent(os.getppid())
+        # A rank that is stopped runs no thread.
+        receive_at_end_of_parent(signal.SIGKILL)
+
+
+def receive_at_end_of_parent(number: int) -> None:
+    """Let this process receive a signal when the one that started it has ended, however that did. Linux only."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def forks_end_with_this() -> None:
@@ -131,6 +144,17 @@ def end_with_starter() -> None:
     starter = multiprocessing.parent_process()
     assert starter is not None
     _end_after(starter.join)
+
+
+@contextlib.contextmanager
+def starting_deaf() -> Iterator[None]:
+    """Keep SIGTERM from processes that are started in the block until `end_with_starter` has them ignore it."""
+    resource_tracker.ensure_running()  # It would lift the mask when it starts.
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from more_megatron.errors import MoREError
+from more_megatron.errors import MoREError, is_out_of_space
 
 __all__ = ["unfinished_file", "unfinished_folder", "write_whole"]
-
-_SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
@@ -85,8 +82,6 @@ def _removed_on_failure(path: Path, final: Path) -> Iterator[None]:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _SPACE_ERRORS:
-            raise MoREError(
-                f"{final} cannot be written: {error.strerror}; free space or name another --save"
-            ) from error
+        if is_out_of_space(error):
+            raise MoREError(f"{final} cannot be written: there is no room; free some, or write elsewhere") from error
         raise

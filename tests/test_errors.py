@@ -53,6 +53,18 @@ def test_what_nobody_foresaw_is_one_line_with_its_source_and_a_remedy() -> None:
     )
 
 
+def test_a_full_disk_is_named_after_the_file(tmp_path: Path) -> None:
+    for write in ("file.write('x'); file.flush()", "import numpy; numpy.zeros(9000).tofile(file)"):
+        ended = _raise(f"file = open('/dev/full', 'w'); {write}")
+        assert ended.stderr.startswith("program: error: /dev/full: ")
+        assert ended.stderr.endswith("; make room and start the same command again\n")
+        assert ended.stderr.count("\n") == 1
+    (tmp_path / "start.log").symlink_to("/dev/full")
+    start = "from more_megatron.console import quiet_start, write_start_to; quiet_start(); print('a')"
+    ended = _raise(f"{start}; write_start_to('{tmp_path}')")
+    assert f"error: {tmp_path}/start.log: No space left on device" in ended.stderr
+
+
 def test_an_interruption_says_how_to_go_on() -> None:
     ended = _raise("raise KeyboardInterrupt", ", lambda: ': the same command goes on'")
     assert (ended.returncode, ended.stderr) == (130, "program: interrupted: the same command goes on\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -19,10 +18,9 @@ from more_megatron.data.encoding import Counts, Encoded
 from more_megatron.data.errors import DataError, ResumableError
 from more_megatron.data.indexed import bin_path, idx_path, manifest_path, write_index
 from more_megatron.data.sources import sha256_of
+from more_megatron.errors import is_out_of_space
 
 __all__ = ["Output", "writing"]
-
-_SPACE_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @contextlib.contextmanager
@@ -32,7 +30,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         what = f"cannot write {path}: {error.strerror or error}"
-        if error.errno in _SPACE_ERRORS:
+        if is_out_of_space(error):
             raise ResumableError(f"{what}; free space, then run the same command with --resume") from error
         raise DataError(f"{what}; choose a place that you can write to") from error
 

@@ -110,6 +110,8 @@ def _text(data: bytes, source: Source, offset: int) -> str | None:
     if offset == 0:
         text = text.removeprefix("\ufeff")
     if source.layout is not Layout.JSONL:
+        if "\0" in text:
+            raise ValueError("it has NUL bytes, as binary files and UTF-16 have, and text has not")
         return tidy(text) or None
     return None if not data.strip() else _json_text(text.removesuffix("\n"), source.key)
 

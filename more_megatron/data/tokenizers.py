@@ -53,6 +53,7 @@ class TokenizerType(StrEnum):
 
 SENTENCEPIECE_TYPES = (TokenizerType.SENTENCEPIECE, TokenizerType.GPT_SENTENCEPIECE, TokenizerType.LLAMA2)
 _TYPES_OF_FILES = (*SENTENCEPIECE_TYPES, TokenizerType.HUGGINGFACE, TokenizerType.TIKTOKEN, TokenizerType.SFT)
+_MOST_IDS = 2**31
 # transformers' class of no model in particular, under its names of versions 4 and 5.
 _GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 # The files of a tokenizer folder that decide its ids.
@@ -105,6 +106,19 @@ class Tokenizer:
     sha256: str | None
     backend: str | None = None
 
+    def __post_init__(self) -> None:
+        """Check that ids fit what they are stored in.
+
+        Raises:
+            DataError: If they do not.
+        """
+        kind = self.options.tokenizer_type
+        if self.vocab_size > _MOST_IDS:
+            raise DataError(f"{kind} has {self.vocab_size} ids, a dataset holds {_MOST_IDS}: lower --vocab-size")
+        if self.eod is not None and not 0 <= self.eod < self.vocab_size:
+            reason = f"ends documents with the id {self.eod} and has 0 to {self.vocab_size - 1}"
+            raise DataError(f"{kind} {reason}: change --null-tokenizer-eod-id or --vocab-size")
+
     @property
     def dtype(self) -> np.dtype:
         """Return the dtype of the ids on disk."""
@@ -129,6 +143,8 @@ def load(options: TokenizerOptions) -> Tokenizer:
         raise DataError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
     if kind in _TYPES_OF_FILES and not options.tokenizer_model:
         raise DataError(f"--tokenizer-type {kind} needs --tokenizer-model")
+    if kind in (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL) and not options.vocab_size:
+        raise DataError(f"--tokenizer-type {kind} needs --vocab-size, the number of its ids")
     sha256 = tokenizer_sha256(options)
     if is_direct_sentencepiece(options):
         processor = open_sentencepiece(options)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -32,8 +34,20 @@ def orderly_end() -> Iterator[None]:
         writer.close()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _end_readers()
     # What an ordinary end does before it takes the interpreter down.
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end_readers() -> None:
+    """End the processes that read data, which an ordinary end would wait for.
+
+    With `--exit-signal-handler` they outlive the SIGTERM that it sends them, so that the run can save once more.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would take their end for a failure.
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()

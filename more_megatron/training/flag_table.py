@@ -171,6 +171,10 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
     (lambda a: a.async_save and a.ckpt_format == "torch", "--async-save needs --ckpt-format torch_dist"),
     # Files
     (
+        lambda a: "Null" in a.tokenizer_type and not a.vocab_size,
+        "{tokenizer_type} needs --vocab-size, the number of its ids",
+    ),
+    (
         lambda a: a.tokenizer_type in _FILE_TOKENIZERS and not _has_content(a.tokenizer_model or ""),
         "{tokenizer_type} needs --tokenizer-model, the path of its file: {tokenizer_model} does not exist, or is empty",
     ),

@@ -13,11 +13,15 @@ from torch.distributed.checkpoint import CheckpointException
 
 from more_megatron.checkpoint_files import checkpoint_to_load, fault, unnamed_iteration
 from more_megatron.console import say
+from more_megatron.data.tokenizers import TokenizerOptions
 from more_megatron.errors import MoREError, last_line
 from more_megatron.flags import flag
 from more_megatron.systems import flag_names
 
 __all__ = ["checkpoint_source", "given_flags", "stored_arguments", "take_stored_flags"]
+
+
+_NAMES_OF_CODE = {"trust_remote_code", "metadata_path"}
 
 
 class _Absent(list):
@@ -55,9 +59,9 @@ def take_stored_flags(args: argparse.Namespace, given: set[str]) -> None:
         args.ckpt_step = unnamed
     if fault(checkpoint) is not None:  # said by `check_checkpoint`
         return
-    if args.use_checkpoint_args:
-        _take_megatron_arguments(args)
     stored = stored_arguments(checkpoint)
+    if args.use_checkpoint_args:
+        _take_megatron_arguments(args, stored, given)
     if "more_variant" in given and getattr(stored, "more_variant", None) != args.more_variant:
         return  # Of another system, which `check_checkpoint` refuses where it has to.
     for name in sorted(flag_names() - given):
@@ -94,9 +98,12 @@ def checkpoint_source(args: argparse.Namespace) -> tuple[Path, Path] | None:
     return None
 
 
-def _take_megatron_arguments(args: argparse.Namespace) -> None:
-    """Take what Megatron takes, but not the name of code to import, and only once."""
+def _take_megatron_arguments(args: argparse.Namespace, stored: argparse.Namespace | None, given: set[str]) -> None:
+    """Take what Megatron takes, but not the name of code to import, and only once; and all that makes a tokenizer."""
     spec: Any = args.spec
     for name in ("pretrained_checkpoint", "load"):
         load_args_from_checkpoint(args, load_arg=name)
     args.spec, args.use_checkpoint_args = spec, False
+    if args.use_tokenizer_model_from_checkpoint_args:
+        for name in TokenizerOptions.__dataclass_fields__.keys() - given - _NAMES_OF_CODE:
+            setattr(args, name, getattr(stored, name, getattr(args, name)))

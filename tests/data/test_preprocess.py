@@ -141,6 +141,7 @@ def test_wikitext_2(tmp_path: Path, model: str) -> None:
 BAD_INPUTS: dict[str, tuple[bytes, list[str]]] = {
     "empty.txt": (b"", ["empty.txt", "is empty"]),
     "blank.txt": (b" \n \n", ["no text", "blank.txt"]),
+    "wide.txt": ("of two bytes\n".encode("utf-16-le"), ["wide.txt", "byte 0", "NUL bytes, as binary files and UTF-16"]),
     "latin.txt": (b"caf\xe9 au lait\n", ["latin.txt", "not UTF-8", "offset 3"]),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', ["latin.jsonl", "not UTF-8", "offset 24"]),
     "key.jsonl": (

@@ -75,6 +75,12 @@ def test_null_tokenizer(tmp_path: Path) -> None:
         encoder.encode([b"66000 1", b"3 70000"])
     with pytest.raises(DocumentError, match=r"document 1 cannot be encoded by NullTokenizer.*reads numbers"):
         encoder.encode([b"1", b"words", b"2"])
+    with pytest.raises(DataError, match="with the id -5 and has 0 to 99: change --null-tokenizer-eod-id"):
+        load(TokenizerOptions("NullTokenizer", vocab_size=100, null_tokenizer_eod_id=-5))
+    with pytest.raises(DataError, match="a dataset holds 2147483648"):
+        load(TokenizerOptions("NullTokenizer", vocab_size=1 << 32))
+    with pytest.raises(DataError, match="NullTokenizer needs --vocab-size"):
+        load(TokenizerOptions("NullTokenizer"))
 
 
 def test_hash_of_files(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "spoil_third_step",
     "spoil_unused_row",
     "terminate_after_step",
+    "terminate_all_after_step",
 ]
 
 _SAVE = 2
@@ -122,10 +123,19 @@ def kill_in_index_cache() -> None:
 
 def terminate_after_step() -> None:
     """Send the rank a SIGTERM after its third step."""
+    _terminate_after_step(lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def terminate_all_after_step() -> None:
+    """Send the rank, and the processes that write for it, a SIGTERM after its third step."""
+    _terminate_after_step(lambda: os.killpg(os.getpgid(0), signal.SIGTERM))
+
+
+def _terminate_after_step(send: Callable[[], None]) -> None:
 
     def act(original: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        os.kill(os.getpid(), signal.SIGTERM)
+        send()
         return result
 
     _at_call(_STEP, training, "train_step", act)

@@ -380,7 +380,7 @@ def test_full_disk(convert: Callable[..., Callable[[], Any]], folder: Path) -> N
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        _refused(convert(folder), folder / "out", "out cannot be written: ", "free space or name another --save")
+        _refused(convert(folder), folder / "out", "out cannot be written: ", "free some, or write elsewhere")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
 
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
@@ -259,3 +260,13 @@ def test_tokens_that_are_added_can_be_generated(name: str) -> None:
         head.weight[added] = state / state.norm() ** 2 * (output.max() + 1.0)
     made = model.generate(ids, max_new_tokens=1, do_sample=False, pad_token_id=0)
     assert made[0, -1] == added
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@torch.no_grad()
+def test_weights_that_are_fetched_while_a_module_is_called(name: str) -> None:
+    """As accelerate does for weights on a disk: a module must use its weights in its `forward`, and none of others."""
+    model, ids = random_model(name), tokens()
+    expected = model(ids).logits
+    cpu_offload(model, torch.device("cpu"))
+    torch.testing.assert_close(model(ids).logits, expected)

@@ -235,6 +235,7 @@ def test_one_line_from_all_ranks_together() -> None:
 def test_missing_flags() -> None:
     refused(pretrain_more(1, "")[0], "--num-layers is missing")
     refused(pretrain_more(1, TINY_ON_FILES)[0], "there are no data to train on")
+    refused(pretrain_more(1, TINY.replace("--vocab-size 127", ""))[0], "NullTokenizer needs --vocab-size")
 
 
 @pytest.fixture(scope="module")

@@ -85,9 +85,18 @@ def test_goes_on_after_kill_from_outside(
     assert losses == {i: loss for i, loss in uninterrupted.items() if i >= min(losses)}
 
 
-def test_sigterm_saves_first(corpus: Path, tmp_path: Path, uninterrupted: dict[int, str]) -> None:
-    command = f"{_command(corpus, tmp_path)} --save-interval 100 --exit-signal-handler"
-    ranks = pretrain_more(2, command, prepare=interruptions.terminate_after_step)
+@pytest.mark.parametrize(
+    ("trap", "flags"),
+    [
+        (interruptions.terminate_after_step, "--num-workers 1"),
+        (interruptions.terminate_all_after_step, "--async-save --use-persistent-ckpt-worker"),
+    ],
+)
+def test_sigterm_saves_first(
+    corpus: Path, tmp_path: Path, uninterrupted: dict[int, str], trap: Callable[[], None], flags: str
+) -> None:
+    command = f"{_command(corpus, tmp_path)} --save-interval 100 --exit-signal-handler {flags}"
+    ranks = pretrain_more(2, command, prepare=trap)
     assert [rank.code for rank in ranks] == [0, 0]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
     losses = losses_by_iteration(_finish(command))

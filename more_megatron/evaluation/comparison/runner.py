@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from typing import Any, ClassVar
 from more_megatron.errors import MoREError, last_line
 from more_megatron.evaluation.command_lines import Flags, arguments_of
 from more_megatron.evaluation.comparison.planning import Run
+from more_megatron.lifetime import receive_at_end_of_parent
 from more_megatron.unfinished import write_whole
 
 __all__ = ["CHECKPOINT", "EVALUATION", "FINETUNE_LOG", "LOG", "Record", "Runner", "apart", "read_record"]
@@ -35,7 +35,6 @@ _PROJECT = Path(__file__).resolve().parents[3]
 LOG, FINETUNE_LOG = "log.txt", "finetune.txt"
 CHECKPOINT, EVALUATION = "checkpoint", "evaluation"
 _TRACKER = "latest_checkpointed_iteration.txt"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,13 @@ class Runner:
 
     async def _call(self, command: list[str], log: Path, place: int) -> int:
         with open(log, "a") as output:
+            # The launcher, and with it the ranks, ends when this process does.
             process = await asyncio.create_subprocess_exec(
-                *command, stdout=output, stderr=output, env=self._environment(place), preexec_fn=_end_with_parent
+                *command,
+                stdout=output,
+                stderr=output,
+                env=self._environment(place),
+                preexec_fn=lambda: receive_at_end_of_parent(signal.SIGTERM),
             )
             try:
                 return await process.wait()
@@ -221,12 +225,6 @@ def _reason(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if ": error: " in line] or [line for line in lines if "Error" in line]
     return f"{(errors or lines or ['it said nothing'])[0]} (log: {log})"
-
-
-def _end_with_parent() -> None:
-    """Let the launcher, and with it the ranks, end when this process does, however that ends. Linux only."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _gpus() -> list[str]:

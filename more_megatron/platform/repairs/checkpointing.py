@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from more_megatron.checkpoint_files import clear_for_save, newest_complete_iteration
 from more_megatron.checkpoint_lock import check_still_held
 from more_megatron.console import say, start_is_over
-from more_megatron.errors import MoREError, last_line
+from more_megatron.errors import MoREError, is_out_of_space, last_line
 from more_megatron.pickles import load_strictly, read_metadata
 from more_megatron.platform.repairs.finite import check_parameters
 from more_megatron.platform.stand_in import Table
@@ -186,6 +186,5 @@ def _one_line_on_failure(what: str) -> Iterator[None]:
         folder = get_args().save
         complete = newest_complete_iteration(Path(folder))
         kept = "none is complete yet" if complete is None else f"that of iteration {complete} is complete"
-        raise MoREError(
-            f"{what} cannot be saved in {folder}: {last_line(error)}; {kept}; make room, start the same command again"
-        ) from error
+        remedy = f"{'make room, ' if is_out_of_space(error) else ''}start the same command again"
+        raise MoREError(f"{what} cannot be saved in {folder}: {last_line(error)}; {kept}; {remedy}") from error

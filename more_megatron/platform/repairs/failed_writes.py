@@ -14,6 +14,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from more_megatron.errors import MoREError, one_line_errors
+from more_megatron.lifetime import starting_deaf
 from more_megatron.platform.stand_in import Table
 
 __all__ = ["CALLERS", "WRITERS"]
@@ -58,13 +59,17 @@ _GET_PROCESS = async_utils.PersistentAsyncCaller._get_process
 @CALLERS.replaces(
     "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
     "_get_process",
-    why="where it ends, as for lack of memory, the run waits for it without end",
+    why="where it ends, as for lack of memory, the run waits without end; and a SIGTERM ends the server it comes from",
     text="self._persistent_preload_q.join()",
 )
-def _get_process(*args: Any, **kwargs: Any) -> Any:
-    """Return Megatron's writer, without which the run does not go on: queues wait for it without end."""
+def _get_process(rank: int, mp_mode: str = "spawn", *args: Any, **kwargs: Any) -> Any:
+    """Return Megatron's writer, without which the run does not go on: queues wait for it without end.
+
+    It is a child of this process, not of a server that a SIGTERM to all processes would end.
+    """
     is_new = async_utils.PersistentAsyncCaller._persistent_process is None
-    process = _GET_PROCESS(*args, **kwargs)
+    with starting_deaf():
+        process = _GET_PROCESS(rank, "spawn", *args, **kwargs)
     if is_new:
         threading.Thread(target=_end_with, args=(process,), name="end with writer", daemon=True).start()
     return process
