@@ -12,7 +12,7 @@ from pathlib import Path
 
 from more_megatron.errors import MoREError
 
-__all__ = ["unfinished_file", "unfinished_folder"]
+__all__ = ["unfinished_file", "unfinished_folder", "write_whole"]
 
 _SPACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -48,6 +48,16 @@ def unfinished_file(final: Path) -> Iterator[Path]:
     with _removed_on_failure(path, final):
         yield path
         path.replace(final)
+
+
+def write_whole(final: Path, text: str) -> None:
+    """Write a file that gets its name when it is complete.
+
+    Raises:
+        MoREError: If there is no place to write to.
+    """
+    with unfinished_file(final) as path:
+        path.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -14,9 +14,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from more_megatron.blocks.backends import (
     LocalAttention,
     LocalNorm,
-    final_norm,
+    backend_of,
     grouped_linear,
-    layer_submodules,
     local,
     segment_attention,
 )
@@ -154,9 +153,10 @@ def test_a_local_norm_is_pytorchs_and_marked_for_sequence_parallelism(kind: str,
 @pytest.mark.parametrize("moe", [True, False])
 def test_the_layers_of_the_local_backend_are_local(moe: bool) -> None:
     config = small_config("moe", qk_layernorm=True)
-    submodules = layer_submodules(config, moe)
+    submodules = backend_of(config).layer_submodules(config, moe)
     attention = submodules.self_attention.submodules
     assert attention.core_attention is LocalAttention
-    assert {attention.q_layernorm, attention.k_layernorm, submodules.input_layernorm, final_norm(config)} == {LocalNorm}
+    norms = (attention.q_layernorm, attention.k_layernorm, submodules.input_layernorm, backend_of(config).norm())
+    assert set(norms) == {LocalNorm}
     # In checkpoints the norm before a dense MLP is part of the MLP; before experts it is a module by itself.
     assert ("pre_mlp_layernorm." in submodules.sharded_state_dict_keys_map) != moe

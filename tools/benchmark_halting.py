@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 from typing import Any
 
 from more_megatron.errors import OneLineParser, one_line_errors
@@ -35,34 +34,26 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def megatron_command_line(flags: argparse.Namespace, ponder_coeff: float) -> list[str]:
+def megatron_command_line(flags: argparse.Namespace, ponder_coeff: float) -> str:
     """Return the flags of a training run that describe the model."""
     system = next(name for name, system in systems().items() if "ponder_coeff" in system.own_flags())
-    length = 2 * flags.symbols
-    return [
-        *("--more-variant", system, "--recurrence-max-steps", str(flags.limit), "--ponder-coeff", str(ponder_coeff)),
-        *("--num-layers", "1", "--hidden-size", str(flags.hidden_size), "--num-attention-heads", "4"),
-        *("--ffn-hidden-size", str(2 * flags.hidden_size), "--seq-length", str(length)),
-        *("--attention-dropout", "0", "--hidden-dropout", "0", "--seed", str(flags.seed)),
-        *("--micro-batch-size", str(flags.batch_size), "--lr", str(flags.lr)),
-        *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(flags.alphabet + 1)),
-        *("--make-vocab-size-divisible-by", "1", *flags.megatron_flags.split()),
-    ]
+    return f"""
+        --more-variant {system} --recurrence-max-steps {flags.limit} --ponder-coeff {ponder_coeff}
+        --num-layers 1 --hidden-size {flags.hidden_size} --num-attention-heads 4
+        --ffn-hidden-size {2 * flags.hidden_size} --seq-length {2 * flags.symbols}
+        --attention-dropout 0 --hidden-dropout 0 --seed {flags.seed}
+        --micro-batch-size {flags.batch_size} --lr {flags.lr}
+        --mock-data --tokenizer-type NullTokenizer --vocab-size {flags.alphabet + 1}
+        --make-vocab-size-divisible-by 1 {flags.megatron_flags}
+    """
 
 
 def build(flags: argparse.Namespace, ponder_coeff: float) -> Any:
     """Return the model, with the same first weights whatever the coefficient."""
-    import torch
-    from megatron.core import tensor_parallel
-    from megatron.core.process_groups_config import ProcessGroupCollection
+    from more_megatron.evaluation.runs import configure, fresh_model
 
-    from more_megatron.evaluation.runs import configure, sole_rank
-
-    _, config = configure(shlex.join(megatron_command_line(flags, ponder_coeff)))
-    sole_rank()
-    torch.manual_seed(flags.seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(flags.seed, force_reset_rng=True)
-    return config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    _, config = configure(megatron_command_line(flags, ponder_coeff))
+    return fresh_model(config, flags.seed)
 
 
 def copying_batch(flags: argparse.Namespace, generator: Any) -> tuple[Any, Any]:
@@ -85,8 +76,7 @@ def train(flags: argparse.Namespace, ponder_coeff: float) -> dict[str, float]:
     from more_megatron.model.micro_batch import MicroBatch
     from more_megatron.monitoring.figures import Figures, report_to
 
-    model = build(flags, ponder_coeff).train()
-    model = model.cuda(torch.cuda.current_device())
+    model = build(flags, ponder_coeff)
     optimizer = torch.optim.Adam(model.parameters(), lr=flags.lr)
     generator = torch.Generator().manual_seed(flags.seed)
     record = MicroBatch(Depth(0, flags.limit), tuple(range(flags.batch_size)))

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import statistics
 
 from more_megatron.errors import OneLineParser, one_line_errors
 from more_megatron.flags import check_ranges
@@ -43,47 +41,39 @@ def parse_flags() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def megatron_command_line(flags: argparse.Namespace, system: str) -> list[str]:
+def megatron_command_line(flags: argparse.Namespace, system: str) -> str:
     """Return the flags of a training run that describe the model."""
-    return [
-        *("--more-variant", system),
-        *("--num-layers", str(flags.num_layers)),
-        *("--hidden-size", str(flags.hidden_size)),
-        *("--num-attention-heads", str(flags.num_attention_heads)),
-        *("--seq-length", str(flags.seq_length)),
-        *("--micro-batch-size", str(flags.batch_size)),
-        *("--num-experts", str(flags.num_experts)),
-        *("--moe-router-topk", str(flags.topk)),
-        *("--moe-aux-loss-coeff", "0.001"),
-        *("--moe-shared-expert-intermediate-size", str(2 * flags.hidden_size)),
-        *(("--recurrence-steps", str(flags.recurrence_steps)) if get_system(system).recurrent else ()),
-        *("--attention-dropout", "0", "--hidden-dropout", "0"),
-        *("--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", str(flags.vocab_size - 1)),
-        *("--lr", "1e-3"),
-        *flags.megatron_flags.split(),
-    ]
+    steps = f"--recurrence-steps {flags.recurrence_steps}" if get_system(system).recurrent else ""
+    return f"""
+        --more-variant {system} {steps} --num-layers {flags.num_layers} --hidden-size {flags.hidden_size}
+        --num-attention-heads {flags.num_attention_heads} --seq-length {flags.seq_length}
+        --micro-batch-size {flags.batch_size} --num-experts {flags.num_experts} --moe-router-topk {flags.topk}
+        --moe-aux-loss-coeff 0.001 --moe-shared-expert-intermediate-size {2 * flags.hidden_size}
+        --attention-dropout 0 --hidden-dropout 0
+        --mock-data --tokenizer-type NullTokenizer --vocab-size {flags.vocab_size - 1} --lr 1e-3
+        {flags.megatron_flags}
+    """
 
 
 def build(flags: argparse.Namespace) -> dict:
     """Return a benchmark for each system; their experts are as wide as equal cost allows."""
-    from more_megatron.evaluation.comparison.matching import Goal, match, system_cost
-    from more_megatron.evaluation.runs import configure, sole_rank
+    from more_megatron.evaluation.comparison.matching import match, system_cost
+    from more_megatron.evaluation.runs import configure
     from more_megatron.evaluation.step_benchmark import StepBenchmark
     from more_megatron.training.model import model_config_from_args
 
     depth = comparison_depth(flags)
     configs, benchmarks, target = {}, {}, 0.0
     for system in flags.systems:
-        args, configs[system] = configure(shlex.join(megatron_command_line(flags, system)))
+        args, configs[system] = configure(megatron_command_line(flags, system))
         if flags.dense:
             args.num_experts = args.moe_ffn_hidden_size = args.moe_shared_expert_intermediate_size = None
             configs[system] = model_config_from_args(args)
         cost = system_cost(configs[system], flags.seq_length)
         target = max(target, cost.training_flops(depth.no_grad_steps, depth.grad_steps))
-    sole_rank()
     for system, config in configs.items():
         if not flags.same_layers:
-            config = match(config, Goal(flops=target), depth, flags.seq_length)
+            config = match(config, depth, flags.seq_length, flops=target)
         benchmarks[system] = StepBenchmark(config, flags.seq_length, flags.batch_size)
     return benchmarks
 
@@ -100,23 +90,20 @@ def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
     """Time the systems, print the table and return its rows."""
     from more_megatron.evaluation.step_benchmark import time_systems
 
-    tokens = flags.batch_size * flags.seq_length
     timings = time_systems(benchmarks, dict.fromkeys(benchmarks, comparison_depth(flags)), flags.rounds, flags.warmup)
-    baseline = next((t.achieved_flops(tokens) for t in timings if t.name == "moe"), None)
+    baseline = next((timing for timing in timings if timing.name == "moe"), None)
     heads = ("M params", "MFLOP/tok", "tokens/s", "GFLOP/s", "peak MB", "vs moe")
     print(f"{'system':18} " + " ".join(f"{head:>10}" for head in heads))
     rows = []
     for timing in timings:
-        achieved = timing.achieved_flops(tokens)
-        ratio = statistics.median(a / b for a, b in zip(achieved, baseline, strict=True)) if baseline else float("nan")
         row = {
             "system": timing.name,
             "parameters": timing.cost.parameters,
             "flops_per_token": timing.flops_per_token,
-            "tokens_per_second": tokens / statistics.median(timing.seconds),
-            "achieved_flops": statistics.median(achieved),
+            "tokens_per_second": timing.tokens / timing.median_seconds,
+            "achieved_flops": timing.achieved_flops,
             "peak_bytes": timing.peak_bytes,
-            "ratio_to_moe": ratio,
+            "ratio_to_moe": timing.ratio_to(baseline) if baseline else float("nan"),
         }
         rows.append(row)
         print(

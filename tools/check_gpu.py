@@ -23,17 +23,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.errors import MoREError, OneLineParser, one_line_errors
-from more_megatron.flags import check_ranges
-
-_STAGES = "abcdef"
+from more_megatron.errors import OneLineParser, one_line_errors
+from more_megatron.evaluation.gpu_check.stages import LETTERS
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("gpu-check"), metavar="DIR", help="default: gpu-check")
-    parser.add_argument("--stages", default=_STAGES, metavar="LETTERS", help="default: all")
+    parser.add_argument("--stages", default=LETTERS, metavar="LETTERS", help="default: all")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="default: all of the registry")
     parser.add_argument(
         "--budget", type=float, default=3600.0, metavar="SECONDS", help="what does not fit is skipped (default: 3600)"
@@ -45,27 +43,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     """Run the check and return its exit code."""
     args = parse_arguments(arguments)
+    command = shlex.join(["python", "tools/check_gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
     with one_line_errors(Path(__file__).name):
-        from more_megatron.evaluation.gpu_check.report import Report
-        from more_megatron.evaluation.gpu_check.runner import Request, check
+        from more_megatron.evaluation.gpu_check.runner import check
 
-        if not args.stages or set(args.stages) - set(_STAGES):
-            raise MoREError(f"--stages {args.stages!r} must be one or more of the letters {_STAGES}")
-        check_ranges(args, {"budget": "(0, inf)"})
-        gpus = 0 if args.dry_run else _gpus()
-        if not args.dry_run and gpus == 0:
-            raise MoREError("PyTorch sees no GPU: check the driver, or give --dry-run")
-        command = shlex.join(["python", "tools/check_gpu.py", *(sys.argv[1:] if arguments is None else arguments)])
-        report = Report(args.output, command)
-        check(Request(args.stages, args.systems, args.budget, args.dry_run, gpus), report.begin, report.add)
+        report = check(args, command)
     print(f"\n{report.summary()}; see {args.output}/report.md")
     return 1 if report.failed else 0
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
+from more_megatron.evaluation.command_lines import parse_flags
 from more_megatron.evaluation.comparison import planning, timing
-from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment, parse_flags
+from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment
 from more_megatron.evaluation.comparison.report import check_packages, write_report
 from more_megatron.evaluation.comparison.runner import Runner, apart
 from more_megatron.evaluation.comparison.tasks import evaluation

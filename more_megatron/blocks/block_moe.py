@@ -11,9 +11,8 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.layer import LayerInputs, RowMoELayer
 from more_megatron.blocks.parameters import Placement
-from more_megatron.blocks.recurrent_block import RecurrentBlock
+from more_megatron.blocks.recurrent_block import RecurrentBlock, SequenceBlock
 from more_megatron.blocks.rows import Rows
-from more_megatron.blocks.sequence_block import SequenceBlock
 from more_megatron.blocks.statistics import record_loss
 from more_megatron.model.depth import Depth
 from more_megatron.model.loops import TokenGrid
@@ -25,31 +24,20 @@ class SharedBlockMoELayer(RowMoELayer):
     """Per-expert projections around one recurrent block, which is a dense parameter of the layer.
 
     Every expert rank holds the block and computes it on the rows of its experts. Where experts are split over the
-    tensor-parallel ranks, so is the block.
-
-    Args:
-        args: As for Megatron's MoE layer.
-        ffn_hidden_size: Width of the MLP in the block.
-        orthogonality_coeff: Coefficient of the penalty on projections that are not orthogonal.
-        kwargs: As for Megatron's MoE layer.
+    tensor-parallel ranks, so is the block. `ffn_hidden_size` is the width of the MLP in it.
     """
 
-    def __init__(self, *args: Any, ffn_hidden_size: int, orthogonality_coeff: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config, groups = self.config, kwargs["pg_collection"]
-        self._orthogonality_coeff = orthogonality_coeff
         split_experts = get_pg_size(groups.expt_tp) > 1
-        self.recurrent_block = RecurrentBlock(
-            config,
-            Placement(
-                groups=range(1),
-                num_groups=1,
-                split_group=groups.expt_tp if split_experts else None,
-                replica_rank=get_pg_rank(groups.dp_cp if split_experts else groups.tp_dp_cp),
-            ),
-            ffn_hidden_size,
-            name="shared",
+        placement = Placement(
+            groups=range(1),
+            num_groups=1,
+            split_group=groups.expt_tp if split_experts else None,
+            replica_rank=get_pg_rank(groups.dp_cp if split_experts else groups.tp_dp_cp),
         )
+        self.recurrent_block = RecurrentBlock(config, placement, ffn_hidden_size, name="shared")
         # Replicas of experts see other rows on each tensor-parallel rank: their gradients are summed, as under
         # sequence parallelism.
         for parameter in self.recurrent_block.parameters():
@@ -67,7 +55,7 @@ class SharedBlockMoELayer(RowMoELayer):
 
     def _attach_penalty(self, output: torch.Tensor) -> torch.Tensor:
         """Attach the orthogonality penalty of the local experts to the backward pass."""
-        coefficient = self._orthogonality_coeff
+        coefficient = self.config.projection_orthogonality_coeff
         if coefficient == 0.0 or not (self.training and torch.is_grad_enabled()):
             return output
         penalty = self.experts.orthogonality_penalty()
@@ -78,13 +66,7 @@ class SharedBlockMoELayer(RowMoELayer):
 
 
 class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
-    """Light experts, combined, and then one recurrent block over the whole sequence.
-
-    Args:
-        args: As for Megatron's MoE layer.
-        ffn_hidden_size: Width of the MLP in the block.
-        kwargs: As for Megatron's MoE layer.
-    """
+    """Light experts, combined, and then one recurrent block over the whole sequence, with an MLP of that width."""
 
     def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -97,23 +79,9 @@ class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
         self.recurrent_block.initialize(layer_number)
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
-        """Route, compute and combine the experts, then iterate the block.
-
-        Args:
-            hidden_states: [s, b, h].
-            inputs: What the layer knows about the micro-batch.
-
-        Returns:
-            The block's last state, [s, b, h], and no bias.
-        """
+        """Route, compute and combine the experts, then iterate the block: its last state, [s, b, h], and no bias."""
         combined, _ = super().forward(hidden_states, padding_mask=inputs.padding_mask)
         grid = TokenGrid.of(combined, inputs.micro_batch, self.config, self.attn_tp_group)
         state = grid.noise(self.layer_number, self.config.recurrence_state_std)
-        output = self.recurrent_block(
-            combined,
-            state,
-            inputs.micro_batch.depth,
-            attention_mask=inputs.attention_mask,
-            rotary_pos_emb=inputs.rotary_pos_emb,
-        )
-        return output, None
+        attention = {"attention_mask": inputs.attention_mask, "rotary_pos_emb": inputs.rotary_pos_emb}
+        return self.recurrent_block(combined, state, inputs.micro_batch.depth, **attention), None

@@ -19,14 +19,9 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from more_megatron.blocks.backends import sandwich_parts
-from more_megatron.blocks.iterated_moe import (
-    IteratedMoELayer,
-    RepeatedMoETransformerLayer,
-    RepeatedTransformerLayer,
-)
-from more_megatron.blocks.layers import decoder_layers, dense_layer, moe_layer
-from more_megatron.blocks.router import IteratedRouter
+from more_megatron.blocks.backends import backend_of
+from more_megatron.blocks.iterated_moe import RepeatedMoETransformerLayer, RepeatedTransformerLayer
+from more_megatron.blocks.layers import decoder_layers, dense_layer, repeated_moe_layer
 from more_megatron.blocks.sandwich import RepeatedMoESandwichLayer, RepeatedSandwichLayer
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
@@ -38,18 +33,16 @@ __all__ = ["classic_layers"]
 def classic_layers(config: MoREConfig, *, post_norm: bool) -> tuple[Layer, ...]:
     """Return the layers of a group, dense or with experts.
 
-    Args:
-        config: Model configuration.
-        post_norm: Whether norms stand behind the residual sums, as in the paper, and not in front of the parts.
+    With `post_norm` norms stand behind the residual sums, as in the paper, and not in front of the parts.
     """
     # With its norms in front left out, a sandwich layer is a layer of the paper.
     layer = RepeatedSandwichLayer if post_norm else RepeatedTransformerLayer
     layer_with_experts = RepeatedMoESandwichLayer if post_norm else RepeatedMoETransformerLayer
-    dense = _classic(config, dense_layer(config, layer), post_norm)
-    if config.num_moe_experts is None:
-        return decoder_layers(config, dense, dense)
-    moe = moe_layer(config, layer=layer_with_experts, moe=IteratedMoELayer, parts={"router": IteratedRouter})
-    return decoder_layers(config, _classic(config, moe, post_norm, is_moe=True), dense)
+
+    def moe() -> Layer:
+        return _classic(config, repeated_moe_layer(config, layer_with_experts), post_norm, is_moe=True)
+
+    return decoder_layers(config, _classic(config, dense_layer(config, layer), post_norm), moe)
 
 
 class _Attention(SelfAttention):
@@ -66,11 +59,10 @@ def _classic(config: MoREConfig, layer: Layer, post_norm: bool, is_moe: bool = F
     attention = dataclasses.replace(submodules.self_attention, module=_Attention)
     mlp: Any = submodules.mlp
     if post_norm:
-        parts = sandwich_parts(config)
-        linear_qkv = parts.attention.submodules.linear_qkv
+        linear_qkv, _ = backend_of(config).linears()
         attention.submodules = dataclasses.replace(attention.submodules, linear_qkv=linear_qkv)
         if not is_moe:
-            mlp = functools.partial(mlp.func, **{**mlp.keywords, "submodules": parts.mlp})
+            mlp = functools.partial(mlp.func, **{**mlp.keywords, "submodules": backend_of(config).mlp()})
     width = config.moe_ffn_hidden_size if is_moe else config.ffn_hidden_size
     submodules = dataclasses.replace(
         submodules,
@@ -79,9 +71,10 @@ def _classic(config: MoREConfig, layer: Layer, post_norm: bool, is_moe: bool = F
         **({"input_layernorm": IdentityOp, "pre_mlp_layernorm": IdentityOp} if post_norm else {}),
     )
     spec = ModuleSpec(module=layer.spec.module, params=layer.spec.params, submodules=submodules)
-    norm_biases = 2 * config.hidden_size if config.normalization == "LayerNorm" else 0
-    biases = norm_biases + (0 if is_moe else _mlp_biases(config))
-    return Layer(spec, lambda seq_length: layer.cost(seq_length) + Cost(biases, biases))
+    biases = 2 * config.hidden_size if config.normalization == "LayerNorm" else 0
+    if not is_moe:
+        biases += (2 if config.gated_linear_unit else 1) * config.ffn_hidden_size + config.hidden_size
+    return Layer(spec, layer.cost).with_cost(Cost(biases, biases))
 
 
 def _drawn(build: Callable[..., Any], *, config: MoREConfig, width: int, has_biases: bool, **kwargs: Any) -> Any:
@@ -98,7 +91,3 @@ def _glorot(config: MoREConfig, inputs: int, outputs: int) -> MoREConfig:
     config.init_method = functools.partial(torch.nn.init.uniform_, a=-bound, b=bound)
     config.output_layer_init_method = config.init_method
     return config
-
-
-def _mlp_biases(config: MoREConfig) -> int:
-    return (2 if config.gated_linear_unit else 1) * config.ffn_hidden_size + config.hidden_size

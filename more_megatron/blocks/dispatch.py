@@ -2,6 +2,9 @@
 
 An expert that mixes tokens must know which of the rows that reached it belong together, and in which order. These
 integers take the way of the tokens: the same permutation, the same all-to-all or all-gather.
+
+`dispatch_coordinates` takes those of the tokens on this rank, int64 [tokens, 3], and returns those of the rows that the
+local experts received, int64 [rows, 3]. It is called after `dispatch_postprocess` of the same forward pass.
 """
 
 from __future__ import annotations
@@ -9,10 +12,7 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs
-from megatron.core.transformer.moe.token_dispatcher import (
-    MoEAllGatherTokenDispatcher,
-    MoEAlltoAllTokenDispatcher,
-)
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
 __all__ = ["DISPATCHERS", "CoordinateAllGatherDispatcher", "CoordinateAlltoAllDispatcher"]
 
@@ -22,14 +22,7 @@ class CoordinateAllGatherDispatcher(MoEAllGatherTokenDispatcher):
 
     @torch.no_grad()
     def dispatch_coordinates(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """Send coordinates where the tokens went; called after `dispatch_postprocess` of the same forward pass.
-
-        Args:
-            coordinates: Of the tokens on this rank, int64 [tokens, 3].
-
-        Returns:
-            Of the rows that the local experts received, int64 [rows, 3].
-        """
+        """Send coordinates where the tokens went."""
         if self.tp_size > 1 or self.ep_size > 1:
             coordinates = gather_from_sequence_parallel_region(coordinates, group=self.tp_ep_group)
         return permute(coordinates, self.local_map, num_out_tokens=int(self.local_map.sum()))[0]
@@ -40,14 +33,7 @@ class CoordinateAlltoAllDispatcher(MoEAlltoAllTokenDispatcher):
 
     @torch.no_grad()
     def dispatch_coordinates(self, coordinates: torch.Tensor) -> torch.Tensor:
-        """Send coordinates where the tokens went; called after `dispatch_postprocess` of the same forward pass.
-
-        Args:
-            coordinates: Of the tokens on this rank, int64 [tokens, 3].
-
-        Returns:
-            Of the rows that the local experts received, int64 [rows, 3].
-        """
+        """Send coordinates where the tokens went."""
         rows = permute(coordinates, self.routing_map, num_out_tokens=self.num_out_tokens)[0]
         rows = all_to_all(self.ep_group, rows, self.output_splits, self.input_splits)
         if self.tp_size > 1:

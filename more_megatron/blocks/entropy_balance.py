@@ -22,25 +22,15 @@ __all__ = ["EntropyBalance", "sum_over_positions"]
 
 
 def sum_over_positions(logits: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the routing distributions of each sequence, float32 [b, ..., experts].
-
-    Args:
-        logits: [s, b, ..., experts].
-    """
+    """Return the sum of each sequence's routing distributions, float32 [b, ..., experts], of [s, b, ..., experts]."""
     return logits.float().softmax(dim=-1).sum(dim=0)
 
 
 class EntropyBalance:
-    """The balance of one router of a layer in a group that is repeated.
+    """The balance of one router of a layer in a group that is repeated; `name` is that of the loss in the log.
 
     Sums of the distributions travel from pass to pass; the last pass makes the loss of them and attaches it. Under
     sequence parallelism a rank has its positions only, and the sums are added up.
-
-    Args:
-        name: Name of the loss in the log.
-        coefficient: Coefficient of the loss.
-        config: Model configuration.
-        groups: Process groups.
     """
 
     def __init__(self, name: str, coefficient: float, config: MoREConfig, groups: ProcessGroupCollection) -> None:
@@ -51,13 +41,10 @@ class EntropyBalance:
         """Pool the distributions of a pass and, if it is the last, attach the loss to the backward pass.
 
         Args:
-            activation: What carries the loss, [s, b, h].
+            activation: What carries the loss, [s, b, h]; it is returned.
             sums: From `sum_over_positions`, of this rank's part of the sequence.
             current: The pass.
             layer_number: Number of the layer, from 1.
-
-        Returns:
-            The activation.
         """
         key = (layer_number, self._name)
         former = current.former.get(key)

@@ -1,31 +1,27 @@
-"""What all kinds of experts have in common."""
+"""What kinds of experts have in common."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_rank
 
-from more_megatron.blocks.backends import backend_of
+from more_megatron.blocks.backends import RowGroups, backend_of
+from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, sharded_parameters
 from more_megatron.config import MoREConfig
 
-__all__ = ["Experts"]
+__all__ = ["Experts", "RoutedExperts"]
 
 
 class Experts(MegatronModule):
     """All experts of a layer that are on this rank. Takes the arguments of Megatron's experts.
 
     The weights of an expert are split over the expert-tensor-parallel group.
-
-    Args:
-        num_local_experts: Number of experts on this rank.
-        config: Model configuration.
-        pg_collection: Process groups.
-        name: Name of the module, unused.
     """
 
     config: MoREConfig
@@ -60,3 +56,28 @@ class Experts(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Return the weights of all experts as slices of one tensor each."""
         return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
+
+
+class RoutedExperts(Experts):
+    """Experts that are called as Megatron's are: each row by itself."""
+
+    def forward(
+        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """Compute all local experts.
+
+        Args:
+            hidden_states: Rows grouped by expert, [rows, h].
+            tokens_per_expert: Number of rows of each local expert, [local experts].
+            probs: Routing weight of each row, [rows].
+
+        Returns:
+            Weighed outputs, [rows, h], and no bias.
+        """
+        groups = RowGroups.of_counts(torch.as_tensor(tokens_per_expert), hidden_states.device)
+        padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
+        return self.compute(padding.pad(hidden_states), padding, probs), None
+
+    @abstractmethod
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+        """Return the weighed outputs, [rows, h], given the rows with padding, and the weights without."""

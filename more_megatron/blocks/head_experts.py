@@ -11,12 +11,11 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from more_megatron.blocks.backends import RowGroups, backend_of
-from more_megatron.blocks.backends.interface import parameter_device
 from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_linear_weights, sharded_parameters
 from more_megatron.blocks.statistics import routing_entropy
 from more_megatron.config import MoREConfig
-from more_megatron.model.initialization import DepthScaledInitializer
+from more_megatron.model.initialization import DepthScaledInitializer, replicated_parameter
 from more_megatron.monitoring.figures import record_figure
 
 __all__ = ["Choice", "HeadExperts", "HeadRouter", "head_figures", "record_use"]
@@ -90,12 +89,9 @@ class Choice:
 
     @classmethod
     def of(cls, logits: torch.Tensor, topk: int, dropout: float = 0.0) -> Choice:
-        """Choose the experts of the largest scores; the scores are the weights, as they are.
+        """Choose the `topk` experts of the largest scores for each head; the scores are the weights, as they are.
 
-        Args:
-            logits: [tokens, heads, experts].
-            topk: Experts that a head of a token uses.
-            dropout: Probability that an expert cannot be chosen.
+        Logits are [tokens, heads, experts]; with the probability `dropout` an expert cannot be chosen.
         """
         heads, experts = logits.shape[1:]
         scores = logits.float().sigmoid()
@@ -142,25 +138,16 @@ def record_use(kind: str, index: int, logits: torch.Tensor, loads: torch.Tensor)
 
 
 class HeadRouter(MegatronModule):
-    """Scores the experts of every head. All ranks hold all of it; under sequence parallelism each sees its positions.
-
-    Args:
-        config: Model configuration.
-        num_experts: Experts a head.
-        layer_number: Number of the layer, from 1.
-        name: Name of the router, unique within the layer.
-    """
+    """Scores the experts of all heads. Ranks hold all of it; under sequence parallelism each sees its positions."""
 
     def __init__(self, config: MoREConfig, num_experts: int, layer_number: int, name: str) -> None:
         super().__init__(config=config)
         self._num_experts = num_experts
         shape = (config.num_attention_heads * num_experts, config.hidden_size)
-        weight = torch.empty(shape, dtype=config.params_dtype, device=parameter_device(config))
-        self.weight = torch.nn.Parameter(weight)
-        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-        if config.perform_initialization:
-            initializer = DepthScaledInitializer(config, layer_number)
-            self.weight.data.copy_(initializer.scaled_normal(shape, f"switchhead/{name}_router", config.hidden_size))
+        initializer = DepthScaledInitializer(config, layer_number)
+        self.weight = replicated_parameter(
+            config, shape, lambda: initializer.scaled_normal(shape, f"switchhead/{name}_router", config.hidden_size)
+        )
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 [s, b, heads, experts], given [s, b, h]."""
@@ -171,15 +158,7 @@ class HeadRouter(MegatronModule):
 class HeadExperts(MegatronModule):
     """A linear map without bias for each expert of the heads on this rank.
 
-    Args:
-        config: Model configuration.
-        num_experts: Experts a head.
-        layer_number: Number of the layer, from 1.
-        groups: Process groups.
-        name: Name of the experts, unique within the layer.
-        inputs: Inputs of an expert.
-        outputs: Outputs of an expert.
-        fan_in: Number of inputs that the initial weights are scaled by.
+    `fan_in` is the number of inputs that the initial weights are scaled by, and `name` unique within the layer.
     """
 
     def __init__(
@@ -216,15 +195,12 @@ class HeadExperts(MegatronModule):
             draw_parameter(self.weight, self._placement, draw)
 
     def forward(self, items: torch.Tensor, choice: Choice, count: int) -> torch.Tensor:
-        """Apply to each item the experts that were chosen for it, and sum up the weighed results.
+        """Apply to each item the experts that were chosen for it, and sum up the weighed results, [count, out].
 
         Args:
             items: Tokens, or heads of tokens, [items, in].
             choice: Which experts.
             count: Number of tokens, or of heads of tokens, that the results are summed for.
-
-        Returns:
-            [count, out].
         """
         rows, weights = choice.copy(items), choice.weights.unsqueeze(-1).to(items.dtype)
         if self._weighs_inputs:
@@ -236,5 +212,4 @@ class HeadExperts(MegatronModule):
         return padding.unpad(self._backend.linear(padding.pad(rows), self.weight, padding.groups))
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Return the weights of all heads' experts as slices of one tensor."""
         return sharded_parameters(self, self._placement, prefix, sharded_offsets, metadata)

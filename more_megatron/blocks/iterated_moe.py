@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.layer import LayerInputs, MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter, RouterStep
 from more_megatron.config import MoREConfig
+from more_megatron.model.micro_batch import Pass
 from more_megatron.model.truncation import iterate_residual
 from more_megatron.monitoring.recurrence import watch_states
 
@@ -23,6 +23,9 @@ __all__ = [
     "RepeatedTransformerLayer",
 ]
 
+# Hidden states, [s, b, h], and logits that the next step averages with, [s, b, experts]; None if it does not.
+_StateAndLogits = tuple[torch.Tensor, torch.Tensor | None]
+
 
 class IteratedMoELayer(CapacityInTrainingMoELayer):
     """Megatron's MoE layer as one step of an iteration."""
@@ -32,16 +35,7 @@ class IteratedMoELayer(CapacityInTrainingMoELayer):
     def forward(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, step: RouterStep
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Compute the increment of one step.
-
-        Args:
-            hidden_states: Normed state, [s, b, h].
-            inputs: What the layer knows about the micro-batch.
-            step: Which step it is.
-
-        Returns:
-            The increment, [s, b, h], and its bias.
-        """
+        """Return the increment of one step, [s, b, h], and its bias, given the normed state."""
         with self.router.at(step):
             return super().forward(hidden_states, padding_mask=inputs.padding_mask)
 
@@ -54,31 +48,18 @@ class RecurrentMoETransformerLayer(MicroBatchTransformerLayer):
     """
 
     def _apply_moe(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
-        step = functools.partial(self._step, inputs=inputs, in_graph=torch.is_grad_enabled())
-        depth = inputs.micro_batch.depth
+        depth, in_graph = inputs.micro_batch.depth, torch.is_grad_enabled()
+
+        def step(state: torch.Tensor, former_logits: torch.Tensor | None, index: int) -> _StateAndLogits:
+            def sub_layer(state: torch.Tensor, former_logits: torch.Tensor | None) -> _StateAndLogits:
+                # One with gradient may run twice, first without; one before them runs with the layer's own pass only.
+                counted = torch.is_grad_enabled() if index >= depth.no_grad_steps else in_graph
+                step = RouterStep(index, 1.0 / max(depth.grad_steps, 1), counted, former_logits)
+                return self._moe_sub_layer(state, inputs, step), step.logits
+
+            return self._recomputed(sub_layer, state, former_logits)
+
         return iterate_residual(step, hidden_states, depth, watch_states(f"layer {self.layer_number}", depth.steps))
-
-    def _step(
-        self,
-        hidden_states: torch.Tensor,
-        former_logits: torch.Tensor | None,
-        index: int,
-        *,
-        inputs: LayerInputs,
-        in_graph: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        depth = inputs.micro_batch.depth
-        has_grad = index >= depth.no_grad_steps
-
-        def sub_layer(
-            hidden_states: torch.Tensor, former_logits: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            # A step with gradient may run twice, first without; a step before them runs with the layer's own pass only.
-            counted = torch.is_grad_enabled() if has_grad else in_graph
-            step = RouterStep(index, 1.0 / max(depth.grad_steps, 1), counted, former_logits)
-            return self._moe_sub_layer(hidden_states, inputs, step), self.mlp.router.take_logits()
-
-        return self._recomputed(sub_layer, hidden_states, former_logits)
 
     def _forward_post_mlp(
         self, mlp_output_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor
@@ -109,19 +90,21 @@ class RepeatedMoETransformerLayer(MicroBatchTransformerLayer):
 
     def _apply_moe(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         current = inputs.current_pass
-        assert current is not None, "a repeated layer was called outside of a loop"
 
-        def sub_layer(
-            hidden_states: torch.Tensor, former_logits: torch.Tensor | None
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            weight = 1.0 / max(current.micro_batch.depth.grad_steps, 1)
-            former_map = current.former.get((self.layer_number, "map"))
-            step = RouterStep(current.index, weight, current.is_counted(), former_logits, former_map, keeps_map=True)
-            return self._moe_sub_layer(hidden_states, inputs, step), self.mlp.router.take_logits()
+        def sub_layer(hidden_states: torch.Tensor, former_logits: torch.Tensor | None) -> _StateAndLogits:
+            step = self._router_step(current, former_logits)
+            hidden_states = self._moe_sub_layer(hidden_states, inputs, step)
+            current.leave((self.layer_number, "map"), step.routing_map)
+            return hidden_states, step.logits
 
         former_logits = current.former.get(self.layer_number)
         hidden_states, logits = self._recomputed(sub_layer, hidden_states, former_logits)
-        current.leave((self.layer_number, "map"), self.mlp.router.take_map())
         if logits is not None:
             current.leave(self.layer_number, logits)
         return hidden_states
+
+    def _router_step(self, current: Pass, former_logits: torch.Tensor | None = None) -> RouterStep:
+        """Return what the router is told in a pass. Called where it is asked: a recomputation is not counted again."""
+        weight = 1.0 / max(current.micro_batch.depth.grad_steps, 1)
+        former_map = current.former.get((self.layer_number, "map"))
+        return RouterStep(current.index, weight, current.is_counted(), former_logits, former_map)

@@ -30,14 +30,14 @@ class LayerInputs:
         padding_mask: True for padding tokens, [b, s].
         rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
         attention_mask: True where attention is forbidden, [b, 1, s, s]; None for plain causal attention.
-        current_pass: The pass, in a layer of a group that is repeated; None in others.
+        current_pass: The pass, in a layer of a group that is repeated; others do not ask.
     """
 
     micro_batch: MicroBatch
     padding_mask: torch.Tensor | None = None
     rotary_pos_emb: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
-    current_pass: Pass | None = None
+    current_pass: Any = None
 
     @property
     def token_padding_mask(self) -> torch.Tensor | None:
@@ -59,11 +59,7 @@ class MicroBatchTransformerLayer(TransformerLayer):
         self.mlp.moe_layer_recompute = False
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention, then the MoE sub-layer.
-
-        Returns:
-            Hidden states, [s, b, h], and the context, which a decoder-only model does not have.
-        """
+        """Return the hidden states after both sub-layers, [s, b, h], and no context: there is no encoder."""
         hidden_states, context = self._forward_attention(*args, **kwargs)
         rotary_pos_emb = kwargs.get("rotary_pos_emb")
         inputs = LayerInputs(
@@ -114,20 +110,12 @@ class RowMoELayer(CapacityInTrainingMoELayer):
         self._replicas = ranks_of_experts // self.attn_tp_group.size()
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
-        """Route, dispatch, compute and combine.
-
-        Args:
-            hidden_states: [s, b, h].
-            inputs: What the layer knows about the micro-batch.
-
-        Returns:
-            The sum of routed and shared experts, [s, b, h], and no bias.
-        """
+        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
         shared_output = self.shared_experts_compute(hidden_states)
         probs, routing_map = self.route(hidden_states, inputs.token_padding_mask)
         dispatched, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
         dispatched, tokens_per_expert, probs = self.token_dispatcher.dispatch_postprocess(dispatched, probs)
-        rows, order = self._sort(hidden_states.shape, hidden_states.device, tokens_per_expert, inputs)
+        rows, order = self._sort(hidden_states, tokens_per_expert, inputs)
         output = self._compute_experts(dispatched, probs, rows, order, inputs.micro_batch.depth)
         output = self.combine(self.token_dispatcher.combine_preprocess(output))
         return self.postprocess(output, shared_output), None
@@ -152,26 +140,22 @@ class RowMoELayer(CapacityInTrainingMoELayer):
         self.experts.initialize(layer_number)
 
     def _sort(
-        self,
-        hidden_shape: torch.Size,
-        device: torch.device,
-        tokens_per_expert: torch.Tensor,
-        inputs: LayerInputs,
+        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, inputs: LayerInputs
     ) -> tuple[Rows, torch.Tensor]:
-        batch, shards = hidden_shape[1], self.attn_tp_group.size() if self.config.sequence_parallel else 1
+        (length, batch), config = hidden_states.shape[:2], self.config
         replica = parallel_state.get_data_parallel_rank() % self._replicas
         coordinates = local_coordinates(
-            hidden_shape,
+            hidden_states.shape,
             inputs.micro_batch.sample_ids,
             first_sequence=replica * batch,
-            sequence_shard=self.attn_tp_group.rank() if shards > 1 else 0,
-            device=device,
+            sequence_shard=self.attn_tp_group.rank() if config.sequence_parallel else 0,
+            device=hidden_states.device,
             starts=inputs.micro_batch.starts,
         )
         return Rows.sort(
             self.token_dispatcher.dispatch_coordinates(coordinates),
             tokens_per_expert,
             num_sequences=self._replicas * batch * inputs.micro_batch.parts,
-            seq_length=hidden_shape[0] * shards,
+            seq_length=length * self.attn_tp_group.size() if config.sequence_parallel else length,
             rotary_pos_emb=inputs.rotary_pos_emb,
         )

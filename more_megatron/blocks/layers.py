@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from more_megatron.blocks.backends import backend_of, final_norm, layer_submodules
+from more_megatron.blocks.backends import backend_of
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.iterated_moe import IteratedMoELayer, RepeatedMoETransformerLayer, RepeatedTransformerLayer
 from more_megatron.blocks.layer import MicroBatchTransformerLayer
@@ -22,6 +22,7 @@ from more_megatron.model.costs import Cost, attention_cost, linear_cost, mlp_cos
 from more_megatron.model.stack import Group, Layer, Stack
 
 __all__ = [
+    "beside_experts_cost",
     "decoder_layers",
     "decoder_stack",
     "dense_layer",
@@ -30,19 +31,20 @@ __all__ = [
     "moe_layer",
     "plain_layers",
     "repeated_layers",
+    "repeated_moe_layer",
 ]
 
 
 def decoder_stack(config: MoREConfig, moe: Layer) -> Stack:
     """Return a stack without loops: layers with experts, and dense ones where `moe_layer_freq` says so."""
-    return Stack(config, (Group(decoder_layers(config, moe, dense_layer(config))),), final_norm(config))
+    layers = decoder_layers(config, dense_layer(config), lambda: moe)
+    return Stack(config, (Group(layers),), backend_of(config).norm())
 
 
 def expert_stack(config: MoREConfig, moe: Callable[..., MoELayer], experts: Any, cost: Callable[[int], Cost]) -> Stack:
     """Return a stack without loops whose experts are others than Megatron's and know their micro-batch.
 
     Args:
-        config: Model configuration.
         moe: MoE layer.
         experts: Its routed experts.
         cost: Cost of them and of what they share, given the length of a sequence.
@@ -51,46 +53,24 @@ def expert_stack(config: MoREConfig, moe: Callable[..., MoELayer], experts: Any,
     return decoder_stack(config, moe_layer(config, layer=layer, moe=moe, parts={"experts": experts}, experts_cost=cost))
 
 
-def plain_layers(
-    config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer, additions: Cost | None = None
-) -> tuple[Layer, ...]:
-    """Return the layers of Megatron's model, dense or with experts.
-
-    Args:
-        config: Model configuration.
-        layer: Transformer layer.
-        additions: Cost of what the layer has besides Megatron's parts.
-    """
-    dense = dense_layer(config, layer, additions)
-    if config.num_moe_experts is None:
-        return decoder_layers(config, dense, dense)
-    return decoder_layers(config, moe_layer(config, layer=layer, additions=additions), dense)
+def plain_layers(config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer) -> tuple[Layer, ...]:
+    """Return the layers of Megatron's model, dense or with experts."""
+    return decoder_layers(config, dense_layer(config, layer), lambda: moe_layer(config, layer=layer))
 
 
 def repeated_layers(
     config: MoREConfig,
     layer: type[RepeatedTransformerLayer] = RepeatedTransformerLayer,
     layer_with_experts: type[RepeatedMoETransformerLayer] = RepeatedMoETransformerLayer,
-    additions: Cost | None = None,
 ) -> tuple[Layer, ...]:
-    """Return the layers of Megatron's model, dense or with experts, for groups that are repeated.
-
-    Args:
-        config: Model configuration.
-        layer: Transformer layer without experts.
-        layer_with_experts: Transformer layer with experts.
-        additions: Cost of what the layer has besides Megatron's parts.
-    """
-    dense = dense_layer(config, layer, additions)
-    if config.num_moe_experts is None:
-        return decoder_layers(config, dense, dense)
-    parts = {"router": IteratedRouter}
-    moe = moe_layer(config, layer=layer_with_experts, moe=IteratedMoELayer, parts=parts, additions=additions)
-    return decoder_layers(config, moe, dense)
+    """Return the layers of Megatron's model, dense or with experts, for groups that are repeated."""
+    return decoder_layers(config, dense_layer(config, layer), lambda: repeated_moe_layer(config, layer_with_experts))
 
 
-def decoder_layers(config: MoREConfig, moe: Layer, dense: Layer) -> tuple[Layer, ...]:
+def decoder_layers(config: MoREConfig, dense: Layer, moe: Callable[[], Layer]) -> tuple[Layer, ...]:
     """Return the layers of a model, as `moe_layer_freq` arranges those with and those without experts.
+
+    `moe` returns a layer with experts, which only a configuration with experts has.
 
     Raises:
         MoREError: If the arrangement is one of another number of layers.
@@ -102,25 +82,22 @@ def decoder_layers(config: MoREConfig, moe: Layer, dense: Layer) -> tuple[Layer,
         frequency = [int(index % frequency == 0) for index in range(config.num_layers)]
     if len(frequency) != config.num_layers:
         raise MoREError(f"--moe-layer-freq names {len(frequency)} layers, --num-layers is {config.num_layers}")
-    return tuple(moe if is_moe else dense for is_moe in frequency)
+    with_experts = moe()
+    return tuple(with_experts if is_moe else dense for is_moe in frequency)
 
 
-def dense_layer(
-    config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer, additions: Cost | None = None
-) -> Layer:
-    """Return a layer with an MLP.
-
-    Args:
-        config: Model configuration.
-        layer: Transformer layer.
-        additions: Cost of what the layer has besides Megatron's parts.
-    """
+def dense_layer(config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer) -> Layer:
+    """Return a layer with an MLP."""
 
     def cost(seq_length: int) -> Cost:
-        mlp = mlp_cost(config, config.ffn_hidden_size)
-        return _attention_part_cost(config, seq_length) + mlp + (additions or Cost())
+        return _attention_part_cost(config, seq_length) + mlp_cost(config, config.ffn_hidden_size)
 
-    return Layer(ModuleSpec(module=layer, submodules=layer_submodules(config, moe=False)), cost)
+    return Layer(ModuleSpec(module=layer, submodules=backend_of(config).layer_submodules(config, moe=False)), cost)
+
+
+def repeated_moe_layer(config: MoREConfig, layer: type[RepeatedMoETransformerLayer]) -> Layer:
+    """Return a layer with Megatron's experts for groups that are repeated."""
+    return moe_layer(config, layer=layer, moe=IteratedMoELayer, parts={"router": IteratedRouter})
 
 
 def moe_layer(
@@ -131,21 +108,18 @@ def moe_layer(
     parts: dict[str, Any] | None = None,
     experts_cost: Callable[[int], Cost] | None = None,
     repeated: bool = False,
-    additions: Cost | None = None,
 ) -> Layer:
     """Return a layer with experts.
 
     Args:
-        config: Model configuration.
         layer: Transformer layer that holds the MoE part.
         moe: MoE layer.
         parts: Parts of the MoE layer that take the place of Megatron's: `experts`, `router`, `shared_experts`.
         experts_cost: Cost of the routed experts and of what they share, given the length of a sequence. Default: that
             of Megatron's.
         repeated: Whether the MoE part runs in every step of a recurrence.
-        additions: Cost of what the layer has besides Megatron's parts and the experts.
     """
-    submodules = layer_submodules(config, moe=True)
+    submodules = backend_of(config).layer_submodules(config, moe=True)
     # Megatron's submodules hold `functools.partial(MoELayer, submodules=...)`.
     megatron_moe: Any = submodules.mlp
     moe_submodules = dataclasses.replace(megatron_moe.keywords["submodules"], **(parts or {}))
@@ -154,11 +128,8 @@ def moe_layer(
 
     def cost(seq_length: int) -> Cost:
         experts = ffn_experts_cost(config) if experts_cost is None else experts_cost(seq_length)
-        part = experts + linear_cost(config.hidden_size, config.num_moe_experts)
-        if config.moe_shared_expert_intermediate_size is not None:
-            part += mlp_cost(config, config.moe_shared_expert_intermediate_size)
-        part = part.in_every_step() if repeated else part
-        return _attention_part_cost(config, seq_length) + part + (additions or Cost())
+        part = experts + beside_experts_cost(config)
+        return _attention_part_cost(config, seq_length) + (part.in_every_step() if repeated else part)
 
     return Layer(spec, cost)
 
@@ -171,6 +142,12 @@ def _repeated(moe: Callable[..., MoELayer], *, config: MoREConfig, **kwargs: Any
 def ffn_experts_cost(config: MoREConfig) -> Cost:
     """Return the cost of Megatron's routed experts."""
     return mlp_cost(config, config.moe_ffn_hidden_size).routed(config.num_moe_experts, config.moe_router_topk)
+
+
+def beside_experts_cost(config: MoREConfig) -> Cost:
+    """Return the cost of the router and of the shared expert."""
+    router, shared = linear_cost(config.hidden_size, config.num_moe_experts), config.moe_shared_expert_intermediate_size
+    return router if shared is None else router + mlp_cost(config, shared)
 
 
 def _attention_part_cost(config: MoREConfig, seq_length: int) -> Cost:

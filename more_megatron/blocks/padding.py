@@ -32,9 +32,7 @@ class RowPadding:
     def of(cls, groups: RowGroups, multiple: int | None) -> RowPadding:
         """Return the padding after which each group's number of rows is a multiple, and there is a row at all.
 
-        Args:
-            groups: Where the groups are.
-            multiple: Of what; None for no padding.
+        Without a multiple there is no padding.
         """
         if multiple is None:
             return cls(groups)
@@ -74,10 +72,9 @@ class RowPadding:
         return padding.index_fill(0, self.places, False)
 
     def pad_segments(self, segments: Segments) -> Segments:
-        """Return the segments, each group's followed by one of its padding, which so reaches no row.
+        """Return the segments with one more behind those of each group, of its padding: no row attends to padding.
 
-        Args:
-            segments: The same number of segments for each group, sorted by group.
+        Each group has the same number of segments, and they are sorted by group.
         """
         if self.shifts is None:
             return segments

@@ -6,8 +6,9 @@ as the backend wants it.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,14 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from more_megatron.blocks.backends import Piece, Weights, backend_of
-from more_megatron.blocks.backends.interface import parameter_device
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
+from more_megatron.model.initialization import parameter_device
 
 __all__ = [
     "Placement",
     "draw_parameter",
+    "draw_parameters",
     "grouped_bias",
     "grouped_linear_weights",
     "grouped_norm_weight",
@@ -100,65 +102,41 @@ class _Content:
 def grouped_parameter(
     config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None
 ) -> torch.nn.Parameter:
-    """Return the weights of all groups on this rank as one parameter, not yet drawn.
+    """Return the weights of all groups on this rank as one parameter, [groups, ...], not yet drawn.
+
+    A weight of one dimension is laid out flat, [groups * size]: Megatron decays no parameter of one dimension.
 
     Args:
-        config: Model configuration.
-        placement: Which part of them is here.
         shape: Shape of a group's whole weight.
         split_dim: Dimension of a group's weight that is split over ranks; None if every rank holds all of it.
-
-    Returns:
-        Parameter [groups, ...]. A weight of one dimension is laid out flat, [groups * size]: Megatron decays no
-        parameter of one dimension.
 
     Raises:
         MoREError: If the split does not come out even.
     """
     local, split_dim = _local_shape(placement, shape, split_dim)
-    size = [len(placement.groups) * local[0]] if len(local) == 1 else [len(placement.groups), *local]
-    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
-    _mark(Piece(parameter), local, split_dim)
-    return parameter
+    groups = len(placement.groups)
+    return _new(config, (groups * local[0],) if len(local) == 1 else (groups, *local), local, split_dim)
 
 
 def grouped_bias(
     config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None
 ) -> torch.nn.Parameter:
-    """Return the biases of all groups on this rank as one parameter of one dimension, not yet drawn.
+    """Return the biases of all groups on this rank as one parameter; otherwise as `grouped_parameter`.
 
-    In a checkpoint they are one tensor with an axis for the groups, as weights are: [groups, ...].
-
-    Args:
-        config: Model configuration.
-        placement: Which part of them is here.
-        shape: Shape of a group's whole bias.
-        split_dim: Dimension of a group's bias that is split over ranks; None if every rank holds all of it.
-
-    Raises:
-        MoREError: If the split does not come out even.
+    It is laid out flat, for the same reason. In a checkpoint the biases are one tensor with an axis for the groups, as
+    weights are: [groups, ...].
     """
     local, split_dim = _local_shape(placement, shape, split_dim)
-    size = len(placement.groups) * math.prod(local)
-    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
-    _mark(Piece(parameter), local, split_dim, has_group_axis=True)
-    return parameter
+    return _new(config, (len(placement.groups) * math.prod(local),), local, split_dim, has_group_axis=True)
 
 
 def grouped_linear_weights(
     config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None, columns: int = 1
 ) -> Weights:
-    """Return the weights of a linear map for each group on this rank, as the backend keeps them, not yet drawn.
+    """Return the weights of a linear map for each group on this rank, as the backend keeps them.
 
-    Args:
-        config: Model configuration.
-        placement: Which part of them is here.
-        shape: Shape of a group's whole weight; the last dimension is the input.
-        split_dim: Dimension of a group's weight that is split over ranks; None if every rank holds all of it.
-        columns: Number of equal parts of the input that are multiplied separately.
-
-    Raises:
-        MoREError: If the split does not come out even.
+    Arguments are those of `grouped_parameter`, the last dimension of the shape being the input, and `columns`, the
+    number of equal parts of the input that are multiplied separately.
     """
     local, split_dim = _local_shape(placement, shape, split_dim)
     backend = backend_of(config)
@@ -172,12 +150,25 @@ def grouped_linear_weights(
 
 def grouped_norm_weight(config: MoREConfig, placement: Placement) -> Weights:
     """Return the weights of an RMSNorm for each group, not yet drawn: a norm of the backend's if it has one."""
+    shape = (config.hidden_size,)
     norm = backend_of(config).row_norm(config) if len(placement.groups) == 1 else None
     if norm is None:
-        return grouped_parameter(config, placement, (config.hidden_size,))
+        return grouped_parameter(config, placement, shape)
     for parameter, tail in _names(norm).items():
-        _mark(Piece(parameter), (config.hidden_size,), None, tail)
+        _mark(Piece(parameter), shape, None, tail)
     return norm
+
+
+def _new(
+    config: MoREConfig,
+    size: tuple[int, ...],
+    shape: tuple[int, ...],
+    split_dim: int | None,
+    has_group_axis: bool = False,
+) -> torch.nn.Parameter:
+    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
+    _mark(Piece(parameter), shape, split_dim, has_group_axis=has_group_axis)
+    return parameter
 
 
 def _local_shape(
@@ -220,13 +211,7 @@ def _mark(
 
 @torch.no_grad()
 def draw_parameter(weights: Weights, placement: Placement, draw: Callable[[int], torch.Tensor]) -> None:
-    """Fill weights with initial ones.
-
-    Args:
-        weights: To be filled, from one of the functions above.
-        placement: Which part of the weights it holds.
-        draw: Returns the whole weight of a group, given its global number.
-    """
+    """Fill weights from the functions above; `draw` returns the whole weight of a group, given its global number."""
     for parameter in _names(weights):
         content: _Content = getattr(parameter, _CONTENT)
         if content.group is None:
@@ -237,13 +222,26 @@ def draw_parameter(weights: Weights, placement: Placement, draw: Callable[[int],
             target.copy_(content.of_whole(draw(group), placement).reshape(target.shape))
 
 
-def local_groups(parameter: torch.nn.Parameter, number: int) -> range:
-    """Return which of the rank's groups a parameter holds weights of, one after the other; empty if of none.
+def draw_parameters(
+    module: torch.nn.Module,
+    shapes: Mapping[str, tuple[int, ...]],
+    placement: Placement,
+    draw: Callable[[str, tuple[int, ...], int], torch.Tensor],
+) -> None:
+    """Fill several weights of a module.
 
     Args:
-        parameter: Any parameter.
-        number: Number of groups on this rank.
+        module: Has the weights as attributes.
+        shapes: Their names, and the shape of a group's whole weight.
+        placement: Which part of the weights it holds.
+        draw: Returns the whole weight of a group, given the weight's name, its shape and the group's global number.
     """
+    for name, shape in shapes.items():
+        draw_parameter(getattr(module, name), placement, functools.partial(draw, name, shape))
+
+
+def local_groups(parameter: torch.nn.Parameter, number: int) -> range:
+    """Return which of the rank's `number` groups a parameter holds weights of, one after the other; empty if none."""
     content: _Content | None = getattr(parameter, _CONTENT, None)
     if content is None:
         return range(0)
@@ -251,12 +249,7 @@ def local_groups(parameter: torch.nn.Parameter, number: int) -> range:
 
 
 def linear_columns(parameter: torch.nn.Parameter, number: int) -> dict[int, torch.Tensor]:
-    """Return the parts of the input dimension that a parameter holds, by their number.
-
-    Args:
-        parameter: Of any linear map.
-        number: Number of equal parts that its input has.
-    """
+    """Return which of the `number` equal parts of its input dimension a linear map's parameter holds, by number."""
     content: _Content | None = getattr(parameter, _CONTENT, None)
     if content is not None and content.columns > 1:
         return {content.column: parameter}
@@ -272,12 +265,7 @@ def sharded_parameters(
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """Return a module's weights as slices of global tensors, one key for each weight whatever the backend.
 
-    Args:
-        module: Holds nothing but weights from the functions above.
-        placement: Which part of them is here.
-        prefix: Prefix of the keys.
-        sharded_offsets: Offsets of the layer, as Megatron passes them.
-        metadata: As Megatron passes it.
+    The module holds nothing but weights from the functions above; the last three arguments are as Megatron passes them.
     """
     ensure_metadata_has_dp_cp_group(metadata)
     sharded = {}

@@ -1,59 +1,58 @@
-"""Huginn's recurrent block over rows: an adapter and a sandwich block, one set of weights for each group of rows.
+"""Huginn's recurrent block: an adapter and a sandwich block.
 
     u <- Adapter([s; x]),   u <- N2(u + Attn(N1(u))),   s <- N4(u + MLP(N3(u)))
 
 Geiping et al., arXiv 2502.05171, section 3: four RMSNorms, two of them over the residual sum; the input x is injected
-in every step. All groups of a rank are computed together.
+in every step. `RecurrentBlock` works on rows that were sent to experts, with one set of weights for each group of rows,
+all groups of a rank together; `SequenceBlock` on whole sequences.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
 
 from more_megatron.blocks.backends import backend_of, segment_attention
 from more_megatron.blocks.parameters import (
     Placement,
-    draw_parameter,
+    draw_parameters,
     grouped_linear_weights,
     grouped_norm_weight,
     sharded_parameters,
 )
-from more_megatron.blocks.row_ops import rms_norm, rotate
+from more_megatron.blocks.row_ops import rms_norm, rotate, rotation_of
 from more_megatron.blocks.rows import Rows
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.initialization import BlockInitializer, replicated_parameter, takase
 from more_megatron.model.noise import state_noise
 from more_megatron.model.truncation import iterate_state
 from more_megatron.monitoring.recurrence import watch_states
 
-__all__ = ["RecurrentBlock", "block_cost"]
+__all__ = ["RecurrentBlock", "SequenceBlock", "block_cost"]
 
 _NORMS = ("norm_1", "norm_2", "norm_3", "norm_4")
 
 
 class RecurrentBlock(MegatronModule):
-    """Recurrent blocks, one for each group.
+    """Recurrent blocks, one for each group; `name` is unique within the layer.
 
     Over the ranks of `placement.split_group` attention is split by heads and the MLP by width, as in tensor
     parallelism; adapter and norms are on every rank.
-
-    Args:
-        config: Model configuration.
-        placement: Which groups are here.
-        ffn_hidden_size: Width of the gated MLP.
-        name: Name of the block, unique within the layer.
     """
 
     def __init__(self, config: MoREConfig, placement: Placement, ffn_hidden_size: int, name: str) -> None:
@@ -67,14 +66,15 @@ class RecurrentBlock(MegatronModule):
         hidden, heads = config.hidden_size, config.num_attention_heads * self._head_dim
         # For each query group its queries, then its key and its value: Megatron's order, which splits by groups.
         qkv = config.num_query_groups * (self._queries_per_group + 2) * self._head_dim
-        self._shapes: dict[str, tuple[tuple[int, ...], int | None]] = {
+        weights: dict[str, tuple[tuple[int, ...], int | None]] = {
             "adapter": ((hidden, 2 * hidden), None),
             "qkv": ((qkv, hidden), 0),
             "proj": ((hidden, heads), 1),
             "fc1": ((2, ffn_hidden_size, hidden), 1),
             "fc2": ((hidden, ffn_hidden_size), 1),
         }
-        for key, (shape, split_dim) in self._shapes.items():
+        self._shapes = {key: shape for key, (shape, _) in weights.items()}
+        for key, (shape, split_dim) in weights.items():
             columns = 2 if key == "adapter" else 1
             setattr(self, key, grouped_linear_weights(config, placement, shape, split_dim, columns))
         for key in _NORMS:
@@ -86,58 +86,44 @@ class RecurrentBlock(MegatronModule):
         if not self.config.perform_initialization:
             return
         initializer = BlockInitializer(self.config, layer_number)
-        for key, (shape, _) in self._shapes.items():
-            draw = functools.partial(self._draw, initializer, key, shape)
-            draw_parameter(getattr(self, key), self.placement, draw)
-        for key in _NORMS:
-            draw_parameter(getattr(self, key), self.placement, lambda group: torch.ones(self.config.hidden_size))
 
-    def _draw(self, initializer: BlockInitializer, key: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
-        std = initializer.out_std if key in ("proj", "fc2") else initializer.in_std
-        return initializer.truncated_normal(shape, f"{self._name}/{group}/{key}", std)
+        def draw(key: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
+            std = initializer.out_std if key in ("proj", "fc2") else initializer.in_std
+            return initializer.truncated_normal(shape, f"{self._name}/{group}/{key}", std)
+
+        draw_parameters(self, self._shapes, self.placement, draw)
+        ones = torch.ones(self.config.hidden_size)
+        draw_parameters(self, dict.fromkeys(_NORMS, ()), self.placement, lambda *_: ones)
 
     def forward(self, inputs: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
-        """Iterate from a random state.
+        """Iterate from a random state, and return the last one, [rows, h], the same on every rank of the split group.
 
-        Args:
-            inputs: What is injected in every step, [rows, h]; the same on every rank of the split group.
-            rows: Which rows they are.
-            depth: Number of steps.
-
-        Returns:
-            The last state, [rows, h], the same on every rank of the split group.
+        The inputs, [rows, h], are injected in every step; they are the same on every rank of the split group.
         """
         adapter_state, adapter_input = self._backend.columns(self.adapter, 2)
         injected = self._linear(inputs, adapter_input, rows)
         norm_1, norm_2, norm_3, norm_4 = self._norms(rows)
-        rotation = self._rotation(rows)
+        rotation = None
+        if rows.rotary_pos_emb is not None:
+            angles = rows.rotary_pos_emb[:, 0].index_select(0, rows.positions)
+            rotation = rotation_of(angles, self.config.rotary_interleaved, self.config.params_dtype)
 
         def step(state: torch.Tensor) -> torch.Tensor:
             mixed = self._linear(state, adapter_state, rows) + injected
             attended = norm_2(mixed + self._attention(norm_1(mixed), rows, rotation))
             return norm_4(attended + self._mlp(norm_3(attended), rows))
 
-        see = watch_states(
-            f"layer {self.layer_number}",
-            depth.steps,
-            inputs,
-            is_padding=rows.is_padding,
-            group=self.placement.split_group,
-        )
+        place, group = f"layer {self.layer_number}", self.placement.split_group
+        see = watch_states(place, depth.steps, inputs, is_padding=rows.is_padding, group=group)
         return iterate_state(step, self._initial_state(rows).to(inputs.dtype), depth, see)
 
     def _linear(self, x: torch.Tensor, weights: Any, rows: Rows) -> torch.Tensor:
         return self._backend.linear(x, weights, rows.groups)
 
     def _initial_state(self, rows: Rows) -> torch.Tensor:
-        noise = state_noise(
-            rows.sample_ids,
-            rows.positions,
-            self.config.hidden_size,
-            seed=self.config.seed,
-            layer=self.layer_number,
-            std=self.config.recurrence_state_std,
-        )
+        config, layer = self.config, self.layer_number
+        std, seed = config.recurrence_state_std, config.seed
+        noise = state_noise(rows.sample_ids, rows.positions, config.hidden_size, seed=seed, layer=layer, std=std)
         return noise if rows.is_padding is None else noise.masked_fill(rows.is_padding, 0.0)
 
     def _attention(
@@ -149,7 +135,7 @@ class RecurrentBlock(MegatronModule):
         query, key, value = qkv.split((self._queries_per_group, 1, 1), dim=2)
         query, key, value = query.flatten(1, 2), key.squeeze(2), value.squeeze(2)
         if rotation is not None:
-            query, key = self._rotate(query, rotation), self._rotate(key, rotation)
+            query, key = (rotate(x, *rotation, self.config.rotary_interleaved) for x in (query, key))
         context = segment_attention(query, key, value, rows.segments).flatten(1)
         return self._reduce(self._linear(context, self.proj, rows))
 
@@ -173,19 +159,6 @@ class RecurrentBlock(MegatronModule):
             weight = weight[0] if len(weight) == 1 else rows.spread(weight)
             yield functools.partial(rms_norm, weight=weight, eps=self.config.layernorm_epsilon)
 
-    def _rotation(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return cosine and sine of each row's angles, [rows, 1, planes]."""
-        if rows.rotary_pos_emb is None:
-            return None
-        # Megatron lists the angle of each channel; the two of a plane share it.
-        angles = rows.rotary_pos_emb[:, 0].index_select(0, rows.positions)
-        planes = angles.size(-1) // 2
-        angles = angles[..., 0::2] if self.config.rotary_interleaved else angles[..., :planes]
-        return angles.cos().to(self.config.params_dtype), angles.sin().to(self.config.params_dtype)
-
-    def _rotate(self, x: torch.Tensor, rotation: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return rotate(x, *rotation, self.config.rotary_interleaved)
-
     def _copy(self, x: torch.Tensor) -> torch.Tensor:
         if self.placement.split_size == 1:
             return x
@@ -197,17 +170,56 @@ class RecurrentBlock(MegatronModule):
         return reduce_from_tensor_model_parallel_region(x, group=self.placement.split_group)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Return the weights as slices of global tensors with an axis for the groups."""
         return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
+
+
+class SequenceBlock(MegatronModule):
+    """One recurrent block over whole sequences, from Megatron's own attention and MLP and with its parallelism."""
+
+    def __init__(self, config: MoREConfig, ffn_hidden_size: int, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.layer_number = 0
+        config = copy.copy(backend_of(config).looped(config))
+        config.gated_linear_unit, config.activation_func = True, torch.nn.functional.silu
+        config.ffn_hidden_size = ffn_hidden_size
+        takase(config, config.num_layers * config.mean_steps).apply(config)
+        backend, hidden = backend_of(config), config.hidden_size
+        self.adapter = replicated_parameter(config, (hidden, 2 * hidden))
+        self.attention = build_module(backend.attention(), config=config, layer_number=1, pg_collection=pg_collection)
+        self.mlp = MLP(config, backend.mlp(), ffn_hidden_size=ffn_hidden_size, tp_group=pg_collection.tp)
+        for number in range(1, 5):
+            norm = backend.norm()(config=config, hidden_size=hidden, eps=config.layernorm_epsilon)
+            self.add_module(f"norm_{number}", norm)
+
+    def initialize(self, layer_number: int) -> None:
+        """Learn the number of the layer, from 1, and draw the adapter, which is no module of Megatron's."""
+        self.layer_number = layer_number
+        if self.config.perform_initialization:
+            initializer = BlockInitializer(self.config, layer_number)
+            weight = initializer.truncated_normal(tuple(self.adapter.shape), "sequence/adapter", initializer.in_std)
+            self.adapter.data.copy_(weight)
+
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor, depth: Depth, **attention_kwargs: Any) -> torch.Tensor:
+        """Iterate from a state, and return the last one, [s, b, h].
+
+        The inputs, [s, b, h], are injected in every step; mask and angles are for Megatron's attention.
+        """
+        adapter_state, adapter_input = self.adapter.split(self.config.hidden_size, dim=1)
+        injected = torch.nn.functional.linear(inputs, adapter_input)
+
+        def step(state: torch.Tensor) -> torch.Tensor:
+            mixed = torch.nn.functional.linear(state, adapter_state) + injected
+            attended = self.norm_2(mixed + self.attention(self.norm_1(mixed), **attention_kwargs)[0])
+            return self.norm_4(attended + self.mlp(self.norm_3(attended))[0])
+
+        see = watch_states(f"layer {self.layer_number}", depth.steps, inputs)
+        return iterate_state(step, state.to(inputs.dtype), depth, see)
 
 
 def block_cost(config: MoREConfig, ffn_hidden_size: int, context: float) -> Cost:
     """Return the cost of one block: all in every step, but for the half of the adapter that sees the input.
 
-    Args:
-        config: Model configuration.
-        ffn_hidden_size: Width of the gated MLP.
-        context: Length of the sequence that attends to itself.
+    `context` is the length of the sequence that attends to itself.
     """
     hidden = config.hidden_size
     step = linear_cost(hidden, hidden) + attention_cost(config, context) + gated_mlp_cost(hidden, ffn_hidden_size)

@@ -1,17 +1,17 @@
 """What recurrence and experts of our own cannot do, each one line for `System.refusals`.
 
-A line goes on from the name of the system: "needs ...", "does not ...".
+A line goes on from the name of the system: "needs ...", "does not ...". Nothing here needs Megatron before it is asked.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from megatron.core.fp8_utils import get_fp8_align_size
-
-from more_megatron.blocks.dispatch import DISPATCHERS
-from more_megatron.config import MoREConfig
 from more_megatron.flags import flag
+
+if TYPE_CHECKING:
+    from more_megatron.config import MoREConfig
 
 __all__ = [
     "cell_refusals",
@@ -44,9 +44,7 @@ def recurrence_refusals(config: MoREConfig) -> Iterator[str]:
 def repetition_refusals(config: MoREConfig, repeated: tuple[str, ...]) -> Iterator[str]:
     """Yield what cannot be done where Megatron's modules run in every step.
 
-    Args:
-        config: Model configuration.
-        repeated: Those of `--recompute-modules` that hold parameters and run in every step.
+    `repeated` are those of `--recompute-modules` that hold parameters and run in every step.
     """
     recomputed = sorted(_recomputed_modules(config).intersection(repeated))
     varies = config.recurrence_sampling != "fixed" or config.recurrence_curriculum is not None
@@ -75,16 +73,9 @@ def loop_refusals(config: MoREConfig) -> Iterator[str]:
             "--recompute-granularity selective, or aux_loss"
         )
     if config.num_moe_experts is None:
-        yield from _without_routers(config)
-
-
-def _without_routers(config: MoREConfig) -> Iterator[str]:
-    for name, is_set in (
-        ("--router-logit-ema", config.router_logit_ema > 0.0),
-        ("--router-min-entropy", config.router_min_entropy > 0.0),
-    ):
-        if is_set:
-            yield f"has no routers without --num-experts: give it, or leave out {name}"
+        for name in ("router_logit_ema", "router_min_entropy"):
+            if getattr(config, name) > 0.0:
+                yield f"has no routers without --num-experts: give it, or leave out {flag(name)}"
 
 
 def _recomputed_modules(config: MoREConfig) -> set[str]:
@@ -93,6 +84,8 @@ def _recomputed_modules(config: MoREConfig) -> set[str]:
 
 def mixing_refusals(config: MoREConfig) -> Iterator[str]:
     """Yield what experts cannot do that let tokens attend to each other."""
+    from more_megatron.blocks.dispatch import DISPATCHERS
+
     expert_ranks = config.expert_model_parallel_size * config.expert_tensor_parallel_size
     tensor_ranks = config.tensor_model_parallel_size
     if expert_ranks % tensor_ranks != 0:
@@ -112,21 +105,27 @@ def mixing_refusals(config: MoREConfig) -> Iterator[str]:
 
 
 def expert_refusals(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator[str]:
-    """Yield what experts that are not Megatron's cannot honour.
-
-    Args:
-        config: Model configuration.
-        ffn_hidden_size: Width of the MLP in the recurrent block; None without one.
-    """
+    """Yield what experts that are not Megatron's cannot honour, whose recurrent block, if any, has so wide an MLP."""
     if config.add_bias_linear:
         yield "has no biases: leave out --enable-bias-linear"
     yield from _precision_refusals(config)
-    if config.fp8 is not None:
-        yield from _misaligned_block(config, ffn_hidden_size)
+    if config.fp8 is None:
+        return
+    ranks, heads = config.expert_tensor_parallel_size or 1, config.num_attention_heads
+    sizes = {
+        "--hidden-size": config.hidden_size,
+        "--recurrence-ffn-hidden-size over --expert-tensor-parallel-size": (ffn_hidden_size or 0) // ranks,
+        "the heads of --num-attention-heads and --num-query-groups on a rank": (
+            (heads + 2 * config.num_query_groups) * config.kv_channels // ranks
+        ),
+        "the heads of --num-attention-heads on a rank": heads * config.kv_channels // ranks,
+    }
+    yield from _misaligned(config, sizes)
 
 
 def cell_refusals(config: MoREConfig) -> Iterator[str]:
-    """Yield what experts that are or have recurrent cells cannot honour."""
+    """Yield what experts that are or have recurrent cells cannot honour, and no recurrence."""
+    yield from recurrence_refusals(config)
     if config.overlap_param_gather:
         yield "reads its weights in another order than they are gathered in: leave out --overlap-param-gather"
     yield from _precision_refusals(config)
@@ -155,19 +154,9 @@ def _precision_refusals(config: MoREConfig) -> Iterator[str]:
         )
 
 
-def _misaligned_block(config: MoREConfig, ffn_hidden_size: int | None) -> Iterator[str]:
-    ranks = config.expert_tensor_parallel_size or 1
-    heads = config.num_attention_heads + 2 * config.num_query_groups
-    sizes = {
-        "--hidden-size": config.hidden_size,
-        "--recurrence-ffn-hidden-size over --expert-tensor-parallel-size": (ffn_hidden_size or 0) // ranks,
-        "the heads of --num-attention-heads and --num-query-groups on a rank": heads * config.kv_channels // ranks,
-        "the heads of --num-attention-heads on a rank": config.num_attention_heads * config.kv_channels // ranks,
-    }
-    yield from _misaligned(config, sizes)
-
-
 def _misaligned(config: MoREConfig, sizes: dict[str, int]) -> Iterator[str]:
+    from megatron.core.fp8_utils import get_fp8_align_size
+
     multiple = get_fp8_align_size(config.fp8_recipe)
     for what, size in sizes.items():
         if size % multiple != 0:

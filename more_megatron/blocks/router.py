@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe.moe_utils import z_loss_func
@@ -17,9 +18,9 @@ from more_megatron.model.attached_loss import attach_mean
 __all__ = ["IteratedRouter", "RouterStep"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class RouterStep:
-    """One call of the router within an iteration.
+    """One call of the router within an iteration: what it is told, and what it leaves.
 
     Attributes:
         index: Number of the step, from 0.
@@ -27,7 +28,9 @@ class RouterStep:
         counted: Whether the step enters the statistics: once, however often it is recomputed.
         former_logits: Logits that routed the step before, [s, b, experts]; None at the first.
         former_map: Where the tokens went in the step before, [tokens, experts]; None if it was not kept.
-        keeps_map: Whether `take_map` is to return where they go in this step.
+        logits: Left: logits that the next step averages with, [s, b, experts]; None if it does not.
+        routing_map: Left: where the tokens go, [tokens, experts].
+        sums: Left by routers that balance over a sequence: their distributions summed over positions, [b, experts].
     """
 
     index: int = 0
@@ -35,7 +38,9 @@ class RouterStep:
     counted: bool = True
     former_logits: torch.Tensor | None = None
     former_map: torch.Tensor | None = None
-    keeps_map: bool = False
+    logits: torch.Tensor | None = None
+    routing_map: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
 
 
 class IteratedRouter(TopKRouter):
@@ -48,8 +53,6 @@ class IteratedRouter(TopKRouter):
 
     config: MoREConfig
     _step = RouterStep()
-    _logits: torch.Tensor | None = None
-    _map: torch.Tensor | None = None
 
     @contextlib.contextmanager
     def at(self, step: RouterStep) -> Iterator[None]:
@@ -72,7 +75,7 @@ class IteratedRouter(TopKRouter):
         former, beta = self._step.former_logits, self.config.router_logit_ema
         if beta > 0.0 and former is not None:
             logits = beta * former + (1.0 - beta) * logits
-        self._logits = logits if beta > 0.0 else None
+        self._step.logits = logits if beta > 0.0 else None
         return logits
 
     @property
@@ -80,23 +83,13 @@ class IteratedRouter(TopKRouter):
         """Number of the step under way, from 0."""
         return self._step.index
 
-    def take_logits(self) -> torch.Tensor | None:
-        """Return the logits of the last call, which the next step averages with, and forget them; None if none does."""
-        logits, self._logits = self._logits, None
-        return logits
-
-    def take_map(self) -> torch.Tensor | None:
-        """Return where the last call sent the tokens, [tokens, experts], and forget it; None if it was not kept."""
-        routing_map, self._map = self._map, None
-        return routing_map
-
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """Route as Megatron does, with the entropy penalty and the statistics of the step."""
         logits = self._apply_entropy_floor(logits, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
         if self.training and self._step.counted:
             record_routing(self._step.index, logits, routing_map, self._step.former_map)
-        self._map = routing_map if self._step.keeps_map else None
+        self._step.routing_map = routing_map
         return probs, routing_map
 
     def attach_and_log_load_balancing_loss(
@@ -111,10 +104,6 @@ class IteratedRouter(TopKRouter):
         """Attach the z-loss (ST-MoE, arXiv 2202.08906), weighted.
 
         Megatron's method has no place for a weight: it reads the coefficient from the configuration.
-
-        Args:
-            logits: Router logits, [tokens, experts].
-            padding_mask: True for padding tokens, [tokens].
         """
         coefficient = self.config.moe_z_loss_coeff
         if coefficient is None or self._step.loss_weight == 1.0 or not self._attaches_losses:
@@ -138,23 +127,14 @@ class IteratedRouter(TopKRouter):
         return self.training and torch.is_grad_enabled()
 
     def _attach(
-        self,
-        activation: torch.Tensor,
-        loss: torch.Tensor,
-        coefficient: float,
-        name: str,
-        padding_mask: torch.Tensor | None,
+        self, activation: torch.Tensor, loss: torch.Tensor, coefficient: float, name: str, padding_mask: Any
     ) -> torch.Tensor:
         """Attach a mean over this rank's tokens to the backward pass, and log it: the way of Megatron's z-loss."""
         loss = loss * self._step.loss_weight
         record_loss(name, loss, self)
         rows = activation.numel() // activation.size(-1) if padding_mask is None else (~padding_mask).sum()
-        return attach_mean(
-            activation,
-            loss * coefficient,
-            ranks=self.tp_cp_group.size(),
-            tokens=rows if self.calculate_per_token_loss else None,
-        )
+        tokens = rows if self.calculate_per_token_loss else None
+        return attach_mean(activation, loss * coefficient, ranks=self.tp_cp_group.size(), tokens=tokens)
 
     def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
         """Count the tokens of each expert for the update of its bias, in every step once."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["rms_norm", "rotate"]
+__all__ = ["rms_norm", "rotate", "rotation_of"]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -77,6 +77,18 @@ def _pairs(x: torch.Tensor, interleaved: bool) -> tuple[torch.Tensor, torch.Tens
         return x[..., 0::2], x[..., 1::2]
     half = x.size(-1) // 2
     return x[..., :half], x[..., half:]
+
+
+def rotation_of(angles: torch.Tensor, interleaved: bool, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosine and sine of the angle of each plane, [..., planes], as `rotate` takes them.
+
+    Args:
+        angles: Of each channel, [..., 2 * planes], as Megatron lists them: the two of a plane share theirs.
+        interleaved: Whether a plane is two neighbouring channels.
+        dtype: Of the result.
+    """
+    angles = angles[..., 0::2] if interleaved else angles[..., : angles.size(-1) // 2]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool) -> torch.Tensor:

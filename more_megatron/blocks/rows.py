@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,6 @@ class Rows:
 
     Attributes:
         groups: Where the rows of each group are: of each local expert, or of the one block that experts share.
-        group_ids: Local number of each row's group, int64 [rows].
         segments: Rows that belong to one sequence and group, in ascending position.
         positions: Position of each row in its sequence, int64 [rows].
         sample_ids: Position of each row's sequence in the stream of samples, int64 [rows]; 0 in evaluation.
@@ -29,7 +29,6 @@ class Rows:
     """
 
     groups: RowGroups
-    group_ids: torch.Tensor
     segments: Segments
     positions: torch.Tensor
     sample_ids: torch.Tensor
@@ -53,11 +52,10 @@ class Rows:
             tokens_per_expert: Number of rows of each local expert, [local experts].
             num_sequences: Number of sequences whose tokens can reach this rank.
             seq_length: Length of a sequence.
-            rotary_pos_emb: Angles of the rotary embedding.
+            rotary_pos_emb: As of `Rows`.
 
         Returns:
-            The sorted rows, with a segment for each (expert, sequence), and for each of them the dispatched row that it
-            was, int64 [rows].
+            The sorted rows, with a segment for each (expert, sequence), and which dispatched row each was, [rows].
         """
         device = coordinates.device
         tokens_per_expert = torch.as_tensor(tokens_per_expert)
@@ -71,9 +69,8 @@ class Rows:
         bounds = torch.arange(number * num_sequences + 1, device=device)
         offsets = torch.searchsorted(segment[order], bounds, out_int32=True)
         rows = cls(
-            groups=RowGroups.of_counts(tokens_per_expert, device),
             # The rows come grouped by expert: sorting moves none to another.
-            group_ids=experts,
+            groups=RowGroups.of_counts(tokens_per_expert, device),
             segments=Segments(offsets, seq_length),
             positions=positions[order],
             sample_ids=sample_ids[order],
@@ -82,41 +79,35 @@ class Rows:
         return rows, order
 
     def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Return for each row what its group has, [rows, h].
-
-        Args:
-            values: [groups, h].
-        """
+        """Return for each row what its group has, [rows, h], given [groups, h]."""
         if not values.is_cuda:
             return values.index_select(0, self.group_ids)
         # The gradient of a selection adds thousands of rows to one in the type of the values, and in varying order.
         # That of a product adds them in float32.
-        groups = torch.arange(len(values), device=values.device)
-        return (self.group_ids.unsqueeze(1) == groups).to(values.dtype) @ values
+        return self.groups.members(len(self.positions)).to(values.dtype) @ values
+
+    @functools.cached_property
+    def group_ids(self) -> torch.Tensor:
+        """Local number of each row's group, int64 [rows]."""
+        rows = torch.arange(len(self.positions), dtype=torch.int32, device=self.positions.device)
+        return torch.searchsorted(self.groups.ends, rows, right=True)
 
     def as_one_group(self) -> Rows:
         """Return the rows for one block that all groups share; they still attend within their segments only."""
-        return dataclasses.replace(self, groups=self.groups.as_one(), group_ids=torch.zeros_like(self.group_ids))
+        return dataclasses.replace(self, groups=self.groups.as_one())
 
     def padded(self, multiple: int | None) -> tuple[Rows, RowPadding]:
-        """Return the rows with padding after each group, and the padding.
-
-        Args:
-            multiple: As for `RowPadding.of`. The segments must be as `RowPadding.pad_segments` wants them.
-        """
+        """Return the rows with padding after each group, as `RowPadding.of` lays it, and the padding."""
         padding = RowPadding.of(self.groups, multiple)
-        if padding.places is None:
+        is_padding = padding.is_padding()
+        if is_padding is None:
             return self, padding
-        sizes = torch.tensor(padding.groups.sizes).to(self.positions.device, non_blocking=True)
-        groups = torch.arange(len(sizes), device=sizes.device)
-        is_padding = torch.ones(sum(padding.groups.sizes), 1, dtype=torch.bool, device=sizes.device)
         rows = dataclasses.replace(
             self,
             groups=padding.groups,
-            group_ids=torch.repeat_interleave(groups, sizes, output_size=len(is_padding)),
             segments=padding.pad_segments(self.segments),
             positions=padding.pad(self.positions),
             sample_ids=padding.pad(self.sample_ids),
-            is_padding=is_padding.index_fill(0, padding.places, False),
+            is_padding=is_padding.unsqueeze(1),
         )
         return rows, padding

@@ -15,10 +15,12 @@ from megatron.core.utils import make_viewless_tensor
 
 from more_megatron.blocks.backends import backend_of
 from more_megatron.blocks.iterated_moe import RepeatedMoETransformerLayer, RepeatedTransformerLayer
+from more_megatron.blocks.layers import plain_layers, repeated_layers
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
+from more_megatron.model.stack import Layer
 
-__all__ = ["RepeatedMoESandwichLayer", "RepeatedSandwichLayer", "SandwichLayer", "sandwich_additions"]
+__all__ = ["RepeatedMoESandwichLayer", "RepeatedSandwichLayer", "SandwichLayer", "sandwich_layers"]
 
 
 class SandwichLayer(TransformerLayer):
@@ -63,12 +65,18 @@ class RepeatedMoESandwichLayer(SandwichLayer, RepeatedMoETransformerLayer):
     """A sandwich layer with experts in a group that is repeated."""
 
 
-def sandwich_additions(config: MoREConfig) -> Cost:
-    """Return the cost of what a sandwich layer has besides Megatron's parts: two norms and the bias."""
+def sandwich_layers(config: MoREConfig) -> tuple[list[Layer], list[Layer]]:
+    """Return the layers of a model as they are where they run once, and where they are repeated.
+
+    Besides Megatron's parts they have two norms, and a bias of the attention's input.
+    """
     has_bias = config.add_qkv_bias or config.add_bias_linear
     heads = config.num_attention_heads + 2 * config.num_query_groups
     parameters = 2 * config.hidden_size + (heads * config.kv_channels if has_bias else 0)
-    return Cost(parameters, parameters)
+    more = Cost(parameters, parameters)
+    once = plain_layers(config, SandwichLayer)
+    repeated = repeated_layers(config, RepeatedSandwichLayer, RepeatedMoESandwichLayer)
+    return [layer.with_cost(more) for layer in once], [layer.with_cost(more) for layer in repeated]
 
 
 def _viewless(tensor: torch.Tensor) -> torch.Tensor:

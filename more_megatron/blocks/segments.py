@@ -11,7 +11,7 @@ import torch
 
 __all__ = ["Segments"]
 
-# Rectangles of each padded layout. More have less to pad, and cost more calls.
+# Rectangles of each padded layout: with more of them there is less padding, and there are more calls.
 _RECTANGLES = 4
 
 

@@ -8,18 +8,16 @@ the stream itself. Experts are many and small, 128 channels each; those of a ran
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 
-from more_megatron.blocks.backends import RowGroups
 from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.entropy_balance import sum_over_positions
-from more_megatron.blocks.experts import Experts
+from more_megatron.blocks.experts import RoutedExperts
 from more_megatron.blocks.layer import LayerInputs
 from more_megatron.blocks.padding import RowPadding
-from more_megatron.blocks.parameters import draw_parameter, grouped_linear_weights
+from more_megatron.blocks.parameters import draw_parameters, grouped_linear_weights
 from more_megatron.blocks.router import IteratedRouter, RouterStep
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
@@ -29,19 +27,11 @@ __all__ = ["SigmaExperts", "SigmaMoELayer", "SigmaRouter", "sigma_experts_cost"]
 
 
 class SigmaRouter(IteratedRouter):
-    """Megatron's router with sigmoids as they are for weights, and with experts that drop out.
+    """Megatron's router with sigmoids as they are for weights, and in training with experts that drop out."""
 
-    Args:
-        args: As for Megatron's router.
-        expert_dropout: Probability that a token cannot choose an expert, in training.
-        kwargs: As for Megatron's router.
-    """
-
-    def __init__(self, *args: Any, expert_dropout: float = 0.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.score_function = "sigmoid"
-        self._expert_dropout = expert_dropout
-        self._sums: torch.Tensor | None = None
 
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the weight, which depends on it."""
@@ -51,20 +41,13 @@ class SigmaRouter(IteratedRouter):
             self.weight.data.copy_(initializer.rows_of_equal_norm(tuple(self.weight.shape), "sigma/router"))
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
-        """Route as Megatron does, without dividing the weights of a token by their sum.
-
-        Args:
-            logits: [s, b, experts].
-            padding_mask: True for padding tokens, [s, b].
-
-        Returns:
-            Weights and choices, [tokens, experts] both.
-        """
+        """Route as Megatron does, without dividing the weights of a token by their sum."""
         if self.training:
-            self._sums = sum_over_positions(logits)
-            if self._expert_dropout > 0.0:
+            self._step.sums = sum_over_positions(logits)
+            if self.config.moeut_expert_dropout > 0.0:
                 # The sigmoid of what dropped out is 0: it may be chosen for want of others, with weight 0.
-                logits = logits.masked_fill(torch.rand_like(logits) < self._expert_dropout, float("-inf"))
+                dropped = torch.rand_like(logits) < self.config.moeut_expert_dropout
+                logits = logits.masked_fill(dropped, float("-inf"))
         probs, routing_map = super().routing(logits, padding_mask)
         if self.topk > 1:
             # The losses that Megatron attached hang on its weights, so its division is undone instead of left out.
@@ -72,63 +55,34 @@ class SigmaRouter(IteratedRouter):
             probs = probs * scores.sum(dim=-1, keepdim=True).to(probs.dtype)
         return probs, routing_map
 
-    def take_sums(self) -> torch.Tensor | None:
-        """Return the routing distributions of the last call, summed over positions, [b, experts], and forget them."""
-        sums, self._sums = self._sums, None
-        return sums
 
-
-class SigmaExperts(Experts):
+class SigmaExperts(RoutedExperts):
     """Expert j computes `relu(x K_j) V_j`; h -> `moe_ffn_hidden_size` -> h, without gate and biases."""
 
     def build(self) -> None:
-        """Create the weights."""
         hidden, width = self.config.hidden_size, self.config.moe_ffn_hidden_size
-        self._shapes = {"keys": ((width, hidden), 0), "values": ((hidden, width), 1)}
-        for name, (shape, split_dim) in self._shapes.items():
-            setattr(self, name, grouped_linear_weights(self.config, self.placement, shape, split_dim))
+        self._shapes = {"keys": (width, hidden), "values": (hidden, width)}
+        self.keys = grouped_linear_weights(self.config, self.placement, self._shapes["keys"], split_dim=0)
+        self.values = grouped_linear_weights(self.config, self.placement, self._shapes["values"], split_dim=1)
 
     def initialize(self, layer_number: int) -> None:
-        """Draw the initial weights, which depend on the number of the layer."""
         if not self.config.perform_initialization:
             return
         initializer = DepthScaledInitializer(self.config, layer_number)
+        hidden, width = self.config.hidden_size, self.config.moe_ffn_hidden_size
         # The values of all experts together are one matrix.
-        inputs = {
-            "keys": self.config.hidden_size,
-            "values": self.config.num_moe_experts * self.config.moe_ffn_hidden_size,
-        }
-        for name, (shape, _) in self._shapes.items():
-            draw = functools.partial(_draw, initializer, name, shape, inputs[name])
-            draw_parameter(getattr(self, name), self.placement, draw)
+        inputs = {"keys": hidden, "values": self.config.num_moe_experts * width}
 
-    def forward(
-        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """Compute all local experts.
+        def draw(name: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
+            return initializer.scaled_normal(shape, f"sigma/{group}/{name}", inputs[name])
 
-        Args:
-            hidden_states: Rows grouped by expert, [rows, h].
-            tokens_per_expert: Number of rows of each local expert, [local experts].
-            probs: Weight of each row, [rows].
+        draw_parameters(self, self._shapes, self.placement, draw)
 
-        Returns:
-            Weighed outputs, [rows, h], and no bias.
-        """
-        counts = torch.as_tensor(tokens_per_expert)
-        groups = RowGroups.of_sizes(counts.tolist(), hidden_states.device)
-        padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
-        inner = self.backend.linear(padding.pad(hidden_states), self.keys, padding.groups)
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+        inner = self.backend.linear(x, self.keys, padding.groups)
         # Weighed where rows are narrow.
         weighed = torch.relu(inner) * padding.pad(probs).unsqueeze(-1)
-        outer = self.backend.linear(weighed.to(inner.dtype), self.values, padding.groups)
-        return padding.unpad(outer), None
-
-
-def _draw(
-    initializer: DepthScaledInitializer, name: str, shape: tuple[int, ...], inputs: int, group: int
-) -> torch.Tensor:
-    return initializer.scaled_normal(shape, f"sigma/{group}/{name}", inputs)
+        return padding.unpad(self.backend.linear(weighed.to(inner.dtype), self.values, padding.groups))
 
 
 class SigmaMoELayer(CapacityInTrainingMoELayer):
@@ -144,16 +98,9 @@ class SigmaMoELayer(CapacityInTrainingMoELayer):
     def forward(
         self, normed: torch.Tensor, stream: torch.Tensor, inputs: LayerInputs, step: RouterStep
     ) -> tuple[torch.Tensor, None]:
-        """Route, dispatch, compute and combine.
+        """Return the sum of routed and shared experts, [s, b, h], and no bias.
 
-        Args:
-            normed: What router and shared expert read, [s, b, h].
-            stream: What the experts read, [s, b, h].
-            inputs: What the layer knows about the micro-batch.
-            step: Which pass it is.
-
-        Returns:
-            The sum of routed and shared experts, [s, b, h], and no bias.
+        Router and shared expert read `normed`, experts the stream itself, [s, b, h] both.
         """
         # A gated unit is no homogeneous function: on the stream itself it would grow with its square.
         shared_output = self.shared_experts_compute(normed)

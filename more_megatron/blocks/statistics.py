@@ -38,7 +38,7 @@ def record_routing(
         step: Number of the step of the iteration, from 0.
         logits: [s, b, experts].
         routing_map: True where a token goes to an expert, [tokens, experts].
-        former_map: The same of the step before; None if there is none, or none that was kept.
+        former_map: The same of the step before; None if there is none.
     """
     tracker = get_moe_metrics_tracker()
     if not isinstance(tracker, IterationTracker):
@@ -53,13 +53,7 @@ def record_routing(
 
 
 def record_loss(name: str, loss: torch.Tensor, router: TopKRouter) -> None:
-    """Log a loss of an MoE layer, averaged over ranks, as Megatron logs those of its router.
-
-    Args:
-        name: Name of the loss.
-        loss: Its value on this rank, before its coefficient.
-        router: Router of the layer.
-    """
+    """Log a loss of an MoE layer, before its coefficient, averaged over ranks, as Megatron logs those of its router."""
     # Layers of multi-token prediction are numbered after the others.
     layers = router.config.num_layers + (router.config.mtp_num_layers or 0)
     get_moe_metrics_tracker().record(name, loss, router.layer_number, layers, avg_group=router.tp_dp_cp_group)

@@ -26,11 +26,10 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 
-from more_megatron.blocks.backends import sandwich_parts
+from more_megatron.blocks.backends import backend_of
 from more_megatron.blocks.entropy_balance import EntropyBalance, sum_over_positions
 from more_megatron.blocks.head_experts import Choice, HeadExperts, HeadRouter, record_use
-from more_megatron.blocks.row_ops import rotate
-from more_megatron.config import MoREConfig
+from more_megatron.blocks.row_ops import rotate, rotation_of
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.initialization import DepthScaledInitializer
 from more_megatron.model.micro_batch import Pass
@@ -40,42 +39,28 @@ __all__ = ["SwitchHeadAttention", "switchhead_cost"]
 
 
 class SwitchHeadAttention(MegatronModule):
-    """Causal self-attention with experts for values and outputs.
-
-    Args:
-        config: Model configuration.
-        layer_number: Number of the layer, from 1.
-        num_experts: Experts a head, for values and for outputs each; 1: dense, with gated heads.
-        topk: Experts that a head of a token uses.
-        balance_coeff: Coefficient of the entropy balance of each router.
-        expert_dropout: Probability that a head of a token cannot choose an expert, in training.
-        pg_collection: Process groups.
-        cp_comm_type: As for Megatron's attention, whose further arguments are not used.
-    """
+    """Causal self-attention with experts for values and outputs. Further arguments of Megatron's are not used."""
 
     def __init__(
         self,
-        config: MoREConfig,
+        config: Any,
         layer_number: int,
         *,
-        num_experts: int,
-        topk: int,
-        balance_coeff: float,
-        expert_dropout: float,
         pg_collection: ProcessGroupCollection,
         cp_comm_type: str | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        self.layer_number = layer_number
-        self._groups, self._topk, self._expert_dropout = pg_collection, topk, expert_dropout
+        self.layer_number, self._groups = layer_number, pg_collection
+        num_experts, balance_coeff = config.switchhead_num_experts, config.switchhead_balance_coeff
         self._is_dense = num_experts == 1
         self._recomputes_core = config.recompute_granularity == "selective" and "core_attn" in config.recompute_modules
         self._balances = {
             kind: EntropyBalance(f"{kind}_balance_loss", balance_coeff, config, pg_collection)
             for kind in ("value", "output")
         }
-        self.core_attention = sandwich_parts(config).attention.submodules.core_attention(
+        column_linear, row_linear = backend_of(config).linears()
+        self.core_attention = backend_of(config).core_attention(
             config=config,
             layer_number=layer_number,
             attn_mask_type=AttnMaskType.causal,
@@ -86,47 +71,31 @@ class SwitchHeadAttention(MegatronModule):
         )
         hidden, head_dim = config.hidden_size, config.kv_channels
         heads = config.num_attention_heads * head_dim
-        self.query_key = self._column_linear(2 * heads)
+        column = {"gather_output": False, "skip_bias_add": False, "tp_comm_buffer_name": "qkv"}
+        self.query_key = self._linear(column_linear, hidden, 2 * heads, **column)
         self.output_router = HeadRouter(config, num_experts, layer_number, "output")
         if self._is_dense:
-            self.value, self.output = self._column_linear(heads), self._row_linear(heads)
+            self.value = self._linear(column_linear, hidden, heads, **column)
+            row = {"input_is_parallel": True, "skip_bias_add": True, "tp_comm_buffer_name": "proj"}
+            self.output = self._linear(row_linear, heads, hidden, **row)
             return
         self.value_router = HeadRouter(config, num_experts, layer_number, "value")
         experts = functools.partial(HeadExperts, config, num_experts, layer_number, pg_collection)
         self.value = experts(name="value", inputs=hidden, outputs=head_dim, fan_in=hidden)
         self.output = experts(name="output", inputs=head_dim, outputs=hidden, fan_in=heads)
 
-    def _column_linear(self, outputs: int) -> torch.nn.Module:
-        return sandwich_parts(self.config).attention.submodules.linear_qkv(
-            self.config.hidden_size,
+    def _linear(self, kind: Any, inputs: int, outputs: int, **options: Any) -> torch.nn.Module:
+        std = DepthScaledInitializer(self.config, self.layer_number).std(inputs)
+        return kind(
+            inputs,
             outputs,
             config=self.config,
-            init_method=self._normal(self.config.hidden_size),
-            gather_output=False,
+            init_method=functools.partial(torch.nn.init.normal_, std=std),
             bias=False,
-            skip_bias_add=False,
             is_expert=False,
-            tp_comm_buffer_name="qkv",
             tp_group=self._groups.tp,
+            **options,
         )
-
-    def _row_linear(self, inputs: int) -> torch.nn.Module:
-        return sandwich_parts(self.config).attention.submodules.linear_proj(
-            inputs,
-            self.config.hidden_size,
-            config=self.config,
-            init_method=self._normal(inputs),
-            bias=False,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            is_expert=False,
-            tp_comm_buffer_name="proj",
-            tp_group=self._groups.tp,
-        )
-
-    def _normal(self, inputs: int) -> Any:
-        std = DepthScaledInitializer(self.config, self.layer_number).std(inputs)
-        return functools.partial(torch.nn.init.normal_, std=std)
 
     def forward(
         self,
@@ -136,17 +105,14 @@ class SwitchHeadAttention(MegatronModule):
         attention_mask: torch.Tensor | None = None,
         rotary_pos_emb: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend.
+        """Attend, [s, b, h] to [s, b, h].
 
         Args:
-            normed: What queries, keys and routers read, [s, b, h].
-            stream: What values are made of, [s, b, h].
+            normed: What queries, keys and routers read.
+            stream: What values are made of.
             current: The pass.
             attention_mask: True where attention is forbidden; None for plain causal attention.
             rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d].
-
-        Returns:
-            [s, b, h].
         """
         logits = {"output": self.output_router(normed)}
         if not self._is_dense:
@@ -167,15 +133,10 @@ class SwitchHeadAttention(MegatronModule):
         """Return both, [s, b, heads, head_dim]; in the weight each head's query is followed by its key."""
         both = self.query_key(normed)[0].unflatten(-1, (-1, self.config.kv_channels))
         if rotary_pos_emb is not None:
-            both = rotate(both, *self._rotation(rotary_pos_emb, both.dtype), self.config.rotary_interleaved)
+            interleaved = self.config.rotary_interleaved
+            both = rotate(both, *rotation_of(rotary_pos_emb, interleaved, both.dtype), interleaved)
         query, key = both.unflatten(-2, (-1, 2)).unbind(-2)
         return query, key
-
-    def _rotation(self, angles: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosine and sine of the angle of each plane, [s, 1, 1, planes]; Megatron lists that of each channel."""
-        planes = angles.size(-1) // 2
-        angles = angles[..., 0::2] if self.config.rotary_interleaved else angles[..., :planes]
-        return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def _values(self, stream: torch.Tensor, choice: Choice | torch.Tensor | None) -> torch.Tensor:
         """Return [s, b, heads, head_dim]."""
@@ -204,17 +165,12 @@ class SwitchHeadAttention(MegatronModule):
         return attend(query, key, value, attention_mask)
 
     def _choice(self, kind: str, logits: torch.Tensor, current: Pass) -> Choice | torch.Tensor:
-        """Return the experts of this rank's heads at all positions, or their gates, [s, b, heads, 1].
-
-        Args:
-            kind: "value" or "output".
-            logits: Of this rank's positions, [s, b, heads, experts].
-            current: The pass.
-        """
+        """Return the experts of this rank's heads at all positions, or their gates, [s, b, heads, 1]."""
         local = self._gathered(logits).chunk(self._groups.tp.size(), dim=2)[self._groups.tp.rank()]
         if self._is_dense:
             return local.sigmoid()
-        choice = Choice.of(local.flatten(0, 1), self._topk, self._expert_dropout if self.training else 0.0)
+        dropout = self.config.switchhead_expert_dropout if self.training else 0.0
+        choice = Choice.of(local.flatten(0, 1), self.config.switchhead_topk, dropout)
         if self.training and current.is_counted() and is_reported(f"{kind} router entropy/step {current.index + 1}"):
             record_use(kind, current.index, logits, choice.loads(self._local_heads))
         return choice
@@ -236,17 +192,10 @@ class SwitchHeadAttention(MegatronModule):
         return reduce_from_tensor_model_parallel_region(x, group=self._groups.tp)
 
 
-def switchhead_cost(config: MoREConfig, num_experts: int, topk: int, context: float) -> Cost:
-    """Return the cost of the attention.
-
-    Args:
-        config: Model configuration.
-        num_experts: Experts a head, for values and for outputs each.
-        topk: Experts that a head of a token uses.
-        context: Length of the sequence that attends to itself.
-    """
-    heads, hidden = config.num_attention_heads, config.hidden_size
+def switchhead_cost(config: Any, context: float) -> Cost:
+    """Return the cost of the attention over a sequence of length `context`."""
+    heads, hidden, num_experts = config.num_attention_heads, config.hidden_size, config.switchhead_num_experts
     width = heads * config.kv_channels
     routers = linear_cost(hidden, heads * num_experts) * (1 if num_experts == 1 else 2)
-    projections = (linear_cost(hidden, width) * 2).routed(num_experts, min(topk, num_experts))
+    projections = (linear_cost(hidden, width) * 2).routed(num_experts, min(config.switchhead_topk, num_experts))
     return linear_cost(hidden, 2 * width) + routers + projections + Cost(once=4.0 * width * context / 2)

@@ -25,21 +25,13 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """A model in transformers, ready to be called.
+    """A model in transformers, ready to be called."""
 
-    Attributes:
-        source: What the user named.
-        folder: Where the model lies; temporary if the user named a checkpoint.
-        model: The model, in evaluation.
-        tokenizer: Its tokenizer, which takes names of special tokens in a text as text, as training did.
-        recurrent: Whether the number of steps means anything to it.
-    """
-
-    source: Path
-    folder: Path
-    model: Any
-    tokenizer: Any
-    recurrent: bool
+    source: Path  # what the user named
+    folder: Path  # where the model lies; temporary if the user named a checkpoint
+    model: Any  # the model, in evaluation
+    tokenizer: Any  # its tokenizer, which takes names of special tokens in a text as text, as training did
+    recurrent: bool  # whether the number of steps means anything to it
 
     @property
     def length(self) -> int:
@@ -62,11 +54,9 @@ class ExportedModel:
         return digest.hexdigest()
 
     def call_options(self, num_steps: int | None, **exits: Any) -> dict[str, Any]:
-        """Return the arguments of every call that say how deep it goes.
+        """Return the arguments of every call that say how deep it goes, and how tokens stop by themselves before that.
 
-        Args:
-            num_steps: Recurrence steps; None for the model's own.
-            exits: How tokens stop by themselves before that: `criterion`, `exit_threshold`; None: by default.
+        None: the model's own number of steps; none that stops.
 
         Raises:
             MoREError: If the model has no steps, cannot take so many, or cannot stop so.
@@ -89,12 +79,7 @@ class ExportedModel:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Add the flags that name a model, and where and how it runs.
-
-    Args:
-        parser: Where to.
-        required: Whether a model must be named.
-    """
+    """Add the flags that name a model, and where and how it runs."""
     group = parser.add_argument_group("model")
     source = group.add_mutually_exclusive_group(required=required)
     source.add_argument("--model", type=Path, metavar="DIR", help="folder of a Hugging Face model")
@@ -109,35 +94,29 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
 
 @contextlib.contextmanager
 def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
-    """Yield the model that the flags name.
-
-    Args:
-        args: Flags of `add_model_arguments`.
+    """Yield the model that the flags of `add_model_arguments` name.
 
     Raises:
         MoREError: If the folder or checkpoint is missing, damaged or without a tokenizer.
     """
     check_ranges(args, {"batch_size": "[1, inf)", "num_steps": "(-inf, 10000]"})
-    with contextlib.ExitStack() as stack:
-        folder = args.model
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="more-export-"))) / "model"
-            _export(args, folder)
-        yield _load(args, folder)
-
-
-def _export(args: argparse.Namespace, folder: Path) -> None:
+    if args.model is not None:
+        yield _load(args, args.model)
+        return
     from more_megatron.hf.conversion.export import ToHF, to_hf
 
-    to_hf(
-        ToHF(
-            load=args.load,
-            save=folder,
-            step=args.ckpt_step,
-            tokenizer_model=args.tokenizer_model,
-            trust_remote_code=args.trust_remote_code,
+    with tempfile.TemporaryDirectory(prefix="more-export-") as temporary:
+        folder = Path(temporary) / "model"
+        to_hf(
+            ToHF(
+                load=args.load,
+                save=folder,
+                step=args.ckpt_step,
+                tokenizer_model=args.tokenizer_model,
+                trust_remote_code=args.trust_remote_code,
+            )
         )
-    )
+        yield _load(args, folder)
 
 
 def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:

@@ -29,53 +29,44 @@ from megatron.training.models.gpt import GPTModelConfig
 from more_megatron.evaluation.training_log import Iteration, read_log
 from more_megatron.monitoring.figures import report_to
 from more_megatron.platform import Platform, initialize_platform
-from more_megatron.platform.finite import Tracer, trace_reruns
+from more_megatron.platform.repairs.finite import Tracer, trace_reruns
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.datasets import DatasetsProvider
 from more_megatron.training.forward import forward_step
 from more_megatron.training.model import model_config_from_args
 
-__all__ = ["configure", "forget_run", "fresh_model", "read_each_docstring_once", "sole_rank", "train"]
+__all__ = ["configure", "forget_run", "fresh_model", "read_each_docstring_once", "train"]
 
 
 def configure(command_line: str) -> tuple[Namespace, GPTModelConfig]:
-    """Return arguments and model configuration of a run that is not started.
-
-    Args:
-        command_line: Flags that describe the model, separated by blanks.
-    """
-    _forget_arguments()
+    """Return arguments and model configuration of a run that is not started, of flags separated by blanks."""
+    global_vars.destroy_global_vars()
+    unset_num_microbatches_calculator()
+    _free()
     with _command_line(f"{command_line} --train-iters 1"), contextlib.redirect_stdout(io.StringIO()):
         args = parse_arguments(initialize_platform())
     return args, model_config_from_args(args)
 
 
-def fresh_model(model_config: GPTModelConfig) -> GPTModel:
-    """Return a model as initialized, on the device and in the dtype of its parameters, in training mode."""
-    sole_rank()
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = model_config.get_builder_cls()(model_config).build_model(groups)
-    return model.cuda(torch.cuda.current_device()).to(model_config.transformer.params_dtype).train()
+def fresh_model(model_config: GPTModelConfig, seed: int = 1234) -> GPTModel:
+    """Return a model as initialized, on the device and in the dtype of its parameters, in training mode.
 
-
-def sole_rank() -> None:
-    """Form Megatron's process groups of the one rank there is, and seed its generators.
-
-    It meets nobody, and needs neither a port nor the variables of a launcher.
+    Forms Megatron's process groups of the one rank there is where there are none: it meets nobody, and needs neither a
+    port nor the variables of a launcher.
     """
     if not torch.distributed.is_initialized():
         backend = "nccl" if initialize_platform() is Platform.CUDA else "gloo"
         torch.distributed.init_process_group(backend, rank=0, world_size=1, store=torch.distributed.HashStore())
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    model = model_config.get_builder_cls()(model_config).build_model(groups)
+    return model.cuda(torch.cuda.current_device()).to(model_config.transformer.params_dtype).train()
 
 
 def train(command_line: str) -> list[Iteration]:
     """Train as `pretrain_more.py` does and return what each step reported, on the last rank.
-
-    Args:
-        command_line: Flags, separated by blanks.
 
     Raises:
         RuntimeError: If Megatron ends the run before its time.
@@ -93,11 +84,11 @@ def train(command_line: str) -> list[Iteration]:
                 ModelType.encoder_or_decoder,
                 forward_step,
             )
-        except SystemExit as leaving:  # --exit-interval among others
-            if leaving.code == EXIT_CODE_FAILED_ON_RESULT_VALIDATION:
-                raise RuntimeError("Megatron ended the run: a loss is nan or infinite") from leaving
-            if leaving.code:
-                raise RuntimeError(f"Megatron ended the run with exit code {leaving.code}") from leaving
+        except SystemExit as leaving:
+            if leaving.code:  # None: --exit-interval among others
+                is_loss = leaving.code == EXIT_CODE_FAILED_ON_RESULT_VALIDATION
+                reason = ": a loss is nan or infinite" if is_loss else f" with exit code {leaving.code}"
+                raise RuntimeError(f"Megatron ended the run{reason}") from leaving
         finally:
             forget_run()
             print(output.getvalue(), file=sys.__stdout__)
@@ -114,19 +105,17 @@ def _command_line(flags: str) -> Iterator[None]:
         sys.argv = former
 
 
-def _forget_arguments() -> None:
-    global_vars.destroy_global_vars()
-    unset_num_microbatches_calculator()
-    _free()
-
-
 def forget_run() -> None:
     """Put Megatron's process-wide state back to where it is in a process that has not trained yet.
 
     The process group of all ranks stays; Megatron takes it over where it finds one.
     """
     _empty_models()
-    _leave_groups()
+    if torch.distributed.is_initialized():
+        # Megatron forgets its groups, and would leave their communicators in memory.
+        for group in list(torch.distributed.distributed_c10d._world.pg_map):
+            if group is not torch.distributed.group.WORLD:
+                torch.distributed.destroy_process_group(group)
     training.destroy_global_state()
     destroy_moe_metrics_tracker()
     report_to(None)
@@ -145,15 +134,6 @@ def _empty_models() -> None:
     """
     for model in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
         vars(model).clear()
-
-
-def _leave_groups() -> None:
-    """Leave the process groups of Megatron, which forgets them and would leave their communicators in memory."""
-    if not torch.distributed.is_initialized():
-        return
-    for group in list(torch.distributed.distributed_c10d._world.pg_map):
-        if group is not torch.distributed.group.WORLD:
-            torch.distributed.destroy_process_group(group)
 
 
 def _free() -> None:

@@ -15,66 +15,50 @@ from pathlib import Path
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelConfig
 
-from more_megatron.config import MoREConfig
 from more_megatron.evaluation.comparison.matching import system_cost
+from more_megatron.evaluation.runs import fresh_model
 from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 
-__all__ = [
-    "StepBenchmark",
-    "SystemTiming",
-    "forward",
-    "peak_bytes",
-    "reset_peak",
-    "step_time_by_depth",
-    "time_systems",
-]
+__all__ = ["StepBenchmark", "StepTiming", "forward", "peak_bytes", "reset_peak", "step_time_by_depth", "time_systems"]
 
 
 @dataclass(frozen=True)
-class SystemTiming:
-    """What a system took.
-
-    Attributes:
-        name: Name of the system.
-        cost: Cost of the model.
-        flops_per_token: Operations a token of a training step.
-        seconds: Time of a step in each round.
-        peak_bytes: Most memory that the process (or the GPU) held during a step.
-        step_bytes: By how much that was above what it held before.
-    """
+class StepTiming:
+    """What training steps of a system took."""
 
     name: str
     cost: Cost
-    flops_per_token: float
-    seconds: list[float]
-    peak_bytes: int
-    step_bytes: int
+    tokens: int
+    flops_per_token: float  # operations a token of a step
+    seconds: list[float]  # time of a step in each round
+    peak_bytes: int  # most memory that the process (or the GPU) held during a step
+    step_bytes: int  # by how much that was above what it held before
 
-    def achieved_flops(self, tokens: int) -> list[float]:
-        """Return operations a second in each round, for steps of `tokens` tokens."""
-        return [self.flops_per_token * tokens / seconds for seconds in self.seconds]
+    @property
+    def median_seconds(self) -> float:
+        """Median time of a step."""
+        return statistics.median(self.seconds)
+
+    @property
+    def achieved_flops(self) -> float:
+        """Operations a second."""
+        return self.flops_per_token * self.tokens / self.median_seconds
+
+    def ratio_to(self, other: StepTiming) -> float:
+        """Return the median of the operations a second over those of another system in the same round."""
+        cost = self.flops_per_token * self.tokens / (other.flops_per_token * other.tokens)
+        return statistics.median(cost * theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 class StepBenchmark:
-    """A model of one system and a batch of random tokens.
-
-    Args:
-        model_config: Megatron's model configuration with a `MoREConfig`.
-        seq_length: Length of a sequence.
-        batch_size: Sequences a step.
-    """
+    """A model of one system and a batch of random tokens."""
 
     def __init__(self, model_config: GPTModelConfig, seq_length: int, batch_size: int) -> None:
-        self.config: MoREConfig = model_config.transformer
-        groups = ProcessGroupCollection.use_mpu_process_groups()
-        self._model: GPTModel = model_config.get_builder_cls()(model_config).build_model(groups)
-        device = torch.cuda.current_device()
-        self._model = self._model.cuda(device).to(self.config.params_dtype).train()
+        self._model = fresh_model(model_config)
         self._vocab_size, self._seq_length = model_config.vocab_size, seq_length
         self.fill(batch_size)
         self.cost = system_cost(model_config, seq_length)
@@ -83,6 +67,10 @@ class StepBenchmark:
         """Draw a batch of another size."""
         shape = (batch_size, self._seq_length)
         self._tokens = torch.randint(self._vocab_size, shape, device=torch.cuda.current_device())
+
+    def flops_per_token(self, depth: Depth) -> float:
+        """Return operations a token of a training step."""
+        return self.cost.training_flops(depth.no_grad_steps, depth.grad_steps)
 
     def step(self, depth: Depth) -> float:
         """Take one forward and backward pass and return its seconds."""
@@ -96,6 +84,18 @@ class StepBenchmark:
         losses.float().mean().backward()
         torch.cuda.synchronize()
         return time.perf_counter() - start
+
+    def memory(self, depth: Depth) -> tuple[int, int]:
+        """Return the most bytes that are held during a step, and how many more those are than before."""
+        reset_peak()
+        before = peak_bytes()
+        self.step(depth)
+        peak = peak_bytes()
+        return peak, peak - before
+
+    def timing(self, name: str, depth: Depth, seconds: list[float], memory: tuple[int, int]) -> StepTiming:
+        """Return what was measured of steps of this model."""
+        return StepTiming(name, self.cost, self._tokens.numel(), self.flops_per_token(depth), seconds, *memory)
 
 
 def forward(
@@ -121,49 +121,25 @@ def forward(
 
 def time_systems(
     benchmarks: Mapping[str, StepBenchmark], depths: Mapping[str, Depth], rounds: int, warmup: int
-) -> list[SystemTiming]:
-    """Time each system once a round; its memory is that of the last round before those that are timed.
+) -> list[StepTiming]:
+    """Time each system once a round at its depth; those without recurrence leave that be.
 
-    Args:
-        benchmarks: Systems by name.
-        depths: Recurrence steps of each; those without recurrence leave them be.
-        rounds: Rounds that count.
-        warmup: Rounds before them that do not. There is one at least.
+    Warm-up is one round at least, which does not count. A system's memory is that of the last of those rounds.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in benchmarks}
-    peaks, rises = dict.fromkeys(benchmarks, 0), dict.fromkeys(benchmarks, 0)
     for _ in range(max(warmup, 1)):
-        for name, benchmark in benchmarks.items():
-            reset_peak()
-            before = peak_bytes()
-            benchmark.step(depths[name])
-            peaks[name] = peak_bytes()
-            rises[name] = peaks[name] - before
-    for _ in range(rounds):
-        for name, benchmark in benchmarks.items():
-            seconds[name].append(benchmark.step(depths[name]))
+        memory = {name: benchmark.memory(depths[name]) for name, benchmark in benchmarks.items()}
+    times = [{name: benchmark.step(depths[name]) for name, benchmark in benchmarks.items()} for _ in range(rounds)]
     return [
-        SystemTiming(
-            name,
-            benchmark.cost,
-            benchmark.cost.training_flops(depths[name].no_grad_steps, depths[name].grad_steps),
-            seconds[name],
-            peaks[name],
-            rises[name],
-        )
+        benchmark.timing(name, depths[name], [seconds[name] for seconds in times], memory[name])
         for name, benchmark in benchmarks.items()
     ]
 
 
 def step_time_by_depth(benchmark: StepBenchmark, steps: list[int], rounds: int) -> dict[int, float]:
     """Return the median seconds of a training step for each number of recurrence steps, all with gradient."""
-    for count in steps:
-        benchmark.step(Depth(0, count))
-    seconds: dict[int, list[float]] = {count: [] for count in steps}
-    for _ in range(rounds):
-        for count in steps:
-            seconds[count].append(benchmark.step(Depth(0, count)))
-    return {count: statistics.median(times) for count, times in seconds.items()}
+    # The first round warms up.
+    times = [{count: benchmark.step(Depth(0, count)) for count in steps} for _ in range(1 + rounds)][1:]
+    return {count: statistics.median(seconds[count] for seconds in times) for count in steps}
 
 
 def reset_peak() -> None:

@@ -29,26 +29,12 @@ def read_texts(path: str | Path, mode: Detokenize = Detokenize.NONE) -> list[str
 
 
 def token_windows(tokenizer: Any, texts: Sequence[str], length: int, limit: int | None = None) -> Iterator[list[int]]:
-    """Yield the tokens of documents one after the other, each ended as in training, in windows.
+    """Yield the tokens of documents one after the other, each ended as in training, in windows of a length.
 
-    Args:
-        tokenizer: Tokenizer of the model.
-        texts: The documents.
-        length: Tokens of a window; the last may be shorter.
-        limit: Tokens after which to stop; None for all.
+    The last window may be shorter. With a limit, it ends after so many tokens.
     """
-    held: list[int] = []
-    given = 0
-    for text in texts:
-        held += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        while len(held) >= length or (limit is not None and given + len(held) >= limit):
-            size = length if limit is None else min(length, limit - given)
-            yield held[:size]
-            held, given = held[size:], given + size
-            if given == limit:
-                return
-    if held:
-        yield held
+    tokens = itertools.chain.from_iterable([*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts)
+    yield from map(list, itertools.batched(itertools.islice(tokens, limit), length))
 
 
 def batches(windows: Sequence[list[int]], size: int) -> Iterator[list[list[int]]]:

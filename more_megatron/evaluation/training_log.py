@@ -27,53 +27,32 @@ _SEQUENCE_LENGTH = re.compile(r"(?<!\w)seq_length (?:\.+ )?(\d+)")
 
 @dataclass(frozen=True)
 class Iteration:
-    """An iteration line: means over the iterations since the line before.
+    """An iteration line: means over the iterations since the line before."""
 
-    Attributes:
-        number: Training steps taken.
-        total: Training steps of the whole run.
-        loss: Loss in nats, NaN where the steps were skipped.
-        milliseconds: Time a step.
-        sequences: Sequences a step.
-        recurrence_steps: Recurrence steps r, None for a system without recurrence.
-    """
-
-    number: int
-    total: int
-    loss: float
-    milliseconds: float
-    sequences: int
-    recurrence_steps: float | None
+    number: int  # training steps taken
+    total: int  # training steps of the whole run
+    loss: float  # in nats, NaN where the steps were skipped
+    milliseconds: float  # of a step
+    sequences: int  # of a step
+    recurrence_steps: float | None  # None for a system without recurrence
 
 
 @dataclass(frozen=True)
 class Validation:
-    """A validation line.
+    """A validation line."""
 
-    Attributes:
-        iteration: Training steps before it.
-        loss: Loss in nats.
-        perplexity: exp(loss).
-    """
-
-    iteration: int
-    loss: float
+    iteration: int  # training steps before it
+    loss: float  # in nats
     perplexity: float
 
 
 @dataclass
 class TrainingLog:
-    """What a run says, in order.
-
-    Attributes:
-        iterations: Iteration lines.
-        validations: Validation lines; not those of the test set.
-        sequence_length: Tokens of a sequence, 0 where the log does not list the run's arguments.
-    """
+    """What a run says, in order."""
 
     iterations: list[Iteration] = field(default_factory=list)
-    validations: list[Validation] = field(default_factory=list)
-    sequence_length: int = 0
+    validations: list[Validation] = field(default_factory=list)  # not those of the test set
+    sequence_length: int = 0  # where the log does not list the run's arguments
 
     def tokens_per_second(self) -> float:
         """Return the median over the lines; the first stands aside, since the first step of a process warms up."""
@@ -108,10 +87,9 @@ def read_log(lines: Iterable[str]) -> TrainingLog:
     """Return all that the lines of a run say."""
     log = TrainingLog()
     for line in lines:
-        iteration, validation = read_iteration(line), read_validation(line)
-        if iteration:
+        if iteration := read_iteration(line):
             log.iterations.append(iteration)
-        if validation:
+        if validation := read_validation(line):
             log.validations.append(validation)
         if listed := _SEQUENCE_LENGTH.search(line):
             log.sequence_length = int(listed[1])

@@ -114,27 +114,18 @@ def entries(config: Config, form: Form | None = None) -> list[Entry]:
     system = get_system(config["variant"])
     source = form or system
     features, sizes = _features(config) | system.features(config), _sizes(config) | system.sizes(config)
-    rows = [(row, None) for row in source.model_rows(config)]
-    is_behind = [not row.megatron.startswith("embedding.") for row, _ in rows]
-    first_behind = is_behind.index(True)
-    of_layers = [
-        (row, layer) for layer in range(config["num_hidden_layers"]) for row in source.layer_rows(config, layer)
-    ]
-    ordered = [*rows[:first_behind], *of_layers, *rows[first_behind:]]
-
-    def prefix(layer: int | None) -> str:
-        if layer is None:
-            return ""
-        return f"model.layers.{layer}." if form is None else form.layer_prefix(config, layer)
-
-    return [entry for row, layer in ordered for entry in _apply(row, layer, prefix(layer), features, sizes)]
+    behind = [(row, None, "") for row in source.model_rows(config)]
+    before = [place for place in behind if place[0].megatron.startswith("embedding.")]
+    of_layers = []
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}." if form is None else form.layer_prefix(config, layer)
+        of_layers += [(row, layer, prefix) for row in source.layer_rows(config, layer)]
+    ordered = [*before, *of_layers, *behind[len(before) :]]
+    return [entry for place in ordered for entry in _apply(*place, features, sizes)]
 
 
 def extra_states(config: Config) -> Iterator[tuple[str, int | None, bool]]:
     """Yield the modules that ask a checkpoint for a state beside their parameters, a superset over the backends.
-
-    Args:
-        config: Content of `config.json`.
 
     Yields:
         Key of the module as in `Entry.key`, number of the layer, and whether there is a state for each expert.

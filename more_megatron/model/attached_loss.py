@@ -38,25 +38,16 @@ def attach_mean(
 
 
 def scale_attached_losses(config: MoREConfig, micro_batches: int) -> None:
-    """Scale what is attached as Megatron scales the language-modelling loss of a micro-batch.
-
-    Args:
-        config: Model configuration.
-        micro_batches: Number of micro-batches of the step.
-    """
+    """Scale what is attached as Megatron scales the language-modelling loss of one of so many micro-batches."""
     scale = (getattr(config, _HOOK, None) or functools.partial(_scale, config, 1.0))()
     MoEAuxLossAutoScaler.set_loss_scale(scale if config.calculate_per_token_loss else scale / micro_batches)
 
 
 def weigh_attached_losses(config: MoREConfig, share: float) -> None:
-    """Give attached losses the weight that they have where every token counts.
+    """Give attached losses the weight that they have where every token counts; on average only this share does.
 
     A run that calculates its loss by token divides all gradients by the tokens that count. Attached losses are means
     times all tokens: where few of them count they would weigh many times as much.
-
-    Args:
-        config: Configuration of a model that has been built.
-        share: Share of the tokens that count, on average.
     """
     setattr(config, _HOOK, functools.partial(_scale, config, share))
 

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from more_megatron.model.decoder import repeat_groups
+from more_megatron.model.initialization import parameter_device
 from more_megatron.model.stack import Stack
 
 __all__ = ["MoREModelBuilder", "MoREModelConfig"]
@@ -30,13 +31,7 @@ class MoREModelBuilder(GPTModelBuilder):
     """Builds one pipeline stage of a stack."""
 
     def build_model(self, pg_collection: ProcessGroupCollection, *args: Any, **kwargs: Any) -> GPTModel:
-        """Return the model of this pipeline stage, as Megatron's builder does.
-
-        Args:
-            pg_collection: Process groups.
-            args: As for Megatron's builder.
-            kwargs: As for Megatron's builder.
-        """
+        """Return the model of this pipeline stage; arguments as for Megatron's builder."""
         stack = self._model_config.transformer_layer_spec
         if isinstance(stack, Stack) and stack.initialization is not None:
             stack.initialization.apply(self._model_config.transformer)
@@ -52,9 +47,8 @@ class MoREModelBuilder(GPTModelBuilder):
 def _add_bias(output_layer: Any) -> None:
     """Give Megatron's output layer, which is built without one, a bias for its part of the vocabulary."""
     config, size = output_layer.config, output_layer.output_size_per_partition
-    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     # Drawn whole: outside of Megatron's regions for it, the random state is the same on all tensor-parallel ranks.
-    whole = torch.zeros(size * output_layer.tp_group.size(), device=device)
+    whole = torch.zeros(size * output_layer.tp_group.size(), device=parameter_device(config))
     if config.perform_initialization:
         config.init_method(whole)
     own = whole.chunk(output_layer.tp_group.size())[output_layer.tp_group.rank()]

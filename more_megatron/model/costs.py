@@ -6,6 +6,8 @@ counted causally: half of the rectangle. Norms, activations and the softmax are 
 
 from __future__ import annotations
 
+import dataclasses
+import operator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,15 +36,10 @@ class Cost:
     per_step: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.parameters + other.parameters,
-            self.active_parameters + other.active_parameters,
-            self.once + other.once,
-            self.per_step + other.per_step,
-        )
+        return Cost(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     def __mul__(self, count: int) -> Cost:
-        return Cost(self.parameters * count, self.active_parameters * count, self.once * count, self.per_step * count)
+        return self.routed(count, count)
 
     def routed(self, num_experts: int, topk: int) -> Cost:
         """Return the cost of `num_experts` such parts of which a token uses `topk`."""
@@ -59,11 +56,8 @@ class Cost:
         return self.once + steps * self.per_step
 
     def training_flops(self, no_grad_steps: float, grad_steps: float) -> float:
-        """Return operations a token of a training step: a backward pass costs two forward passes.
-
-        Args:
-            no_grad_steps: Recurrence steps n without gradient, which have no backward pass.
-            grad_steps: Recurrence steps b with gradient.
+        """Return operations a token of a training step: a backward pass costs two forward passes, and steps without
+        gradient have none.
         """
         return 3.0 * self.once + (no_grad_steps + 3.0 * grad_steps) * self.per_step
 
@@ -87,14 +81,7 @@ def mlp_cost(config: MoREConfig, ffn_hidden_size: int) -> Cost:
 
 
 def model_cost(stack: Stack, layers: Cost, vocab_size: int, tied: bool = False) -> Cost:
-    """Return the cost of a whole model.
-
-    Args:
-        stack: What it is made of.
-        layers: Cost of the stack.
-        vocab_size: Size of the vocabulary, with padding.
-        tied: Whether input and output embeddings are one.
-    """
+    """Return the cost of a whole model, given that of its layers; `tied`: input and output embeddings are one."""
     hidden = stack.config.hidden_size
     embedding = linear_cost(hidden, vocab_size)
     # The output layer meets all rows; where it is the embedding, they are stored once.
@@ -105,12 +92,7 @@ def model_cost(stack: Stack, layers: Cost, vocab_size: int, tied: bool = False) 
 
 
 def attention_cost(config: MoREConfig, context: float) -> Cost:
-    """Return the cost of causal self-attention without bias.
-
-    Args:
-        config: Model configuration.
-        context: Length of the sequence that attends to itself.
-    """
+    """Return the cost of causal self-attention without bias, over a sequence of length `context`."""
     queries = config.num_attention_heads * config.kv_channels
     keys_and_values = 2 * config.num_query_groups * config.kv_channels
     core = Cost(once=4.0 * queries * context / 2)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
+import itertools
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,22 +33,16 @@ from megatron.core.utils import make_viewless_tensor
 from torch.utils.checkpoint import checkpoint
 
 from more_megatron.errors import MoREError
+from more_megatron.model.halting import StateInPass
 from more_megatron.model.loops import TokenGrid
-from more_megatron.model.micro_batch import MicroBatch, Pass
+from more_megatron.model.micro_batch import CARRIER, MicroBatch, Pass
 from more_megatron.model.stack import Stack
 
 __all__ = ["RepeatingDecoder", "repeat_groups"]
 
-_FIRST_LAYERS_ONLY = "block"
-
 
 def repeat_groups(decoder: TransformerBlock, stack: Stack) -> None:
-    """Make a decoder that Megatron built repeat the groups of the stack that lie on its pipeline stage.
-
-    Args:
-        decoder: The stage's decoder.
-        stack: Layers of the whole model; no looped group is cut by the stage.
-    """
+    """Make a decoder that Megatron built repeat the groups of the stack that lie on its pipeline stage, uncut."""
     decoder.__class__ = RepeatingDecoder
     assert isinstance(decoder, RepeatingDecoder)
     decoder.embedding_scale = stack.embedding_scale
@@ -59,7 +53,7 @@ def repeat_groups(decoder: TransformerBlock, stack: Stack) -> None:
             continue
         runs.append(_Run(local, None if group.loop is None else str(number)))
         if group.loop is not None:
-            loops[str(number)] = group.loop.build(decoder.config, number, decoder.pg_collection)
+            loops[str(number)] = group.loop.module(decoder.config, number, decoder.pg_collection)
     # A child module: what hangs on the decoder itself would be left out of checkpoints.
     decoder.loops = torch.nn.ModuleDict(loops)
     decoder.runs = tuple(runs)
@@ -104,13 +98,13 @@ class RepeatingDecoder(TransformerBlock):
     """Index of the run in front of which the final norm is applied as well; None: nowhere."""
 
     def forward(self, hidden_states: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Compute the layers of this stage.
+        """Compute the layers of this stage; arguments as for Megatron's decoder, with the record of the micro-batch.
 
         Args:
             hidden_states: [s, b, h]; on later pipeline stages what `set_input_tensor` was given counts.
-            attention_mask: As for Megatron's decoder.
+            attention_mask: True where attention is forbidden.
             args: None: all further arguments are given by name.
-            kwargs: As for Megatron's decoder; the record of the micro-batch is among them.
+            kwargs: The further ones.
         """
         assert not args, "arguments of a repeating decoder are given by name"
         if kwargs.get("extract_layer_indices"):
@@ -124,11 +118,12 @@ class RepeatingDecoder(TransformerBlock):
             if index == self.coda:
                 hidden_states = self._normed(hidden_states)
             if run.loop is None:
-                hidden_states = self._run_once(run.layers, hidden_states, attention_mask, **kwargs)
+                view: Any = _View(self, run.layers, is_checkpointed_outside=False)
+                hidden_states = TransformerBlock.forward(view, hidden_states, attention_mask, **kwargs)
             else:
                 grid = TokenGrid.of(hidden_states, micro_batch, self.config, self.tp_group, self._place(run.layers))
-                passes = _Passes(self, run.layers, micro_batch, attention_mask, kwargs)
-                hidden_states = self.loops[run.loop](hidden_states, passes, micro_batch.depth, grid)
+                run_once = _passes(self, run.layers, micro_batch, attention_mask, kwargs)
+                hidden_states = self.loops[run.loop](hidden_states, run_once, micro_batch.depth, grid)
         if self.coda == len(self.runs):
             hidden_states = self._normed(hidden_states)
         if self.final_layernorm is not None:
@@ -137,10 +132,6 @@ class RepeatingDecoder(TransformerBlock):
             # Pipeline schedules free the output of a stage, which must not be its input.
             hidden_states = hidden_states.clone()
         return make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
-
-    def _run_once(self, layers: range, *args: Any, **kwargs: Any) -> torch.Tensor:
-        view: Any = _View(self, layers, is_checkpointed_outside=False)
-        return TransformerBlock.forward(view, *args, **kwargs)
 
     def place_of_loop(self, name: str) -> str:
         """Return which layers a loop of this stage repeats, in words."""
@@ -154,65 +145,45 @@ class RepeatingDecoder(TransformerBlock):
         return apply_module(self.final_layernorm)(hidden_states)
 
 
-class _Passes:
-    """Runs a group of layers, as often as a loop asks for it."""
+def _passes(
+    decoder: RepeatingDecoder,
+    layers: range,
+    micro_batch: MicroBatch,
+    attention_mask: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> StateInPass:
+    """Return what runs a group of layers once, as often as a loop asks for it."""
+    kwargs = {name: value for name, value in kwargs.items() if name != CARRIER}
+    parts, in_graph = list(_parts(decoder, layers)), torch.is_grad_enabled()
+    former: dict[Hashable, torch.Tensor] = {}
 
-    def __init__(
-        self,
-        decoder: RepeatingDecoder,
-        layers: range,
-        micro_batch: MicroBatch,
-        attention_mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> None:
-        self._decoder = decoder
-        self._micro_batch = micro_batch
-        self._mask = attention_mask
-        self._kwargs = {name: value for name, value in kwargs.items() if name != "context_mask"}
-        self._in_graph = torch.is_grad_enabled()
-        self._former: dict[Hashable, torch.Tensor] = {}
-        self._parts = list(_parts(decoder, layers))
-
-    def __call__(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
-        """Return the hidden states after one pass, [s, b, h].
-
-        Args:
-            hidden_states: [s, b, h].
-            index: Number of the pass, from 0.
-        """
+    def run(hidden_states: torch.Tensor, index: int) -> torch.Tensor:
+        nonlocal former
         left: dict[Hashable, torch.Tensor] = {}
-        for layers, recomputed in self._parts:
+        for part, recomputed in parts:
+            current = Pass(micro_batch, index, former, left, in_graph)
+            compute = _part(_View(decoder, part, is_checkpointed_outside=True), current, attention_mask, kwargs)
             recomputed = recomputed and torch.is_grad_enabled()
-            run = _Part(self._decoder, layers, self._pass(index, left), self._mask, self._kwargs)
-            hidden_states = _recomputed(run, hidden_states, self._decoder) if recomputed else run(hidden_states)
-        self._former = left
+            hidden_states = _recomputed(compute, hidden_states, decoder) if recomputed else compute(hidden_states)
+        former = left
         return hidden_states
 
-    def _pass(self, index: int, left: dict[Hashable, torch.Tensor]) -> Pass:
-        return Pass(self._micro_batch, index, self._former, left, self._in_graph)
+    return run
 
 
-class _Part:
-    """Some layers in one pass. Called a second time it is a recomputation, of which nothing is counted or kept."""
+def _part(
+    view: Any, current: Pass, attention_mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return some layers in one pass. Called again it is a recomputation, of which nothing is counted or kept."""
+    calls = itertools.count()
 
-    def __init__(
-        self,
-        decoder: RepeatingDecoder,
-        layers: range,
-        current: Pass,
-        attention_mask: torch.Tensor | None,
-        kwargs: dict[str, Any],
-    ) -> None:
-        self._view: Any = _View(decoder, layers, is_checkpointed_outside=True)
-        self._current, self._mask, self._kwargs = current, attention_mask, kwargs
-        self._is_replay = False
+    def compute(hidden_states: torch.Tensor) -> torch.Tensor:
+        is_replay = next(calls) > 0
+        carried = {CARRIER: current.replayed() if is_replay else current}
+        with _unrecorded() if is_replay else contextlib.nullcontext():
+            return TransformerBlock.forward(view, hidden_states, attention_mask, **carried, **kwargs)
 
-    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        current = self._current.replayed() if self._is_replay else self._current
-        metrics = _unrecorded() if self._is_replay else contextlib.nullcontext()
-        self._is_replay = True
-        with metrics:
-            return TransformerBlock.forward(self._view, hidden_states, self._mask, context_mask=current, **self._kwargs)
+    return compute
 
 
 def _parts(decoder: RepeatingDecoder, layers: range) -> Iterator[tuple[range, bool]]:
@@ -222,7 +193,7 @@ def _parts(decoder: RepeatingDecoder, layers: range) -> Iterator[tuple[range, bo
         yield layers, False
         return
     count = config.recompute_num_layers
-    if config.recompute_method == _FIRST_LAYERS_ONLY:
+    if config.recompute_method == "block":  # the first layers only
         yield from ((layers[index : index + 1], index < count) for index in range(len(layers)))
     else:
         yield from ((layers[index : index + count], True) for index in range(0, len(layers), count))
@@ -236,12 +207,11 @@ def _recomputed(
         tracker = tensor_parallel_random.get_cuda_rng_tracker
         return te_checkpoint(run, False, tracker, decoder.pg_collection.tp, hidden_states, use_reentrant=False)
     states = tensor_parallel_random._get_all_rng_states()
-    contexts = functools.partial(_contexts, states)
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), _random_states(states)
+
     return checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-def _contexts(states: tuple[Any, ...]) -> tuple[Any, Any]:
-    return contextlib.nullcontext(), _random_states(states)
 
 
 @contextlib.contextmanager

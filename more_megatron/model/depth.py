@@ -38,9 +38,6 @@ class DepthSampler:
 
     The draw is a function of the seed and of where training stands, nothing else: every rank, every pipeline stage,
     a recomputation and a resumed run get the same depth.
-
-    Args:
-        config: Model configuration.
     """
 
     def __init__(self, config: MoREConfig) -> None:
@@ -58,16 +55,14 @@ class DepthSampler:
         # A counter-based generator: independent draws for every (seed, step, micro-batch) without any state.
         counter = [0, 0, micro_batch if per_micro_batch else 0, step]
         generator = np.random.Generator(np.random.Philox(key=self._config.seed, counter=counter))
-        steps = self._draw_steps(self._mean_steps(step), generator)
-        grad_steps = min(self._config.recurrence_backprop_steps or steps, steps)
-        return Depth(no_grad_steps=steps - grad_steps, grad_steps=grad_steps)
+        mean = self._config.mean_steps if self._curriculum is None else self._curriculum.at(step)
+        return self._divided(self._draw_steps(mean, generator))
 
     def means(self, step: int, micro_batches: int) -> tuple[float, float]:
         """Return the steps without and with gradient of a training step, averaged over its micro-batches."""
         count = 1 if self._config.recurrence_sampling_unit == "step" else micro_batches
         depths = [self.draw(step, index) for index in range(count)]
-        no_grad_steps, grad_steps = (depth.no_grad_steps for depth in depths), (depth.grad_steps for depth in depths)
-        return sum(no_grad_steps) / count, sum(grad_steps) / count
+        return sum(depth.no_grad_steps for depth in depths) / count, sum(depth.grad_steps for depth in depths) / count
 
     def evaluation(self, steps: int | None = None) -> Depth:
         """Return the depth in evaluation, by default that of the configuration: no step carries gradient."""
@@ -75,12 +70,11 @@ class DepthSampler:
 
     def expected(self) -> Depth:
         """Return the depth at the mean number of steps, which a typical training step has in the end."""
-        mean = self._config.mean_steps
-        grad_steps = min(self._config.recurrence_backprop_steps or mean, mean)
-        return Depth(no_grad_steps=mean - grad_steps, grad_steps=grad_steps)
+        return self._divided(self._config.mean_steps)
 
-    def _mean_steps(self, step: int) -> int:
-        return self._config.mean_steps if self._curriculum is None else self._curriculum.at(step)
+    def _divided(self, steps: int) -> Depth:
+        grad_steps = min(self._config.recurrence_backprop_steps or steps, steps)
+        return Depth(no_grad_steps=steps - grad_steps, grad_steps=grad_steps)
 
     def _draw_steps(self, mean: int, generator: np.random.Generator) -> int:
         low, high = self._config.step_range(mean)

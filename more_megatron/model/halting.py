@@ -20,46 +20,16 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.attached_loss import attach_mean
 from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.initialization import BlockInitializer, replicated_parameter
 from more_megatron.model.truncation import detached_increments, unseen
 from more_megatron.monitoring.figures import record_figure
 
-__all__ = ["HALTING_FIGURES", "Halting"]
+__all__ = ["HALTING_FIGURES", "Halting", "StateInPass", "halting_cost"]
 
 HALTING_FIGURES = ("steps to halt", "halting remainder", "share never halting", "ponder cost")
 
 # A state, [s, b, h], and the number of a pass, from 0, to another state.
 StateInPass = Callable[[torch.Tensor, int], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Halting:
-    """How positions halt.
-
-    Attributes:
-        epsilon: A position halts when the sum of its probabilities exceeds one minus this.
-        accumulates: Whether the output is the sum of the weighted states; else each pass moves it by its weight from
-            where it was to the new state ("basic", Tensor2Tensor's).
-        ponder_coeff: Coefficient of the mean of steps and remainder in the loss.
-    """
-
-    epsilon: float
-    accumulates: bool
-    ponder_coeff: float
-
-    def build(self, config: MoREConfig, group: int, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
-        """Return the module that repeats a group until positions have halted.
-
-        Args:
-            config: Model configuration.
-            group: Number of the group in the stack, from 0.
-            pg_collection: Process groups.
-        """
-        return _Halting(config, self, group, pg_collection)
-
-    def cost(self, config: MoREConfig) -> Cost:
-        """Return the cost of the probability, which is computed in every pass."""
-        return Cost(config.hidden_size + 1, config.hidden_size + 1, per_step=2.0 * config.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -103,21 +73,33 @@ class _Progress:
         )
 
 
-class _Halting(MegatronModule):
-    """The vector and its bias are parameters that every tensor-parallel rank holds, as norms are."""
+class Halting(MegatronModule):
+    """Repeats a group until positions have halted.
 
-    def __init__(self, config: MoREConfig, halting: Halting, group: int, pg_collection: ProcessGroupCollection) -> None:
+    Args:
+        epsilon: A position halts when the sum of its probabilities exceeds one minus this.
+        accumulates: Whether the output is the sum of the weighted states; else each pass moves it by its weight from
+            where it was to the new state ("basic", Tensor2Tensor's).
+        ponder_coeff: Coefficient of the mean of steps and remainder in the loss.
+    """
+
+    def __init__(
+        self,
+        config: MoREConfig,
+        group: int,
+        pg_collection: ProcessGroupCollection,
+        *,
+        epsilon: float,
+        accumulates: bool,
+        ponder_coeff: float,
+    ) -> None:
         super().__init__(config=config)
-        self._halting, self._tp_group = halting, pg_collection.tp
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(torch.zeros(1, config.hidden_size, dtype=config.params_dtype, device=device))
+        self._epsilon, self._accumulates, self._ponder_coeff = epsilon, accumulates, ponder_coeff
+        self._tp_group = pg_collection.tp
+        shape, initializer = (1, config.hidden_size), BlockInitializer(config, group + 1)
+        self.weight = replicated_parameter(config, shape, lambda: initializer.glorot(shape, "loop/halting"))
         # Positions would rather halt early at first.
-        self.bias = torch.nn.Parameter(torch.ones(1, dtype=config.params_dtype, device=device))
-        for parameter in (self.weight, self.bias):
-            setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-        if config.perform_initialization:
-            initializer = BlockInitializer(config, group + 1)
-            self.weight.data.copy_(initializer.glorot((1, config.hidden_size), "loop/halting"))
+        self.bias = replicated_parameter(config, (1,), lambda: torch.ones(1))
 
     def forward(
         self,
@@ -155,7 +137,7 @@ class _Halting(MegatronModule):
     def _step(self, progress: _Progress, enter: StateInPass, run: StateInPass, index: int) -> _Progress:
         entering = enter(progress.state, index)
         probability = self._probability(entering)
-        halts = ~progress.halted & (progress.probability + probability > 1.0 - self._halting.epsilon)
+        halts = ~progress.halted & (progress.probability + probability > 1.0 - self._epsilon)
         goes_on = ~progress.halted & ~halts
         remainder = 1.0 - progress.probability
         zero = torch.zeros_like(probability)
@@ -176,7 +158,7 @@ class _Halting(MegatronModule):
         return logit.sigmoid()
 
     def _combined(self, output: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if self._halting.accumulates:
+        if self._accumulates:
             return torch.addcmul(output, weight, state)
         return torch.lerp(output, state, weight)
 
@@ -186,22 +168,23 @@ class _Halting(MegatronModule):
             return progress.output
         ponder = (progress.steps + progress.remainder).mean()
         self._record(progress)
-        if self._halting.ponder_coeff == 0.0 or not ponder.requires_grad:
+        if self._ponder_coeff == 0.0 or not ponder.requires_grad:
             return progress.output
         return attach_mean(
             progress.output,
-            ponder * self._halting.ponder_coeff,
+            ponder * self._ponder_coeff,
             ranks=self._tp_group.size() if self.config.sequence_parallel else 1,
             tokens=progress.steps.numel() if self.config.calculate_per_token_loss else None,
         )
 
     @staticmethod
     def _record(progress: _Progress) -> None:
-        figures = (
-            progress.steps,
-            progress.remainder,
-            ~progress.halted,
-            progress.steps + progress.remainder,
-        )
+        ponder = progress.steps + progress.remainder
+        figures = (progress.steps, progress.remainder, ~progress.halted, ponder)
         for name, values in zip(HALTING_FIGURES, figures, strict=True):
             record_figure(name, values)
+
+
+def halting_cost(config: MoREConfig) -> Cost:
+    """Return the cost of the probability, which is computed in every pass."""
+    return Cost(config.hidden_size + 1, config.hidden_size + 1, per_step=2.0 * config.hidden_size)

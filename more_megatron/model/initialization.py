@@ -19,7 +19,31 @@ import torch
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["BlockInitializer", "DepthScaledInitializer", "Initialization", "takase", "uniform_head"]
+__all__ = [
+    "BlockInitializer",
+    "DepthScaledInitializer",
+    "Initialization",
+    "parameter_device",
+    "replicated_parameter",
+    "takase",
+    "uniform_head",
+]
+
+
+def parameter_device(config: MoREConfig) -> Any:
+    """Return where parameters are created."""
+    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+
+
+def replicated_parameter(
+    config: MoREConfig, shape: tuple[int, ...], draw: Callable[[], torch.Tensor] | None = None
+) -> torch.nn.Parameter:
+    """Return a parameter that every tensor-parallel rank holds, as norms are; without `draw` it is drawn later."""
+    parameter = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=parameter_device(config)))
+    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+    if draw is not None and config.perform_initialization:
+        parameter.data.copy_(draw())
+    return parameter
 
 
 @dataclass(frozen=True)
@@ -44,8 +68,12 @@ class Initialization:
 
 def takase(config: MoREConfig, unrolled_depth: int) -> Initialization:
     """Return the initialization of Takase et al. for a model of so many layers, counting repetitions."""
-    std = math.sqrt(2.0 / (5.0 * config.hidden_size))
+    std = _takase_std(config)
     return Initialization(_normal(std), _normal(std / math.sqrt(2.0 * unrolled_depth)))
+
+
+def _takase_std(config: MoREConfig) -> float:
+    return math.sqrt(2.0 / (5.0 * config.hidden_size))
 
 
 def uniform_head(config: MoREConfig) -> Initialization:
@@ -64,10 +92,6 @@ class BlockInitializer:
     """Draws the weights of one layer's recurrent blocks.
 
     Each weight has a generator of its own, seeded by its name: a model starts with the same weights under any layout.
-
-    Attributes:
-        config: Model configuration.
-        layer_number: Number of the layer, from 1.
     """
 
     config: MoREConfig
@@ -76,7 +100,7 @@ class BlockInitializer:
     @property
     def in_std(self) -> float:
         """Standard deviation of projections out of the stream."""
-        return math.sqrt(2.0 / (5.0 * self.config.hidden_size))
+        return _takase_std(self.config)
 
     @property
     def out_std(self) -> float:
@@ -92,24 +116,19 @@ class BlockInitializer:
             name: Name of the weight, unique within the layer, with the number of the expert.
             std: Standard deviation before the cut.
         """
-        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
-        generator = self.generator(name, weight.device)
-        return torch.nn.init.trunc_normal_(weight, std=std, a=-3 * std, b=3 * std, generator=generator)
+        return self._drawn(torch.nn.init.trunc_normal_, shape, name, std=std, a=-3 * std, b=3 * std)
 
     def normal(self, shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
         """Return a weight in float32, normally distributed."""
-        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
-        return weight.normal_(std=std, generator=self.generator(name, weight.device))
+        return self._drawn(torch.nn.init.normal_, shape, name, std=std)
 
-    def glorot(self, shape: tuple[int, int], name: str) -> torch.Tensor:
+    def glorot(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return a matrix in float32, uniform as Glorot and Bengio draw it (AISTATS 2010)."""
-        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
-        return torch.nn.init.xavier_uniform_(weight, generator=self.generator(name, weight.device))
+        return self._drawn(torch.nn.init.xavier_uniform_, shape, name)
 
-    def orthogonal(self, shape: tuple[int, int], name: str) -> torch.Tensor:
+    def orthogonal(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return a matrix with orthonormal rows or columns in float32 (Saxe et al., arXiv 1312.6120)."""
-        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
-        return torch.nn.init.orthogonal_(weight, generator=self.generator(name, weight.device))
+        return self._drawn(torch.nn.init.orthogonal_, shape, name)
 
     def megatron_in(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return a projection out of the stream as wide as Megatron draws it."""
@@ -126,13 +145,10 @@ class BlockInitializer:
     def recurrent(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return a weight of a recurrent cell as PyTorch draws it, or a bias: uniform, as narrow as the cell is wide.
 
-        Args:
-            shape: Gates and their size, and for a weight its input.
-            name: Name of the weight.
+        The shape is the gates and their size, and for a weight its input.
         """
-        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
         bound = 1.0 / math.sqrt(shape[1])
-        return torch.nn.init.uniform_(weight, -bound, bound, generator=self.generator(name, weight.device))
+        return self._drawn(torch.nn.init.uniform_, shape, name, a=-bound, b=bound)
 
     def recurrent_sum(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return the sum of two such weights: of gates whose input is their state, or that have two biases."""
@@ -144,11 +160,13 @@ class BlockInitializer:
         weight[:2] += self.recurrent(shape, f"{name}/state")[:2]
         return weight
 
-    def generator(self, name: str, device: torch.device) -> torch.Generator:
-        """Return the generator of one weight."""
+    def _drawn(
+        self, fill: Callable[..., torch.Tensor], shape: tuple[int, ...], name: str, **options: float
+    ) -> torch.Tensor:
+        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
         key = f"{self.config.seed}/{self.layer_number}/{name}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
-        return torch.Generator(device=device).manual_seed(seed)
+        return fill(weight, generator=torch.Generator(device=weight.device).manual_seed(seed), **options)
 
 
 @dataclass(frozen=True)
@@ -160,15 +178,8 @@ class DepthScaledInitializer(BlockInitializer):
         return math.sqrt(2.0 / (self.config.num_layers * self.config.mean_steps)) / math.sqrt(inputs)
 
     def scaled_normal(self, shape: tuple[int, ...], name: str, inputs: int) -> torch.Tensor:
-        """Return a weight in float32.
-
-        Args:
-            shape: Shape of the whole weight.
-            name: Name of the weight, unique within the layer.
-            inputs: Number of inputs of the map.
-        """
-        weight = torch.empty(shape, dtype=torch.float32, device=torch.cuda.current_device())
-        return weight.normal_(0.0, self.std(inputs), generator=self.generator(name, weight.device))
+        """Return a weight in float32, as narrow as a map of so many inputs has it."""
+        return self.normal(shape, name, self.std(inputs))
 
     def rows_of_equal_norm(self, shape: tuple[int, int], name: str) -> torch.Tensor:
         """Return a weight in float32 whose rows have one norm: no expert is preferred at the start."""

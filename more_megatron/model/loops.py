@@ -7,9 +7,9 @@ gradient; residual ones start from their input, and the increments of those step
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -18,8 +18,8 @@ from megatron.core.transformer.module import MegatronModule
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.halting import Halting
-from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.halting import Halting, StateInPass
+from more_megatron.model.initialization import BlockInitializer, replicated_parameter
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.model.noise import local_coordinates, state_noise
 from more_megatron.model.signals import Signals
@@ -27,10 +27,7 @@ from more_megatron.model.stack import Loop
 from more_megatron.model.truncation import iterate_residual, iterate_state
 from more_megatron.monitoring.recurrence import watch_states
 
-__all__ = ["InjectedLoop", "ResidualLoop", "RunGroup", "TokenGrid"]
-
-# Hidden states, [s, b, h], and the number of the pass, from 0, to the hidden states after it.
-RunGroup = Callable[[torch.Tensor, int], torch.Tensor]
+__all__ = ["InjectedLoop", "ResidualLoop", "TokenGrid", "injected_loop"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +55,7 @@ class TokenGrid:
         tp_group: torch.distributed.ProcessGroup,
         place: str = "",
     ) -> TokenGrid:
-        """Return the grid of hidden states, [s, b, h].
-
-        Args:
-            hidden_states: Of this rank.
-            micro_batch: Who its sequences are.
-            config: Model configuration.
-            tp_group: Tensor-parallel group, over which sequence parallelism splits the sequence.
-            place: Where in the model they are, in words.
-        """
+        """Return the grid of this rank's hidden states, [s, b, h]; sequence parallelism splits s over `tp_group`."""
         coordinates = local_coordinates(
             hidden_states.shape,
             micro_batch.sample_ids,
@@ -83,50 +72,38 @@ class TokenGrid:
         return self.coordinates[:, 1].view(self.shape[:2])
 
     def noise(self, layer: int, std: float) -> torch.Tensor:
-        """Return random states, float32 [s, b, h].
-
-        Args:
-            layer: Number that sets the states of one recurrence apart from those of another.
-            std: Standard deviation.
-        """
-        noise = state_noise(
-            self.coordinates[:, 2], self.coordinates[:, 1], self.shape[-1], seed=self.seed, layer=layer, std=std
-        )
+        """Return random states, float32 [s, b, h]; `layer` sets those of one recurrence apart from those of another."""
+        _, positions, sample_ids = self.coordinates.unbind(1)
+        noise = state_noise(sample_ids, positions, self.shape[-1], seed=self.seed, layer=layer, std=std)
         return noise.view(self.shape)
 
 
-@dataclass(frozen=True)
-class ResidualLoop(Loop):
+class ResidualLoop(torch.nn.Module):
     """Repeats a group on its own output.
 
-    Attributes:
+    Args:
         adds_input: Whether the input of the group is added before every pass but the first.
-        signals: Position and time signals that are added before every pass.
-        halting: When positions end; None: they all take all passes.
+        signals: Builds position and time signals that are added before every pass.
+        halting: Builds what ends positions; None: they all take all passes.
     """
 
-    adds_input: bool = False
-    signals: Signals | None = None
-    halting: Halting | None = None
-
-    def build(self, config: MoREConfig, group: int, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
-        """Return the module that repeats the group."""
-        signals = None if self.signals is None else self.signals.build(config, group)
-        halting = None if self.halting is None else self.halting.build(config, group, pg_collection)
-        return _ResidualLoop(self.adds_input, signals, halting)
-
-    def cost(self, config: MoREConfig) -> Cost:
-        """Return the cost of signals and halting."""
-        return sum((part.cost(config) for part in (self.signals, self.halting) if part is not None), Cost())
-
-
-class _ResidualLoop(torch.nn.Module):
-    def __init__(self, adds_input: bool, signals: Any, halting: Any) -> None:
+    def __init__(
+        self,
+        config: MoREConfig,
+        group: int,
+        pg_collection: ProcessGroupCollection,
+        *,
+        adds_input: bool = False,
+        signals: Callable[..., Signals] | None = None,
+        halting: Callable[..., Halting] | None = None,
+    ) -> None:
         super().__init__()
         self._adds_input = adds_input
-        self.signals, self.halting = signals, halting
+        self.signals = None if signals is None else signals(config, group)
+        self.halting = None if halting is None else halting(config, group, pg_collection)
 
-    def forward(self, inputs: torch.Tensor, run: RunGroup, depth: Depth, grid: TokenGrid) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, run: StateInPass, depth: Depth, grid: TokenGrid) -> torch.Tensor:
+        """Return the hidden states after all passes, [s, b, h], given those in front of the group."""
         enter, see = self._entrance(inputs, grid), watch_states(grid.place, depth.steps)
         if self.halting is not None:
             return self.halting(inputs, enter, run, depth, see)
@@ -136,62 +113,45 @@ class _ResidualLoop(torch.nn.Module):
 
         return iterate_residual(step, inputs, depth, see)
 
-    def _entrance(self, inputs: torch.Tensor, grid: TokenGrid) -> RunGroup:
+    def _entrance(self, inputs: torch.Tensor, grid: TokenGrid) -> StateInPass:
         """Return what turns a state into what enters a pass."""
-        of_positions = None if self.signals is None else self.signals.positions(grid.positions, inputs.dtype)
+        signals = None if self.signals is None else self.signals.at(grid.positions, inputs.dtype)
 
         def enter(state: torch.Tensor, index: int) -> torch.Tensor:
             if self._adds_input and index > 0:
                 state = state + inputs
-            return state if of_positions is None else self.signals(state, of_positions, index)
+            return state if signals is None else signals(state, index)
 
         return enter
 
 
-@dataclass(frozen=True)
-class InjectedLoop(Loop):
+class InjectedLoop(MegatronModule):
     """Repeats a group on a state into which the input is injected in every step (arXiv 2502.05171, section 3).
 
-    Attributes:
+    Args:
         injection: "linear": `A [s; e]`, with A h x 2h and its first half for the state; "add": `s + e`.
         random_state: Whether the state is random at first; else it is the input.
     """
 
-    injection: str
-    random_state: bool = True
-
-    def build(self, config: MoREConfig, group: int, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
-        """Return the module that repeats the group."""
-        return _InjectedLoop(config, self, group)
-
-    def cost(self, config: MoREConfig) -> Cost:
-        """Return the cost of the adapter: the half that sees the input is computed once."""
-        if self.injection != "linear":
-            return Cost()
-        half = linear_cost(config.hidden_size, config.hidden_size)
-        return half + half.in_every_step()
-
-
-class _InjectedLoop(MegatronModule):
-    """The adapter is a matrix of the stage that every tensor-parallel rank holds, as norms are."""
-
-    def __init__(self, config: MoREConfig, loop: InjectedLoop, group: int) -> None:
+    def __init__(
+        self,
+        config: MoREConfig,
+        group: int,
+        pg_collection: ProcessGroupCollection,
+        *,
+        injection: str,
+        random_state: bool,
+    ) -> None:
         super().__init__(config=config)
-        self._injection, self._random_state, self._group = loop.injection, loop.random_state, group
-        if loop.injection == "linear":
-            self.adapter = self._new_adapter(config)
+        self._injection, self._random_state, self._group = injection, random_state, group
+        if injection == "linear":
+            shape, initializer = (config.hidden_size, 2 * config.hidden_size), BlockInitializer(config, group + 1)
+            self.adapter = replicated_parameter(
+                config, shape, lambda: initializer.truncated_normal(shape, "loop/adapter", initializer.in_std)
+            )
 
-    def _new_adapter(self, config: MoREConfig) -> torch.nn.Parameter:
-        hidden, device = config.hidden_size, "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        adapter = torch.nn.Parameter(torch.empty(hidden, 2 * hidden, dtype=config.params_dtype, device=device))
-        setattr(adapter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-        if config.perform_initialization:
-            initializer = BlockInitializer(config, self._group + 1)
-            weight = initializer.truncated_normal((hidden, 2 * hidden), "loop/adapter", initializer.in_std)
-            adapter.data.copy_(weight)
-        return adapter
-
-    def forward(self, inputs: torch.Tensor, run: RunGroup, depth: Depth, grid: TokenGrid) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, run: StateInPass, depth: Depth, grid: TokenGrid) -> torch.Tensor:
+        """Return the hidden states after all passes, [s, b, h], given those in front of the group."""
         state = inputs
         if self._random_state:
             state = grid.noise(self._group + 1, self.config.recurrence_state_std).to(inputs.dtype)
@@ -205,3 +165,10 @@ class _InjectedLoop(MegatronModule):
         of_state, of_input = self.adapter.split(self.config.hidden_size, dim=1)
         injected = torch.nn.functional.linear(inputs, of_input)
         return lambda state: torch.nn.functional.linear(state, of_state) + injected
+
+
+def injected_loop(config: MoREConfig, injection: str, *, random_state: bool = True) -> Loop:
+    """Return an `InjectedLoop` with its cost: the half of the adapter that sees the input is computed once."""
+    half = linear_cost(config.hidden_size, config.hidden_size) if injection == "linear" else Cost()
+    module = functools.partial(InjectedLoop, injection=injection, random_state=random_state)
+    return Loop(module, half + half.in_every_step())

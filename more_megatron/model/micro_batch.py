@@ -19,9 +19,10 @@ from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.depth import Depth
 
-__all__ = ["MicroBatch", "Pass"]
+__all__ = ["CARRIER", "MicroBatch", "Pass"]
 
-_CARRIER = "context_mask"
+# Argument of Megatron's layers that the record travels as.
+CARRIER = "context_mask"
 
 
 @dataclass(frozen=True)
@@ -52,24 +53,19 @@ class MicroBatch:
         """
         steps, cpu = (self.depth.no_grad_steps, self.depth.grad_steps), torch.device("cpu")
         if self.starts is None:
-            return {_CARRIER: torch.tensor((*steps, *self.sample_ids), dtype=torch.int64, device=cpu)}
+            return {CARRIER: torch.tensor((*steps, *self.sample_ids), dtype=torch.int64, device=cpu)}
         ids = self.sample_ids or (0,) * len(self.starts)
         rows = torch.tensor([(*steps, sample) for sample in ids], dtype=torch.int64, device=cpu)
-        return {_CARRIER: torch.cat((rows, self.starts), dim=1)}
+        return {CARRIER: torch.cat((rows, self.starts), dim=1)}
 
     @classmethod
     def of_layer(cls, kwargs: dict[str, Any], config: MoREConfig, training: bool) -> MicroBatch:
         """Return the record that arrived with a layer's keyword arguments.
 
-        Args:
-            kwargs: Keyword arguments of the layer's forward pass.
-            config: Model configuration, which knows the depth in evaluation.
-            training: Whether the layer is in training mode.
-
         Raises:
             MoREError: If no record came along in training, where depth is not the layer's to choose.
         """
-        carrier = kwargs.get(_CARRIER)
+        carrier = kwargs.get(CARRIER)
         if isinstance(carrier, Pass):
             return carrier.micro_batch
         if carrier is None:
@@ -91,7 +87,6 @@ class Pass:
     """One pass through a group of layers that is repeated, as a decoder hands it to them in the place of the record.
 
     Attributes:
-        micro_batch: The micro-batch.
         index: Number of the pass, from 0.
         former: What parts of layers left in the pass before, by who they are: numbers of layers, or more.
         left: Where they leave it in this one.
@@ -109,7 +104,7 @@ class Pass:
     @classmethod
     def of_layer(cls, kwargs: dict[str, Any]) -> Pass | None:
         """Return the pass that arrived with a layer's keyword arguments; None in a layer that runs once."""
-        carrier = kwargs.get(_CARRIER)
+        carrier = kwargs.get(CARRIER)
         return carrier if isinstance(carrier, cls) else None
 
     @property

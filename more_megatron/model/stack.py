@@ -7,9 +7,8 @@ that the builder, the decoder and the cost formulas know of a system.
 from __future__ import annotations
 
 import itertools
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,43 +28,33 @@ __all__ = ["Group", "Layer", "Loop", "Stack"]
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer.
-
-    Attributes:
-        spec: How it is built: any attention, any feed-forward part.
-        cost: Its cost, given the length of a sequence.
-    """
+    """One layer: how it is built, any attention and any feed-forward part, and its cost by length of a sequence."""
 
     spec: ModuleSpec
     cost: Callable[[int], Cost]
 
+    def with_cost(self, more: Cost) -> Layer:
+        """Return the layer with the cost of what it has besides."""
+        return Layer(self.spec, lambda seq_length: self.cost(seq_length) + more)
 
-class Loop(ABC):
-    """How a group of layers is repeated: what is injected, and when it ends."""
 
-    @abstractmethod
-    def build(self, config: MoREConfig, group: int, pg_collection: ProcessGroupCollection) -> torch.nn.Module:
-        """Return the module that repeats the group; see `more_megatron.model.loops`.
+@dataclass(frozen=True)
+class Loop:
+    """How a group of layers is repeated: what is injected, and when it ends.
 
-        Args:
-            config: Model configuration.
-            group: Number of the group in the stack, from 0.
-            pg_collection: Process groups.
-        """
+    Attributes:
+        module: Builds the module that repeats the group, given the model configuration, the number of the group in the
+            stack, from 0, and the process groups; see `more_megatron.model.loops`.
+        cost: Cost of what is not part of the layers.
+    """
 
-    def cost(self, config: MoREConfig) -> Cost:
-        """Return the cost of what is not part of the layers."""
-        return Cost()
+    module: Callable[[MoREConfig, int, ProcessGroupCollection], torch.nn.Module]
+    cost: Cost = field(default_factory=Cost)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Consecutive layers.
-
-    Attributes:
-        layers: The layers.
-        loop: How they are repeated; None: they run once.
-    """
+    """Consecutive layers, and how they are repeated; None: they run once."""
 
     layers: tuple[Layer, ...]
     loop: Loop | None = None
@@ -76,7 +65,6 @@ class Stack:
     """The layers of a whole model.
 
     Attributes:
-        config: Model configuration.
         groups: Groups of layers, in order.
         norm: Builder of the norm after the last layer; None: there is none.
         norms_core_output: Whether that norm is applied, with the same weight, behind the last looped group as well.
@@ -112,13 +100,6 @@ class Stack:
 
     def stage(self, vp_stage: int | None = None, pp_rank: int | None = None) -> range:
         """Return the numbers of the layers of a pipeline stage, from 0. Default: those of this rank."""
-        layout = self.config.pipeline_model_parallel_layout
-        if layout is not None and pp_rank is not None:
-            # Megatron's own way asks for this rank's place, which before process groups are formed nobody knows.
-            stages = [(rank, chunk) for chunk in range(len(layout.layout[0])) for rank in range(len(layout.layout))]
-            counts = [layout.layout[rank][chunk].count(LayerType.decoder) for rank, chunk in stages]
-            place = stages.index((pp_rank, vp_stage or 0))
-            return range(sum(counts[:place]), sum(counts[: place + 1]))
         first = get_transformer_layer_offset(self.config, vp_stage, pp_rank)
         return range(first, first + get_num_layers_to_build(self.config, vp_stage, pp_rank))
 
@@ -169,7 +150,7 @@ class Stack:
         total = Cost()
         for group in self.groups:
             layers = sum((layer.cost(seq_length) for layer in group.layers), Cost())
-            total += layers if group.loop is None else layers.in_every_step() + group.loop.cost(self.config)
+            total += layers if group.loop is None else layers.in_every_step() + group.loop.cost
         return total
 
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

@@ -25,13 +25,9 @@ class _DetachedIncrements(torch.autograd.Function):
 
 
 def detached_increments(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Return `after` as if it were `before` plus constants.
+    """Return `after`, which is not part of the graph, as if it were `before` plus constants.
 
     The same as `before + (after - before).detach()`, without the rounding of the two operations.
-
-    Args:
-        before: State before the steps without gradient, of any shape.
-        after: State after them, of the same shape, not part of the graph.
     """
     return _DetachedIncrements.apply(before, after)
 

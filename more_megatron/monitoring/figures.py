@@ -19,11 +19,7 @@ __all__ = ["Figures", "is_reported", "record_figure", "report_to"]
 
 
 class Figures:
-    """Sums of what was recorded since it was last cleared.
-
-    Args:
-        names: The figures there are, the same on every rank.
-    """
+    """Sums of what was recorded since it was last cleared; names are the same on every rank."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self._columns = {name: column for column, name in enumerate(names)}
@@ -43,14 +39,10 @@ class Figures:
 
     @torch.no_grad()
     def add(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
-        """Add values of this rank, without waiting for the device.
+        """Add values of this rank, of any shape, one of each token, row or whatever the mean is taken over.
 
-        Tensor-parallel ranks may hold parts of the sequence or all of it: either way the mean is the same.
-
-        Args:
-            name: The figure.
-            values: Of any shape, one of each token, row or whatever the mean is to be taken over.
-            weights: How much each of them counts, of the same shape. Default: 1.
+        Does not wait for the device. Tensor-parallel ranks may hold parts of the sequence or all of it: either way the
+        mean is the same. Weights say how much each value counts; default: 1.
         """
         assert name in self._columns, f"the system does not name the figure {name!r} among its figures"
         column, values = self._columns[name], values.double()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from torch.nn.modules.module import register_module_forward_hook
 
 from more_megatron.monitoring.gradients import Owner
 
@@ -18,53 +19,38 @@ __all__ = ["FirstNonFinite"]
 
 
 class FirstNonFinite:
-    """Looks at what the modules of a model return.
-
-    Args:
-        chunks: Chunks of the model on this rank.
-        owners: Whom each parameter belongs to.
-    """
+    """Looks at what the modules of the chunks on this rank return."""
 
     def __init__(self, chunks: Iterable[torch.nn.Module], owners: Mapping[torch.nn.Parameter, Owner]) -> None:
-        self._modules = [
-            (name.replace("module.", ""), module) for chunk in chunks for name, module in chunk.named_modules()
-        ]
+        named = [pair for chunk in chunks for pair in chunk.named_modules()]
+        self._names = {module: name.replace("module.", "") for name, module in named if name}
         self._owners = owners
         self._is_looking = False
-        self._names: list[str] = []
-        self._flags: list[torch.Tensor] = []
+        self._seen: list[tuple[torch.nn.Module, torch.Tensor]] = []
 
     @contextlib.contextmanager
     def looking(self) -> Iterator[None]:
         """Look at all calls inside the block; within another such block, begin anew."""
-        self._names, self._flags = [], []
+        self._seen = []
         if self._is_looking:
             yield
             return
         self._is_looking = True
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in self._modules if name]
         try:
-            yield
+            with register_module_forward_hook(self._look):
+                yield
         finally:
             self._is_looking = False
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, name: str) -> Any:
-        def look(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            for part in output if isinstance(output, tuple | list) else (output,):
-                if isinstance(part, torch.Tensor) and part.is_floating_point():
-                    self._names.append(name)
-                    self._flags.append(torch.isfinite(part.detach()).all())
-
-        return look
+    def _look(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        if module not in self._names:
+            return
+        for part in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(part, torch.Tensor) and part.is_floating_point():
+                self._seen.append((module, torch.isfinite(part.detach()).all()))
 
     def describe(self, here: bool = False) -> str | None:
-        """Return which module was the first on any rank, or on this one; None if all was finite.
-
-        Args:
-            here: Whether to look at this rank alone; else every rank calls it.
-        """
+        """Return which module was the first on any rank, which all call, or on this one; None if all was finite."""
         found = self._first()
         if torch.distributed.is_initialized() and not here:
             all_found: list[Any] = [None] * torch.distributed.get_world_size()
@@ -74,19 +60,18 @@ class FirstNonFinite:
 
     def _first(self) -> tuple[int, int, str] | None:
         """Return pipeline stage, number of the call and description of the first on this rank."""
-        if not self._flags:
-            return None
-        finite = torch.stack(self._flags).tolist()
+        finite = torch.stack([flag for _, flag in self._seen]).tolist() if self._seen else []
         if all(finite):
             return None
         index = finite.index(False)
-        name = self._names[index]
-        call = self._names[: index + 1].count(name)
-        text = f"the first module whose output is not finite is {name}, in call {call} of the step"
-        return parallel_state.get_pipeline_model_parallel_rank(), index, text + self._blame(name)
+        modules = [module for module, _ in self._seen[: index + 1]]
+        text = (
+            f"the first module whose output is not finite is {self._names[modules[-1]]}, in call "
+            f"{modules.count(modules[-1])} of the step{self._blame(modules[-1])}"
+        )
+        return parallel_state.get_pipeline_model_parallel_rank(), index, text
 
-    def _blame(self, name: str) -> str:
-        module = next(module for known, module in self._modules if known == name)
+    def _blame(self, module: torch.nn.Module) -> str:
         for parameter_name, parameter in module.named_parameters():
             if bool(torch.isfinite(parameter).all()):
                 continue

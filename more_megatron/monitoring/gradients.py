@@ -25,29 +25,20 @@ _BY_EXPERT = "experts"
 
 @dataclass(frozen=True)
 class Owner:
-    """Whom a parameter belongs to.
+    """Whom a parameter belongs to."""
 
-    Attributes:
-        kind: Kind of parameter: "attention", "router", "experts" ...
-        place: Its layer, "layer 3"; empty outside of layers.
-        experts: Global numbers of the experts whose weights it holds, one after the other; empty if of none.
-        num_experts: Experts of the layer.
-    """
-
-    kind: str
-    place: str = ""
+    kind: str  # kind of parameter: "attention", "router", "experts"
+    place: str = ""  # its layer, "layer 3"; empty outside of layers
+    # Global numbers of the experts whose weights it holds, one after the other; empty if of none
     experts: Sequence[int] = ()
-    num_experts: int = 0
+    num_experts: int = 0  # experts of the layer
 
 
 @torch.no_grad()
 def record_gradients(watch: Watch, chunks: Iterable[Any], owners: Mapping[torch.nn.Parameter, Owner]) -> None:
     """Record the squares of all gradients that this rank alone holds, or its share of those that others hold, too.
 
-    Args:
-        watch: Where to.
-        chunks: Chunks of the model in Megatron's wrapper, their gradients reduced.
-        owners: Whom each parameter belongs to.
+    Chunks are in Megatron's wrapper, their gradients reduced.
     """
     zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
     for parameter, owner in owners.items():

@@ -1,5 +1,7 @@
 """Loss and gradient norm over the last steps: trend, variation, spikes, what the learning rate has to do with it.
 
+And the loss at several depths: flat in r, it says that the state is ignored (arXiv 2502.05171, section 4.3).
+
 Definitions after section 5.1 of the research guide, with a window of 1,000 steps. What the guide calls variance is the
 spread of the smoothed loss; here it is taken around the line through it, so that a loss that falls is not called
 unstable for falling.
@@ -10,44 +12,48 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from more_megatron.monitoring.watch import Key
 
-__all__ = ["LossHistory", "Spike"]
+__all__ = ["LossHistory", "Spike", "depth_figures", "record_depth_losses"]
 
-_CONCERN = "loss"
+_CONCERN, _DEPTH = "loss", "depth"
 _WINDOW, _SMOOTHING = 1000, 100
 # Losses before a spike that say how much is usual, and the last of them that say what is.
 _USUAL, _FEWEST = 100, 10
 _DEVIATIONS, _LEAST_RISE = 6.0, 1.0
 _GRADIENT_SPIKE = 10.0
 
+_by_depth: dict[int, float] = {}
+
+
+class _Step(NamedTuple):
+    iteration: int
+    loss: float
+    grad_norm: float | None
+    learning_rate: float
+
 
 @dataclass(frozen=True)
 class Spike:
-    """A loss far above those before it.
-
-    Attributes:
-        iteration: The training step.
-        loss: Its loss in nats.
-        limit: What a loss may be there.
-    """
+    """A loss far above those before it."""
 
     iteration: int
-    loss: float
-    limit: float
+    loss: float  # its loss in nats
+    limit: float  # what a loss may be there
 
 
 class LossHistory:
     """The last steps of a run. Losses stay on the device until they are asked for."""
 
     def __init__(self) -> None:
-        self._steps: deque[tuple[int, float, float | None, float]] = deque(maxlen=_WINDOW)
+        self._steps: deque[_Step] = deque(maxlen=_WINDOW)
         self._pending: list[tuple[int, torch.Tensor, float | None, float]] = []
 
     def add(self, iteration: int, loss: torch.Tensor, grad_norm: float | None, learning_rate: float) -> None:
@@ -61,26 +67,23 @@ class LossHistory:
         losses = torch.stack([loss.float() for _, loss, _, _ in self._pending]).tolist()
         spikes = []
         for (iteration, _, grad_norm, learning_rate), loss in zip(self._pending, losses, strict=True):
-            limit = self._limit()
-            if loss > limit:
+            if loss > (limit := self._limit()):
                 spikes.append(Spike(iteration, loss, limit))
-            self._steps.append((iteration, loss, grad_norm, learning_rate))
+            self._steps.append(_Step(iteration, loss, grad_norm, learning_rate))
         self._pending.clear()
         return spikes
 
     def first_non_finite(self) -> int | None:
         """Return the first training step of the window whose loss or gradient norm is not finite; None if all are."""
-        return next(
-            (step for step, loss, norm, _ in self._steps if not (math.isfinite(loss) and math.isfinite(norm or 0.0))),
-            None,
-        )
+        bad = (step for step in self._steps if not all(map(math.isfinite, (step.loss, step.grad_norm or 0.0))))
+        return next((step.iteration for step in bad), None)
 
     def _limit(self) -> float:
         """Return the loss above which the next one is a spike: the median before it and six standard deviations.
 
         Deviations are those of the changes from step to step, which a loss that falls does not widen.
         """
-        before = [loss for _, loss, _, _ in list(self._steps)[-_USUAL:] if math.isfinite(loss)]
+        before = [step.loss for step in list(self._steps)[-_USUAL:] if math.isfinite(step.loss)]
         if len(before) < _FEWEST:
             return math.inf
         changes = np.diff(before)
@@ -92,9 +95,9 @@ class LossHistory:
         """Yield the figures of the window."""
         if not self._steps:
             return
-        losses = np.array([loss for _, loss, _, _ in self._steps])
+        losses = np.array([step.loss for step in self._steps])
         yield Key(_CONCERN, "loss"), float(losses[-1])
-        norms = [norm for _, _, norm, _ in self._steps if norm is not None]
+        norms = [step.grad_norm for step in self._steps if step.grad_norm is not None]
         if norms:
             yield Key("gradient", "norm"), norms[-1]
             yield Key("gradient", "mean norm"), float(np.mean(norms))
@@ -108,7 +111,30 @@ class LossHistory:
             # The bend of a loss at the beginning of a run is no unrest.
             if len(losses) == _WINDOW:
                 yield Key(_CONCERN, "variation"), float(np.std(smooth - start - slope * steps))
-        rates = np.array([rate for _, _, _, rate in self._steps])[:-1]
+        rates = np.array([step.learning_rate for step in self._steps])[:-1]
         changes = np.diff(losses)
         if len(changes) > 2 and rates.std() > 0 and changes.std() > 0:
             yield Key(_CONCERN, "learning rate correlation"), float(np.corrcoef(rates, changes)[0, 1])
+
+
+def record_depth_losses(losses: Mapping[int, float]) -> None:
+    """Take the losses of one validation, in nats, by recurrence steps r; the next report of health has them.
+
+    Called after each validation at `--recurrence-eval-depths`, on ranks of the last pipeline stage.
+    """
+    _by_depth.clear()
+    _by_depth.update(losses)
+
+
+def depth_figures() -> Iterator[tuple[Key, float]]:
+    """Yield the losses that were recorded since the last call; where all are finite, what the best depth gains over the
+    smallest, and how far the losses lie apart, in parts of the largest.
+    """
+    for steps, loss in sorted(_by_depth.items()):
+        yield Key(_DEPTH, "loss", step=steps), loss
+    if len(_by_depth) > 1 and all(map(math.isfinite, _by_depth.values())):
+        smallest, largest = min(_by_depth.values()), max(_by_depth.values())
+        yield Key(_DEPTH, "gain"), _by_depth[min(_by_depth)] - smallest
+        if largest > 0.0:
+            yield Key(_DEPTH, "spread"), (largest - smallest) / largest
+    _by_depth.clear()

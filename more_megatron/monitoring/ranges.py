@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,25 +32,26 @@ _GUIDE_EXPERTS = 8
 
 @dataclass(frozen=True)
 class Range:
-    """Where a figure is healthy.
+    """Where a figure is healthy."""
 
-    Attributes:
-        low: Smallest healthy value; None: there is none.
-        high: Largest healthy value; None: there is none.
-        hint: What a value outside means, and what usually helps.
-        is_collapse: Whether a value outside means that the run is lost if nothing is done.
-        scale: Factor on both ends: "N" the number of experts, "ln N" its logarithm, empty 1.
-        needs_injection: Whether it holds only for recurrences that inject their input in every step.
-        steps: Fewest and most recurrence steps that it holds for; None: any.
-    """
+    low: float | None = None  # smallest healthy value; None: there is none
+    high: float | None = None  # largest healthy value; None: there is none
+    hint: str = ""  # what a value outside means, and what usually helps
+    is_collapse: bool = False  # whether a value outside means that the run is lost if nothing is done
+    scale: str = ""  # factor on both ends: "N" the number of experts, "ln N" its logarithm, empty 1
+    needs_injection: bool = False  # whether it holds only for recurrences that inject their input in every step
+    steps: tuple[int, int] | None = None  # fewest and most recurrence steps that it holds for; None: any
 
-    low: float | None = None
-    high: float | None = None
-    hint: str = ""
-    is_collapse: bool = False
-    scale: str = ""
-    needs_injection: bool = False
-    steps: tuple[int, int] | None = None
+    def excess(self, value: float) -> float:
+        """Return how far outside a value is; 0 inside."""
+        below = 0.0 if self.low is None else self.low - value
+        above = 0.0 if self.high is None else value - self.high
+        return math.inf if math.isnan(value) else max(below, above, 0.0)
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"at most {self.high:.3g}"
+        return f"at least {self.low:.3g}" if self.high is None else f"{self.low:.3g} to {self.high:.3g}"
 
 
 Healthy = Mapping[str, Range]
@@ -119,12 +119,7 @@ def healthy_ranges(
         ranges |= {f"routing/{name}": healthy for name, healthy in _ROUTING.items()}
         if repeats_router:
             ranges["routing/entropy"] = _REPEATED_ENTROPY
-    given = {} if overrides is None else _read(overrides)
-    known = {*ranges, *own}
-    for name in given:
-        meant = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.9)
-        if meant:
-            raise MoREError(f"--health-ranges {overrides}: there is no figure {name}; did you mean {meant[0]}?")
+    given = {} if overrides is None else _read(overrides, known={*ranges, *own})
     for name, ends in (*own.items(), *given.items()):
         if ends is None:
             ranges.pop(name, None)
@@ -135,7 +130,8 @@ def healthy_ranges(
     return ranges
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, known: Set[str]) -> dict[str, Any]:
+    """Return the ranges of a file; names that are nearly those of known figures are slips."""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -145,52 +141,46 @@ def _read(path: Path) -> dict[str, Any]:
     for name, ends in content.items():
         if not (isinstance(name, str) and (ends is None or _is_range(ends))):
             raise MoREError(f"--health-ranges {path}: {name} must be [low, high] or null, and is {ends!r}")
+    for name in content:
+        meant = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        if meant:
+            raise MoREError(f"--health-ranges {path}: there is no figure {name}; did you mean {meant[0]}?")
     return content
 
 
 def _is_range(ends: Any) -> bool:
     if not isinstance(ends, list) or len(ends) != 2:
         return False
-    numbers = [end for end in ends if end is not None]
-    is_number = all(isinstance(end, int | float) and not isinstance(end, bool) for end in numbers)
+    if not all(end is None or (isinstance(end, int | float) and not isinstance(end, bool)) for end in ends):
+        return False
+    low, high = (limit if end is None else end for end, limit in zip(ends, (-math.inf, math.inf), strict=True))
     # Numbers that are none are not in order.
-    return is_number and all(low <= high for low, high in itertools.product(numbers[:1], numbers))
+    return low <= high
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A figure outside of its healthy range.
+    """A figure outside of its healthy range."""
 
-    Attributes:
-        text: One line: what, where, the value, the range, and what usually helps.
-        is_collapse: Whether the run is lost if nothing is done.
-    """
-
-    text: str
-    is_collapse: bool
+    text: str  # one line: what, where, the value, the range, and what usually helps
+    is_collapse: bool  # whether the run is lost if nothing is done
 
 
 def findings(figures: Mapping[Key, float], ranges: Healthy, loads: Loads) -> list[Finding]:
-    """Return what lies outside of its range: one finding for each figure, of the place where it is worst.
-
-    Args:
-        figures: All figures of a step.
-        ranges: Healthy ranges by figure.
-        loads: Load and probability of each expert by place and step.
-    """
+    """Return what lies outside of its range: one finding for each figure, of the place where it is worst."""
     outside: dict[str, list[tuple[float, Key, Range]]] = {}
     for key, value in figures.items():
         name = f"{key.concern}/{key.name}"
         if name in ranges and _applies(ranges[name], key, figures):
             healthy = _scaled(ranges[name], key, loads)
-            excess = _excess(value, healthy)
+            excess = healthy.excess(value)
             if excess > 0.0:
                 outside.setdefault(name, []).append((excess, key, healthy))
     found = []
     for name, worst in outside.items():
         _, key, healthy = max(worst, key=lambda entry: entry[:2])
         more = f" and {len(worst) - 1} more" if len(worst) > 1 else ""
-        text = f"{name} is {figures[key]:.3g}{_where(key, loads)}{more}, healthy is {_words(healthy)}: {healthy.hint}"
+        text = f"{name} is {figures[key]:.3g}{_where(key, loads)}{more}, healthy is {healthy}: {healthy.hint}"
         found.append(Finding(text, healthy.is_collapse))
     return found
 
@@ -208,20 +198,11 @@ def _scaled(healthy: Range, key: Key, loads: Loads) -> Range:
     experts = len(loads[_load_key(key)][0])
     factor = experts if healthy.scale == "N" else math.log(experts)
     low, high = (None if end is None else end * factor for end in (healthy.low, healthy.high))
-    return Range(low, high, healthy.hint, healthy.is_collapse)
+    return dataclasses.replace(healthy, low=low, high=high)
 
 
 def _load_key(key: Key) -> Key:
     return Key("routing", "load", key.place, key.step)
-
-
-def _excess(value: float, healthy: Range) -> float:
-    """Return how far outside of its range a value is; 0 inside."""
-    if math.isnan(value):
-        return math.inf
-    below = 0.0 if healthy.low is None else healthy.low - value
-    above = 0.0 if healthy.high is None else value - healthy.high
-    return max(below, above, 0.0)
 
 
 def _where(key: Key, loads: Loads) -> str:
@@ -247,9 +228,3 @@ def _experts(key: Key, loads: Loads) -> list[int]:
         case "smallest ratio":
             return [int(probability.argmin())]
     return []
-
-
-def _words(healthy: Range) -> str:
-    if healthy.low is None:
-        return f"at most {healthy.high:.3g}"
-    return f"at least {healthy.low:.3g}" if healthy.high is None else f"{healthy.low:.3g} to {healthy.high:.3g}"

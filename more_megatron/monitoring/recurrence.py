@@ -9,6 +9,8 @@ the last step; Parcae (arXiv 2604.12946) for the norms of the adapter's halves.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,34 +27,23 @@ _EPS = 1e-12
 _SQUARINGS = 10
 
 
+@dataclass(eq=False)
 class States:
-    """Sees the states of one recurrence in one forward pass, one after the other.
+    """Sees the states of one recurrence in one forward pass, one after the other."""
 
-    Args:
-        watch: Where the sums go.
-        place: Where in the model the recurrence is.
-        steps: Number of steps r.
-        inputs: What is injected in every step, of the shape of a state; None in a residual recurrence, which has the
-            input in its state.
-        is_padding: True for rows that belong to no token, [rows, 1].
-        group: Ranks that hold the same rows; None if no others do.
-        split: Whether these ranks hold other channels of the rows.
-    """
+    watch: Watch
+    place: str  # where in the model the recurrence is
+    steps: int  # r
+    # What is injected in every step, of the shape of a state; None in a residual recurrence, whose state has the input
+    inputs: torch.Tensor | None = None
+    is_padding: torch.Tensor | None = None  # True for rows that belong to no token, [rows, 1]
+    group: torch.distributed.ProcessGroup | None = None  # ranks that hold the same rows; None if no others do
+    split: bool = False  # whether these ranks hold other channels of the rows
 
-    def __init__(
-        self,
-        watch: Watch,
-        place: str,
-        steps: int,
-        inputs: torch.Tensor | None,
-        is_padding: torch.Tensor | None,
-        group: torch.distributed.ProcessGroup | None,
-        split: bool,
-    ) -> None:
-        self._watch, self._place, self._steps, self._inputs = watch, place, steps, inputs
-        self._kept = None if is_padding is None else ~is_padding.flatten()
-        ranks = 1 if group is None else group.size()
-        self._share, self._split = 1.0 / ranks, group if split and ranks > 1 else None
+    def __post_init__(self) -> None:
+        self._kept = None if self.is_padding is None else ~self.is_padding.flatten()
+        ranks = 1 if self.group is None else self.group.size()
+        self._share, self._split = 1.0 / ranks, self.group if self.split and ranks > 1 else None
         self._count = 0
         self._former: torch.Tensor | None = None
         self._start: torch.Tensor | None = None
@@ -67,7 +58,7 @@ class States:
             self._count += 1
             self._see_step(state, state - self._former)
         self._former = state
-        if self._count == self._steps:
+        if self._count == self.steps:
             self._see_last(state)
             self._former = self._start = None
 
@@ -81,15 +72,15 @@ class States:
         self._add("state norm", length, self._count)
         self._add("change", moved, self._count)
         self._add("relative change", moved / length.clamp(min=_EPS), self._count)
-        if self._count == self._steps:
-            self._watch.add(self._key("last change"), self._share * squares.double().sum(1))
+        if self._count == self.steps:
+            self.watch.add(self._key("last change"), self._share * squares.double().sum(1))
 
     def _see_last(self, state: torch.Tensor) -> None:
-        entered = self._start if self._inputs is None else self._rows(self._inputs)
+        entered = self._start if self.inputs is None else self._rows(self.inputs)
         assert entered is not None, "no initial state was seen"
         distance = self._over_channels((state - entered).square().mean(1)).sqrt()
-        self._add(_TO_START if self._inputs is None else TO_INPUT, distance)
-        self._add("steps", torch.full_like(distance, self._steps))
+        self._add(_TO_START if self.inputs is None else TO_INPUT, distance)
+        self._add("steps", torch.full_like(distance, self.steps))
         self._see_directions(state)
 
     def _see_directions(self, state: torch.Tensor) -> None:
@@ -102,8 +93,8 @@ class States:
         else:
             rank, ranks = self._split.rank(), self._split.size()
             total = torch.nn.functional.pad(total, (rank * len(total), (ranks - 1 - rank) * len(total)))
-        self._watch.add(self._key("directions"), total)
-        self._watch.add(self._key("tokens"), self._share * torch.full((1,), len(state), device=state.device))
+        self.watch.add(self._key("directions"), total)
+        self.watch.add(self._key("tokens"), self._share * torch.full((1,), len(state), device=state.device))
 
     def _width(self, state: torch.Tensor) -> int:
         return state.size(1) * (1 if self._split is None else self._split.size())
@@ -116,35 +107,23 @@ class States:
         return means
 
     def _key(self, name: str, step: int = 0) -> Key:
-        return Key(_CONCERN, name, self._place, step)
+        return Key(_CONCERN, name, self.place, step)
 
     def _add(self, name: str, values: torch.Tensor, step: int = 0) -> None:
-        self._watch.add_mean(self._key(name, step), values, share=self._share)
+        self.watch.add_mean(self._key(name, step), values, share=self._share)
 
 
-def watch_states(
-    place: str,
-    steps: int,
-    inputs: torch.Tensor | None = None,
-    *,
-    is_padding: torch.Tensor | None = None,
-    group: torch.distributed.ProcessGroup | None = None,
-    split: bool = False,
-) -> States | None:
+def watch_states(place: str, steps: int, inputs: torch.Tensor | None = None, **layout: Any) -> States | None:
     """Return what sees the states of a recurrence that begins; None if nobody watches. Arguments as for `States`."""
     watch = current_watch()
-    return None if watch is None else States(watch, place, steps, inputs, is_padding, group, split)
+    return None if watch is None else States(watch, place, steps, inputs, **layout)
 
 
 @torch.no_grad()
 def record_adapter(watch: Watch, place: str, halves: tuple[torch.Tensor, torch.Tensor], share: float) -> None:
     """Record the spectral norms of the two halves of adapters, of the state and of the input: means over adapters.
 
-    Args:
-        watch: Where to.
-        place: Where in the model they are.
-        halves: [..., h, h] each.
-        share: One part in as many as there are ranks that hold the same ones.
+    Halves are [..., h, h] each; `share` is one part in as many as there are ranks that hold the same ones.
     """
     for name, half in zip(("adapter state norm", "adapter input norm"), halves, strict=True):
         norms = _spectral_norms(half.detach().float().flatten(0, -3) if half.dim() > 2 else half.detach().float()[None])

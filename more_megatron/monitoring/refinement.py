@@ -33,12 +33,9 @@ class Refinement:
 
     @torch.no_grad()
     def add(self, before: torch.Tensor, after: torch.Tensor, gate: torch.Tensor) -> None:
-        """Take note of a step.
+        """Take note of a step: the state before and after it, or this rank's columns of them, [rows, n], and its gate.
 
-        Args:
-            before: State before it, or this rank's columns of it, [rows, n].
-            after: State after it.
-            gate: How much of the new was taken, [rows, 1].
+        The gate, [rows, 1], says how much of the new was taken.
         """
         before = before.detach().float()
         change = after.detach().float() - before
@@ -52,12 +49,7 @@ class Refinement:
     def record(
         self, of_rows: Callable[[torch.Tensor], torch.Tensor], group: torch.distributed.ProcessGroup | None
     ) -> None:
-        """Record the figures.
-
-        Args:
-            of_rows: Takes out of [rows, ...] what belongs to tokens.
-            group: Ranks that hold the columns; None if this rank holds all.
-        """
+        """Record the figures of what `of_rows` takes out of [rows, ...], given the ranks that hold the columns."""
         if not self._products:
             return
         products = torch.stack(self._products, dim=1)

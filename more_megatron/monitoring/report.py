@@ -21,21 +21,13 @@ __all__ = ["Report", "load_figure"]
 
 @dataclass(frozen=True)
 class Report:
-    """What is known of a training step that was watched.
-
-    Attributes:
-        iteration: The step.
-        figures: Values by figure.
-        loads: Load and mean probability of each expert, by place and step.
-        gradients: Norm of each expert's gradient, by place.
-        warnings: What lies outside of its healthy range, one line each.
-    """
+    """What is known of a training step that was watched."""
 
     iteration: int
-    figures: Mapping[Key, float]
-    loads: Loads
-    gradients: Mapping[str, np.ndarray]
-    warnings: list[str]
+    figures: Mapping[Key, float]  # values by figure
+    loads: Loads  # load and mean probability of each expert, by place and step
+    gradients: Mapping[str, np.ndarray]  # norm of each expert's gradient, by place
+    warnings: list[str]  # what lies outside of its healthy range, one line each
 
     def append_to(self, path: Path) -> None:
         """Append one line of JSON to a file."""

@@ -8,6 +8,7 @@ probability is the softmax of the same logits, and no range applies.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from more_megatron.monitoring.watch import Key, Watch, current_watch
 
-__all__ = ["Loads", "router_place", "routing_figures", "routing_loads", "watch_router"]
+__all__ = ["Loads", "routing_figures", "routing_loads", "watch_router"]
 
 _CONCERN = "routing"
 _SUMS = ("choices", "probabilities", "tokens")
@@ -26,54 +27,38 @@ _EXPECTED = 32.0
 Loads = dict[Key, tuple[np.ndarray, np.ndarray]]
 
 
-def router_place(router: TopKRouter) -> str:
-    """Return where a router is, as a place of figures."""
-    kind = "mtp layer" if getattr(router, "is_mtp_layer", False) else "layer"
-    return f"{kind} {router.layer_number}"
-
-
 def watch_router(router: TopKRouter) -> Callable[[], None]:
     """See each decision of a router, until the function that is returned is called."""
-    routing, place = router.routing, router_place(router)
+    kind = "mtp layer" if getattr(router, "is_mtp_layer", False) else "layer"
+    routing, place = router.routing, f"{kind} {router.layer_number}"
     former: list[torch.Tensor] = []
 
     def seen(logits: torch.Tensor, *args: object, **kwargs: object) -> tuple:
         probs, routing_map = routing(logits, *args, **kwargs)
-        watch = current_watch()
-        if watch is not None:
-            step = getattr(router, "recurrence_step", None)
+        if (watch := current_watch()) is not None:
+            chosen, step = routing_map.bool(), getattr(router, "recurrence_step", None)
+            number = 0 if step is None else step + 1
+            _record(watch, place, number, logits, chosen)
             before = former.pop() if former else None
-            _record(watch, place, step, logits, routing_map, before if step else None)
-            former.append(routing_map.bool())
+            if step and before is not None:
+                watch.add_mean(Key(_CONCERN, "expert change", place, number), (chosen != before).any(-1))
+            former.append(chosen)
         return probs, routing_map
 
     router.routing = seen  # type: ignore[method-assign]
-
-    def restore() -> None:
-        del router.routing
-
-    return restore
+    return lambda: delattr(router, "routing")
 
 
 @torch.no_grad()
-def _record(
-    watch: Watch,
-    place: str,
-    step: int | None,
-    logits: torch.Tensor,
-    routing_map: torch.Tensor,
-    former: torch.Tensor | None,
-) -> None:
+def _record(watch: Watch, place: str, step: int, logits: torch.Tensor, chosen: torch.Tensor) -> None:
     """Record one decision: logits [s, b, experts], map [tokens, experts]."""
-    number = 0 if step is None else step + 1
+    key = functools.partial(Key, _CONCERN, place=place, step=step)
     probabilities = logits.detach().float().flatten(0, -2).softmax(-1)
-    watch.add(Key(_CONCERN, "choices", place, number), routing_map.bool().sum(0))
-    watch.add(Key(_CONCERN, "probabilities", place, number), probabilities.double().sum(0))
-    watch.add(Key(_CONCERN, "tokens", place, number), torch.full((1,), len(probabilities), device=logits.device))
-    watch.add_mean(Key(_CONCERN, "entropy", place, number), torch.special.entr(probabilities).sum(-1))
-    watch.add_mean(Key(_CONCERN, "largest probability", place, number), probabilities.amax(-1))
-    if former is not None:
-        watch.add_mean(Key(_CONCERN, "expert change", place, number), (routing_map.bool() != former).any(-1))
+    watch.add(key("choices"), chosen.sum(0))
+    watch.add(key("probabilities"), probabilities.double().sum(0))
+    watch.add(key("tokens"), torch.full((1,), len(probabilities), device=logits.device))
+    watch.add_mean(key("entropy"), torch.special.entr(probabilities).sum(-1))
+    watch.add_mean(key("largest probability"), probabilities.amax(-1))
 
 
 def routing_loads(totals: dict[Key, np.ndarray]) -> Loads:

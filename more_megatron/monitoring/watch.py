@@ -20,19 +20,12 @@ __all__ = ["Key", "Watch", "current_watch", "watch_of_step", "watching"]
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """What a sum is of.
+    """What a sum is of."""
 
-    Attributes:
-        concern: "recurrence", "routing", "gradient" or "system".
-        name: The figure.
-        place: Where in the model: "layer 3", "layers 3-6"; empty for the whole model.
-        step: Recurrence step, from 1; 0 where there is none.
-    """
-
-    concern: str
-    name: str
-    place: str = ""
-    step: int = 0
+    concern: str  # "recurrence", "routing", "gradient" or "system"
+    name: str  # the figure
+    place: str = ""  # where in the model: "layer 3", "layers 3-6"; empty for the whole model
+    step: int = 0  # recurrence step, from 1; 0 where there is none
 
     @property
     def tag(self) -> str:

@@ -1,8 +1,7 @@
 """Makes `megatron-core` run on what is here. Whatever replaces an attribute of another package is a row of a table.
 
-- Stand-ins for CUDA, on a CPU only: `cuda_stand_ins`, `device_mode`, `uneven_collectives`, `megatron_stand_ins`.
-- Repairs of the wheel, on every platform: `wheel_repairs` has the whole table, of which `checkpointing`,
-  `failed_writes`, `finite` and `reports` are parts.
+- `cuda/`: stand-ins for CUDA, on a CPU only.
+- `repairs/`: repairs of the wheel, on every platform.
 - `training_loop`: functions of Megatron's loop that others may surround.
 
 `initialize_platform` is the first thing an entry point calls, before Megatron is imported.
@@ -15,12 +14,7 @@ import os
 from functools import cache
 
 from more_megatron.console import say
-from more_megatron.platform.packages import (
-    check_apex,
-    has_package,
-    hide_cuda_packages,
-    silence_absent_package_warnings,
-)
+from more_megatron.platform.packages import check_apex, has_package, hide_cuda_packages, silence_absent_package_warnings
 from more_megatron.platform.selection import Platform, select_platform
 
 __all__ = ["Platform", "initialize_platform", "select_platform"]
@@ -61,11 +55,11 @@ def _install_cpu_platform() -> None:
     absent = "" if has_package("transformer_engine") else ", no Transformer Engine"
     say(f"> platform: cpu (gloo, float32{absent}); chosen by MORE_PLATFORM or the absence of a GPU")
 
-    from more_megatron.platform.cuda_stand_ins import NO_COMPILER, TORCH_CUDA
-    from more_megatron.platform.device_mode import BACKWARD_IN_MODE, enter_for_good
+    from more_megatron.platform.cuda.collectives import UNEVEN_COLLECTIVES
+    from more_megatron.platform.cuda.device_mode import BACKWARD_IN_MODE, enter_for_good
+    from more_megatron.platform.cuda.torch_cuda import NO_COMPILER, TORCH_CUDA
     from more_megatron.platform.memory import keep_freed_memory
     from more_megatron.platform.stand_in import install
-    from more_megatron.platform.uneven_collectives import UNEVEN_COLLECTIVES
 
     if os.environ["TORCH_COMPILE_DISABLE"] == "1":
         install(NO_COMPILER)
@@ -73,7 +67,7 @@ def _install_cpu_platform() -> None:
     enter_for_good()
     keep_freed_memory()
 
-    from more_megatron.platform.megatron_stand_ins import MEGATRON_ON_CPU
+    from more_megatron.platform.cuda.megatron import MEGATRON_ON_CPU
 
     install(MEGATRON_ON_CPU)
     # The tracker compares the CPU's random state around a fork of the GPU's; here they are one.
@@ -83,8 +77,8 @@ def _install_cpu_platform() -> None:
 
 
 def _repair_wheel() -> None:
+    from more_megatron.platform.repairs.table import WHEEL_REPAIRS
     from more_megatron.platform.stand_in import install
-    from more_megatron.platform.wheel_repairs import WHEEL_REPAIRS
 
     # Its timer logs the traceback of what passes through it, which is reported where it ends.
     logging.getLogger("megatron.core.utils").addFilter(lambda record: "Traceback (most" not in record.getMessage())

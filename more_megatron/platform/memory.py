@@ -20,15 +20,10 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def check_fits_host(size: float, what: str, remedy: str) -> None:
-    """Refuse what is larger than the memory of this machine: it would fill it for minutes, and be killed.
-
-    Args:
-        size: In bytes.
-        what: What it is.
-        remedy: How to make it smaller.
+    """Refuse what is larger, in bytes, than the memory of this machine: it would fill it for minutes, and be killed.
 
     Raises:
-        MoREError: If it is larger.
+        MoREError: If it is larger; it says what it is and how to make it smaller.
     """
     _check(size, _host_memory(), what, remedy)
 

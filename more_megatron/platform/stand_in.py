@@ -1,4 +1,4 @@
-"""The table of stand-ins: what is replaced so that Megatron runs without a GPU, and why.
+"""The tables of stand-ins: what of other packages is replaced so that Megatron runs here, and why.
 
 A stand-in replaces one attribute of a module or class. It names the file and the text in the `megatron-core` wheel
 that makes it necessary, so that a test can tell when a newer wheel no longer needs it.
@@ -6,12 +6,13 @@ that makes it necessary, so that a test can tell when a newer wheel no longer ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
-__all__ = ["StandIn", "install"]
+__all__ = ["StandIn", "Table", "install"]
 
 
 @dataclass(frozen=True)
@@ -22,39 +23,49 @@ class StandIn:
         target: Module or class that holds the attribute, as `package.module` or `package.module:Class`.
         name: Attribute that is replaced.
         replacement: What takes its place.
-        reason: Why the original does not work without a GPU, in one line.
-        file: File of the wheel, below `megatron/`, whose code needs the stand-in.
-        text: Text in that file that needs it.
+        why: Why the original does not do, in one line.
+        text: Text in the wheel that needs the stand-in.
+        file: The file that it is in, below `megatron/`; empty: that of the target.
     """
 
     target: str
     name: str
     replacement: Any
-    reason: str
-    file: str
+    why: str
     text: str
+    file: str = ""
+
+    @property
+    def source(self) -> str:
+        """The file of the wheel that has the text, below `megatron/`."""
+        return self.file or self.target.partition(":")[0].removeprefix("megatron.").replace(".", "/") + ".py"
 
     def resolve(self) -> Any:
         """Return the object whose attribute is replaced, importing its module."""
-        module_name, _, class_name = self.target.partition(":")
-        module = import_module(module_name)
-        return getattr(module, class_name) if class_name else module
+        return pkgutil.resolve_name(self.target)
 
 
-def install(table: tuple[StandIn, ...]) -> Callable[[], None]:
-    """Put every stand-in of `table` in place.
+class Table(list[StandIn]):
+    """Stand-ins, in the order in which they are installed."""
 
-    Args:
-        table: Stand-ins, installed in this order.
+    def replaces(self, target: str, name: str, *, why: str, text: str, file: str = "") -> Callable[[Any], Any]:
+        """Return what enters a function into the table; arguments as the attributes of `StandIn`."""
 
-    Returns:
-        A function that puts the originals back.
-    """
+        def enter(replacement: Any) -> Any:
+            self.append(StandIn(target, name, replacement, why, text, file))
+            return replacement
+
+        return enter
+
+
+def install(table: Iterable[StandIn]) -> Callable[[], None]:
+    """Put every stand-in of `table` in place, and return a function that puts the originals back."""
     originals = []
     for stand_in in table:
-        holder = stand_in.resolve()
-        originals.append((holder, stand_in.name, getattr(holder, stand_in.name)))
-        setattr(holder, stand_in.name, stand_in.replacement)
+        holder, replacement = stand_in.resolve(), stand_in.replacement
+        original = inspect.getattr_static(holder, stand_in.name)
+        originals.append((holder, stand_in.name, original))
+        setattr(holder, stand_in.name, staticmethod(replacement) if isinstance(original, staticmethod) else replacement)
 
     def restore() -> None:
         for holder, name, original in reversed(originals):

@@ -24,9 +24,7 @@ SURROUNDED = {
 def surround(name: str, around: Callable[..., Any]) -> None:
     """Let the training loop call `around(former, ...)` from now on where it calls a function of its module.
 
-    Args:
-        name: The function, one of `SURROUNDED`.
-        around: Takes what has stood there until now, and the arguments of the call.
+    `former` is what has stood there until now; the function is one of `SURROUNDED`.
     """
     assert name in SURROUNDED, name
     setattr(training, name, functools.partial(around, getattr(training, name)))

@@ -28,11 +28,7 @@ def names() -> tuple[str, ...]:
 
 @functools.cache
 def get_system(name: str) -> System:
-    """Return a system by name.
-
-    Raises:
-        MoREError: If there is no system of that name; the message lists those there are.
-    """
+    """Return a system by name, or raise a `MoREError` that lists those there are."""
     if name not in names():
         raise MoREError(f"--more-variant {name} does not exist: choose one of {', '.join(names())}")
     system: System = importlib.import_module(f"{__name__}.{name}").SYSTEM

@@ -11,19 +11,7 @@ from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.flags import MoREFlags, flag
-from more_megatron.systems.export import (
-    ATTENTION,
-    DENSE,
-    FEED_FORWARD,
-    MODEL,
-    MOE,
-    STATES_OF_ATTENTION,
-    STATES_OF_DENSE,
-    STATES_OF_FEED_FORWARD,
-    STATES_OF_MODEL,
-    STATES_OF_MOE,
-    Row,
-)
+from more_megatron.systems.export import ATTENTION, DENSE, FEED_FORWARD, MODEL, MOE, Row, states
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
@@ -89,9 +77,6 @@ class System:
     expert_rows: ClassVar[tuple[Row, ...]] = FEED_FORWARD
     """Rows of its routed experts, and of what they share."""
 
-    expert_states: ClassVar[tuple[str, ...]] = STATES_OF_FEED_FORWARD
-    """Modules among them that ask a checkpoint for a state beside their parameters; `N ` before one an expert."""
-
     fields: ClassVar[Mapping[str, str]] = {}
     """Fields of config.json that it alone has, and the flags, by name, that they are made from."""
 
@@ -149,12 +134,7 @@ class System:
         raise NotImplementedError
 
     def cost(self, config: MoREConfig, seq_length: int) -> Cost:
-        """Return the cost of the stack, without embeddings, final norm and output layer.
-
-        Args:
-            config: Model configuration.
-            seq_length: Length of a sequence.
-        """
+        """Return the cost of the stack, without embeddings, final norm and output layer."""
         return self.stack(config).cost(seq_length)
 
     def width_flag(self, config: MoREConfig) -> str:
@@ -181,18 +161,11 @@ class System:
     def record_health(self, watch: Watch, module: Any, share: float) -> None:
         """Record what is to be known of a module's parameters when a step is watched. Asked for every module.
 
-        Args:
-            watch: Where to.
-            module: A module of the model.
-            share: One part in as many as there are ranks that hold the same experts.
+        `share`: one part in as many as there are ranks that hold the same experts.
         """
 
     def ffn_hidden_size(self, sizes: Any) -> int:
-        """Return the width of the MLP in the recurrent block.
-
-        Args:
-            sizes: Configuration or arguments, with `recurrence_ffn_hidden_size` and `hidden_size`.
-        """
+        """Return the width of the MLP in the recurrent block, given the configuration or arguments."""
         assert self.block_width is not None, f"{self.name} has no recurrent block"
         return sizes.recurrence_ffn_hidden_size or self.block_width * sizes.hidden_size
 
@@ -220,13 +193,11 @@ class System:
 
     def model_states(self, config: Mapping[str, Any]) -> tuple[str, ...]:
         """Return the modules outside of layers that ask a checkpoint for a state beside their parameters."""
-        return STATES_OF_MODEL
+        return states(self.model_rows(config))
 
     def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
         """Return the modules of a layer that do; `N ` before a name: one state an expert."""
-        if config["moe_layers"][layer]:
-            return (*STATES_OF_ATTENTION, *STATES_OF_MOE, *self.expert_states)
-        return (*STATES_OF_ATTENTION, *STATES_OF_DENSE)
+        return states(self.layer_rows(config, layer))
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
         """Return sizes of its own that rows name."""

@@ -11,7 +11,7 @@ A system may add sizes of its own (`System.sizes`), and features that rows ask f
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -25,38 +25,31 @@ __all__ = [
     "MODEL",
     "MOE",
     "SANDWICH",
-    "STATES_OF_ATTENTION",
-    "STATES_OF_DENSE",
-    "STATES_OF_FEED_FORWARD",
-    "STATES_OF_MODEL",
-    "STATES_OF_MOE",
-    "STATES_OF_SANDWICH",
     "Layout",
     "Row",
     "adapter_rows",
+    "states",
 ]
 
 
 class Layout(Enum):
-    """How one tensor of Megatron's is made of tensors of the Hugging Face model."""
+    """How one tensor of Megatron's is made of tensors of the Hugging Face model.
+
+    Attributes:
+        WHOLE: One tensor; the shapes may differ by a view.
+        HALVES: Two tensors below each other: a gate and what it gates.
+        QKV: Three tensors interleaved: for each query group its queries, then its key, then its value.
+        QKV_IN_ONE: One tensor: all queries, then all keys, then all values.
+        QK_BIAS: One tensor, [2, 1, heads, d]: the biases of queries and of keys; those of values are zero.
+        TWICE: The same tensor under each name; to read, one of them is enough.
+    """
 
     WHOLE = auto()
-    """One tensor; the shapes may differ by a view."""
-
     HALVES = auto()
-    """Two tensors below each other: a gate and what it gates."""
-
     QKV = auto()
-    """Three tensors interleaved: for each query group its queries, then its key, then its value."""
-
     QKV_IN_ONE = auto()
-    """One tensor: all queries, then all keys, then all values."""
-
     QK_BIAS = auto()
-    """One tensor, [2, 1, heads, d]: the biases of queries and of keys; those of values are zero."""
-
     TWICE = auto()
-    """The same tensor under each name; to read, one of them is enough."""
 
 
 @dataclass(frozen=True)
@@ -124,21 +117,15 @@ MOE = (
     Row("mlp.router.weight", "mlp.gate.weight", "N h"),
     Row("mlp.router.bias", "mlp.gate.bias", "N", when="bias"),
     Row("mlp.router.expert_bias", "mlp.gate.expert_bias", "N", when="expert_bias", fp32=True),
-    Row(
-        "mlp.shared_experts.linear_fc1.weight",
-        "mlp.shared_expert.{gate,up}_proj.weight",
-        "2*e h",
-        layout=Layout.HALVES,
-        when="shared_expert gated",
+    *(
+        Row(f"mlp.shared_experts.{megatron}", f"mlp.{hf}.weight", shape, layout=layout, when=when)
+        for megatron, hf, shape, layout, when in (
+            ("linear_fc1.weight", "shared_expert.{gate,up}_proj", "2*e h", Layout.HALVES, "shared_expert gated"),
+            ("linear_fc1.weight", "shared_expert.up_proj", "e h", Layout.WHOLE, "shared_expert !gated"),
+            ("linear_fc2.weight", "shared_expert.down_proj", "h e", Layout.WHOLE, "shared_expert"),
+            ("gate_weight", "shared_expert_gate", "1 h", Layout.WHOLE, "shared_expert_gate"),
+        )
     ),
-    Row(
-        "mlp.shared_experts.linear_fc1.weight",
-        "mlp.shared_expert.up_proj.weight",
-        "e h",
-        when="shared_expert !gated",
-    ),
-    Row("mlp.shared_experts.linear_fc2.weight", "mlp.shared_expert.down_proj.weight", "h e", when="shared_expert"),
-    Row("mlp.shared_experts.gate_weight", "mlp.shared_expert_gate.weight", "1 h", when="shared_expert_gate"),
 )
 
 # Megatron's own experts.
@@ -159,20 +146,6 @@ CELL_FEED_FORWARD = (
     Row("mlp.experts.ffn.fc2.bias", "mlp.experts.fc2_bias", "N h"),
 )
 
-# Modules that ask a checkpoint for a state beside their parameters, which is empty outside FP8: linear layers under
-# both backends, norms and attention under Transformer Engine. `N ` before a name: one state an expert.
-STATES_OF_MODEL = ("decoder.final_layernorm",)
-STATES_OF_ATTENTION = (
-    "self_attention.linear_qkv",
-    "self_attention.core_attention",
-    "self_attention.linear_proj",
-    "self_attention.q_layernorm",
-    "self_attention.k_layernorm",
-)
-STATES_OF_DENSE = ("mlp.linear_fc1", "mlp.linear_fc2")
-STATES_OF_MOE = ("pre_mlp_layernorm", "mlp.shared_experts.linear_fc1", "mlp.shared_experts.linear_fc2")
-STATES_OF_FEED_FORWARD = ("N mlp.experts.experts.linear_fc1", "N mlp.experts.experts.linear_fc2")
-
 # The norms of a sandwich layer behind its two parts.
 SANDWICH = (
     Row("post_attention_norm.weight", "attention_output_norm.weight", "h"),
@@ -180,14 +153,12 @@ SANDWICH = (
     Row("post_mlp_norm.weight", "mlp_output_norm.weight", "h"),
     Row("post_mlp_norm.bias", "mlp_output_norm.bias", "h", when="layernorm"),
 )
-STATES_OF_SANDWICH = ("post_attention_norm", "post_mlp_norm")
 
 
 def adapter_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
     """Return the rows of the adapters of looped groups, which Megatron's keys number among all groups of a stack.
 
-    Args:
-        config: Content of config.json; without `group_layers` there is one looped group.
+    Without `group_layers` in config.json there is one looped group.
     """
     if config["injection"] != "linear":
         return ()
@@ -198,3 +169,20 @@ def adapter_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:
         Row(f"decoder.loops.{first + number}.adapter", f"model.loops.{number}.adapter.weight", "h 2*h")
         for number in range(groups)
     )
+
+
+def states(rows: Iterable[Row]) -> tuple[str, ...]:
+    """Return the modules of rows that ask a checkpoint for a state beside their parameters.
+
+    It is empty outside FP8. Linear layers ask under both backends, norms and attention under Transformer Engine. `N `
+    before a name: one state an expert.
+    """
+    found: dict[str, None] = {}
+    for row in rows:
+        module = row.megatron.rpartition(".")[0]
+        path, _, name = module.rpartition(".")
+        if name.startswith("linear_") or "norm" in name:
+            found[f"N {module}" if row.shape.startswith("N ") else module] = None
+        if name == "linear_qkv":
+            found[f"{path}.core_attention"] = None
+    return tuple(found)

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+from more_megatron.blocks.refusals import cell_refusals
 from more_megatron.systems.base import DEPTH, System
 from more_megatron.systems.export import CELL_FEED_FORWARD, Row
 
@@ -30,16 +31,12 @@ class GRUExperts(System):
         Row("mlp.experts.gru.bias", "mlp.experts.gru_bias", "N 4 m"),
         *CELL_FEED_FORWARD[2:],
     )
-    expert_states = ()
     former_keys: ClassVar[Mapping[str, str]] = {
         row.megatron: row.megatron.replace("ffn.fc", "experts.linear_fc") for row in CELL_FEED_FORWARD
     }
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        from more_megatron.blocks.refusals import cell_refusals, recurrence_refusals
-
-        yield from recurrence_refusals(config)
-        yield from cell_refusals(config)
+        return cell_refusals(config)
 
     def stack(self, config: MoREConfig) -> Stack:
         from more_megatron.blocks.cell_experts import CellMoELayer, GRUExperts, gru_experts_cost

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.systems.base import DEPTH, DIVISION, MEGATRONS_INITIALIZATION, REPEATED_ROUTER
 from more_megatron.systems.divided import DividedSystem
-from more_megatron.systems.export import SANDWICH, STATES_OF_SANDWICH, Row
+from more_megatron.systems.export import SANDWICH, Row
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
@@ -52,43 +52,31 @@ class Huginn(DividedSystem):
         return MEGATRONS_INITIALIZATION
 
     def stack(self, config: MoREConfig) -> Stack:
-        from more_megatron.blocks import layers, sandwich
-        from more_megatron.blocks.backends import final_norm
-        from more_megatron.model.division import Division
+        from more_megatron.blocks.backends import backend_of
+        from more_megatron.blocks.sandwich import sandwich_layers
         from more_megatron.model.initialization import takase
         from more_megatron.model.stack import Stack
 
-        additions = sandwich.sandwich_additions(config)
-        division = Division.of(config, self.around(config))
-        groups = division.arrange(
-            layers.plain_layers(config, sandwich.SandwichLayer, additions),
-            layers.repeated_layers(
-                config, sandwich.RepeatedSandwichLayer, sandwich.RepeatedMoESandwichLayer, additions
-            ),
-            _loop(config),
-        )
         return Stack(
             config,
-            groups,
-            final_norm(config),
+            self.arrange(config, *sandwich_layers(config), _loop(config)),
+            backend_of(config).norm(),
             norms_core_output=True,
             embedding_scale=math.sqrt(config.hidden_size),
-            initialization=takase(config, division.unrolled(config.mean_steps)),
+            initialization=takase(config, self.unrolled(config, config.mean_steps)),
         )
 
     def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
         return (*super().layer_rows(config, layer), *SANDWICH)
 
-    def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
-        return (*super().layer_states(config, layer), *STATES_OF_SANDWICH)
-
 
 def _loop(config: MoREConfig) -> Loop:
     """Return how the core is repeated: from a random state, or from its input where nothing is injected."""
-    from more_megatron.model.loops import InjectedLoop, ResidualLoop
+    from more_megatron.model.loops import ResidualLoop, injected_loop
+    from more_megatron.model.stack import Loop
 
     injection = config.recurrence_injection or Huginn.injection
-    return ResidualLoop() if injection == "none" else InjectedLoop(injection)
+    return Loop(ResidualLoop) if injection == "none" else injected_loop(config, injection)
 
 
 SYSTEM = Huginn()

@@ -6,6 +6,7 @@ are asked in every pass (arXiv 2605.09165); with groups of one layer it is Loopi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,22 +30,22 @@ class LoopedTransformer(DividedSystem):
     plain: ClassVar[Mapping[str, Any]] = {"recurrence_steps": 1}
 
     def stack(self, config: MoREConfig) -> Stack:
-        from more_megatron.blocks.backends import final_norm
+        from more_megatron.blocks.backends import backend_of
         from more_megatron.blocks.layers import plain_layers, repeated_layers
-        from more_megatron.model.division import Division
         from more_megatron.model.stack import Stack
 
-        groups = Division.of(config).arrange(plain_layers(config), repeated_layers(config), _loop(config))
-        return Stack(config, groups, final_norm(config))
+        groups = self.arrange(config, plain_layers(config), repeated_layers(config), _loop(config))
+        return Stack(config, groups, backend_of(config).norm())
 
 
 def _loop(config: MoREConfig) -> Loop:
     """Return how a group is repeated: on its own output, with its input added or mixed in."""
-    from more_megatron.model.loops import InjectedLoop, ResidualLoop
+    from more_megatron.model.loops import ResidualLoop, injected_loop
+    from more_megatron.model.stack import Loop
 
     if config.recurrence_injection == "linear":
-        return InjectedLoop("linear", random_state=False)
-    return ResidualLoop(adds_input=config.recurrence_injection == "add")
+        return injected_loop(config, "linear", random_state=False)
+    return Loop(functools.partial(ResidualLoop, adds_input=config.recurrence_injection == "add"))
 
 
 SYSTEM = LoopedTransformer()

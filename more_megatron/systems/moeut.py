@@ -3,19 +3,19 @@
 Csordas et al., arXiv 2405.16039. `--num-layers` is the size of the group, `--recurrence-steps` how often it runs.
 """
 
-import functools
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from more_megatron.blocks.refusals import expert_refusals, loop_refusals
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags, check_ranges, flag
 from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, System
-from more_megatron.systems.export import MODEL, MOE, STATES_OF_MOE, Row
+from more_megatron.systems.export import MODEL, MOE, Row, states
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
-    from more_megatron.model.stack import Layer, Stack
+    from more_megatron.model.stack import Stack
     from more_megatron.monitoring.ranges import Ends
 
 # H heads, E experts of a head.
@@ -59,23 +59,15 @@ class MoEUTFlags:
     """Probability that a token cannot choose an expert of an MoE layer."""
 
     def check(self) -> None:
-        """Check the fields.
-
-        Raises:
-            MoREError: If one is out of range.
-        """
+        """Check the fields."""
         check_ranges(self, dict.fromkeys(("switchhead_balance_coeff", "moeut_balance_coeff"), "[0, inf)"))
         check_ranges(self, dict.fromkeys(("switchhead_expert_dropout", "moeut_expert_dropout"), "[0, 1)"))
         check_ranges(self, {"switchhead_num_experts": "[1, inf)"})
-        if not self._is_dense and not 1 <= self.switchhead_topk <= self.switchhead_num_experts:
+        if self.switchhead_num_experts > 1 and not 1 <= self.switchhead_topk <= self.switchhead_num_experts:
             raise MoREError(
                 f"--switchhead-topk {self.switchhead_topk} must be from 1 to --switchhead-num-experts "
                 f"{self.switchhead_num_experts}"
             )
-
-    @property
-    def _is_dense(self) -> bool:
-        return self.switchhead_num_experts == 1
 
 
 class MoEUT(System):
@@ -102,24 +94,19 @@ class MoEUT(System):
 
     @property
     def repeats_router(self) -> bool:
-        """Whether its routers are asked in every step."""
         return True
 
     def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
         yield from super().without_effect(flags, given)
-        if getattr(flags, "switchhead_num_experts", None) != 1:
-            return
-        for name in sorted(given & {name for name in self.own_flags() if name.startswith("switchhead")}):
-            if name != "switchhead_num_experts":
+        of_experts = {name for name in self.own_flags() if name.startswith("switchhead")} - {"switchhead_num_experts"}
+        if getattr(flags, "switchhead_num_experts", None) == 1:
+            for name in sorted(given & of_experts):
                 yield f"{flag(name)} has no effect while --switchhead-num-experts is 1: leave it out"
 
     def unread(self, args: Any) -> Set[str]:
-        """Return the flags of Megatron's that it never reads, given a run's arguments."""
         return MEGATRONS_INITIALIZATION
 
     def refusals(self, config: "MoREConfig") -> Iterator[str]:
-        from more_megatron.blocks.refusals import expert_refusals, loop_refusals
-
         yield from loop_refusals(config)
         yield from expert_refusals(config, ffn_hidden_size=None)
         yield from _layer_refusals(config)
@@ -141,14 +128,15 @@ class MoEUT(System):
         return () if config.switchhead_num_experts == 1 else head_figures(config.max_steps)
 
     def stack(self, config: "MoREConfig") -> "Stack":
-        from more_megatron.blocks.backends import final_norm
+        from more_megatron.blocks.backends import backend_of
+        from more_megatron.blocks.peri_layer import peri_layer
         from more_megatron.model.initialization import uniform_head
         from more_megatron.model.loops import ResidualLoop
-        from more_megatron.model.stack import Group, Stack
+        from more_megatron.model.stack import Group, Loop, Stack
 
-        layers = (_layer(config),) * config.num_layers
-        groups = (Group(layers, ResidualLoop()),)
-        return Stack(config, groups, final_norm(config), head_bias=True, initialization=uniform_head(config))
+        layers = (peri_layer(config),) * config.num_layers
+        groups = (Group(layers, Loop(ResidualLoop)),)
+        return Stack(config, groups, backend_of(config).norm(), head_bias=True, initialization=uniform_head(config))
 
     def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
         return (*MODEL, Row("output_layer.bias", "lm_head.bias", "V"))
@@ -158,45 +146,13 @@ class MoEUT(System):
 
     def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
         linear = ("query_key", "core_attention", *(("value", "output") if config["num_head_experts"] == 1 else ()))
-        return (*(f"self_attention.{name}" for name in linear), *STATES_OF_MOE)
+        return (*(f"self_attention.{name}" for name in linear), *states(MOE))
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
         return {"H": config["num_attention_heads"], "E": config["num_head_experts"]}
 
     def features(self, config: Mapping[str, Any]) -> set[str]:
         return {"head_experts"} if config["num_head_experts"] > 1 else set()
-
-
-def _layer(config: "MoREConfig") -> "Layer":
-    from more_megatron.blocks.peri_layer import peri_layer_spec
-    from more_megatron.blocks.sigma_moe import SigmaExperts, SigmaRouter, sigma_experts_cost
-    from more_megatron.blocks.switchhead import switchhead_cost
-    from more_megatron.model.costs import Cost, linear_cost, mlp_cost
-    from more_megatron.model.stack import Layer
-
-    experts, topk = config.switchhead_num_experts, config.switchhead_topk
-    attention: dict[str, Any] = {
-        "num_experts": experts,
-        "topk": topk,
-        "balance_coeff": config.switchhead_balance_coeff,
-        "expert_dropout": config.switchhead_expert_dropout,
-    }
-    router = functools.partial(SigmaRouter, expert_dropout=config.moeut_expert_dropout)
-    spec = peri_layer_spec(
-        config,
-        attention=attention,
-        moe_parts={"router": router, "experts": SigmaExperts},
-        balance_coeff=config.moeut_balance_coeff,
-    )
-
-    def cost(seq_length: int) -> Cost:
-        norms = (4 if config.normalization == "LayerNorm" else 2) * config.hidden_size
-        moe = sigma_experts_cost(config) + linear_cost(config.hidden_size, config.num_moe_experts)
-        if config.moe_shared_expert_intermediate_size is not None:
-            moe += mlp_cost(config, config.moe_shared_expert_intermediate_size)
-        return switchhead_cost(config, experts, topk, seq_length) + moe + Cost(norms, norms)
-
-    return Layer(spec, cost)
 
 
 def _layer_refusals(config: "MoREConfig") -> Iterator[str]:

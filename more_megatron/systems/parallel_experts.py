@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from more_megatron.blocks.refusals import cell_refusals, mixing_refusals
 from more_megatron.systems.base import System
 from more_megatron.systems.export import CELL_FEED_FORWARD, Row
 
@@ -35,12 +36,8 @@ class ParallelExperts(System):
         Row("mlp.experts.gate.weight", "mlp.experts.gate_fc2", "N 2 64"),
         Row("mlp.experts.gate.bias", "mlp.experts.gate_fc2_bias", "N 2"),
     )
-    expert_states = ()
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        from more_megatron.blocks.refusals import cell_refusals, mixing_refusals, recurrence_refusals
-
-        yield from recurrence_refusals(config)
         yield from cell_refusals(config)
         yield from mixing_refusals(config)
 

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
 from more_megatron.systems.base import DEPTH, System
 from more_megatron.systems.export import Row
 
@@ -36,11 +37,8 @@ class RecurrentExperts(System):
             for number in range(1, 5)
         ),
     )
-    expert_states = ()
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
-
         yield from recurrence_refusals(config)
         yield from expert_refusals(config, self.ffn_hidden_size(config))
         yield from mixing_refusals(config)

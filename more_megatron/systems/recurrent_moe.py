@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from more_megatron.blocks.refusals import recurrence_refusals, repetition_refusals
 from more_megatron.systems.base import DEPTH, REPEATED_ROUTER, System
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ class RecurrentMoE(System):
     reads = DEPTH | REPEATED_ROUTER | {"recurrence_residual_scale"}
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        from more_megatron.blocks.refusals import recurrence_refusals, repetition_refusals
-
         yield from recurrence_refusals(config)
         yield from repetition_refusals(config, ("moe",))
 

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from more_megatron.blocks.refusals import cell_refusals
 from more_megatron.systems.base import DEPTH, System
 from more_megatron.systems.export import CELL_FEED_FORWARD, Row
 
@@ -31,13 +32,9 @@ class SequentialExperts(System):
         Row("mlp.experts.gate.weight", "mlp.experts.gate", "N 1 h"),
         Row("mlp.experts.gate.bias", "mlp.experts.gate_bias", "N 1"),
     )
-    expert_states = ()
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        from more_megatron.blocks.refusals import cell_refusals, recurrence_refusals
-
-        yield from recurrence_refusals(config)
-        yield from cell_refusals(config)
+        return cell_refusals(config)
 
     def figures(self, config: MoREConfig) -> tuple[str, ...]:
         from more_megatron.monitoring.refinement import REFINEMENT_FIGURES

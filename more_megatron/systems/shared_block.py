@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
 from more_megatron.flags import check_ranges
 from more_megatron.systems.base import DEPTH, System
 from more_megatron.systems.export import Row
@@ -29,11 +30,7 @@ class ProjectionFlags:
     """Dropout on the output of the projections around a shared block."""
 
     def check(self) -> None:
-        """Check the fields.
-
-        Raises:
-            MoREError: If one is out of range.
-        """
+        """Check the fields."""
         check_ranges(self, {"projection_orthogonality_coeff": "[0, inf)", "projection_dropout": "[0, 1)"})
 
 
@@ -59,11 +56,8 @@ class SharedBlock(System):
             for number in range(1, 5)
         ),
     )
-    expert_states = ()
 
     def refusals(self, config: "MoREConfig") -> Iterator[str]:
-        from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
-
         yield from recurrence_refusals(config)
         yield from expert_refusals(config, self.ffn_hidden_size(config))
         yield from mixing_refusals(config)
@@ -84,15 +78,13 @@ class SharedBlock(System):
             module.experts.record_projections(watch, f"layer {module.layer_number}", share)
 
     def stack(self, config: "MoREConfig") -> "Stack":
+        from more_megatron.blocks.block_experts import ProjectionExperts, projection_experts_cost
         from more_megatron.blocks.block_moe import SharedBlockMoELayer
         from more_megatron.blocks.layers import expert_stack
-        from more_megatron.blocks.projection_experts import ProjectionExperts, projection_experts_cost
 
         width = self.ffn_hidden_size(config)
-        coefficient = config.projection_orthogonality_coeff
-        moe = functools.partial(SharedBlockMoELayer, ffn_hidden_size=width, orthogonality_coeff=coefficient)
-        experts = functools.partial(ProjectionExperts, dropout=config.projection_dropout)
-        return expert_stack(config, moe, experts, functools.partial(projection_experts_cost, config, width))
+        moe = functools.partial(SharedBlockMoELayer, ffn_hidden_size=width)
+        return expert_stack(config, moe, ProjectionExperts, functools.partial(projection_experts_cost, config, width))
 
 
 SYSTEM = SharedBlock()

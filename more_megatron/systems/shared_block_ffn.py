@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from more_megatron.blocks.refusals import expert_refusals, recurrence_refusals
 from more_megatron.systems.base import DEPTH, System
 from more_megatron.systems.export import Row
 
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
     from more_megatron.model.stack import Stack
     from more_megatron.monitoring.ranges import Ends
-
-
-_NORMS = tuple(f"mlp.recurrent_block.norm_{number}" for number in range(1, 5))
 
 
 class CombinedBlock(System):
@@ -39,22 +37,12 @@ class CombinedBlock(System):
         Row("mlp.recurrent_block.mlp.linear_fc2.weight", "mlp.recurrent_block.fc2", "h R"),
         *(
             Row(f"{norm}.{kind}", f"{norm}{suffix}", "h", when=when)
-            for norm in _NORMS
+            for norm in (f"mlp.recurrent_block.norm_{number}" for number in range(1, 5))
             for kind, suffix, when in (("weight", "", ""), ("bias", "_bias", "layernorm"))
         ),
     )
-    expert_states = (
-        "mlp.recurrent_block.attention.linear_qkv",
-        "mlp.recurrent_block.attention.core_attention",
-        "mlp.recurrent_block.attention.linear_proj",
-        "mlp.recurrent_block.mlp.linear_fc1",
-        "mlp.recurrent_block.mlp.linear_fc2",
-        *_NORMS,
-    )
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
-        from more_megatron.blocks.refusals import expert_refusals, recurrence_refusals
-
         yield from recurrence_refusals(config)
         yield from expert_refusals(config, self.ffn_hidden_size(config))
 
@@ -67,9 +55,9 @@ class CombinedBlock(System):
         return {"recurrence/token correlation": (None, 0.98), "recurrence/last step share": (0.05, None)}
 
     def stack(self, config: MoREConfig) -> Stack:
+        from more_megatron.blocks.block_experts import LightExperts, light_experts_cost
         from more_megatron.blocks.block_moe import CombinedBlockMoELayer
         from more_megatron.blocks.layers import expert_stack
-        from more_megatron.blocks.light_experts import LightExperts, light_experts_cost
 
         width = self.ffn_hidden_size(config)
         moe = functools.partial(CombinedBlockMoELayer, ffn_hidden_size=width)

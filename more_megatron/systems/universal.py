@@ -5,23 +5,16 @@
 One group of layers is repeated, with position and time signals in front of every pass. Each position halts by itself.
 """
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from more_megatron.blocks.refusals import loop_refusals
 from more_megatron.flags import MoREFlags, check_ranges, flag
 from more_megatron.systems.base import DEPTH, MEGATRONS_INITIALIZATION, REPEATED_ROUTER, System
-from more_megatron.systems.export import (
-    ATTENTION,
-    DENSE_WITH_BIASES,
-    MODEL,
-    MOE,
-    SANDWICH,
-    STATES_OF_MODEL,
-    STATES_OF_SANDWICH,
-    Row,
-)
+from more_megatron.systems.export import ATTENTION, DENSE_WITH_BIASES, MODEL, MOE, SANDWICH, Row
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
@@ -66,11 +59,7 @@ class UniversalFlags:
         return super().mean_steps  # type: ignore[misc]
 
     def check(self) -> None:
-        """Check the fields, and settle what Megatron has no flag for.
-
-        Raises:
-            MoREError: If one is out of range.
-        """
+        """Check the fields, and settle what Megatron has no flag for."""
         import torch
         from megatron.core.utils import init_method_normal
 
@@ -120,52 +109,54 @@ class UniversalTransformer(System):
         yield from super().without_effect(flags, given)
 
     def unread(self, args: Any) -> Set[str]:
-        """Return the flags of Megatron's that it never reads, given a run's arguments: a head of its own would do."""
+        # A head of its own would read them.
         has_head = args.untie_embeddings_and_output_weights
         return frozenset() if has_head else MEGATRONS_INITIALIZATION - {"embedding_init_method_std"}
 
-    def refusals(self, config: "MoREConfig") -> Iterator[str]:
-        from more_megatron.blocks.refusals import loop_refusals
-
-        own: Any = config
+    def refusals(self, config: Any) -> Iterator[str]:
         yield from loop_refusals(config)
         if config.add_bias_linear:
             yield "has biases in its feed-forward part as it is, and none elsewhere: leave out --enable-bias-linear"
         if config.hidden_size % 2 != 0:
             yield f"has as many sines as cosines in its signals: --hidden-size {config.hidden_size} must be even"
-        if own.universal_time_signal == "learned" and config.deepest_evaluation > config.max_steps:
+        if config.universal_time_signal == "learned" and config.deepest_evaluation > config.max_steps:
             yield (
                 f"learns a time signal for the {config.max_steps} steps of training, and is to be evaluated at "
                 f"{config.deepest_evaluation}: lower --recurrence-eval-steps and --recurrence-eval-depths, train with "
                 "more, or give --universal-time-signal sinusoid"
             )
 
-    def stack(self, config: "MoREConfig") -> "Stack":
-        from more_megatron.blocks.backends import final_norm
+    def stack(self, config: Any) -> "Stack":
+        from more_megatron.blocks.backends import backend_of
         from more_megatron.blocks.classic_layers import classic_layers
-        from more_megatron.model.halting import Halting
+        from more_megatron.model.halting import Halting, halting_cost
         from more_megatron.model.loops import ResidualLoop
-        from more_megatron.model.signals import Signals
-        from more_megatron.model.stack import Group, Stack
+        from more_megatron.model.signals import Signals, signals_cost
+        from more_megatron.model.stack import Group, Loop, Stack
 
-        own: Any = config
-        halting = Halting(own.halting_epsilon, own.halting_output == "accumulated", own.ponder_coeff)
-        loop = ResidualLoop(
-            signals=Signals(config.max_steps if own.universal_time_signal == "learned" else None),
-            halting=halting if own.halting == "act" else None,
-        )
+        steps = config.max_steps if config.universal_time_signal == "learned" else None
+        parts: dict[str, Any] = {"signals": functools.partial(Signals, learned_steps=steps)}
+        cost = signals_cost(config, steps)
+        if config.halting == "act":
+            parts["halting"] = functools.partial(
+                Halting,
+                epsilon=config.halting_epsilon,
+                accumulates=config.halting_output == "accumulated",
+                ponder_coeff=config.ponder_coeff,
+            )
+            cost += halting_cost(config)
+        loop = Loop(functools.partial(ResidualLoop, **parts), cost)
         return Stack(
             config,
-            (Group(classic_layers(config, post_norm=own.universal_post_norm), loop),),
-            norm=None if own.universal_post_norm else final_norm(config),
+            (Group(classic_layers(config, post_norm=config.universal_post_norm), loop),),
+            norm=None if config.universal_post_norm else backend_of(config).norm(),
             embedding_scale=math.sqrt(config.hidden_size),
         )
 
-    def figures(self, config: "MoREConfig") -> tuple[str, ...]:
+    def figures(self, config: Any) -> tuple[str, ...]:
         from more_megatron.model.halting import HALTING_FIGURES
 
-        own: Any = config
-        return HALTING_FIGURES if own.halting == "act" else ()
+        return HALTING_FIGURES if config.halting == "act" else ()
 
     def health_ranges(self, config: "MoREConfig") -> "Mapping[str, Ends]":
         """Return the healthy ranges of its figures: signals that are added in every pass make all states alike."""
@@ -194,15 +185,6 @@ class UniversalTransformer(System):
         feed_forward = (*MOE, *self.expert_rows) if config["moe_layers"][layer] else DENSE_WITH_BIASES
         rows = (*ATTENTION, *feed_forward)
         return (*filter(_is_no_norm_in_front, rows), *SANDWICH) if config["post_norm"] else rows
-
-    def model_states(self, config: Mapping[str, Any]) -> tuple[str, ...]:
-        return () if config["post_norm"] else STATES_OF_MODEL
-
-    def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
-        states = super().layer_states(config, layer)
-        if not config["post_norm"]:
-            return states
-        return (*(name for name in states if name != "pre_mlp_layernorm"), *STATES_OF_SANDWICH)
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
         return {"T": config["training_steps"]}

@@ -14,7 +14,7 @@ import torch
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last
 
 from more_megatron.config import MoREConfig
-from more_megatron.monitoring.validation import tell_validation
+from more_megatron.monitoring.loss import record_depth_losses
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 
@@ -94,7 +94,7 @@ class DepthEvaluation:
                     _write(suffix, steps, values, iteration, steps in self._depths)
             losses = {steps: values[LOSS] for steps, values in results.items() if LOSS in values}
             if not is_test and number == 0 and self._depths and losses:
-                tell_validation(iteration, losses)
+                record_depth_losses(losses)
 
     def _print(self, prefix: str, steps: int, values: dict[str, float]) -> None:
         depth = f" with {steps} recurrence steps" if self._is_recurrent else ""

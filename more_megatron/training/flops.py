@@ -12,7 +12,7 @@ from more_megatron.console import say
 from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import DepthSampler
 from more_megatron.platform.memory import check_fits_devices
-from more_megatron.platform.reports import count_flops_with
+from more_megatron.platform.repairs.reports import count_flops_with
 from more_megatron.systems import get_system
 
 __all__ = ["count_recurrence", "print_cost", "step_flops"]

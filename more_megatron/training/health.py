@@ -19,18 +19,16 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank
 
 from more_megatron.config import MoREConfig
-from more_megatron.monitoring.depths import depth_figures, record_depth_losses
 from more_megatron.monitoring.first_non_finite import FirstNonFinite
 from more_megatron.monitoring.flags import HEALTH_FILE
 from more_megatron.monitoring.gradients import gradient_figures, gradients_of_experts, record_gradients
-from more_megatron.monitoring.loss import LossHistory
+from more_megatron.monitoring.loss import LossHistory, depth_figures
 from more_megatron.monitoring.ranges import Finding, findings, healthy_ranges
 from more_megatron.monitoring.recurrence import record_adapter, recurrence_figures
 from more_megatron.monitoring.report import Report
 from more_megatron.monitoring.routing import routing_figures, routing_loads, watch_router
-from more_megatron.monitoring.validation import observe_validation
 from more_megatron.monitoring.watch import Key, Watch, watching
-from more_megatron.platform.finite import Tracer, non_finite_stop, trace_reruns
+from more_megatron.platform.repairs.finite import Tracer, non_finite_stop, trace_reruns
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.parameter_owners import adapters, parameter_owners
@@ -53,7 +51,6 @@ def watch_health(config: MoREConfig, args: argparse.Namespace) -> None:
     health = _Health(config, args)
     trace_reruns(health)
     if args.health_interval > 0:
-        observe_validation(lambda iteration, losses: record_depth_losses(losses))
         surround("train_step", health.train_step)
         surround("checkpoint_and_decide_exit", health.checkpoint_and_decide_exit)
 

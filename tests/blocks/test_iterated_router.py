@@ -102,11 +102,11 @@ def _a_flip_of_the_average() -> None:
             router.weight.zero_()
             router.weight[0, 0] = router.weight[1, 1] = 1.0
         first, second = torch.eye(HIDDEN)[:2].view(2, 1, 1, HIDDEN)
-        with router.at(RouterStep(0)):
+        step = RouterStep(0)
+        with router.at(step):
             router(first)
-        former = router.take_logits()
+        former = step.logits
         assert (former is None) == (beta == 0.0)
-        assert router.take_logits() is None
         with router.at(RouterStep(1, former_logits=former)):
             probs, routing_map = router(second)
         assert routing_map.flatten().nonzero().item() == expected

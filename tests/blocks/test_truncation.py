@@ -107,8 +107,9 @@ def _detached_layer(layer: torch.nn.Module, hidden: torch.Tensor, depth: Depth, 
     """Apply the layer's norm and MoE part r times, each increment of the first n steps a constant."""
     former = None
     for index in range(depth.steps):
-        increment, _ = layer.mlp(layer.pre_mlp_layernorm(hidden), inputs, RouterStep(index, former_logits=former))
-        former, has_grad = layer.mlp.router.take_logits(), index >= depth.no_grad_steps
+        router_step = RouterStep(index, former_logits=former)
+        increment, _ = layer.mlp(layer.pre_mlp_layernorm(hidden), inputs, router_step)
+        former, has_grad = router_step.logits, index >= depth.no_grad_steps
         former = former if former is None or has_grad else former.detach()
         increment = increment * layer.config.recurrence_residual_scale
         hidden = hidden + (increment if has_grad else increment.detach())

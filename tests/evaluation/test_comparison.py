@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.comparison.experiment import Experiment, command_line, parse_flags
+from more_megatron.evaluation.command_lines import arguments_of, parse_flags
+from more_megatron.evaluation.comparison.experiment import Experiment
 from more_megatron.evaluation.comparison.health import entropy_by_step, loads
-from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference, results_by_arm
+from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, by_arm, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
 from more_megatron.evaluation.comparison.report import write_report
 from more_megatron.evaluation.comparison.runner import Runner
@@ -123,7 +124,7 @@ def test_a_wrong_key_is_refused_in_one_line(keys: dict[str, object], word: str) 
 def test_flags_are_read_as_they_are_typed() -> None:
     flags = parse_flags("--lr 1e-3 --loss-on-answers --train-data-path a b --split=9,1,0")
     assert flags == {"lr": "1e-3", "loss-on-answers": True, "train-data-path": ["a", "b"], "split": "9,1,0"}
-    assert parse_flags(" ".join(command_line(flags))) == flags
+    assert parse_flags(" ".join(arguments_of(flags))) == flags
 
 
 def test_an_experiment_without_an_arm_that_can_be_trained_is_refused(
@@ -229,7 +230,7 @@ def test_health_is_that_of_the_runs_and_what_was_not_watched_is_not_called_healt
     assert (moe["seeds"], moe["entropy"], moe["warnings"]) == (0, None, None)
     rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| `moe` | 0 |")]
     assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == ["not recorded"] * 6
-    results = results_by_arm(plan, collect(plan, tmp_path))
+    results = by_arm(plan, collect(plan, tmp_path))
     assert {step: load.tolist() for step, load in loads(results[1]).items()} == {1: [0.75, 0.25, 0], 2: [0.75, 0.25, 0]}
     assert {step: spread.mean * math.log(3) for step, spread in entropy_by_step(results[1]).items()} == pytest.approx(
         {1: 2.65, 2: 3.65}

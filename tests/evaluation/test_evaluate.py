@@ -207,15 +207,15 @@ def test_what_is_finished_is_not_done_again(run: _Run, tmp_path: Path, monkeypat
     from more_megatron.evaluation.harness import evaluation
 
     data, measured = f"paths={run.folder}/P_test.jsonl", []
-    original = evaluation._Evaluation._measure
+    original = evaluation._measure
 
-    def measure(self: Any, planned: Any) -> Any:
-        measured.append(self._language_model.call_options["num_steps"])
+    def measure(model: Any, *args: Any) -> Any:
+        measured.append(model.call_options["num_steps"])
         if measured == [1, 2]:
             raise KeyboardInterrupt
-        return original(self, planned)
+        return original(model, *args)
 
-    monkeypatch.setattr(evaluation._Evaluation, "_measure", measure)
+    monkeypatch.setattr(evaluation, "_measure", measure)
     with pytest.raises(KeyboardInterrupt):
         _evaluate(run, tmp_path, "--num-steps 1 2 --limit 4", data)
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["paths_r1.json"]

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from more_megatron.evaluation.gpu_check.outcomes import Outcome, Status
-from more_megatron.evaluation.gpu_check.plan import DRY, command_line
-from more_megatron.evaluation.gpu_check.report import Report
-from more_megatron.evaluation.gpu_check.runner import Clock, Crew
+from more_megatron.evaluation.gpu_check.outcomes import Outcome, Report, Status
+from more_megatron.evaluation.gpu_check.plan import DRY, Plan
+from more_megatron.evaluation.gpu_check.runner import Crew
 from more_megatron.evaluation.gpu_check.stages import Case, Stage
 from more_megatron.systems import names, systems
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT
 
-_LOCAL = {"transformer-impl": "local"}
 _RECURRENT = next(name for name, system in systems().items() if system.recurrent)
+
+
+def _plan(folder: str, **flags: float) -> Plan:
+    """Return a dry run of one system, whose training has some flags of its own."""
+    sizes = dataclasses.replace(DRY, training=DRY.training | flags)
+    return Plan(dry=True, sizes=sizes, systems=(_RECURRENT,), folder=Path(folder))
 
 
 def _check(*flags: str, seconds: float) -> subprocess.CompletedProcess:
@@ -75,10 +81,9 @@ def parity_with_a_wrong_weight(folder: str) -> tuple[list[str], list[str]]:
     """Return what parity finds of a model, and of the same model with one weight that is a little larger."""
     from more_megatron.evaluation.gpu_check.work import parity
 
-    flags = command_line(_RECURRENT, DRY.parity, _LOCAL, steps=3, backprop_steps=2)
-    reference = str(Path(folder, "reference"))
-    parity.save_reference(reference, flags)
-    right = parity.compare(reference, flags, "fp32").faults
+    plan = _plan(folder)
+    parity.save_reference(plan, _RECURRENT, "fp32")
+    right = parity.compare(plan, _RECURRENT, "fp32", "local").faults
     step = parity.take_step
 
     def with_a_wrong_weight(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -88,7 +93,7 @@ def parity_with_a_wrong_weight(folder: str) -> tuple[list[str], list[str]]:
         return step(model)
 
     parity.take_step = with_a_wrong_weight
-    return right, parity.compare(reference, flags, "fp32").faults
+    return right, parity.compare(plan, _RECURRENT, "fp32", "local").faults
 
 
 def test_a_loss_that_is_not_a_number_fails_training(tmp_path: Path) -> None:
@@ -103,7 +108,8 @@ def training_with_a_nan(folder: str) -> str:
     from more_megatron.evaluation import runs
     from more_megatron.evaluation.gpu_check.work import training
 
-    training.write_corpus(f"{folder}/counting")
+    plan = _plan(folder)
+    training.write_corpus(plan)
     calls, forward_step = [], runs.forward_step
 
     def with_a_nan(*args: object) -> tuple:
@@ -112,9 +118,8 @@ def training_with_a_nan(folder: str) -> str:
         return (output * torch.nan if len(calls) == 3 else output), loss
 
     runs.forward_step = with_a_nan
-    flags = command_line(_RECURRENT, DRY.training, {"data-path": f"{folder}/counting"}, _LOCAL)
     try:
-        finding = training.learn_and_hand_on(flags, flags, flags, folder, DRY.training_steps, DRY.fall)
+        finding = training.learn_and_hand_on(plan, _RECURRENT, "local")
     except MoREError as error:
         return str(error)
     return "; ".join(finding.faults)
@@ -130,10 +135,9 @@ def training_that_does_not_learn(folder: str) -> list[str]:
     """Return the faults of a run whose learning rate is next to nothing."""
     from more_megatron.evaluation.gpu_check.work import training
 
-    training.write_corpus(f"{folder}/counting")
-    more = {"data-path": f"{folder}/counting", "lr": 1e-9}
-    flags = command_line(_RECURRENT, DRY.training, more, _LOCAL)
-    return training.learn_and_hand_on(flags, flags, flags, folder, DRY.training_steps, DRY.fall).faults
+    plan = _plan(folder, lr=1e-9)
+    training.write_corpus(plan)
+    return training.learn_and_hand_on(plan, _RECURRENT, "local").faults
 
 
 def test_a_case_that_ends_its_process_ends_no_other() -> None:
@@ -142,7 +146,7 @@ def test_a_case_that_ends_its_process_ends_no_other() -> None:
         Case("raises", "json:loads", ("{",)),
         Case("finds", "more_megatron.evaluation.gpu_check.work.environment:packages"),
     ]
-    crew = Crew("cpu", 1, Clock(300.0), 1)
+    crew = Crew("cpu", 1, time.monotonic() + 300.0, 1)
     try:
         outcomes = {one.case: one for one in crew.run(Stage("a", "", cases))}
     finally:
@@ -159,7 +163,7 @@ def test_a_case_that_ends_its_process_ends_no_other() -> None:
 
 
 def test_what_does_not_fit_into_the_time_is_named() -> None:
-    crew = Crew("cpu", 1, Clock(0.0), 1)
+    crew = Crew("cpu", 1, time.monotonic(), 1)
     try:
         (outcome,) = crew.run(Stage("b", "", [Case("late", "os:getpid")]))
     finally:
@@ -169,7 +173,7 @@ def test_what_does_not_fit_into_the_time_is_named() -> None:
 
 def test_a_report_tells_what_failed(tmp_path: Path) -> None:
     report = Report(tmp_path, "the command")
-    report.begin(Stage("b", "parity", []))
+    report.begin("b", "parity")
     report.add(Outcome("b", "one", Status.PASSED, 1.0, {"logits": 2e-7}))
     assert not report.failed
     report.add(Outcome("b", "two", Status.FAILED, 2.0, reason="it | broke", details="where"))

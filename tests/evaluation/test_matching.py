@@ -94,13 +94,13 @@ def _risen() -> int:
 
 def _refusal(name: str) -> str:
     from more_megatron.errors import MoREError
-    from more_megatron.evaluation.comparison.matching import Goal, match
+    from more_megatron.evaluation.comparison.matching import match
     from more_megatron.evaluation.runs import configure
     from more_megatron.model.depth import Depth
 
     args, model = configure(command_line(name, DRY.speed, _SIZES))
     with pytest.raises(MoREError) as refusal:
-        match(model, Goal(flops=1.0), Depth(0, _STEPS), args.seq_length)
+        match(model, Depth(0, _STEPS), args.seq_length, flops=1.0)
     return str(refusal.value)
 
 
@@ -108,7 +108,7 @@ def _matched(systems: list[str]) -> dict[str, Counted]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from more_megatron.evaluation.comparison.matching import Goal, match, system_cost, widths
+    from more_megatron.evaluation.comparison.matching import match, system_cost, widths
     from more_megatron.evaluation.runs import configure, fresh_model
     from more_megatron.evaluation.step_benchmark import forward
     from more_megatron.model.depth import Depth
@@ -125,11 +125,12 @@ def _matched(systems: list[str]) -> dict[str, Counted]:
         length = args.seq_length
         before = system_cost(model, length)
         target, size = 2 * before.training_flops(0, _STEPS), 1.7 * before.parameters
-        by_size, by_both = (match(model, goal, depth, length) for goal in (Goal(None, size), Goal(target, size)))
+        by_size = match(model, depth, length, parameters=size)
+        by_both = match(model, depth, length, flops=target, parameters=size)
         both = system_cost(by_both, length)
         ratios = both.training_flops(0, _STEPS) / target, both.parameters / size
         has_two = len(widths(model.transformer)) > 1
-        model = match(model, Goal(flops=target), depth, length)
+        model = match(model, depth, length, flops=target)
         cost = system_cost(model, length)
         built = fresh_model(model)
         tokens = torch.arange(4 * length).view(4, length) % model.vocab_size

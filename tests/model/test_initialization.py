@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from more_megatron.blocks.light_experts import LightExperts
+from more_megatron.blocks.block_experts import LightExperts, ProjectionExperts
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_parameter
-from more_megatron.blocks.projection_experts import ProjectionExperts
 from more_megatron.blocks.recurrent_block import RecurrentBlock
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.systems import get_system, names

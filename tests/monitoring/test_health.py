@@ -13,8 +13,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.training import training
 
 from more_megatron.errors import MoREError
-from more_megatron.monitoring.depths import depth_figures, record_depth_losses
-from more_megatron.monitoring.loss import LossHistory
+from more_megatron.monitoring.loss import LossHistory, depth_figures, record_depth_losses
 from more_megatron.monitoring.ranges import findings, healthy_ranges
 from more_megatron.monitoring.report import Report
 from more_megatron.monitoring.watch import Key

@@ -6,7 +6,7 @@ import queue
 
 import pytest
 
-from more_megatron.platform.checkpoint_writer import PickledQueue
+from more_megatron.platform.repairs.checkpoint_writer import PickledQueue
 
 
 def test_the_keeper_of_the_queue_need_import_nothing_to_hold_what_is_in_it() -> None:

@@ -87,13 +87,13 @@ from more_megatron.platform import Platform, initialize_platform
 before = {name: value for name, value in vars(torch.cuda).items()}
 tensor = (torch.Tensor.cuda, torch.Tensor.type)
 assert initialize_platform() is Platform.CUDA
-from more_megatron.platform.wheel_repairs import WHEEL_REPAIRS
+from more_megatron.platform.repairs.table import WHEEL_REPAIRS
 assert all(vars(torch.cuda)[name] is value for name, value in before.items())
 assert (torch.Tensor.cuda, torch.Tensor.type) == tensor
 assert torch.ones(1).type() == "torch.FloatTensor"
 assert torch.overrides._get_current_function_mode() is None
 import sys
-assert "more_megatron.platform.megatron_stand_ins" not in sys.modules
+assert "more_megatron.platform.cuda.megatron" not in sys.modules
 for entry in WHEEL_REPAIRS:
     replacement = entry.replacement.__func__ if isinstance(entry.replacement, staticmethod) else entry.replacement
     assert getattr(entry.resolve(), entry.name) is replacement

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from more_megatron.platform import stand_in
-from more_megatron.platform.cuda_stand_ins import NO_COMPILER, TORCH_CUDA
-from more_megatron.platform.device_mode import BACKWARD_IN_MODE
-from more_megatron.platform.megatron_stand_ins import MEGATRON_ON_CPU
-from more_megatron.platform.reports import TEST_SPLIT
+from more_megatron.platform.cuda.collectives import UNEVEN_COLLECTIVES
+from more_megatron.platform.cuda.device_mode import BACKWARD_IN_MODE
+from more_megatron.platform.cuda.megatron import MEGATRON_ON_CPU
+from more_megatron.platform.cuda.torch_cuda import NO_COMPILER, TORCH_CUDA
+from more_megatron.platform.repairs.reports import TEST_SPLIT
+from more_megatron.platform.repairs.table import WHEEL_REPAIRS
 from more_megatron.platform.stand_in import StandIn, install
 from more_megatron.platform.training_loop import SURROUNDED
-from more_megatron.platform.uneven_collectives import UNEVEN_COLLECTIVES
-from more_megatron.platform.wheel_repairs import WHEEL_REPAIRS
 
 _ON_CPU = NO_COMPILER + TORCH_CUDA + UNEVEN_COLLECTIVES + BACKWARD_IN_MODE + MEGATRON_ON_CPU
 _ALL = _ON_CPU + WHEEL_REPAIRS + TEST_SPLIT
@@ -36,11 +36,11 @@ def _wheel() -> Path:
 
 @pytest.mark.parametrize("entry", _ALL, ids=[f"{entry.target}.{entry.name}" for entry in _ALL])
 def test_the_wheel_still_needs_it_and_its_reason_is_one_line(entry: StandIn) -> None:
-    text = (_wheel() / entry.file).read_text()
+    text = (_wheel() / entry.source).read_text()
     assert entry.text in text, f"the wheel no longer needs the stand-in for {entry.target}.{entry.name}: remove it"
     assert hasattr(entry.resolve(), entry.name)
-    assert entry.reason.strip()
-    assert "\n" not in entry.reason
+    assert entry.why.strip()
+    assert "\n" not in entry.why
 
 
 def test_the_training_loop_calls_what_others_surround() -> None:

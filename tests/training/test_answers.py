@@ -12,7 +12,6 @@ import torch
 
 from more_megatron.data.answers import Exercise, write_answers
 from more_megatron.data.tokenizers import TokenizerOptions, load
-from more_megatron.monitoring.validation import observe_validation
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import pretrain_more
 from tests.helpers.ranks import run_ranks
@@ -62,8 +61,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def _with_validations(lines: list[str]) -> tuple[list[History], list[dict[int, float]]]:
+    from more_megatron.training import evaluation
+
     validations: list[dict[int, float]] = []
-    observe_validation(lambda _, losses: validations.append(losses))
+    evaluation.record_depth_losses = validations.append
     return train_all(lines), validations
 
 

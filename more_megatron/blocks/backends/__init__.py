@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-from megatron.core.transformer.torch_norm import LayerNormBuilder
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-
-from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, SandwichParts, Weights
+from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, Weights
 from more_megatron.blocks.backends.local import (
     LocalAttention,
     LocalBackend,
@@ -24,13 +21,9 @@ __all__ = [
     "LocalNorm",
     "Piece",
     "RowGroups",
-    "SandwichParts",
     "Weights",
     "backend_of",
-    "final_norm",
     "grouped_linear",
-    "layer_submodules",
-    "sandwich_parts",
     "segment_attention",
 ]
 
@@ -43,23 +36,3 @@ def backend_of(config: MoREConfig) -> Backend:
 
         return TransformerEngineBackend()
     return LocalBackend()
-
-
-def layer_submodules(config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
-    """Return the submodules of one transformer layer on the backend of `config`.
-
-    Args:
-        config: Model configuration.
-        moe: Whether the layer's feed-forward part is a mixture of experts.
-    """
-    return backend_of(config).layer_submodules(config, moe)
-
-
-def sandwich_parts(config: MoREConfig) -> SandwichParts:
-    """Return the parts of a sandwich block on the backend of `config`."""
-    return backend_of(config).sandwich_parts()
-
-
-def final_norm(config: MoREConfig) -> LayerNormBuilder:
-    """Return the norm after the last layer on the backend of `config`."""
-    return backend_of(config).norm()

@@ -6,7 +6,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["Backend", "Piece", "RowGroups", "SandwichParts", "Weights", "parameter_device"]
+__all__ = ["Backend", "Piece", "RowGroups", "Weights"]
 
 # Weights of a linear map or of a norm. Assigned to an attribute of a module they become its parameter or its submodule.
 Weights = torch.nn.Parameter | torch.nn.Module
@@ -27,11 +27,7 @@ Weights = torch.nn.Parameter | torch.nn.Module
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Rows sorted by group: where the rows of each group end.
-
-    Attributes:
-        ends: End of each group's rows, int32 [groups].
-    """
+    """Rows sorted by group; `ends` is where the rows of each group end, int32 [groups]."""
 
     ends: torch.Tensor
 
@@ -45,12 +41,7 @@ class RowGroups:
 
     @classmethod
     def of_counts(cls, counts: torch.Tensor, device: torch.device) -> RowGroups:
-        """Return groups of as many rows as a dispatcher has counted, on the device or, without waiting, on the host.
-
-        Args:
-            counts: Number of rows of each group, [groups].
-            device: Where the rows are.
-        """
+        """Return groups of as many rows as were counted, [groups], on the device or, without waiting, on the host."""
         if counts.device == device:
             return cls(counts.cumsum(0).to(torch.int32))
         return cls.of_sizes(counts.tolist(), device)
@@ -62,9 +53,12 @@ class RowGroups:
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def members(self, number: int) -> torch.Tensor:
-        """Return which of `number` rows are which group's, bool [rows, groups]."""
-        rows = torch.arange(number, device=self.ends.device).unsqueeze(1)
-        return (rows < self.ends) & (rows >= torch.nn.functional.pad(self.ends[:-1], (1, 0)))
+        """Return which rows are which group's, bool [rows, groups], given their number, which only the device knows."""
+        if "_members" not in self.__dict__:
+            rows = torch.arange(number, device=self.ends.device).unsqueeze(1)
+            starts = torch.nn.functional.pad(self.ends[:-1], (1, 0))
+            self.__dict__["_members"] = (rows < self.ends) & (rows >= starts)
+        return self.__dict__["_members"]
 
     def as_one(self) -> RowGroups:
         """Return the same rows as one group."""
@@ -88,52 +82,36 @@ class Piece:
     columns: int = 1
 
 
-@dataclass(frozen=True)
-class SandwichParts:
-    """Builders of the parts of a sandwich block over whole sequences.
-
-    Attributes:
-        norm: Builds a norm.
-        attention: Specification of causal self-attention, without a norm of its own.
-        mlp: Linear layers of a gated MLP, without a norm of its own.
-    """
-
-    norm: LayerNormBuilder
-    attention: ModuleSpec
-    mlp: MLPSubmodules
-
-    @classmethod
-    def of(cls, norm: LayerNormBuilder, core_attention: Any, column_linear: Any, row_linear: Any) -> SandwichParts:
-        """Return the parts, given the classes that they are built from."""
-        attention = SelfAttentionSubmodules(
-            linear_qkv=column_linear,
-            core_attention=core_attention,
-            linear_proj=row_linear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
-        )
-        return cls(
-            norm=norm,
-            attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
-            mlp=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear),
-        )
-
-
 class Backend(ABC):
     """Building blocks of layers over sequences, and of experts over rows."""
 
     @abstractmethod
     def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
-        """Return the submodules of one transformer layer.
+        """Return the submodules of one transformer layer; its feed-forward part is a mixture of experts, or not."""
 
-        Args:
-            config: Model configuration.
-            moe: Whether the layer's feed-forward part is a mixture of experts.
-        """
+    core_attention: ClassVar[Any]
+    """Attention between queries, keys and values."""
 
     @abstractmethod
-    def sandwich_parts(self) -> SandwichParts:
-        """Return the parts of a sandwich block over whole sequences."""
+    def linears(self) -> tuple[Any, Any]:
+        """Return the linear layers that are split by output and by input, without a norm of their own."""
+
+    def attention(self) -> ModuleSpec:
+        """Return causal self-attention over whole sequences, without a norm of its own."""
+        column, row = self.linears()
+        submodules = SelfAttentionSubmodules(
+            linear_qkv=column,
+            core_attention=self.core_attention,
+            linear_proj=row,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        )
+        return ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, submodules)
+
+    def mlp(self) -> MLPSubmodules:
+        """Return the linear layers of an MLP over whole sequences, without a norm of its own."""
+        column, row = self.linears()
+        return MLPSubmodules(linear_fc1=column, linear_fc2=row)
 
     @abstractmethod
     def norm(self) -> LayerNormBuilder:
@@ -147,7 +125,7 @@ class Backend(ABC):
     def row_multiple(self, config: MoREConfig) -> int | None:
         """Return the number of which each group's rows must be a multiple in the pass that is under way.
 
-        At least that many rows there must be in all. None: the rows are taken as they come.
+        There must also be that many rows at least. None: the rows are taken as they come.
         """
 
     @abstractmethod
@@ -155,7 +133,6 @@ class Backend(ABC):
         """Return the weights of a linear map without bias for each group, not yet drawn.
 
         Args:
-            config: Model configuration.
             groups: Number of groups.
             shape: Shape of one group's weight on this rank; the last dimension is the input.
             columns: Number of equal parts of the input that are multiplied separately; `columns` returns them.
@@ -171,15 +148,10 @@ class Backend(ABC):
 
     @abstractmethod
     def linear(self, rows: torch.Tensor, weights: Any, groups: RowGroups) -> torch.Tensor:
-        """Apply to the rows of each group a linear map of its own.
+        """Apply to the rows of each group, [rows, in], a linear map of its own.
 
-        Args:
-            rows: [rows, in], sorted by group.
-            weights: From `linear_weights`, or one of its `columns`.
-            groups: Where the groups are.
-
-        Returns:
-            [rows, out]; more dimensions of the weight are flattened.
+        The weights are from `linear_weights`, or one of its `columns`; the result is [rows, out], more dimensions of
+        the weight are flattened.
         """
 
     @abstractmethod
@@ -189,8 +161,3 @@ class Backend(ABC):
     @abstractmethod
     def row_norm(self, config: MoREConfig) -> torch.nn.Module | None:
         """Return an RMSNorm over rows with one weight for all of them; None if the caller shall compute it."""
-
-
-def parameter_device(config: MoREConfig) -> Any:
-    """Return where parameters are created."""
-    return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()

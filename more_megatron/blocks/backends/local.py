@@ -18,17 +18,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from more_megatron.blocks.backends.interface import (
-    Backend,
-    Piece,
-    RowGroups,
-    SandwichParts,
-    Weights,
-    parameter_device,
-)
+from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, Weights
 from more_megatron.blocks.backends.short_segments import are_short, short_segment_attention
 from more_megatron.blocks.segments import Segments
 from more_megatron.config import MoREConfig
+from more_megatron.model.initialization import parameter_device
 
 __all__ = ["LocalAttention", "LocalBackend", "LocalNorm", "grouped_linear", "segment_attention"]
 
@@ -38,11 +32,6 @@ class LocalNorm(torch.nn.Module):
 
     Megatron's local norm refuses sequence parallelism, which an MoE model needs under tensor parallelism. The weights
     are marked, and Megatron sums their gradients over the tensor-parallel group.
-
-    Args:
-        config: Model configuration; `normalization` names the kind.
-        hidden_size: Size of the last dimension.
-        eps: Added to the variance.
     """
 
     def __new__(  # type: ignore[misc]
@@ -73,18 +62,9 @@ class LocalAttention(DotProductAttention):
         attn_mask_type: AttnMaskType | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend.
+        """Attend; arguments as for Megatron's.
 
-        Args:
-            query: [s, b, heads, head_dim].
-            key: [s, b, groups, head_dim].
-            value: [s, b, groups, head_dim].
-            attention_mask: True where attention is forbidden, [b or 1, 1, s, s]. None: causal.
-            attn_mask_type: Kind of the mask. Default: the layer's.
-            kwargs: Passed on to Megatron where it computes.
-
-        Returns:
-            [s, b, heads * head_dim].
+        The mask, [b or 1, 1, s, s], is True where attention is forbidden; without one attention is causal.
         """
         if not self._kernel_can(kwargs):
             return super().forward(query, key, value, attention_mask, attn_mask_type, **kwargs)
@@ -123,15 +103,12 @@ class LocalAttention(DotProductAttention):
 
 
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Apply to each group of rows a linear map of its own, all groups in one kernel.
+    """Apply to each group of rows a linear map of its own, [rows, in] to [rows, out], all groups in one kernel.
 
     Args:
         rows: [rows, in], sorted by group.
         weight: [groups, out, in].
         ends: End of each group's rows, int32 [groups].
-
-    Returns:
-        [rows, out].
     """
     if weight.size(0) == 1:
         return torch.nn.functional.linear(rows, weight[0])
@@ -139,7 +116,7 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
 
 
 def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Attend causally within each segment, all segments together.
+    """Attend causally within each segment, all segments together; return [rows, heads, head_dim].
 
     Both backends use it. Transformer Engine has kernels for segments too; but where cuDNN does not offer them, it pads
     every segment to the longest and stores all scores, at seven times the time and half of the device's memory.
@@ -149,9 +126,6 @@ def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         key: [rows, groups, head_dim].
         value: [rows, groups, head_dim].
         segments: Where the segments are.
-
-    Returns:
-        [rows, heads, head_dim].
     """
     if _varlen_can(query):
         return _varlen_attention(query, key, value, segments)
@@ -193,6 +167,8 @@ def _varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
 class LocalBackend(Backend):
     """Plain PyTorch. The weights of all groups are one parameter, [groups, ...]."""
 
+    core_attention = LocalAttention
+
     def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
         submodules = get_gpt_layer_local_submodules(
             num_experts=config.num_moe_experts if moe else None,
@@ -205,19 +181,22 @@ class LocalBackend(Backend):
         attention = dataclasses.replace(
             attention, core_attention=LocalAttention, q_layernorm=qk_norm, k_layernorm=qk_norm
         )
+        # In checkpoints modules are called as Transformer Engine calls its own: there the norm before a dense MLP is
+        # part of the MLP's first linear layer; before experts it is a module by itself.
+        names = dict(submodules.sharded_state_dict_keys_map)
+        if moe:
+            names.pop("pre_mlp_layernorm.", None)
         return dataclasses.replace(
             submodules,
             input_layernorm=LocalNorm,
             pre_mlp_layernorm=LocalNorm,
             self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
-            sharded_state_dict_keys_map=_checkpoint_names(submodules, moe),
+            sharded_state_dict_keys_map=names,
         )
 
-    def sandwich_parts(self) -> SandwichParts:
-        linears = LocalSpecProvider()
-        return SandwichParts.of(
-            LocalNorm, LocalAttention, linears.column_parallel_linear(), linears.row_parallel_linear()
-        )
+    def linears(self) -> tuple[Any, Any]:
+        parts = LocalSpecProvider()
+        return parts.column_parallel_linear(), parts.row_parallel_linear()
 
     def norm(self) -> LayerNormBuilder:
         return LocalNorm
@@ -249,14 +228,3 @@ class LocalBackend(Backend):
 
     def row_norm(self, config: MoREConfig) -> None:
         return None
-
-
-def _checkpoint_names(submodules: TransformerLayerSubmodules, moe: bool) -> dict[str, str]:
-    """Return how the layer's modules are called in checkpoints: as Transformer Engine calls its own.
-
-    There the norm before a dense MLP is part of the MLP's first linear layer; before experts it is a module by itself.
-    """
-    names = dict(submodules.sharded_state_dict_keys_map)
-    if moe:
-        names.pop("pre_mlp_layernorm.", None)
-    return names

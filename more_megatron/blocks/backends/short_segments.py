@@ -21,12 +21,7 @@ _MOST_SCORES = 64
 
 
 def are_short(query: torch.Tensor, segments: Segments) -> bool:
-    """Return whether attention is faster here than in PyTorch's fused kernel.
-
-    Args:
-        query: [rows, heads, head_dim].
-        segments: Where the segments are.
-    """
+    """Return whether attention of queries, [rows, heads, head_dim], is faster here than in PyTorch's fused kernel."""
     if query.device.type != "cpu" or query.dtype != torch.float32 or query.size(0) == 0:
         return False
     shapes, _ = segments.rectangles

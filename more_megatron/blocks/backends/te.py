@@ -25,21 +25,34 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-from more_megatron.blocks.backends.interface import (
-    Backend,
-    Piece,
-    RowGroups,
-    SandwichParts,
-    Weights,
-    parameter_device,
-)
+from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, Weights
 from more_megatron.config import MoREConfig
+from more_megatron.model.initialization import parameter_device
 
 __all__ = ["TransformerEngineBackend"]
 
 
+class _Attention(TEDotProductAttention):
+    """Megatron's, which reads a mask where there is one: under the causal type Transformer Engine would not."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: AttnMaskType,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend; arguments as for Megatron's."""
+        kind = attn_mask_type if attention_mask is None else AttnMaskType.arbitrary
+        return super().forward(query, key, value, attention_mask, kind, **kwargs)
+
+
 class TransformerEngineBackend(Backend):
     """Transformer Engine. Each group's weight is a parameter, [out, in], of one module for all groups."""
+
+    core_attention = _Attention
 
     def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
         submodules = get_gpt_layer_with_transformer_engine_submodules(
@@ -62,9 +75,9 @@ class TransformerEngineBackend(Backend):
             self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
         )
 
-    def sandwich_parts(self) -> SandwichParts:
+    def linears(self) -> tuple[Any, Any]:
         parts = TESpecProvider()
-        return SandwichParts.of(self.norm(), _Attention, parts.column_parallel_linear(), parts.row_parallel_linear())
+        return parts.column_parallel_linear(), parts.row_parallel_linear()
 
     def norm(self) -> LayerNormBuilder:
         return _without_state(TENorm)
@@ -115,23 +128,6 @@ class TransformerEngineBackend(Backend):
         return self.norm()(config, config.hidden_size, config.layernorm_epsilon)
 
 
-class _Attention(TEDotProductAttention):
-    """Megatron's, which reads a mask where there is one: under the causal type Transformer Engine would not."""
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        attn_mask_type: AttnMaskType,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """Attend; arguments as for Megatron's."""
-        kind = attn_mask_type if attention_mask is None else AttnMaskType.arbitrary
-        return super().forward(query, key, value, attention_mask, kind, **kwargs)
-
-
 class _WithoutExtraState:
     """Makes PyTorch neither write nor expect extra state."""
 
@@ -147,7 +143,8 @@ class _FirstPass:
 
     fuse_wgrad_accumulation: bool
 
-    def _watch(self, config: MoREConfig) -> None:
+    def watch(self, config: MoREConfig) -> None:
+        """Begin with a first pass."""
         self.is_first_microbatch = True
         self._keeps_quantized = not config.disable_parameter_transpose_cache
 
@@ -164,10 +161,6 @@ class _FirstPass:
 class _Linear(_WithoutExtraState, _FirstPass, te.Linear):
     """A linear map for rows of one group. Parallelism is the caller's business."""
 
-    def __init__(self, config: MoREConfig, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, **_options(config))
-        self._watch(config)
-
     def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return [rows, out] for [rows, in]."""
         return super().forward(rows, is_first_microbatch=self._is_first())
@@ -176,29 +169,25 @@ class _Linear(_WithoutExtraState, _FirstPass, te.Linear):
 class _GroupedLinear(_WithoutExtraState, _FirstPass, te.GroupedLinear):
     """A linear map for each group of rows. Parallelism is the caller's business."""
 
-    def __init__(self, config: MoREConfig, groups: int, in_features: int, out_features: int) -> None:
-        super().__init__(groups, in_features, out_features, **_options(config))
-        self._watch(config)
-
     def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return [rows, out] for [rows, in]."""
         return super().forward(rows, groups.sizes, is_first_microbatch=self._is_first())
 
 
 def _linear(config: MoREConfig, groups: int, in_features: int, out_features: int) -> torch.nn.Module:
-    if groups == 1:
-        return _Linear(config, in_features, out_features)
-    return _GroupedLinear(config, groups, in_features, out_features)
-
-
-def _options(config: MoREConfig) -> dict[str, Any]:
-    return {
-        "bias": False,
-        "params_dtype": config.params_dtype,
-        "device": parameter_device(config),
-        "fuse_wgrad_accumulation": config.gradient_accumulation_fusion,
-        "init_method": _leave,
-    }
+    kind, sizes = (_Linear, ()) if groups == 1 else (_GroupedLinear, (groups,))
+    module = kind(
+        *sizes,
+        in_features,
+        out_features,
+        bias=False,
+        params_dtype=config.params_dtype,
+        device=parameter_device(config),
+        fuse_wgrad_accumulation=config.gradient_accumulation_fusion,
+        init_method=_leave,
+    )
+    module.watch(config)
+    return module
 
 
 def _leave(weight: torch.Tensor) -> None:

@@ -15,12 +15,7 @@ _MOST_LAYERS, _MOST_STEPS = 4, 4
 
 
 def draw_experts(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw the figures of a report and return their files.
-
-    Args:
-        report: As in `experts.json`.
-        folder: Where they go.
-    """
+    """Draw the figures of a report, as in `experts.json`, and return their files."""
     return [draw(report, folder) for draw in (_kinds, _overview, _load, _tokens)]
 
 

@@ -9,14 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from more_megatron.errors import MoREError
 from more_megatron.evaluation.analysis.expert_figures import draw_experts
-from more_megatron.evaluation.analysis.routing import (
-    Decision,
-    PlaceStatistics,
-    check_routers,
-    jaccard,
-    routing_decisions,
-)
+from more_megatron.evaluation.analysis.routing import Decision, PlaceStatistics, routing_decisions
 from more_megatron.evaluation.analysis.token_kinds import KINDS, TokenKinds
 from more_megatron.evaluation.analysis.writing import write_analysis
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
@@ -27,17 +22,13 @@ from more_megatron.progress import progress_bar
 __all__ = ["analyze_experts"]
 
 _FREQUENT = 30
-_Place = tuple[int, int]
 
 
 def analyze_experts(args: argparse.Namespace) -> list[str]:
-    """Read a text with a model, and write which experts its tokens go to.
+    """Read a text with a model, write which experts its tokens go to, and return what was found, in lines.
 
     Args:
         args: Flags of `tools/analyze.py experts`.
-
-    Returns:
-        What was found, in lines.
 
     Raises:
         MoREError: If the model has no experts, or model or text cannot be read.
@@ -45,80 +36,52 @@ def analyze_experts(args: argparse.Namespace) -> list[str]:
     check_ranges(args, {"max_tokens": "[1, inf)"})
     texts = read_texts(args.text)
     with open_model(args) as exported:
-        check_routers(exported)
+        if not any(getattr(exported.model.config, "moe_layers", ())):
+            raise MoREError(
+                f"the model {exported.source} has no layer with experts: there is nothing to see of its routers"
+            )
         options = exported.call_options(args.num_steps)
         windows = list(token_windows(exported.tokenizer, texts, exported.length, args.max_tokens))
-        report = _Reading(exported, windows, options).report(args.batch_size)
+        report = _read(exported, windows, options, args.batch_size)
     report = {"model": str(exported.source), "text": str(args.text), **report}
     return [*_lines(report), write_analysis("experts", report, draw_experts, args.output)]
 
 
-class _Reading:
-    """One text, read by one model.
-
-    Args:
-        exported: The model.
-        windows: Tokens of the text, in pieces that the model reads at once.
-        options: Arguments of every call.
-    """
-
-    def __init__(self, exported: ExportedModel, windows: list[list[int]], options: dict[str, Any]) -> None:
-        self._model = exported.model
-        self._experts = int(exported.model.config.num_experts)
-        self._kinds = TokenKinds(exported.tokenizer, int(exported.model.config.vocab_size))
-        self._windows, self._options = windows, options
-        counts = Counter(token for window in windows for token in window)
-        self._frequent = counts.most_common(_FREQUENT)
-        self._ranks = np.full(int(exported.model.config.vocab_size), -1)
-        self._ranks[[token for token, _ in self._frequent]] = np.arange(len(self._frequent))
-        self._kind_counts = np.zeros(len(KINDS), dtype=np.int64)
-        self._places: dict[_Place, PlaceStatistics] = {}
-        # Of each place and the step before it in the same layer: sum of Jaccard indices, tokens that changed.
-        self._changes: dict[_Place, np.ndarray] = {}
-
-    def report(self, batch_size: int) -> dict[str, Any]:
-        """Read everything, so many windows at a time, and return all figures."""
-        total = sum(map(len, self._windows))
-        with progress_bar(total, "tok", "reading", True) as bar:
-            for batch in batches(self._windows, batch_size):
-                self._read(batch)
-                bar.update(sum(map(len, batch)))
-        places = []
-        for (layer, step), statistics in sorted(self._places.items()):
-            summary = {"layer": layer, "step": step, **statistics.summary()}
-            if (layer, step) in self._changes:
-                similarity, changed = self._changes[layer, step] / total
-                summary |= {"jaccard_with_step_before": similarity, "changed_since_step_before": changed}
-            places.append(summary)
-        return {
-            "tokens": total,
-            "num_steps": self._options.get("num_steps", self._model.config.mean_recurrence),
-            "num_experts": self._experts,
-            "kinds": dict(zip(KINDS, self._kind_counts.tolist(), strict=True)),
-            "frequent_tokens": [{"token": self._kinds.name(token), "count": count} for token, count in self._frequent],
-            "places": places,
-        }
-
-    def _read(self, batch: list[list[int]]) -> None:
-        kinds = np.concatenate([self._kinds.of(window) for window in batch])
-        ranks = self._ranks[batch].ravel()
-        self._kind_counts += np.bincount(kinds, minlength=len(KINDS))
-        former: dict[int, Decision] = {}
-        tokens = torch.tensor(batch, device=self._model.device)
-        for decision in routing_decisions(self._model, tokens, self._options):
-            place = (decision.layer, decision.step)
-            if place not in self._places:
-                self._places[place] = PlaceStatistics(len(KINDS), len(self._frequent), self._experts)
-            self._places[place].see(decision, kinds, ranks)
-            if decision.layer in former:
-                similarity = jaccard(former[decision.layer].experts, decision.experts)
-                found = np.array([float(similarity.sum()), float((similarity < 1.0).sum())])
-                self._changes[place] = self._changes.get(place, np.zeros(2)) + found
-            former[decision.layer] = decision
+def _read(
+    exported: ExportedModel, windows: list[list[int]], options: dict[str, Any], batch_size: int
+) -> dict[str, Any]:
+    """Read the windows of a text, so many at a time, and return all figures."""
+    model, config = exported.model, exported.model.config
+    token_kinds = TokenKinds(exported.tokenizer, int(config.vocab_size))
+    frequent = Counter(token for window in windows for token in window).most_common(_FREQUENT)
+    ranks = np.full(int(config.vocab_size), -1)
+    ranks[[token for token, _ in frequent]] = np.arange(len(frequent))
+    kind_counts = np.zeros(len(KINDS), dtype=np.int64)
+    places: dict[tuple[int, int], PlaceStatistics] = {}
+    total = sum(map(len, windows))
+    with progress_bar(total, "tok", "reading", True) as bar:
+        for batch in batches(windows, batch_size):
+            kinds = np.concatenate([token_kinds.of(window) for window in batch])
+            kind_counts += np.bincount(kinds, minlength=len(KINDS))
+            former: dict[int, Decision] = {}
+            for decision in routing_decisions(model, torch.tensor(batch, device=model.device), options):
+                layer, step = decision.layer, decision.step
+                if (layer, step) not in places:
+                    places[layer, step] = PlaceStatistics(len(KINDS), len(frequent), int(config.num_experts))
+                places[layer, step].see(decision, kinds, ranks[batch].ravel(), former.get(layer))
+                former[layer] = decision
+            bar.update(sum(map(len, batch)))
+    return {
+        "tokens": total,
+        "num_steps": options.get("num_steps", config.mean_recurrence),
+        "num_experts": int(config.num_experts),
+        "kinds": dict(zip(KINDS, kind_counts.tolist(), strict=True)),
+        "frequent_tokens": [{"token": token_kinds.name(token), "count": count} for token, count in frequent],
+        "places": [{"layer": layer, "step": step, **places[layer, step].summary()} for layer, step in sorted(places)],
+    }
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
-    """Return a table of all places."""
     lines = ["layer  step  specialisation  by token  router entropy  load entropy  most loaded  changed"]
     for place in report["places"]:
         changed = place.get("changed_since_step_before")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,10 @@ __all__ = ["draw_health", "read_health", "warned_figure"]
 
 _MOST_LINES, _MOST_ROWS = 8, 24
 _STEP = re.compile(r"/step (\d+)$")
+
 Record = Mapping[str, Any]
+# What draws on axes of matplotlib; None where there is nothing to draw.
+Panel = Callable[[Any], None] | None
 
 
 def read_health(folder: Path) -> list[Record]:
@@ -48,12 +50,8 @@ def read_health(folder: Path) -> list[Record]:
 def draw_health(folder: Path, output: Path) -> list[str]:
     """Draw all that is known of a run's health, and return lines that say where, and what was warned of.
 
-    Args:
-        folder: The run's `--save` folder.
-        output: Folder of the picture.
-
     Raises:
-        MoREError: As `read_health`.
+        MoREError: As `read_health`, which reads the run's `--save` folder.
     """
     records = read_health(folder)
     panels = [panel for panel in _panels(records) if panel is not None]
@@ -72,64 +70,121 @@ def draw_health(folder: Path, output: Path) -> list[str]:
     return [*lines, f"written: {path}"]
 
 
-def _panels(records: Sequence[Record]) -> list[Callable[[Any], None] | None]:
-    """Return what draws each panel; None where the run has nothing to draw."""
+def _panels(records: Sequence[Record]) -> list[Panel]:
+    """Return all panels. Figures are named by patterns of their tags, without the recurrence step."""
     return [
-        _over_time(records, "Loss", "nats", lambda tag: tag == "loss/loss"),
-        _over_time(records, "Gradient norm by kind", "norm", lambda tag: _is(tag, "gradient", "norm"), log=True),
+        _over_time(records, "Loss", "nats", "loss/loss"),
+        _over_time(records, "Gradient norm by kind", "norm", "gradient/(.+ )?norm", log=True),
         _warnings(records),
-        _over_time(
-            records, "Length of the last state", "length / root of h", lambda tag: _is(tag, "recurrence", "state norm")
-        ),
-        _over_steps(records, "Relative change by step", lambda tag: _is(tag, "recurrence", "relative change")),
-        _over_time(records, "Correlation of tokens' states", "cosine", lambda tag: tag.endswith("token correlation")),
-        _over_time(
-            records, "Spectral norm of adapter halves", "norm", lambda tag: "/adapter " in tag and "recurrence" in tag
-        ),
-        _over_time(records, "Entropy of routers", "nats", lambda tag: _is(tag, "routing", "entropy")),
-        _over_time(
-            records, "Variation of expert load", "cv of probability", lambda tag: _is(tag, "routing", "load cv")
-        ),
-        _over_time(records, "Dead experts", "experts", lambda tag: _is(tag, "routing", "dead experts")),
-        _over_time(records, "Tokens that change experts", "share", lambda tag: _is(tag, "routing", "expert change")),
+        _over_time(records, "Length of the last state", "length / root of h", "recurrence/.+/state norm"),
+        _over_steps(records, "Relative change by step", "recurrence/.+/relative change"),
+        _over_time(records, "Correlation of tokens' states", "cosine", "recurrence/.+/token correlation"),
+        _over_time(records, "Spectral norm of adapter halves", "norm", "recurrence/.+/adapter .+"),
+        _over_time(records, "Entropy of routers", "nats", "routing/.+/entropy"),
+        _over_time(records, "Variation of expert load", "cv of probability", "routing/.+/load cv"),
+        _over_time(records, "Dead experts", "experts", "routing/.+/dead experts"),
+        _over_time(records, "Tokens that change experts", "share", "routing/.+/expert change"),
         _loads(records[-1]),
-        _over_time(records, "Figures of the system", "", lambda tag: tag.startswith("system/")),
-        _over_time(records, "Validation loss by depth", "nats", lambda tag: tag.startswith("depth/loss")),
+        _over_time(records, "Figures of the system", "", "system/.+"),
+        _over_time(records, "Validation loss by depth", "nats", "depth/loss"),
     ]
 
 
-def _is(tag: str, concern: str, name: str) -> bool:
-    """Return whether a figure is one of a concern: its last part is the name, or any norm."""
-    bare = _STEP.sub("", tag)
-    return bare.startswith(f"{concern}/") and (bare.endswith(f"/{name}") or (name == "norm" and bare.endswith(" norm")))
-
-
-def _over_time(
-    records: Sequence[Record], title: str, unit: str, belongs: Callable[[str], bool], log: bool = False
-) -> Callable[[Any], None] | None:
+def _over_time(records: Sequence[Record], title: str, unit: str, pattern: str, log: bool = False) -> Panel:
     """Return what draws figures over the iterations: of those with steps the last; a line for some places."""
-    series = [{_series(tag): value for tag, value in _by_step(record) if belongs(tag)} for record in records]
-    names = {name for values in series for name in values}
-    chosen = spread(sorted(names, key=lambda name: (len(name), name)), _MOST_LINES)
-    if not chosen:
+    series = [{_series(tag): value for tag, value in _by_step(record) if _is(tag, pattern)} for record in records]
+    names = spread(_in_order({name for values in series for name in values}), _MOST_LINES)
+    if not names:
         return None
-
     iterations = [record["iteration"] for record in records]
 
     def draw(axis: Any) -> None:
-        for name in chosen:
+        for name in names:
             points = [np.nan if values.get(name) is None else values[name] for values in series]
             axis.plot(iterations, points, "o-", markersize=2.5, linewidth=1, label=_label(name))
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("iteration", fontsize=8)
-        axis.set_ylabel(unit, fontsize=8)
-        axis.tick_params(labelsize=7)
+        _name(axis, title, "iteration", unit)
         if log:
             axis.set_yscale("log")
-        if len(chosen) > 1:
-            axis.legend(fontsize=6, ncols=2 if len(chosen) > 4 else 1, framealpha=0.6)
+        if len(names) > 1:
+            axis.legend(fontsize=6, ncols=2 if len(names) > 4 else 1, framealpha=0.6)
 
     return draw
+
+
+def _over_steps(records: Sequence[Record], title: str, pattern: str) -> Panel:
+    """Return what draws a figure over the recurrence steps, of the last record, a line for each place."""
+    by_place: dict[str, list[tuple[int, float]]] = {}
+    for tag, value in records[-1]["figures"].items():
+        found = _STEP.search(tag)
+        if found and value is not None and _is(tag, pattern):
+            by_place.setdefault(tag.split("/")[1], []).append((int(found[1]), value))
+    places = spread(_in_order(by_place), _MOST_LINES)
+    if not places:
+        return None
+
+    def draw(axis: Any) -> None:
+        for place in places:
+            axis.plot(*zip(*sorted(by_place[place]), strict=True), "o-", markersize=3, linewidth=1, label=place)
+        title_of_last = f"{title}, iteration {records[-1]['iteration']}"
+        _name(axis, title_of_last, "recurrence step", "length of the change / of the state")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=6)
+
+    return draw
+
+
+def _warnings(records: Sequence[Record]) -> Panel:
+    """Return what draws when which figure lay outside of its range."""
+    names = sorted({warned_figure(warning) for record in records for warning in record["warnings"]})
+    if not names:
+        return None
+
+    def draw(axis: Any) -> None:
+        for row, name in enumerate(names):
+            at = [record["iteration"] for record in records if name in map(warned_figure, record["warnings"])]
+            axis.plot(at, [row] * len(at), "s", color="#b2182b", markersize=4)
+        axis.set_yticks(range(len(names)), names, fontsize=7)
+        axis.set_ylim(-0.7, len(names) - 0.3)
+        axis.set_xlim(0, 1.03 * records[-1]["iteration"])
+        axis.invert_yaxis()
+        _name(axis, "Warnings", "iteration")
+
+    return draw
+
+
+def warned_figure(warning: str) -> str:
+    """Return the figure that a warning is about."""
+    return "not finite" if "not finite" in warning else warning.split(" is ")[0]
+
+
+def _loads(record: Record) -> Panel:
+    """Return what draws the load of each expert, in parts of the mean; a row for some layers and steps."""
+    experts = record["experts"]
+    tags = spread(_in_order(experts), _MOST_ROWS)
+    if not tags:
+        return None
+
+    def draw(axis: Any) -> None:
+        draw_loads(axis, {_label(tag): experts[tag]["load"] for tag in tags})
+        axis.set_title(f"Load of experts, iteration {record['iteration']}", fontsize=10)
+        axis.tick_params(axis="y", labelsize=6)
+
+    return draw
+
+
+def _name(axis: Any, title: str, x: str, y: str = "") -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    axis.tick_params(labelsize=7)
+
+
+def _is(tag: str, pattern: str) -> bool:
+    return re.fullmatch(pattern, _STEP.sub("", tag)) is not None
+
+
+def _in_order(tags: Any) -> list[str]:
+    return sorted(tags, key=lambda tag: (len(tag), tag))
 
 
 def _by_step(record: Record) -> list[tuple[str, float | None]]:
@@ -146,73 +201,8 @@ def _series(tag: str) -> str:
 def _label(tag: str) -> str:
     concern, *place = tag.split("/")
     words = place or [concern]
-    if len(words) > 1 and concern != "depth":
-        words = [words[0], *words[2:]] if "adapter" not in tag and concern != "system" else words
+    if len(words) > 1 and concern not in ("depth", "system") and "adapter" not in tag:
+        words = [words[0], *words[2:]]
     if concern == "gradient":
         return {"norm": "all", "mean norm": "all, mean of 1,000 steps"}.get(words[0], words[0].removesuffix(" norm"))
     return ", ".join(words)
-
-
-def _over_steps(records: Sequence[Record], title: str, belongs: Callable[[str], bool]) -> Callable[[Any], None] | None:
-    """Return what draws a figure over the recurrence steps, of the last record, a line for each place."""
-    by_place: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for tag, value in records[-1]["figures"].items():
-        found = _STEP.search(tag)
-        if belongs(tag) and found and value is not None:
-            by_place[tag.split("/")[1]].append((int(found[1]), value))
-    places = spread(sorted(by_place, key=lambda place: (len(place), place)), _MOST_LINES)
-    if not places:
-        return None
-
-    def draw(axis: Any) -> None:
-        for place in places:
-            axis.plot(*zip(*sorted(by_place[place]), strict=True), "o-", markersize=3, linewidth=1, label=place)
-        axis.set_title(f"{title}, iteration {records[-1]['iteration']}", fontsize=10)
-        axis.set_xlabel("recurrence step", fontsize=8)
-        axis.set_ylabel("length of the change / of the state", fontsize=8)
-        axis.tick_params(labelsize=7)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=6)
-
-    return draw
-
-
-def _warnings(records: Sequence[Record]) -> Callable[[Any], None] | None:
-    """Return what draws when which figure lay outside of its range."""
-    names = sorted({warned_figure(warning) for record in records for warning in record["warnings"]})
-    if not names:
-        return None
-
-    def draw(axis: Any) -> None:
-        for row, name in enumerate(names):
-            at = [record["iteration"] for record in records if name in map(warned_figure, record["warnings"])]
-            axis.plot(at, [row] * len(at), "s", color="#b2182b", markersize=4)
-        axis.set_title("Warnings", fontsize=10)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.set_ylim(-0.7, len(names) - 0.3)
-        axis.set_xlim(0, 1.03 * records[-1]["iteration"])
-        axis.invert_yaxis()
-        axis.set_xlabel("iteration", fontsize=8)
-        axis.tick_params(labelsize=7)
-
-    return draw
-
-
-def warned_figure(warning: str) -> str:
-    """Return the figure that a warning is about."""
-    return "not finite" if "not finite" in warning else warning.split(" is ")[0]
-
-
-def _loads(record: Record) -> Callable[[Any], None] | None:
-    """Return what draws the load of each expert, in parts of the mean; a row for some layers and steps."""
-    experts = record["experts"]
-    tags = spread(sorted(experts, key=lambda tag: (len(tag), tag)), _MOST_ROWS)
-    if not tags:
-        return None
-
-    def draw(axis: Any) -> None:
-        draw_loads(axis, {_label(tag): experts[tag]["load"] for tag in tags})
-        axis.set_title(f"Load of experts, iteration {record['iteration']}", fontsize=10)
-        axis.tick_params(axis="y", labelsize=6)
-
-    return draw

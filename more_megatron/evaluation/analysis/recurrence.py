@@ -26,13 +26,10 @@ _DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 
 
 def analyze_recurrence(args: argparse.Namespace) -> list[str]:
-    """Read the beginning of a text with a model, and write what its states do.
+    """Read the beginning of a text with a model, write what its states do, and return what was found, in lines.
 
     Args:
         args: Flags of `tools/analyze.py recurrence`.
-
-    Returns:
-        What was found, in lines.
 
     Raises:
         MoREError: If the model has no recurrence, or model or text cannot be read.
@@ -62,13 +59,7 @@ def _most_steps(exported: ExportedModel) -> int:
 
 @dataclass(frozen=True)
 class _Reading:
-    """One window of a text, read by one model.
-
-    Attributes:
-        exported: The model.
-        window: The tokens.
-        steps: Recurrence steps.
-    """
+    """One window of a text, read by one model."""
 
     exported: ExportedModel
     window: list[int]
@@ -164,7 +155,6 @@ def _shown(kinds: list[str] | None, tokens: int) -> list[int]:
 
 
 def _lines(report: dict[str, Any]) -> list[str]:
-    """Return a summary."""
     lines = [f"{len(report['tokens'])} tokens, {report['num_steps']} steps, trained at {report['trained_steps']}"]
     for found in report["recurrences"]:
         counts = found["counts"] or {}

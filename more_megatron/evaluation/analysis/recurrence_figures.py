@@ -17,12 +17,7 @@ _COLOURS = dict(zip(KINDS, ("#2166ac", "#b2182b", "#1b7837"), strict=True))
 
 
 def draw_recurrence(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw the figures of a report and return their files.
-
-    Args:
-        report: As in `recurrence.json`.
-        folder: Where they go.
-    """
+    """Draw the figures of a report, as in `recurrence.json`, and return their files."""
     return [draw(report, folder) for draw in (_plane, _distances, _depth)]
 
 

@@ -10,53 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from more_megatron.errors import MoREError
-from more_megatron.evaluation.exported_model import ExportedModel
 from more_megatron.hf.exported.routing import router_scores
 
-__all__ = ["Decision", "PlaceStatistics", "check_routers", "jaccard", "mutual_information", "routing_decisions"]
+__all__ = ["Decision", "PlaceStatistics", "jaccard", "mutual_information", "routing_decisions"]
 
 _ROUTER = "router"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Where the tokens of a batch went in one layer and step.
-
-    Attributes:
-        layer: Layer, from 0.
-        step: Recurrence step, from 0.
-        experts: Experts of each token, [b s, k].
-        probabilities: Of each token over all experts, [b s, N]; their sum is 1.
-    """
+    """Where the tokens of a batch went in one layer and step, both from 0."""
 
     layer: int
     step: int
-    experts: Tensor
-    probabilities: Tensor
-
-
-def check_routers(exported: ExportedModel) -> None:
-    """Check that there is a router whose decisions can be seen.
-
-    Raises:
-        MoREError: If not.
-    """
-    config = exported.model.config
-    if not any(getattr(config, "moe_layers", ())):
-        raise MoREError(
-            f"the model {exported.source} has no layer with experts: there is nothing to see of its routers"
-        )
+    experts: Tensor  # experts of each token, [b s, k]
+    probabilities: Tensor  # of each token over all experts, [b s, N]; their sum is 1
 
 
 @torch.no_grad()
 def routing_decisions(model: Any, tokens: Tensor, options: dict[str, Any]) -> Iterator[Decision]:
-    """Yield the decisions of the routers of experts, in the order of computation, without those of attention heads.
+    """Yield the decisions of the routers of experts of a model of ours in transformers, given texts, [b, s].
 
-    Args:
-        model: Model of ours in transformers.
-        tokens: Texts, [b, s].
-        options: Further arguments of the call.
+    They come in the order of computation, without those of attention heads.
     """
     output = model.model(tokens, output_router_logits=True, use_cache=False, **options)
     found = output.router_logits
@@ -68,62 +43,58 @@ def routing_decisions(model: Any, tokens: Tensor, options: dict[str, Any]) -> It
 
 
 class PlaceStatistics:
-    """What one layer's router did in one step.
-
-    Args:
-        kinds: Number of kinds of tokens.
-        frequent: Number of tokens that are counted each by itself.
-        experts: Number of experts.
-    """
+    """What one layer's router did in one step, by kind of token and by token that is frequent."""
 
     def __init__(self, kinds: int, frequent: int, experts: int) -> None:
-        self.by_kind = np.zeros((kinds, experts), dtype=np.int64)
-        self.by_token = np.zeros((frequent, experts), dtype=np.int64)
-        self.tokens = 0
-        self._entropy = 0.0
+        self._by_kind = np.zeros((kinds, experts), dtype=np.int64)
+        self._by_token = np.zeros((frequent, experts), dtype=np.int64)
+        self._tokens, self._entropy = 0, 0.0
+        self._likeness: list[Tensor] = []
 
-    def see(self, decision: Decision, kinds: np.ndarray, ranks: np.ndarray) -> None:
+    def see(
+        self, decision: Decision, kinds: np.ndarray, ranks: np.ndarray, step_before: Decision | None = None
+    ) -> None:
         """Count a batch.
 
         Args:
             decision: Where its tokens went.
             kinds: Kind of each, [b s].
             ranks: Number of each among the frequent tokens, [b s]; -1 for others.
+            step_before: Where they went in the same layer before.
         """
         experts = decision.experts.numpy()
-        topk = experts.shape[1]
-        np.add.at(self.by_kind, (np.repeat(kinds, topk), experts.ravel()), 1)
-        counted = ranks >= 0
-        np.add.at(self.by_token, (np.repeat(ranks[counted], topk), experts[counted].ravel()), 1)
-        self.tokens += len(experts)
+        topk, counted = experts.shape[1], ranks >= 0
+        np.add.at(self._by_kind, (np.repeat(kinds, topk), experts.ravel()), 1)
+        np.add.at(self._by_token, (np.repeat(ranks[counted], topk), experts[counted].ravel()), 1)
+        self._tokens += len(experts)
         self._entropy += float(torch.special.entr(decision.probabilities).sum())
-
-    @property
-    def load(self) -> np.ndarray:
-        """Share of all choices that each expert has, [N]."""
-        return self.by_kind.sum(0) / self.by_kind.sum()
+        if step_before is not None:
+            self._likeness.append(jaccard(step_before.experts, decision.experts))
 
     def summary(self) -> dict[str, Any]:
         """Return the figures of this place; entropies as a share of their greatest value, ln N."""
-        load, most = self.load, float(np.log(len(self.load))) or 1.0
-        return {
+        load = self._by_kind.sum(0) / self._by_kind.sum()
+        most = float(np.log(len(load))) or 1.0
+        figures = {
             "load": load.tolist(),
             "load_entropy": _entropy(load) / most,
-            "router_entropy": self._entropy / self.tokens / most,
-            "specialisation": mutual_information(self.by_kind),
-            "specialisation_by_token": mutual_information(self.by_token),
-            "shares": _shares(self.by_kind).tolist(),
-            "token_shares": _shares(self.by_token).tolist(),
+            "router_entropy": self._entropy / self._tokens / most,
+            "specialisation": mutual_information(self._by_kind),
+            "specialisation_by_token": mutual_information(self._by_token),
+            "shares": _shares(self._by_kind).tolist(),
+            "token_shares": _shares(self._by_token).tolist(),
         }
+        if self._likeness:
+            sums = np.array([[float(each.sum()), float((each < 1.0).sum())] for each in self._likeness]).sum(0)
+            similarity, changed = sums / self._tokens
+            figures |= {"jaccard_with_step_before": similarity, "changed_since_step_before": changed}
+        return figures
 
 
 def mutual_information(counts: np.ndarray) -> float:
     """Return the mutual information of rows and columns over the mean of their entropies: 0 independent, 1 the same.
 
-    Strehl and Ghosh, JMLR 3 (2002), with the arithmetic mean.
-
-    Args:
-        counts: Joint counts, [rows, columns].
+    Strehl and Ghosh, JMLR 3 (2002), with the arithmetic mean. Counts are joint ones, [rows, columns].
     """
     total = counts.sum()
     if total == 0:

@@ -21,12 +21,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenKinds:
-    """Tells the kinds of tokens of one tokenizer.
-
-    Args:
-        tokenizer: Tokenizer of the model.
-        vocab_size: Rows of the model's embedding.
-    """
+    """Tells the kinds of tokens of one tokenizer; the vocabulary is that of the model's embedding."""
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         pieces = tokenizer.convert_ids_to_tokens(list(range(min(len(tokenizer), vocab_size))))

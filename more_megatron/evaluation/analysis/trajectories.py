@@ -27,13 +27,9 @@ _EPS = 1e-12
 
 @dataclass(frozen=True)
 class Trajectories:
-    """The states of one recurrence in one text.
+    """The states of one recurrence in one text."""
 
-    Attributes:
-        states: State of each token behind each step, float32 [steps, tokens, h].
-    """
-
-    states: Tensor
+    states: Tensor  # state of each token behind each step, float32 [steps, tokens, h]
 
     def distances(self) -> np.ndarray:
         """Return how far each state is from the token's last one, in parts of that one's length, [steps, tokens]."""
@@ -72,11 +68,8 @@ class Trajectories:
 def distances_of_starts(states: Tensor) -> np.ndarray:
     """Return how far apart trajectories from several initial states are behind each step: 0 if the start is forgotten.
 
-    Args:
-        states: [starts, steps, tokens, h].
-
-    Returns:
-        Mean distance of two trajectories in parts of the length of a state, mean over tokens, [steps].
+    Given states of [starts, steps, tokens, h]: the mean distance of two trajectories in parts of the length of a state,
+    mean over tokens, [steps].
     """
     first, second = torch.triu_indices(len(states), len(states), offset=1)
     length = states.norm(dim=-1).mean(0).clamp(min=_EPS)

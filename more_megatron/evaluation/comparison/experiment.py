@@ -10,7 +10,6 @@ import itertools
 import math
 import os
 import re
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,12 @@ from typing import Any, Self
 import yaml
 
 from more_megatron.errors import MoREError
+from more_megatron.evaluation.command_lines import Flags, read_by
 from more_megatron.evaluation.comparison.tasks import fine_tuning
 from more_megatron.flags import MoREFlags, check_ranges
 from more_megatron.systems import flag_names, get_system, systems
 
-__all__ = ["MATCHES", "Arm", "Experiment", "Flags", "command_line", "mean_steps", "parse_flags"]
-
-# Flags of `pretrain_more.py` by name without the dashes; True: a switch, None: left out, a list: several values.
-Flags = dict[str, Any]
+__all__ = ["MATCHES", "Arm", "Experiment", "mean_steps"]
 
 MATCHES = ("flops", "parameters", "both", "flags")
 _TUPLES = ("seeds", "depths")
@@ -35,19 +32,12 @@ _OF_EXPERTS = re.compile(r"moe-|num-experts$")
 
 @dataclass(frozen=True)
 class Arm:
-    """One side of the comparison.
+    """One side of the comparison."""
 
-    Attributes:
-        name: In the report.
-        system: Name of the system.
-        flags: What it alone is given; they stand over what all are given.
-        reference: Whether it is the dense model of as many layers as the recurrences run.
-    """
-
-    name: str
+    name: str  # in the report
     system: str
-    flags: Flags = field(default_factory=dict)
-    reference: bool = False
+    flags: Flags = field(default_factory=dict)  # what it alone is given; they stand over what all are given
+    reference: bool = False  # whether it is the dense model of as many layers as the recurrences run
 
     @property
     def has_experts(self) -> bool:
@@ -57,28 +47,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What an experiment file says. Each attribute is a key of it.
+    """What an experiment file says. Each attribute is a key of it, as docs/comparison.md lists them.
 
-    Attributes:
-        title: What the report is headed with.
-        match: What all arms have in common: training FLOPs a token at the mean depth (`flops`), `parameters`, `both`
-            where widths allow, or nothing but their `flags`.
-        target: Arm whose cost the others are brought to. Default: the most expensive one as its flags describe it.
-        seeds: One run of each arm for each of them.
-        tokens: Training tokens of a run.
-        total_flops: Operations of a whole run, in place of `tokens`. Default of both: what `flags` say.
-        depths: Recurrence steps at which a trained model is evaluated.
-        baseline: Arm that the others are compared with. Default: the first that is Megatron's own.
-        flags: Flags of all arms that read them: those of experts are for arms with experts, those of the MoRE group
-            for systems that know them.
-        arms: By name, with flags of their own.
-        deep: Name of a dense arm of r times the layers, where one is wanted.
-        sweep: Flags, and the values that they take in turn, all combinations of them.
-        tasks: Problems with answers (see `tasks`), prefix by task: each run is fine-tuned on them, unless its training
-            was on answers (`--loss-on-answers`), and answers them at each of `depths`.
-        problems: How many problems of each file are answered.
-        finetune: Flags of a second training that begins with the weights of the first; with `tasks` they stand over
-            those of the fine-tuning. None: there is no such training unless `tasks` ask for it.
+    What depends on other keys is filled in: the `deep` arm among the arms, the `baseline`, and the flags of a second
+    training, which come of `tasks`.
     """
 
     title: str
@@ -99,20 +71,14 @@ class Experiment:
 
     @classmethod
     def read(cls, path: Path, **changes: Any) -> Self:
-        """Return the experiment of a YAML file.
-
-        Args:
-            path: The file. Its key `extends` names another one beside it, whose keys hold where it says nothing else;
-                of its flags those that it does not name.
-            changes: Keys that stand over those of the file; None: as the file says.
+        """Return the experiment of a YAML file; `changes` that are not None stand over its keys.
 
         Raises:
             MoREError: If the file cannot be read, or says what cannot be.
         """
-        content = _content(path)
-        keys = {"title": path.stem, "arms": None} | content | {k: v for k, v in changes.items() if v is not None}
+        content = {"title": path.stem, **_content(path)}
         try:
-            return cls.of(keys)
+            return cls.of(content | {name: value for name, value in changes.items() if value is not None})
         except MoREError as error:
             raise MoREError(f"{path}: {error}") from None
 
@@ -126,18 +92,20 @@ class Experiment:
         known = {key.name for key in dataclasses.fields(cls)}
         if unknown := sorted(set(keys) - known):
             raise MoREError(f"there is no key {unknown[0]}: choose among {', '.join(sorted(known))}")
+        values = dict(keys)
         for name in set(_TUPLES) & set(keys):
             if not isinstance(keys[name], list | tuple) or not all(type(number) is int for number in keys[name]):
                 raise MoREError(f"{name} must be a list of whole numbers, not {keys[name]!r}")
-        values = dict(keys) | {name: tuple(keys[name]) for name in _TUPLES if name in keys}
-        experiment = cls(**values | {"arms": tuple(_arms(keys.get("arms")))})
-        if experiment.deep is not None:
-            experiment = dataclasses.replace(experiment, arms=(*experiment.arms, experiment._deep_arm()))
+            values[name] = tuple(keys[name])
+        deep = [] if keys.get("deep") is None else [_deep_arm(str(keys["deep"]))]
+        experiment = cls(**values | {"arms": (*_arms(keys.get("arms")), *deep)})
         experiment._check()
-        finetune = experiment.finetune
+        baseline, finetune = experiment.baseline, experiment.finetune
+        if baseline is None:
+            own = (arm.name for arm in experiment.arms if get_system(arm.system).is_megatrons)
+            baseline = next(own, experiment.arms[0].name)
         if experiment.tasks and not experiment.flags.get("loss-on-answers"):
             finetune = fine_tuning(experiment.tasks) | (finetune or {})
-        baseline = experiment.baseline or experiment._megatrons_own()
         return dataclasses.replace(experiment, baseline=baseline, finetune=finetune)
 
     def _check(self) -> None:
@@ -165,14 +133,6 @@ class Experiment:
         if not isinstance(self.tasks, dict) or not all(isinstance(prefix, str) for prefix in self.tasks.values()):
             raise MoREError(f"tasks must be a table of prefixes of tools/prepare_tasks.py, not {self.tasks!r}")
 
-    def _megatrons_own(self) -> str:
-        own = (arm.name for arm in self.arms if get_system(arm.system).is_megatrons)
-        return next(own, self.arms[0].name)
-
-    def _deep_arm(self) -> Arm:
-        name, plain = next((name, system.plain) for name, system in systems().items() if system.plain is not None)
-        return Arm(str(self.deep), name, _dashed(plain), reference=True)
-
     def only(self, names: list[str] | None) -> Self:
         """Return the experiment with these arms; None: as it is.
 
@@ -197,21 +157,17 @@ class Experiment:
 
     def flags_of(self, arm: Arm, point: Flags) -> Flags:
         """Return the flags of an arm but for widths, seed and output folders."""
-        system, shared = get_system(arm.system), self.flags | point
-        # A system refuses flags that it never reads.
-        read = {"more_variant", *system.own_flags(), *(() if arm.reference else system.reads)}
-        given = {
-            name: value
-            for name, value in shared.items()
-            if (name.replace("-", "_") in read or name.replace("-", "_") not in flag_names())
-            and (arm.has_experts or not _OF_EXPERTS.match(name))
-        }
+        shared = self.flags | point
+        flags = read_by(arm.system, shared)
         if arm.reference:
-            given["num-layers"] = given["num-layers"] * mean_steps(shared)
-        comparable = {} if arm.reference else _dashed(system.comparable)
-        if "recurrence_eval_depths" in read:
-            comparable["recurrence-eval-depths"] = list(self.depths)
-        flags = {"more-variant": arm.system} | given | comparable | arm.flags
+            flags = {name: value for name, value in flags.items() if name.replace("-", "_") not in flag_names()}
+            flags["num-layers"] *= mean_steps(shared)
+        else:
+            flags |= _dashed(get_system(arm.system).comparable)
+            flags |= read_by(arm.system, {"recurrence-eval-depths": list(self.depths)})
+        if not arm.has_experts:
+            flags = {name: value for name, value in flags.items() if not _OF_EXPERTS.match(name)}
+        flags = {"more-variant": arm.system} | flags | arm.flags
         return {name: value for name, value in flags.items() if value is not None}
 
 
@@ -224,39 +180,6 @@ def mean_steps(flags: Flags) -> int:
     names = {field.name for field in dataclasses.fields(MoREFlags)}
     ours = {name.replace("-", "_"): value for name, value in flags.items()}
     return MoREFlags(**{name: value for name, value in ours.items() if name in names}).mean_steps
-
-
-def command_line(flags: Flags) -> list[str]:
-    """Return flags as arguments of a program."""
-    words = []
-    for name, value in flags.items():
-        words.append(f"--{name}")
-        if value is not True:
-            words += [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
-    return words
-
-
-def parse_flags(text: str) -> Flags:
-    """Return flags by name, given as one types them.
-
-    Raises:
-        MoREError: If a word is neither a flag nor follows one.
-    """
-    flags: Flags = {}
-    name = ""
-    for word in shlex.split(text):
-        if re.match(r"--[a-z]", word):
-            name, _, value = word.removeprefix("--").partition("=")
-            flags[name] = value or True
-        elif not name:
-            raise MoREError(f"{word} follows no flag")
-        else:
-            flags[name] = word if flags[name] is True else [*_as_list(flags[name]), word]
-    return flags
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -283,12 +206,14 @@ def _arms(given: Any) -> Iterator[Arm]:
     if not isinstance(table, dict):
         raise MoREError(f"arms must be a table or a list of names, not {given!r}")
     for name, flags in table.items():
-        if isinstance(flags, Arm):
-            yield flags
-            continue
         if not isinstance(flags, dict | None):
             raise MoREError(f"arm {name} must be a table of flags, not {flags!r}")
         own = dict(flags or {})
         arm = Arm(str(name), own.pop("system", str(name)), own)
         get_system(arm.system)
         yield arm
+
+
+def _deep_arm(name: str) -> Arm:
+    system, plain = next((name, system.plain) for name, system in systems().items() if system.plain is not None)
+    return Arm(name, system, _dashed(plain), reference=True)

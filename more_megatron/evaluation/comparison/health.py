@@ -5,17 +5,16 @@ Means are over layers first, then over recurrence steps, then over the seeds who
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from more_megatron.evaluation.analysis.health_page import warned_figure
-from more_megatron.evaluation.comparison.measures import ArmResult, Spread
+from more_megatron.evaluation.comparison.measures import ArmResult, Spread, spreads
 
 __all__ = ["FIGURES", "entropy_by_step", "entropy_level", "entropy_over_training", "loads", "summary"]
 
@@ -34,28 +33,27 @@ def summary(arm: ArmResult) -> dict[str, Any]:
         of warning in a whole run; `warned`, the figures that they were about; and the `FIGURES`. Spreads over the
         seeds, None where there is nothing to say.
     """
-    watched = [run.health for run in arm.finished if run.health]
-    warnings = [[warning for record in records for warning in record["warnings"]] for records in watched]
-    figures = {name: _figure(arm, name) for name in FIGURES}
-    figures["warnings"] = Spread.of([float(len(lines)) for lines in warnings]) if watched else None
+    last = [records[-1] for records in arm.watched]
+    warnings = [[warning for record in records for warning in record["warnings"]] for records in arm.watched]
+    figures = {name: [mean for record in last for mean in _mean(_by_step(record, name))] for name in FIGURES}
+    figures["warnings"] = [float(len(lines)) for lines in warnings]
     return {
-        "seeds": len(watched),
-        "experts": next((_experts(records[-1]) for records in watched), None),
+        "seeds": len(last),
+        "experts": next(map(_experts, last), None),
         "warned": sorted({warned_figure(line) for lines in warnings for line in lines}),
-        **{name: spread and dataclasses.asdict(spread) for name, spread in figures.items()},
+        **{name: Spread.of(values) if values else None for name, values in figures.items()},
     }
 
 
-def entropy_over_training(arm: ArmResult) -> dict[float, Spread]:
+def entropy_over_training(arm: ArmResult) -> dict[int, Spread]:
     """Return the mean entropy of routers, in parts of ln N, at each training step that was watched."""
-    records = [record for run in arm.finished for record in run.health]
-    return _spreads((record["iteration"], value) for record in records for value in _means(_entropies(record)))
+    records = [record for run in arm.watched for record in run]
+    return spreads((record["iteration"], mean) for record in records for mean in _mean(_entropies(record)))
 
 
-def entropy_by_step(arm: ArmResult) -> dict[float, Spread]:
+def entropy_by_step(arm: ArmResult) -> dict[int, Spread]:
     """Return the same at each recurrence step of the last training step; none for routers that are asked once."""
-    records = [run.health[-1] for run in arm.finished if run.health]
-    return _spreads((step, value) for record in records for step, value in _entropies(record).items() if step)
+    return spreads((step, value) for run in arm.watched for step, value in _entropies(run[-1]).items() if step)
 
 
 def entropy_level(arm: ArmResult) -> Spread | None:
@@ -70,51 +68,38 @@ def loads(arm: ArmResult) -> dict[int, np.ndarray]:
     itself before the mean is taken.
     """
     found: dict[int, list[np.ndarray]] = {}
-    for record in (run.health[-1] for run in arm.finished if run.health):
-        for tag, experts in record["experts"].items():
-            match = _TAG.fullmatch(tag)
-            if match is not None:
-                found.setdefault(int(match["step"] or 0), []).append(np.sort(experts["load"])[::-1])
+    for run in arm.watched:
+        for step, experts in _tagged(run[-1]["experts"], "load"):
+            found.setdefault(step, []).append(np.sort(experts["load"])[::-1])
     return {step: np.mean(each, axis=0) for step, each in sorted(found.items())}
 
 
-def _figure(arm: ArmResult, name: str) -> Spread | None:
-    """Return a figure of routing at the last training step that was watched; None where no run has it."""
-    records = [run.health[-1] for run in arm.finished if run.health]
-    values = [value for record in records for value in _means(_by_step(record, name))]
-    return Spread.of(values) if values else None
-
-
 def _experts(record: Record) -> int | None:
-    """Return the experts of a layer; None without."""
     return max((len(each["load"]) for each in record["experts"].values()), default=None)
 
 
 def _entropies(record: Record) -> dict[int, float]:
     """Return the entropy of routers by recurrence step (0: none): 1 where all experts are as likely."""
-    return {
-        step: value / math.log(max(_experts(record) or 2, 2)) for step, value in _by_step(record, "entropy").items()
-    }
+    highest = math.log(max(_experts(record) or 2, 2))
+    return {step: value / highest for step, value in _by_step(record, "entropy").items()}
 
 
 def _by_step(record: Record, figure: str) -> dict[int, float]:
     """Return a figure of routing by recurrence step (0: none), its mean over the layers."""
     values: dict[int, list[float]] = {}
-    for tag, value in record["figures"].items():
-        match = _TAG.fullmatch(tag)
-        if match is not None and match["name"] == figure and value is not None:
-            values.setdefault(int(match["step"] or 0), []).append(value)
+    for step, value in _tagged(record["figures"], figure):
+        if value is not None:
+            values.setdefault(step, []).append(value)
     return {step: statistics.fmean(each) for step, each in sorted(values.items())}
 
 
-def _means(by_step: Mapping[int, float]) -> list[float]:
+def _tagged(values: Mapping[str, Any], name: str) -> Iterator[tuple[int, Any]]:
+    """Yield recurrence step (0: none) and value of a figure of routing, layer after layer."""
+    for tag, value in values.items():
+        if (match := _TAG.fullmatch(tag)) and match["name"] == name:
+            yield int(match["step"] or 0), value
+
+
+def _mean(by_step: Mapping[int, float]) -> list[float]:
     """Return the mean over the steps; nothing without steps."""
     return [statistics.fmean(by_step.values())] if by_step else []
-
-
-def _spreads(pairs: Iterable[tuple[float, float]]) -> dict[float, Spread]:
-    """Return the spread of the values of each key, in order of the keys."""
-    values: dict[float, list[float]] = {}
-    for key, value in pairs:
-        values.setdefault(key, []).append(value)
-    return {key: Spread.of(values[key]) for key in sorted(values)}

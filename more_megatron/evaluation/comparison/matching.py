@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.training.models.gpt import GPTModelConfig
@@ -19,7 +18,7 @@ from more_megatron.model.costs import Cost, model_cost
 from more_megatron.model.depth import Depth
 from more_megatron.systems import get_system
 
-__all__ = ["Goal", "match", "system_cost", "widths", "with_widths"]
+__all__ = ["match", "system_cost", "widths"]
 
 # `torch.nn.functional.grouped_mm` wants rows of so many.
 _ALIGNMENT_BYTES = 16
@@ -27,26 +26,8 @@ _ALIGNMENT_BYTES = 16
 _MOST = 1 << 24
 
 
-@dataclass(frozen=True)
-class Goal:
-    """What a model is to cost; None: whatever comes of the other.
-
-    Attributes:
-        flops: Operations a token of a training step.
-        parameters: Parameters that are stored.
-    """
-
-    flops: float | None = None
-    parameters: float | None = None
-
-
 def system_cost(model_config: GPTModelConfig, seq_length: int) -> Cost:
-    """Return the cost of a whole model, its embeddings included.
-
-    Args:
-        model_config: Megatron's model configuration with a `MoREConfig`; its vocabulary is padded.
-        seq_length: Length of a sequence.
-    """
+    """Return the cost of a whole model, its embeddings included; its vocabulary is padded."""
     config = model_config.transformer
     system = get_system(config.more_variant)
     layers, tied = system.cost(config, seq_length), model_config.share_embeddings_and_output_weights
@@ -60,75 +41,91 @@ def widths(config: MoREConfig) -> tuple[str, ...]:
     return (own, "moe_shared_expert_intermediate_size") if shared else (own,)
 
 
-def with_widths(model_config: GPTModelConfig, values: Mapping[str, int]) -> GPTModelConfig:
-    """Return the model with other widths; the given one stays as it is."""
-    changed = copy.copy(model_config)
-    changed.transformer = copy.copy(model_config.transformer)
-    for name, value in values.items():
-        setattr(changed.transformer, name, value)
-    # The stack holds widths of its own.
-    changed.transformer_layer_spec = get_system(changed.transformer.more_variant).stack(changed.transformer)
-    return changed
+def match(
+    model_config: GPTModelConfig,
+    depth: Depth,
+    seq_length: int,
+    *,
+    flops: float | None = None,
+    parameters: float | None = None,
+) -> GPTModelConfig:
+    """Return the model with widths chosen so that it costs what is wanted; the given one stays as it is.
 
-
-def match(model_config: GPTModelConfig, goal: Goal, depth: Depth, seq_length: int) -> GPTModelConfig:
-    """Return the model with widths chosen so that it costs what `goal` says.
-
-    One goal sets the width of what is repeated. Two set that of the shared expert as well; a system without one, or
-    whose two widths cannot serve both, meets the operations and comes as near to the parameters as they allow.
-
-    Args:
-        model_config: Megatron's model configuration with a `MoREConfig`.
-        goal: What it is to cost.
-        depth: Recurrence steps of a training step.
-        seq_length: Length of a sequence.
+    One goal, operations a token of a training step at a depth or parameters that are stored, sets the width of what is
+    repeated. Two set that of the shared expert as well; a system without one, or whose two widths cannot serve both,
+    meets the operations and comes as near to the parameters as they allow.
 
     Raises:
         MoREError: If the system costs more than that at any width.
     """
     own, *shared = widths(model_config.transformer)
-    search, chosen = _Search(model_config, depth, seq_length), {}
-    if goal.flops is not None and goal.parameters is not None and shared:
-        search.refuse_below_least(search.flops, goal.flops, (own, *shared))
-        chosen = {shared[0]: search.shared_width(own, shared[0], goal.flops, goal.parameters)}
-        chosen[own] = search.width(own, search.flops, goal.flops, chosen)
-    elif goal.flops is not None or goal.parameters is not None:
-        measure, target = (search.parameters, goal.parameters) if goal.flops is None else (search.flops, goal.flops)
-        search.refuse_below_least(measure, target or 0.0, (own,))
-        chosen = {own: search.width(own, measure, target or 0.0, {})}
-    return with_widths(model_config, chosen)
+    search = _Search(model_config, depth, seq_length)
+    if flops is None:
+        return search.wide({own: search.width(own, search.parameters, parameters or 0.0)})
+    if parameters is None or not shared:
+        return search.wide({own: search.width(own, search.flops, flops)})
+    return search.wide(search.two_widths(own, shared[0], flops, parameters))
 
 
 class _Search:
-    """Costs of a model at any width, and widths at which they are reached.
-
-    Args:
-        model_config: The model.
-        depth: Recurrence steps of a training step.
-        seq_length: Length of a sequence.
-    """
+    """Costs of a model at any width, and widths at which they are reached."""
 
     def __init__(self, model_config: GPTModelConfig, depth: Depth, seq_length: int) -> None:
         self._model, self._depth, self._seq_length = model_config, depth, seq_length
         self._step = _width_multiple(model_config.transformer)
 
+    def wide(self, widths: Mapping[str, int]) -> GPTModelConfig:
+        """Return the model with other widths."""
+        changed = copy.copy(self._model)
+        changed.transformer = copy.copy(self._model.transformer)
+        for name, value in widths.items():
+            setattr(changed.transformer, name, value)
+        # The stack holds widths of its own.
+        changed.transformer_layer_spec = get_system(changed.transformer.more_variant).stack(changed.transformer)
+        return changed
+
     def flops(self, widths: Mapping[str, int]) -> float:
         """Return operations a token of a training step."""
-        return self._cost(widths).training_flops(self._depth.no_grad_steps, self._depth.grad_steps)
+        cost = system_cost(self.wide(widths), self._seq_length)
+        return cost.training_flops(self._depth.no_grad_steps, self._depth.grad_steps)
 
     def parameters(self, widths: Mapping[str, int]) -> float:
         """Return parameters."""
-        return self._cost(widths).parameters
+        return system_cost(self.wide(widths), self._seq_length).parameters
 
-    def _cost(self, widths: Mapping[str, int]) -> Cost:
-        return system_cost(with_widths(self._model, widths), self._seq_length)
-
-    def refuse_below_least(self, measure: Callable[..., float], target: float, names: Sequence[str]) -> None:
-        """Refuse what not even the smallest widths meet.
+    def width(self, name: str, measure: Callable[..., float], target: float) -> int:
+        """Return the width at which `measure` is nearest to `target`.
 
         Raises:
-            MoREError: If `measure` is larger than `target` at any width.
+            MoREError: If it is larger at any width.
         """
+        self._refuse_below_least(measure, target, (name,))
+        return self._nearest_width(name, measure, target, {})
+
+    def two_widths(self, own: str, shared: str, flops: float, parameters: float) -> dict[str, int]:
+        """Return the width of the shared expert at which the other one serves both goals, or nearly, and that one.
+
+        Raises:
+            MoREError: If there are more operations at any width.
+        """
+        self._refuse_below_least(self.flops, flops, (own, shared))
+        most = self._nearest_width(shared, self.flops, flops, {own: self._step}) // self._step
+
+        def both_at(count: int) -> dict[str, int]:
+            fixed = {shared: count * self._step}
+            return fixed | {own: self._nearest_width(own, self.flops, flops, fixed)}
+
+        def parameters_at(count: int) -> float:
+            return self.parameters(both_at(count))
+
+        # What the shared expert takes from routed ones, of which a token meets few, makes the model smaller.
+        sign = 1 if parameters_at(most) > parameters_at(1) else -1
+        return both_at(_nearest(lambda count: sign * parameters_at(count), sign * parameters, most))
+
+    def _nearest_width(self, name: str, measure: Callable[..., float], target: float, others: Mapping[str, int]) -> int:
+        return self._step * _nearest(lambda count: measure({**others, name: count * self._step}), target)
+
+    def _refuse_below_least(self, measure: Callable[..., float], target: float, names: Sequence[str]) -> None:
         least = measure(dict.fromkeys(names, self._step))
         if least > target:
             system, what = self._model.transformer.more_variant, measure.__name__
@@ -136,22 +133,6 @@ class _Search:
                 f"{system} has {least / 1e6:.2f} M {what} at the least, more than {target / 1e6:.2f} M: raise what is "
                 "to be met, or give it fewer layers, experts or recurrence steps"
             )
-
-    def width(self, name: str, measure: Callable[..., float], target: float, others: Mapping[str, int]) -> int:
-        """Return the width at which `measure` is nearest to `target`."""
-        return self._step * _nearest(lambda count: measure({**others, name: count * self._step}), target)
-
-    def shared_width(self, own: str, shared: str, flops: float, parameters: float) -> int:
-        """Return the width of the shared expert at which the other one serves both goals, or nearly."""
-        most = self.width(shared, self.flops, flops, {own: self._step}) // self._step
-
-        def parameters_at(count: int) -> float:
-            fixed = {shared: count * self._step}
-            return self.parameters(fixed | {own: self.width(own, self.flops, flops, fixed)})
-
-        # What the shared expert takes from routed ones, of which a token meets few, makes the model smaller.
-        sign = 1 if parameters_at(most) > parameters_at(1) else -1
-        return self._step * _nearest(lambda count: sign * parameters_at(count), sign * parameters, most)
 
 
 def _nearest(measure: Callable[[int], float], target: float, most: int = _MOST) -> int:

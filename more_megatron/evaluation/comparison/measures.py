@@ -1,13 +1,12 @@
-"""What runs have reached: figures of one run from its log, and of an arm over its seeds."""
+"""What runs have reached: figures of one run from its files, and of an arm over its seeds."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from more_megatron.evaluation.comparison.experiment import mean_steps
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
 from more_megatron.evaluation.comparison.runner import CHECKPOINT, EVALUATION, FINETUNE_LOG, LOG, read_record
 from more_megatron.evaluation.comparison.tasks import Answers, ByDifficulty, read_evaluation
-from more_megatron.evaluation.training_log import TrainingLog, read_log
+from more_megatron.evaluation.training_log import read_log
 from more_megatron.monitoring.flags import HEALTH_FILE
 
-__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "results_by_arm", "task_names"]
+__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "by_arm", "collect", "difference", "spreads"]
 
 _EVALUATION = re.compile(
     r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
@@ -32,17 +31,11 @@ _CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over the seeds.
-
-    Attributes:
-        mean: Mean.
-        deviation: Sample standard deviation; NaN with one seed.
-        count: Seeds. If one of them is not finite, mean and deviation are not.
-    """
+    """A figure over the seeds."""
 
     mean: float
-    deviation: float
-    count: int
+    deviation: float  # sample standard deviation; NaN with one seed
+    count: int  # seeds; where one of them is not finite, mean and deviation are not
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
@@ -53,72 +46,50 @@ class Spread:
         return cls(statistics.fmean(values), deviation, len(values))
 
 
+def spreads[Key: float](pairs: Iterable[tuple[Key, float]]) -> dict[Key, Spread]:
+    """Return the spread of the values of each key, in order of the keys."""
+    values: dict[Key, list[float]] = {}
+    for key, value in pairs:
+        values.setdefault(key, []).append(value)
+    return {key: Spread.of(values[key]) for key in sorted(values)}
+
+
 @dataclass(frozen=True)
 class Difference:
-    """An arm against another, seed by seed.
+    """An arm against another, seed by seed."""
 
-    Attributes:
-        mean: Mean of the differences of losses, in nats; below 0 the arm is better.
-        half_width: Half of their 95 % interval by Student's t; NaN with one seed.
-        p_value: Two-sided, of a paired t-test; NaN with one seed.
-        percent: By how much the loss is lower, in percent of that of the other.
-        count: Seeds that both have finished.
-    """
-
-    mean: float
-    half_width: float
-    p_value: float
-    percent: float
-    count: int
-
-    @property
-    def is_carried(self) -> bool:
-        """Whether the interval excludes zero: otherwise nothing is to be concluded."""
-        return abs(self.mean) > self.half_width
+    mean: float  # mean of the differences of losses, in nats; below 0 the arm is better
+    half_width: float  # half of their 95 % interval by Student's t; NaN with one seed
+    p_value: float  # two-sided, of a paired t-test; NaN with one seed
+    percent: float  # by how much the loss is lower, in percent of that of the other
+    count: int  # seeds that both have finished
+    is_carried: bool  # whether the interval excludes zero: otherwise nothing is to be concluded
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run has reached.
-
-    Attributes:
-        name: Name of the run.
-        seed: Seed.
-        state: `finished`, `failed`, or `missing` if it has not ended.
-        reason: Why it failed.
-        loss: Validation loss in nats at the end of training.
-        losses: The same by recurrence steps.
-        curve: Training loss by training step.
-        validations: Validation loss by training step.
-        answers: Figures of answers, such as the exact match of a task: of generated ones if the run was evaluated, else
-            as the log has them; after fine-tuning if there was such.
-        by_difficulty: Exact match of generated answers.
-        tokens_per_second: As trained, beside other runs.
-        health: Records of health.jsonl; empty where the run wrote none.
-    """
+    """What one run has reached."""
 
     name: str
     seed: int
-    state: str
-    reason: str = ""
-    loss: float = math.nan
-    losses: dict[int, float] = field(default_factory=dict)
-    curve: dict[int, float] = field(default_factory=dict)
-    validations: dict[int, float] = field(default_factory=dict)
+    state: str  # `finished`, `failed`, or `missing` if it has not ended
+    reason: str = ""  # why it failed
+    loss: float = math.nan  # validation loss in nats at the end of training
+    losses: dict[int, float] = field(default_factory=dict)  # the same by recurrence steps
+    curve: dict[int, float] = field(default_factory=dict)  # training loss by training step
+    validations: dict[int, float] = field(default_factory=dict)  # validation loss by training step
+    # Figures of answers, such as the exact match of a task: of generated ones if the run was evaluated, else as the log
+    # has them; after fine-tuning if there was such
     answers: Answers = field(default_factory=dict)
-    by_difficulty: ByDifficulty = field(default_factory=dict)
-    tokens_per_second: float = math.nan
+    by_difficulty: ByDifficulty = field(default_factory=dict)  # exact match of generated answers
+    tokens_per_second: float = math.nan  # as trained, beside other runs
+    # Records of health.jsonl; empty where the run wrote none
     health: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ArmResult:
-    """What an arm has reached at one point of the sweep.
-
-    Attributes:
-        arm: What was trained.
-        runs: Its runs, all seeds.
-    """
+    """What an arm has reached at one point of the sweep, with its runs of all seeds."""
 
     arm: PlannedArm
     runs: tuple[RunResult, ...]
@@ -129,30 +100,39 @@ class ArmResult:
         return [run for run in self.runs if run.state == "finished"]
 
     @property
+    def watched(self) -> list[list[Mapping[str, Any]]]:
+        """Records of health of each finished run that has some."""
+        return [run.health for run in self.finished if run.health]
+
+    @property
     def loss(self) -> Spread | None:
         """Validation loss in nats; None without a finished run."""
         return Spread.of([run.loss for run in self.finished]) if self.finished else None
 
     @property
-    def depths(self) -> list[int]:
-        """Recurrence steps at which runs were evaluated."""
-        return sorted({depth for run in self.finished for depth in run.losses})
+    def loss_at(self) -> dict[int, Spread]:
+        """Validation loss by recurrence steps."""
+        return spreads(pair for run in self.finished for pair in run.losses.items())
 
     @property
     def step_tokens(self) -> float:
         """Tokens of a training step; 0 of an arm that was refused."""
         return self.arm.tokens / int(self.arm.flags.get("train-iters", 1))
 
-    def loss_at(self, depth: int) -> Spread | None:
-        """Return the validation loss at a number of recurrence steps."""
-        values = [run.losses[depth] for run in self.finished if depth in run.losses]
-        return Spread.of(values) if values else None
+    @property
+    def answer_names(self) -> set[str]:
+        """Figures of answers that there are."""
+        return {name for run in self.finished for at in run.answers.values() for name in at}
 
-    def answers_at(self, depth: int, figure: str) -> Spread | None:
-        """Return a figure of answers at a number of recurrence steps."""
-        values = [run.answers.get(depth, {}).get(figure) for run in self.finished]
-        known = [value for value in values if value is not None]
-        return Spread.of(known) if known else None
+    def answers_at(self, name: str) -> dict[int, Spread]:
+        """Return a figure of answers by recurrence steps (0: none to choose)."""
+        runs = self.finished
+        return spreads((depth, at[name]) for run in runs for depth, at in run.answers.items() if name in at)
+
+    @property
+    def tasks(self) -> set[str]:
+        """Tasks whose problems have difficulties."""
+        return {task for run in self.finished for at in run.by_difficulty.values() for task in at}
 
     @property
     def usual_depth(self) -> int:
@@ -160,34 +140,21 @@ class ArmResult:
         depths = {depth for run in self.finished for depth in run.by_difficulty}
         return min(depths, key=lambda depth: abs(depth - mean_steps(self.arm.flags)), default=0)
 
-    def by_difficulty(self, task: str) -> dict[float, Spread]:
+    def by_difficulty(self, task: str) -> dict[int, Spread]:
         """Return the exact match of a task at the usual depth by difficulty."""
-        values: dict[int, list[float]] = {}
-        for run in self.finished:
-            for difficulty, exact in run.by_difficulty.get(self.usual_depth, {}).get(task, {}).items():
-                values.setdefault(difficulty, []).append(exact)
-        return {difficulty: Spread.of(each) for difficulty, each in sorted(values.items())}
+        found = [run.by_difficulty.get(self.usual_depth, {}).get(task, {}) for run in self.finished]
+        return spreads(pair for exact in found for pair in exact.items())
 
 
 def collect(plan: Plan, folder: Path) -> list[RunResult]:
-    """Return what the runs of a plan have reached, in its order.
-
-    Args:
-        plan: The plan.
-        folder: Folder of the comparison.
-    """
+    """Return what the runs of a plan have reached, in its order, from the folder of the comparison."""
     return [_result(run, folder / "runs" / run.name) for run in plan.runs]
 
 
-def results_by_arm(plan: Plan, runs: list[RunResult]) -> list[ArmResult]:
+def by_arm(plan: Plan, runs: Sequence[RunResult]) -> list[ArmResult]:
     """Return the arms at each point, with their runs."""
     pairs = list(zip(plan.runs, runs, strict=True))
     return [ArmResult(arm, tuple(result for run, result in pairs if run.arm == arm)) for arm in plan.arms]
-
-
-def task_names(arms: Sequence[ArmResult]) -> list[str]:
-    """Return the tasks whose problems have difficulties."""
-    return sorted({task for arm in arms for run in arm.finished for at in run.by_difficulty.values() for task in at})
 
 
 def difference(arm: ArmResult, baseline: ArmResult) -> Difference | None:
@@ -203,43 +170,43 @@ def difference(arm: ArmResult, baseline: ArmResult) -> Difference | None:
     differences = [own - other for own, other in pairs]
     mean = statistics.fmean(differences)
     percent = -100 * mean / statistics.fmean(other for _, other in pairs)
-    if len(pairs) == 1 or arm is baseline:
-        return Difference(mean, math.nan, math.nan, percent, len(pairs))
-    from scipy import stats
+    half_width = p_value = math.nan
+    if len(pairs) > 1:
+        from scipy import stats
 
-    test = stats.ttest_1samp(differences, 0.0)
-    interval = test.confidence_interval(_CONFIDENCE)
-    return Difference(mean, float(interval.high - interval.low) / 2, float(test.pvalue), percent, len(pairs))
+        test = stats.ttest_1samp(differences, 0.0)
+        interval = test.confidence_interval(_CONFIDENCE)
+        half_width, p_value = float(interval.high - interval.low) / 2, float(test.pvalue)
+    return Difference(mean, half_width, p_value, percent, len(pairs), is_carried=abs(mean) > half_width)
 
 
 def _result(run: Run, folder: Path) -> RunResult:
     record = read_record(folder)
     if record is None:
         return RunResult(run.name, run.seed, "missing")
+    result = RunResult(run.name, run.seed, record.state, record.reason)
     if record.state != "finished":
-        return RunResult(run.name, run.seed, record.state, record.reason)
-    result = _of_log(RunResult(run.name, run.seed, record.state), _lines(folder / LOG), folder)
+        return result
+    result = _trained(result, folder)
     if (found := folder / EVALUATION / "results.json").exists():
         answers, by_difficulty = read_evaluation(found)
-        return dataclasses.replace(result, answers=answers, by_difficulty=by_difficulty)
-    if not (folder / FINETUNE_LOG).exists():
-        return result
-    tuned = _lines(folder / FINETUNE_LOG)
-    last = read_log(tuned).validations
-    return dataclasses.replace(result, answers=_answers(_at_depths(tuned, last[-1].iteration if last else 0)))
+        return replace(result, answers=answers, by_difficulty=by_difficulty)
+    if (log := folder / FINETUNE_LOG).exists():
+        lines = _lines(log)
+        last = read_log(lines).validations
+        return replace(result, answers=_answers(_at_depths(lines, last[-1].iteration if last else 0)))
+    return result
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines()
-
-
-def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
-    log: TrainingLog = read_log(lines)
+def _trained(result: RunResult, folder: Path) -> RunResult:
+    """Return a result with what the log of the training says, and its records of health."""
+    lines = _lines(folder / LOG)
+    log = read_log(lines)
     if not log.validations:
-        return dataclasses.replace(result, state="failed", reason=f"no validation loss in {folder / LOG}")
+        return replace(result, state="failed", reason=f"no validation loss in {folder / LOG}")
     last, weights = log.validations[-1], folder / CHECKPOINT
     at_depths = _at_depths(lines, last.iteration)
-    return dataclasses.replace(
+    return replace(
         result,
         loss=last.loss,
         losses={depth: figures[_LOSS] for depth, figures in at_depths.items() if _LOSS in figures},
@@ -251,22 +218,19 @@ def _of_log(result: RunResult, lines: list[str], folder: Path) -> RunResult:
     )
 
 
-def _at_depths(lines: list[str], iteration: int) -> dict[int, dict[str, float]]:
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines()
+
+
+def _at_depths(lines: list[str], iteration: int) -> Answers:
     """Return the figures of the last evaluation by recurrence steps; 0: there are none to choose."""
-    found: dict[int, dict[str, float]] = {}
-    for line in lines:
-        match = _EVALUATION.search(line)
-        if match and int(match[1]) == iteration:
-            # Of two at the same iteration the later one is that at the end of training.
-            figures = {name.strip(): float(value) for name, value in _FIGURE.findall(match[3])}
-            found[int(match[2] or 0)] = figures
-    return found
+    found = [match for line in lines if (match := _EVALUATION.search(line)) and int(match[1]) == iteration]
+    # Of two at the same iteration the later one is that at the end of training.
+    return {
+        int(match[2] or 0): {name.strip(): float(value) for name, value in _FIGURE.findall(match[3])} for match in found
+    }
 
 
 def _answers(at_depths: Answers) -> Answers:
-    """Return what evaluations say of answers."""
-    return {
-        depth: {name: value for name, value in figures.items() if name != _LOSS}
-        for depth, figures in at_depths.items()
-        if set(figures) - {_LOSS}
-    }
+    answers = {depth: {name: value for name, value in at.items() if name != _LOSS} for depth, at in at_depths.items()}
+    return {depth: at for depth, at in answers.items() if at}

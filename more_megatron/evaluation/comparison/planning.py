@@ -13,68 +13,51 @@ from pathlib import Path
 from typing import Any, Self
 
 from more_megatron.errors import MoREError, last_line
-from more_megatron.evaluation.comparison.experiment import Arm, Experiment, Flags, command_line
-from more_megatron.unfinished import unfinished_file
+from more_megatron.evaluation.command_lines import Flags, arguments_of
+from more_megatron.evaluation.comparison.experiment import Arm, Experiment
+from more_megatron.systems import get_system
+from more_megatron.unfinished import write_whole
 
 __all__ = ["Plan", "PlannedArm", "Run", "plan"]
 
 
 @dataclass(frozen=True)
 class PlannedArm:
-    """An arm at one point of the sweep.
-
-    Attributes:
-        name: Name of the arm.
-        point: Number of the point of the sweep.
-        flags: All flags of a run, without seed and folders. Empty if the arm was refused.
-        refusal: Why it cannot run; None if it can.
-        parameters: Parameters that are stored.
-        active_parameters: Those that a token meets.
-        flops: Operations a token of a training step at the mean depth.
-        ratios: Cost over what was to be met, by `flops` and `parameters`; of what was not matched as well.
-        tokens: Training tokens of a run.
-        recurrent: Whether its depth can be chosen in evaluation.
-    """
+    """An arm at one point of the sweep."""
 
     name: str
-    point: int
-    flags: Flags
-    refusal: str | None = None
-    parameters: int = 0
-    active_parameters: int = 0
-    flops: float = 0.0
+    point: int  # number of the point of the sweep
+    flags: Flags  # all flags of a run, without seed and folders; empty if the arm was refused
+    refusal: str | None = None  # why it cannot run; None if it can
+    parameters: int = 0  # parameters that are stored
+    active_parameters: int = 0  # those that a token meets
+    flops: float = 0.0  # operations a token of a training step at the mean depth
+    # Cost over what was to be met, by `flops` and `parameters`; of what was not matched as well
     ratios: dict[str, float] = dataclasses.field(default_factory=dict)
-    tokens: int = 0
-    recurrent: bool = False
+    tokens: int = 0  # training tokens of a run
+    recurrent: bool = False  # whether its depth can be chosen in evaluation
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run.
-
-    Attributes:
-        name: Its folder in `runs/`.
-        arm: What is trained.
-        seed: Seed.
-    """
+    """One training run of an arm, named as its folder in `runs/`."""
 
     name: str
     arm: PlannedArm
     seed: int
 
+    @property
+    def flags(self) -> Flags:
+        """All flags but for folders."""
+        return self.arm.flags | {"seed": self.seed}
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All runs of an experiment.
+    """All runs of an experiment."""
 
-    Attributes:
-        experiment: What was asked for, as `dataclasses.asdict` gives it.
-        points: Flags of each point of the sweep.
-        arms: Each arm at each point.
-    """
-
-    experiment: dict[str, Any]
-    points: tuple[Flags, ...]
+    experiment: dict[str, Any]  # what was asked for, as `dataclasses.asdict` gives it
+    points: tuple[Flags, ...]  # flags of each point of the sweep
     arms: tuple[PlannedArm, ...]
 
     @classmethod
@@ -93,8 +76,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan to a file."""
-        with unfinished_file(path) as unfinished:
-            unfinished.write_text(json.dumps(dataclasses.asdict(self), indent=1))
+        write_whole(path, json.dumps(dataclasses.asdict(self), indent=1))
 
     @property
     def runs(self) -> list[Run]:
@@ -117,23 +99,23 @@ def plan(experiment: Experiment) -> Plan:
 
 def _at_point(experiment: Experiment, number: int, point: Flags) -> list[PlannedArm]:
     """Return the arms at one point of the sweep, as wide as equal cost wants them."""
-    built: dict[str, Any] = {}
+    models: dict[str, _Model] = {}
     refusals: dict[str, str] = {}
     for arm in experiment.arms:
         try:
-            built[arm.name] = _Built(experiment.flags_of(arm, point))
+            models[arm.name] = _Model(experiment.flags_of(arm, point))
         except (MoREError, AssertionError, ValueError, KeyError) as error:
             refusals[arm.name] = " ".join(str(error).split()) or last_line(error)
-    aims = [experiment.target] if experiment.target in built else list(built)
+    aims = [models[experiment.target]] if experiment.target in models else list(models.values())
     goal = {
-        "flops": max((built[name].flops for name in aims), default=0.0),
-        "parameters": max((built[name].cost.parameters for name in aims), default=0),
+        "flops": max((model.flops for model in aims), default=0.0),
+        "parameters": max((model.cost.parameters for model in aims), default=0),
     }
     planned = []
     for arm in experiment.arms:
         if arm.name not in refusals:
             try:
-                planned.append(_matched(experiment, arm, number, built[arm.name], goal))
+                planned.append(_matched(experiment, arm, number, models[arm.name], goal))
                 continue
             except MoREError as error:
                 refusals[arm.name] = str(error)
@@ -141,11 +123,8 @@ def _at_point(experiment: Experiment, number: int, point: Flags) -> list[Planned
     return planned
 
 
-class _Built:
-    """A model that is described and not built.
-
-    Args:
-        flags: Flags that describe it.
+class _Model:
+    """A model that is described by flags and not built.
 
     Raises:
         MoREError: If the flags are refused.
@@ -156,25 +135,25 @@ class _Built:
         from more_megatron.model.depth import DepthSampler
 
         self.flags = flags
-        self.args, self.model = configure(shlex.join(command_line(flags)))
-        self.depth = DepthSampler(self.model.transformer).expected()
+        self.args, self._config = configure(shlex.join(arguments_of(flags)))
+        self._depth = DepthSampler(self._config.transformer).expected()
         self._weigh()
 
     def _weigh(self) -> None:
         from more_megatron.evaluation.comparison.matching import system_cost
 
-        self.cost = system_cost(self.model, self.args.seq_length)
-        self.flops = self.cost.training_flops(self.depth.no_grad_steps, self.depth.grad_steps)
+        self.cost = system_cost(self._config, self.args.seq_length)
+        self.flops = self.cost.training_flops(self._depth.no_grad_steps, self._depth.grad_steps)
 
     def match(self, kind: str, goal: dict[str, float]) -> None:
         """Widen or narrow it."""
-        from more_megatron.evaluation.comparison.matching import Goal, match, widths
+        from more_megatron.evaluation.comparison.matching import match, widths
 
         if kind != "flags":
-            wanted = Goal(**{name: value for name, value in goal.items() if kind in (name, "both")})
-            self.model = match(self.model, wanted, self.depth, self.args.seq_length)
+            wanted = {name: value for name, value in goal.items() if kind in (name, "both")}
+            self._config = match(self._config, self._depth, self.args.seq_length, **wanted)
             self._weigh()
-        config = self.model.transformer
+        config = self._config.transformer
         found = {name.replace("_", "-"): getattr(config, name) for name in widths(config)}
         self.flags = self.flags | {name: width for name, width in found.items() if width is not None}
         if config.num_moe_experts is not None and config.moe_shared_expert_intermediate_size is None:
@@ -182,23 +161,19 @@ class _Built:
             self.flags["moe-shared-expert-intermediate-size"] = 0
 
 
-def _matched(experiment: Experiment, arm: Arm, number: int, built: _Built, goal: dict[str, float]) -> PlannedArm:
-    from more_megatron.systems import get_system
-
-    built.match(experiment.match, goal)
-    step_tokens = built.args.global_batch_size * built.args.seq_length
-    tokens = experiment.tokens
-    if experiment.total_flops is not None:
-        tokens = experiment.total_flops / built.flops
-    steps = int(built.flags["train-iters"]) if tokens is None else max(round(tokens / step_tokens), 1)
+def _matched(experiment: Experiment, arm: Arm, number: int, model: _Model, goal: dict[str, float]) -> PlannedArm:
+    model.match(experiment.match, goal)
+    step_tokens = model.args.global_batch_size * model.args.seq_length
+    tokens = experiment.tokens if experiment.total_flops is None else experiment.total_flops / model.flops
+    steps = int(model.flags["train-iters"]) if tokens is None else max(round(tokens / step_tokens), 1)
     return PlannedArm(
         name=arm.name,
         point=number,
-        flags=built.flags | {"train-iters": steps},
-        parameters=built.cost.parameters,
-        active_parameters=built.cost.active_parameters,
-        flops=built.flops,
-        ratios={"flops": built.flops / goal["flops"], "parameters": built.cost.parameters / goal["parameters"]},
+        flags=model.flags | {"train-iters": steps},
+        parameters=model.cost.parameters,
+        active_parameters=model.cost.active_parameters,
+        flops=model.flops,
+        ratios={"flops": model.flops / goal["flops"], "parameters": model.cost.parameters / goal["parameters"]},
         tokens=steps * step_tokens,
         recurrent=get_system(arm.system).recurrent and not arm.reference,
     )

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -21,12 +22,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from more_megatron.errors import MoREError, last_line
-from more_megatron.evaluation.comparison.experiment import Flags, command_line
+from more_megatron.evaluation.command_lines import Flags, arguments_of
 from more_megatron.evaluation.comparison.planning import Run
-from more_megatron.unfinished import unfinished_file
+from more_megatron.unfinished import write_whole
 
 __all__ = ["CHECKPOINT", "EVALUATION", "FINETUNE_LOG", "LOG", "Record", "Runner", "apart", "read_record"]
 
@@ -39,25 +40,21 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Record:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        state: `finished` or `failed`.
-        flags: Its flags, without folders.
-        seconds: Time of the last attempt.
-        reason: Why it failed.
-        later: Flags of what came behind its training.
-    """
-
-    state: str
-    flags: Flags
-    seconds: float
-    reason: str = ""
-    later: dict[str, Flags] = field(default_factory=dict)
+    state: str  # `finished` or `failed`
+    flags: Flags  # its flags, without folders
+    seconds: float  # time of the last attempt
+    reason: str = ""  # why it failed
+    later: dict[str, Flags] = field(default_factory=dict)  # flags of what came behind its training
 
 
 def read_record(folder: Path) -> Record | None:
-    """Return how the run of a folder ended; None while it has not."""
+    """Return how the run of a folder ended; None while it has not.
+
+    Raises:
+        MoREError: If the record is damaged.
+    """
     try:
         return Record(**json.loads((folder / "record.json").read_text()))
     except FileNotFoundError:
@@ -66,37 +63,26 @@ def read_record(folder: Path) -> Record | None:
         raise MoREError(f"{folder / 'record.json'} is damaged: remove it ({last_line(error)})") from error
 
 
+@dataclass
 class Runner:
-    """Makes runs.
+    """Makes runs."""
 
-    Args:
-        folder: Folder of the comparison.
-        jobs: Runs side by side.
-        processes: Ranks of a run.
-        keeps_weights: Whether checkpoints stay when their run has finished.
-        finetune: Flags of a second training that begins with the weights of each run; None: there is none.
-        evaluation: Flags of `tools/evaluate.py`, for the weights at the end; None: they are not evaluated.
-    """
+    folder: Path  # of the comparison
+    jobs: int  # runs side by side
+    processes: int = 1  # ranks of a run
+    keeps_weights: bool = False  # whether checkpoints stay when their run has finished
+    finetune: Flags | None = None  # of a second training that begins with the weights of each run; None: there is none
+    evaluation: Flags | None = None  # of `tools/evaluate.py`, for the weights at the end; None: they are not evaluated
 
-    evaluator = (sys.executable, str(_PROJECT / "tools" / "evaluate.py"))
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
-    """What a run is started with, up to the number of its ranks."""
+    evaluator: ClassVar = (sys.executable, str(_PROJECT / "tools" / "evaluate.py"))
+    # What a run is started with, up to the number of its ranks.
+    launcher: ClassVar = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1")
 
-    def __init__(
-        self,
-        folder: Path,
-        jobs: int,
-        processes: int = 1,
-        keeps_weights: bool = False,
-        finetune: Flags | None = None,
-        evaluation: Flags | None = None,
-    ) -> None:
-        self._folder, self._jobs, self._processes = folder, jobs, processes
-        self._keeps_weights, self._finetune, self._evaluation = keeps_weights, finetune, evaluation
-        later = {"finetune": finetune, "evaluation": evaluation}
+    def __post_init__(self) -> None:
+        later = {"finetune": self.finetune, "evaluation": self.evaluation}
         self._later = {name: flags for name, flags in later.items() if flags is not None}
-        self._seconds: list[float] = []
         self._left = 0
+        self._seconds: list[float] = []
 
     def make(self, runs: list[Run]) -> bool:
         """Make those that are not finished; they end with this process. Return whether all have finished.
@@ -105,27 +91,26 @@ class Runner:
             MoREError: If a finished run of that name had other flags.
         """
         waiting = [run for run in runs if not self._is_finished(run)]
-        print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before, {self._jobs} side by side")
+        print(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished before, {self.jobs} side by side")
         self._left = len(waiting)
         asyncio.run(self._make_all(waiting))
         return all(self._is_finished(run) for run in runs)
 
     def _is_finished(self, run: Run) -> bool:
-        record = read_record(self._run_folder(run))
+        folder = self._folder_of(run)
+        record = read_record(folder)
         if record is None or record.state != "finished":
             return False
-        if (record.flags, record.later) != (_flags(run), self._later):
-            raise MoREError(
-                f"{self._run_folder(run)} holds a finished run with other flags: give another --folder, or remove it"
-            )
+        if (record.flags, record.later) != (run.flags, self._later):
+            raise MoREError(f"{folder} holds a finished run with other flags: give another --folder, or remove it")
         return True
 
-    def _run_folder(self, run: Run) -> Path:
-        return self._folder / "runs" / run.name
+    def _folder_of(self, run: Run) -> Path:
+        return self.folder / "runs" / run.name
 
     async def _make_all(self, runs: list[Run]) -> None:
         places: asyncio.Queue[int] = asyncio.Queue()
-        for place in range(self._jobs):
+        for place in range(self.jobs):
             places.put_nowait(place)
 
         async def make_in_turn(run: Run) -> None:
@@ -135,47 +120,52 @@ class Runner:
             finally:
                 places.put_nowait(place)
 
-        loop, tasks = asyncio.get_running_loop(), [asyncio.ensure_future(make_in_turn(run)) for run in runs]
+        making = asyncio.gather(*map(make_in_turn, runs))
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, lambda: [task.cancel() for task in tasks])
+            asyncio.get_running_loop().add_signal_handler(number, making.cancel)
         try:
-            await asyncio.gather(*tasks)
+            await making
         except asyncio.CancelledError:
             raise MoREError("interrupted; the same command goes on where it was") from None
 
     async def _make(self, run: Run, place: int) -> None:
-        folder = self._run_folder(run)
+        folder = self._folder_of(run)
         if not (folder / CHECKPOINT / _TRACKER).exists():
             # An attempt that has saved nothing begins anew, and what it said is not to stand beside that.
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        start, flags = time.monotonic(), _flags(run)
-        if run.arm.refusal is not None:
-            record = Record("failed", flags, 0.0, run.arm.refusal, self._later)
-        else:
-            reason = await self._take_steps(run, folder, place)
-            state, seconds = "failed" if reason else "finished", time.monotonic() - start
-            record = Record(state, flags, seconds, reason, self._later)
-        with unfinished_file(folder / "record.json") as unfinished:
-            unfinished.write_text(json.dumps(asdict(record), indent=1))
-        if record.state == "finished" and not self._keeps_weights:
+        start = time.monotonic()
+        reason = run.arm.refusal or await self._take_steps(run, folder, place)
+        seconds = time.monotonic() - start
+        record = Record("failed" if reason else "finished", run.flags, seconds, reason, self._later)
+        write_whole(folder / "record.json", json.dumps(asdict(record), indent=1))
+        if not reason and not self.keeps_weights:
             for weights in folder.glob("*/iter_*"):
                 shutil.rmtree(weights)
-        self._say(run, record)
+        self._left -= 1
+        if not reason:
+            self._seconds.append(seconds)
+        outcome = f"FAILED: {reason}" if reason else f"{seconds:.0f} s"
+        print(f"  {run.name}: {outcome}{self._time_left()}", flush=True)
+
+    def _time_left(self) -> str:
+        if not self._left or not self._seconds:
+            return ""
+        minutes = self._left * statistics.fmean(self._seconds) / self.jobs / 60
+        return f"; {self._left} to go, about {minutes:.0f} min"
 
     async def _take_steps(self, run: Run, folder: Path, place: int) -> str:
         """Train, fine-tune and evaluate as far as was asked for; return why it failed, nothing if it did not."""
-        flags, weights = _flags(run), folder / CHECKPOINT
-        commands = {LOG: self._training(self._folders(weights, flags) | flags)}
-        if self._finetune is not None:
-            flags = {name: value for name, value in (flags | self._finetune).items() if value is not None}
-            start: Flags = {"load": weights, "finetune": True}
-            weights = folder / "finetuned"
-            commands[FINETUNE_LOG] = self._training(self._folders(weights, flags) | start | flags)
-        if self._evaluation is not None:
-            asked = self._evaluation | ({} if run.arm.recurrent else {"num-steps": None}) | {"load": weights}
-            asked = {name: value for name, value in asked.items() if value is not None}
-            commands[f"{EVALUATION}.txt"] = [*self.evaluator, *command_line(asked | {"output": folder / EVALUATION})]
+        weights = folder / CHECKPOINT
+        commands = {LOG: self._training(run.flags, save=weights, load=weights)}
+        if self.finetune is not None:
+            start, weights = weights, folder / "finetuned"
+            flags = run.flags | {"finetune": True} | self.finetune
+            commands[FINETUNE_LOG] = self._training(flags, save=weights, load=start)
+        if self.evaluation is not None:
+            folders = {"load": weights, "output": folder / EVALUATION}
+            asked = self.evaluation | ({} if run.arm.recurrent else {"num-steps": None}) | folders
+            commands[f"{EVALUATION}.txt"] = [*self.evaluator, *_given(asked)]
         for name in {"finetuned", EVALUATION, *commands} - {LOG}:
             # Of an attempt before; training itself goes on where it was.
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -186,19 +176,17 @@ class Runner:
                 return _reason(folder / log)
         return ""
 
-    def _folders(self, checkpoint: Path, flags: Flags) -> Flags:
-        """Return what a run is given besides its flags: where it writes to, and continues from."""
-        return {
-            "data-cache-path": self._folder / "cache",
-            "tensorboard-dir": checkpoint / "tensorboard",
-            "save": checkpoint,
-            "load": checkpoint,
+    def _training(self, flags: Flags, save: Path, load: Path) -> list[str]:
+        """Return the command of a training; flags may name other folders and intervals."""
+        places = {
+            "data-cache-path": self.folder / "cache",
+            "tensorboard-dir": save / "tensorboard",
+            "save": save,
+            "load": load,
             "save-interval": flags["train-iters"],
         }
-
-    def _training(self, flags: Flags) -> list[str]:
         program = str(_PROJECT / "pretrain_more.py")
-        return [*self.launcher, "--nproc-per-node", str(self._processes), program, *command_line(flags)]
+        return [*self.launcher, "--nproc-per-node", str(self.processes), program, *_given(places | flags)]
 
     async def _call(self, command: list[str], log: Path, place: int) -> int:
         with open(log, "a") as output:
@@ -215,27 +203,17 @@ class Runner:
 
     def _environment(self, place: int) -> dict[str, str]:
         """Return the environment of a run: its share of the cores, and GPUs of its own where there are."""
-        threads = max((os.cpu_count() or 1) // (self._jobs * self._processes), 1)
+        threads = max((os.cpu_count() or 1) // (self.jobs * self.processes), 1)
         environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
         if gpus := _gpus():
-            own = [gpus[(place * self._processes + rank) % len(gpus)] for rank in range(self._processes)]
+            own = [gpus[(place * self.processes + rank) % len(gpus)] for rank in range(self.processes)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         return environment
 
-    def _say(self, run: Run, record: Record) -> None:
-        self._left -= 1
-        if record.state == "finished":
-            self._seconds.append(record.seconds)
-        outcome = f"{record.seconds:.0f} s" if record.state == "finished" else f"FAILED: {record.reason}"
-        left = ""
-        if self._left and self._seconds:
-            minutes = self._left * sum(self._seconds) / len(self._seconds) / self._jobs / 60
-            left = f"; {self._left} to go, about {minutes:.0f} min"
-        print(f"  {run.name}: {outcome}{left}", flush=True)
 
-
-def _flags(run: Run) -> Flags:
-    return run.arm.flags | {"seed": run.seed}
+def _given(flags: Flags) -> list[str]:
+    """Return flags as arguments, without those that are None."""
+    return arguments_of({name: value for name, value in flags.items() if value is not None})
 
 
 def _reason(log: Path) -> str:
@@ -264,10 +242,7 @@ def _gpus() -> list[str]:
 def apart(function: Callable[..., Any], *arguments: Any, log: Path) -> Any:
     """Return what a function returns, called in a process of its own, which may import Megatron and set its globals.
 
-    Args:
-        function: Importable by name.
-        arguments: Its arguments.
-        log: Where that process writes what it says.
+    The function must be importable by name; what the process says goes into the log.
     """
     with ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin_apart, initargs=(str(log),)) as pool:
         return pool.submit(function, *arguments).result()

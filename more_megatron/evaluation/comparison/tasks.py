@@ -26,23 +26,14 @@ _RECIPE = {"lr": 5e-5, "min-lr": 0, "weight-decay": 0.01}
 
 
 def fine_tuning(tasks: Mapping[str, str]) -> dict[str, Any]:
-    """Return the flags of a second training on tasks; None: a flag that is left out.
-
-    Args:
-        tasks: Prefix by task.
-    """
+    """Return the flags of a second training on tasks, given their prefixes; None: a flag that is left out."""
     train, valid = ([f"{prefix}_{split}_document" for prefix in tasks.values()] for split in ("train", "test"))
     data = {"data-path": None, "split": None, "train-data-path": train, "valid-data-path": valid}
     return {"loss-on-answers": True, **data, **_RECIPE}
 
 
 def evaluation(tasks: Mapping[str, str], problems: int, depths: list[int]) -> dict[str, Any]:
-    """Return the flags of `tools/evaluate.py` that answer the problems of tasks.
-
-    Args:
-        tasks: Prefix by task.
-        problems: Problems of each file.
-        depths: Recurrence steps, for systems that have such.
+    """Return the flags of `tools/evaluate.py` that answer so many problems of each file of tasks, given their prefixes.
 
     Raises:
         MoREError: If the problems of a task are not there, or what evaluates them is not installed.
@@ -61,10 +52,9 @@ def evaluation(tasks: Mapping[str, str], problems: int, depths: list[int]) -> di
 
 
 def read_evaluation(path: Path) -> tuple[Answers, ByDifficulty]:
-    """Return what an evaluation found: exact match of answers that were generated, as a whole and by difficulty.
+    """Return what an evaluation found, given its results.json.
 
-    Args:
-        path: Its results.json.
+    That is exact match of answers that were generated, as a whole and by difficulty.
     """
     answers: Answers = {}
     by_difficulty: ByDifficulty = {}

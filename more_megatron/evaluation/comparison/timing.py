@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from more_megatron.evaluation.comparison.experiment import command_line
-from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
-from more_megatron.unfinished import unfinished_file
-
-if TYPE_CHECKING:
-    from more_megatron.evaluation.step_benchmark import StepBenchmark
-    from more_megatron.model.depth import Depth
+from more_megatron.evaluation.command_lines import arguments_of
+from more_megatron.evaluation.comparison.planning import Plan
+from more_megatron.unfinished import write_whole
 
 __all__ = ["Timing", "read_timings", "save_timings"]
 
@@ -25,37 +19,21 @@ _ROUNDS, _WARMUP = 5, 2
 
 @dataclass(frozen=True)
 class Timing:
-    """How fast an arm takes forward and backward passes at the mean depth, without the optimizer.
-
-    Attributes:
-        arm: Name of the arm.
-        point: Number of the point of the sweep.
-        seconds: Median time of a step.
-        tokens_per_second: Tokens a second.
-        achieved_flops: Operations a second.
-        ratio: Median of achieved operations over those of the first arm in the same round.
-        step_bytes: Memory that a step takes besides weights and their gradients.
-    """
+    """How fast an arm takes forward and backward passes at the mean depth, without the optimizer."""
 
     arm: str
-    point: int
-    seconds: float
+    point: int  # number of the point of the sweep
+    seconds: float  # median time of a step
     tokens_per_second: float
-    achieved_flops: float
-    ratio: float
-    step_bytes: int
+    achieved_flops: float  # operations a second
+    ratio: float  # median of achieved operations over those of the first arm in the same round
+    step_bytes: int  # memory that a step takes besides weights and their gradients
 
 
 def save_timings(plan: Plan, path: Path) -> None:
-    """Time the arms of a plan and write the figures to a file. Imports Megatron, and sets its globals.
-
-    Args:
-        plan: The plan.
-        path: The file.
-    """
-    timings = [timing for point, _ in enumerate(plan.points) for timing in _at_point(plan, point)]
-    with unfinished_file(path) as unfinished:
-        unfinished.write_text(json.dumps([asdict(timing) for timing in timings], indent=1))
+    """Time the arms of a plan and write the figures to a file. Imports Megatron, and sets its globals."""
+    timings = [asdict(timing) for point, _ in enumerate(plan.points) for timing in _at_point(plan, point)]
+    write_whole(path, json.dumps(timings, indent=1))
 
 
 def read_timings(path: Path) -> list[Timing]:
@@ -64,32 +42,26 @@ def read_timings(path: Path) -> list[Timing]:
 
 
 def _at_point(plan: Plan, point: int) -> list[Timing]:
-    from more_megatron.evaluation.step_benchmark import time_systems
-
-    arms = [arm for arm in plan.arms if arm.point == point and arm.refusal is None]
-    built = {arm.name: _benchmark(arm) for arm in arms}
-    benchmarks = {name: benchmark for name, (benchmark, _, _) in built.items()}
-    depths = {name: depth for name, (_, depth, _) in built.items()}
-    found: list[Timing] = []
-    first: list[float] = []
-    for timed in time_systems(benchmarks, depths, _ROUNDS, _WARMUP):
-        tokens, seconds = built[timed.name][2], statistics.median(timed.seconds)
-        achieved = timed.achieved_flops(tokens)
-        first = first or achieved
-        ratio = statistics.median(own / other for own, other in zip(achieved, first, strict=True))
-        median = statistics.median(achieved)
-        found.append(Timing(timed.name, point, seconds, tokens / seconds, median, ratio, timed.step_bytes))
-    return found
-
-
-def _benchmark(arm: PlannedArm) -> tuple[StepBenchmark, Depth, int]:
-    """Return a model with a batch, its mean depth, and the tokens of the batch."""
-    from more_megatron.evaluation.runs import configure, sole_rank
-    from more_megatron.evaluation.step_benchmark import StepBenchmark
+    from more_megatron.evaluation.runs import configure
+    from more_megatron.evaluation.step_benchmark import StepBenchmark, time_systems
     from more_megatron.model.depth import DepthSampler
 
-    args, model_config = configure(shlex.join(command_line(arm.flags)))
-    sole_rank()
-    benchmark = StepBenchmark(model_config, args.seq_length, args.micro_batch_size)
-    tokens = args.seq_length * args.micro_batch_size
-    return benchmark, DepthSampler(model_config.transformer).expected(), tokens
+    benchmarks, depths = {}, {}
+    for arm in plan.arms:
+        if arm.point == point and arm.refusal is None:
+            args, model_config = configure(shlex.join(arguments_of(arm.flags)))
+            benchmarks[arm.name] = StepBenchmark(model_config, args.seq_length, args.micro_batch_size)
+            depths[arm.name] = DepthSampler(model_config.transformer).expected()
+    timed = time_systems(benchmarks, depths, _ROUNDS, _WARMUP)
+    return [
+        Timing(
+            arm=each.name,
+            point=point,
+            seconds=each.median_seconds,
+            tokens_per_second=each.tokens / each.median_seconds,
+            achieved_flops=each.achieved_flops,
+            ratio=each.ratio_to(timed[0]),
+            step_bytes=each.step_bytes,
+        )
+        for each in timed
+    ]

@@ -29,11 +29,7 @@ _LAST_LINES = 30
 
 
 class WorldError(Exception):
-    """A call that raised, died or took too long.
-
-    Attributes:
-        details: Traceback, and the end of what the ranks printed.
-    """
+    """A call that raised, died or took too long; `details` is its traceback, and the end of what the ranks printed."""
 
     def __init__(self, message: str, details: str = "") -> None:
         super().__init__(message)
@@ -41,39 +37,29 @@ class WorldError(Exception):
 
 
 class World:
-    """Ranks that start at once and are there when they are needed.
+    """Ranks on a platform, `cpu` or `cuda`, that start at once and are there when they are needed."""
 
-    Args:
-        platform: `cpu` or `cuda`.
-        ranks: Number of ranks.
-        environment: Further environment variables.
-    """
-
-    def __init__(self, platform: str, ranks: int = 1, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, platform: str, ranks: int, environment: Mapping[str, str]) -> None:
         context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="more-check-")
         self._pipes: list[Connection] = []
         self._processes = []
         port = _free_port()
         for rank in range(ranks):
-            variables = {"MORE_PLATFORM": platform, **_rank_environment(rank, ranks, port), **(environment or {})}
+            variables = {"MORE_PLATFORM": platform, **_rank_environment(rank, ranks, port), **environment}
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, variables, str(self._log(rank))))
+            log = str(Path(self._folder.name, f"rank{rank}.log"))
+            process = context.Process(target=_serve, args=(theirs, variables, log))
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
 
     def call(self, function: str, *args: Any, timeout: float) -> list[Any]:
-        """Return what a function returned on each rank.
-
-        Args:
-            function: `module:name`; the module is imported by the ranks.
-            args: Arguments, the same on every rank.
-            timeout: Seconds after which the call is given up.
+        """Return what a function, `module:name`, returned on each rank for the same arguments.
 
         Raises:
-            WorldError: If a rank raised, ended or did not finish. The world cannot be used again.
+            WorldError: If a rank raised, ended or did not finish in time. The world cannot be used again.
         """
         try:
             for pipe in self._pipes:
@@ -81,15 +67,14 @@ class World:
         except OSError as error:
             raise WorldError("the process has ended", self._output()) from error
         deadline = time.monotonic() + timeout
-        results: dict[int, Any] = {}
+        results: dict[Connection, Any] = {}
         while len(results) < len(self._pipes):
-            pending = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
-            ready = wait(pending, timeout=max(deadline - time.monotonic(), 0.0))
+            pending = [pipe for pipe in self._pipes if pipe not in results]
+            ready = wait(pending, max(deadline - time.monotonic(), 0.0))
             if not ready:
                 raise WorldError(f"not finished after {timeout:.0f} s", self._output())
-            for rank in [self._pipes.index(pipe) for pipe in ready]:  # type: ignore[arg-type]
-                results[rank] = self._receive(rank)
-        return [results[rank] for rank in range(len(self._pipes))]
+            results |= {pipe: self._receive(pipe) for pipe in pending if pipe in ready}
+        return [results[pipe] for pipe in self._pipes]
 
     def close(self) -> None:
         """End the ranks and all that they started."""
@@ -100,10 +85,11 @@ class World:
             process.join()
         self._folder.cleanup()
 
-    def _receive(self, rank: int) -> Any:
+    def _receive(self, pipe: Connection) -> Any:
         try:
-            succeeded, result = self._pipes[rank].recv()
+            succeeded, result = pipe.recv()
         except EOFError as error:
+            rank = self._pipes.index(pipe)
             raise WorldError(f"the process of rank {rank} ended", self._output()) from error
         if not succeeded:
             message, trace = result
@@ -111,31 +97,29 @@ class World:
         return result
 
     def _output(self) -> str:
-        logs = (self._log(rank) for rank in range(len(self._pipes)))
-        lines = [line for log in logs if log.exists() for line in log.read_text(errors="replace").splitlines()]
+        logs = sorted(Path(self._folder.name).iterdir())
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
         return "\n".join(lines[-_LAST_LINES:])
-
-    def _log(self, rank: int) -> Path:
-        return Path(self._folder.name, f"rank{rank}.log")
 
 
 def _rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
+    values = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": port,
         # All ranks are on this machine, whose own name need not resolve.
         "GLOO_SOCKET_IFNAME": "lo",
         # Megatron asserts it under tensor parallelism.
-        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "CUDA_DEVICE_MAX_CONNECTIONS": 1,
         # Nothing here may ask the network.
-        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_OFFLINE": 1,
         # Read by `one_line_errors`, which would end the process.
-        "MORE_TRACEBACK": "1",
+        "MORE_TRACEBACK": 1,
     }
+    return {name: str(value) for name, value in values.items()}
 
 
 def _free_port() -> int:

@@ -9,7 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from more_megatron.evaluation.exported_model import ExportedModel
-from more_megatron.evaluation.harness.answers import Answer, AnswerTask
+from more_megatron.evaluation.harness.our_tasks import Answer, AnswerTask
 
 __all__ = ["HarnessModel"]
 

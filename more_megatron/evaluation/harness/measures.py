@@ -7,20 +7,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from more_megatron.evaluation.harness.answers import AnswerTask
 from more_megatron.evaluation.harness.language_model import HarnessModel
+from more_megatron.evaluation.harness.our_tasks import AnswerTask
 
 __all__ = ["collect"]
 
 
 def collect(name: str, tasks: dict[str, Any], found: dict[str, Any], model: HarnessModel) -> dict[str, Any]:
-    """Return the measures of one task, or of each in a group of the harness's.
+    """Return the measures of one task, or of each in a group of the harness's, which returned `found`.
 
-    Args:
-        name: What a task that is alone is called in results.
-        tasks: The loaded tasks.
-        found: What the harness returned.
-        model: The model, whose tokens are counted.
+    A task that is alone is called `name` in results. Tokens are counted as the model's.
     """
     alone = next(iter(tasks)) if len(tasks) == 1 else None
     if alone is not None and isinstance(tasks[alone], AnswerTask):

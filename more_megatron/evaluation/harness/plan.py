@@ -25,17 +25,11 @@ _ON_THE_HUB = ("hellaswag", "wikitext")
 
 @dataclass(frozen=True)
 class PlannedTask:
-    """A task on its data.
+    """A task on its data."""
 
-    Attributes:
-        name: What it is called in results: as the task, or as the file if the task has several.
-        task: Its name among the harness's.
-        path: File of its data; None for those the harness fetches from the hub.
-    """
-
-    name: str
-    task: str
-    path: Path | None
+    name: str  # what it is called in results: as the task, or as the file if the task has several
+    task: str  # its name among the harness's
+    path: Path | None  # file of its data; None for those the harness fetches from the hub
 
     @functools.cached_property
     def data_digest(self) -> str | None:
@@ -44,11 +38,9 @@ class PlannedTask:
 
 
 def plan_tasks(tasks: Sequence[str], data: Sequence[str]) -> list[PlannedTask]:
-    """Return what is to be evaluated.
+    """Return what is to be evaluated, given tasks of ours or the harness's, and `TASK=FILE` for ours.
 
-    Args:
-        tasks: Names of tasks, ours or the harness's.
-        data: `TASK=FILE` for tasks of ours; a task may have several files, which are evaluated each by itself.
+    A task may have several files, which are evaluated each by itself.
 
     Raises:
         MoREError: If a file is missing or belongs to no task, or a task needs one.
@@ -90,11 +82,7 @@ def _check_hub(task: str) -> None:
 
 @functools.lru_cache(maxsize=1)  # A task is evaluated at one depth after the other.
 def load_task(planned: PlannedTask, detokenization: str) -> Any:
-    """Return a task with its documents, as the harness wants to be given it.
-
-    Args:
-        planned: The task.
-        detokenization: How far WikiText's spelling is undone in texts.
+    """Return a task with its documents, detokenized as named, as the harness wants to be given it.
 
     Raises:
         MoREError: If there is no such task, or its data cannot be had.

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from more_megatron.figures import heat_map, new_figure, save
-from more_megatron.unfinished import unfinished_file
+from more_megatron.unfinished import write_whole
 
-__all__ = ["markdown_table", "write_report"]
+__all__ = ["write_report"]
 
 # A task's accuracy is the first of these that it has.
 _ACCURACIES = ("exact_match", "acc", "f1")
@@ -20,42 +20,54 @@ _NO_MEASURES = ("count", "tokens")
 _PARTS_OF = "/"
 
 Record = dict[str, Any]
+# By task, measure and depth.
+Values = dict[str, dict[str, dict[int | None, float]]]
 
 
 def write_report(records: Sequence[Record], settings: dict[str, Any], folder: Path) -> list[str]:
-    """Write `results.json`, `results.md` and figures.
-
-    Args:
-        records: Results, one a task and depth.
-        settings: What they have in common.
-        folder: Where they go.
+    """Write `results.json`, `results.md` and figures of records, one a task and depth, under common settings.
 
     Returns:
         The table, and what was written, in lines.
     """
-    table = markdown_table(records)
+    depths = list(dict.fromkeys(record["num_steps"] for record in records))
+    values = _values(records)
+    table = _table(values, depths)
     results = [{key: value for key, value in record.items() if key != "settings"} for record in records]
-    content = {"settings": settings, "results": results}
-    heading = f"# {settings['model']}\n\n"
-    for name, text in (("results.json", json.dumps(content, indent=1) + "\n"), ("results.md", f"{heading}{table}\n")):
-        with unfinished_file(folder / name) as path:
-            path.write_text(text)
-    figures = [figure for draw in (_depths, _parts, _difficulties) if (figure := draw(records, folder)) is not None]
-    written = (folder / "results.json", folder / "results.md", *figures)
+    texts = {
+        "results.json": json.dumps({"settings": settings, "results": results}, indent=1) + "\n",
+        "results.md": f"# {settings['model']}\n\n{table}\n",
+    }
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+    drawn = {
+        "depths.png": _draw_depths(values, depths),
+        "parts.png": _draw_parts(values, depths),
+        "difficulties.png": _draw_difficulties(records, depths),
+    }
+    figures = [save(figure, folder / name) for name, figure in drawn.items() if figure is not None]
     skipped = {record["name"]: record.get("skipped", 0) for record in records}
     notes = [f"{name}: {count} problems are too long and left out" for name, count in skipped.items() if count]
+    written = [*(folder / name for name in texts), *figures]
     return [*table.splitlines(), "", *notes, f"written: {', '.join(map(str, written))}"]
 
 
-def markdown_table(records: Sequence[Record]) -> str:
+def _values(records: Sequence[Record]) -> Values:
+    values: Values = {}
+    for record in records:
+        for entry, measures in record["measures"].items():
+            for measure, value in measures.items():
+                values.setdefault(entry, {}).setdefault(measure, {})[record["num_steps"]] = value
+    return values
+
+
+def _table(values: Values, depths: Sequence[int | None]) -> str:
     """Return a row for each task and measure, a column for each depth; of parts of a task only the accuracy."""
-    depths = list(dict.fromkeys(record["num_steps"] for record in records))
     heads = ["task", "n", "measure", *("value" if depth is None else f"r = {depth}" for depth in depths)]
     lines = [" | ".join(heads), " | ".join(["---", "---:", "---", *(["---:"] * len(depths))])]
-    values = _values(records)
     for entry, measures in values.items():
         count = next(iter(measures.get("count", {}).values()), None)
-        accuracy = _accuracy(measures)
+        accuracy = _first(measures, _ACCURACIES)
         for measure, by_depth in measures.items():
             is_shown = measure == accuracy if _PARTS_OF in entry else measure not in _NO_MEASURES
             if is_shown and "stderr" not in measure:
@@ -64,59 +76,39 @@ def markdown_table(records: Sequence[Record]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def _values(records: Iterable[Record]) -> dict[str, dict[str, dict[int | None, float]]]:
-    """Return values by task, measure and depth."""
-    values: dict[str, dict[str, dict[int | None, float]]] = {}
-    for record in records:
-        for entry, measures in record["measures"].items():
-            for measure, value in measures.items():
-                values.setdefault(entry, {}).setdefault(measure, {})[record["num_steps"]] = value
-    return values
-
-
-def _accuracy(measures: dict[str, Any]) -> str | None:
-    """Return the name of a task's accuracy, None if it has none."""
-    return next((name for name in _ACCURACIES if name in measures), None)
-
-
-def _loss(measures: dict[str, Any]) -> str | None:
-    """Return the name of a task's loss by token, None if it has none."""
-    return "loss" if "loss" in measures else None
+def _first(measures: dict[str, Any], names: Sequence[str]) -> str | None:
+    """Return the first of some measures that a task has, None if it has none."""
+    return next((name for name in names if name in measures), None)
 
 
 def _number(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 100 else f"{value:.4f}"
 
 
-def _depths(records: Sequence[Record], folder: Path) -> Path | None:
+def _draw_depths(values: Values, depths: Sequence[int | None]) -> Any:
     """Draw accuracy and loss against depth; None if there is one depth only."""
-    values = {entry: found for entry, found in _values(records).items() if _PARTS_OF not in entry}
-    depths = sorted({record["num_steps"] for record in records if record["num_steps"] is not None})
-    if len(depths) < 2:
+    values = {entry: found for entry, found in values.items() if _PARTS_OF not in entry}
+    steps = sorted(depth for depth in depths if depth is not None)
+    if len(steps) < 2:
         return None
-    panels = [("accuracy", _accuracy), ("loss in nats a token", _loss)]
-    panels = [(title, choose) for title, choose in panels if any(choose(found) for found in values.values())]
+    panels = {"Accuracy": _ACCURACIES, "Loss in nats a token": ("loss",)}
+    panels = {title: names for title, names in panels.items() if any(_first(each, names) for each in values.values())}
     figure = new_figure(1.5 + 4.4 * len(panels), 3.6)
-    for axis, (title, choose) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for number, (entry, found) in enumerate(values.items()):
-            measure = choose(found)
-            if measure is not None:
-                places = [depth for depth in depths if depth in found[measure]]
+            if (measure := _first(found, names)) is not None:
+                places = [depth for depth in steps if depth in found[measure]]
                 line = [found[measure][depth] for depth in places]
                 axis.plot(places, line, "o-", label=entry, color=f"C{number % 10}", markersize=4)
-        _depth_axis(axis, depths)
-        axis.set(xlabel="recurrence steps r", title=title[0].upper() + title[1:])
-        if title == "accuracy":
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(steps, [str(depth) for depth in steps])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.set(xlabel="recurrence steps r", title=title)
+        if names is _ACCURACIES:
             _accuracy_axis([axis])
     _legend(figure, figure.axes)
-    return save(figure, folder / "depths.png")
-
-
-def _depth_axis(axis: Any, depths: Sequence[int]) -> None:
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(depths, [str(depth) for depth in depths])
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
+    return figure
 
 
 def _accuracy_axis(axes: Sequence[Any]) -> None:
@@ -136,25 +128,26 @@ def _legend(figure: Any, axes: Sequence[Any]) -> None:
     figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=8, frameon=False)
 
 
-def _parts(records: Sequence[Record], folder: Path) -> Path | None:
+def _draw_parts(values: Values, depths: Sequence[int | None]) -> Any:
     """Draw the accuracy of each part of tasks, such as the twenty of bAbI, at each depth; None without parts."""
-    values = {entry: found for entry, found in _values(records).items() if _PARTS_OF in entry and _accuracy(found)}
-    if not values:
+    parts = {
+        entry: found[accuracy]
+        for entry, found in values.items()
+        if _PARTS_OF in entry and (accuracy := _first(found, _ACCURACIES))
+    }
+    if not parts:
         return None
-    depths = list(dict.fromkeys(record["num_steps"] for record in records))
-    table = np.array(
-        [[found[_accuracy(found) or ""].get(depth, np.nan) for depth in depths] for found in values.values()]
-    )
-    figure = new_figure(3.4 + 0.55 * len(depths), 1.3 + 0.26 * len(values))
+    figure = new_figure(3.4 + 0.55 * len(depths), 1.3 + 0.26 * len(parts))
     axis = figure.subplots()
+    table = np.array([[found.get(depth, np.nan) for depth in depths] for found in parts.values()])
     columns = ["" if depth is None else str(depth) for depth in depths]
-    image = heat_map(axis, table, list(values), columns, highest=1.0)
+    image = heat_map(axis, table, list(parts), columns, highest=1.0)
     axis.set(title="Accuracy", xlabel="recurrence steps r")
     figure.colorbar(image, ax=axis, shrink=0.8)
-    return save(figure, folder / "parts.png")
+    return figure
 
 
-def _difficulties(records: Sequence[Record], folder: Path) -> Path | None:
+def _draw_difficulties(records: Sequence[Record], depths: Sequence[int | None]) -> Any:
     """Draw the accuracy of answers against their difficulty, a line for each depth; None if nothing has several."""
     lines: dict[str, dict[int | None, dict[int, float]]] = {}
     for record in records:
@@ -172,7 +165,10 @@ def _difficulties(records: Sequence[Record], folder: Path) -> Path | None:
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes[len(lines) :]:
         axis.axis("off")
-    colours = _shades(sum(1 for _ in dict.fromkeys(record["num_steps"] for record in records)))
+    from matplotlib import colormaps
+
+    # From light to dark, for depths that grow.
+    colours = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(depths)))
     for axis, (title, by_depth) in zip(axes, lines.items(), strict=False):
         for (depth, found), colour in zip(by_depth.items(), colours, strict=False):
             label = "accuracy" if depth is None else f"r = {depth}"
@@ -184,11 +180,4 @@ def _difficulties(records: Sequence[Record], folder: Path) -> Path | None:
     for axis in axes[: len(lines) : columns]:
         axis.set_ylabel("exact match")
     _legend(figure, axes[: len(lines)])
-    return save(figure, folder / "difficulties.png")
-
-
-def _shades(count: int) -> list[Any]:
-    """Return colours from light to dark, for depths that grow."""
-    from matplotlib import colormaps
-
-    return [colormaps["viridis_r"](place) for place in np.linspace(0.15, 0.95, count)]
+    return figure

@@ -9,16 +9,7 @@ A set (`babi`, or a name of `GENERATED`) has problems of one or more tasks (`bab
 `P_beyond.jsonl`, whose difficulty lies beyond that of training.
 """
 
-from more_megatron.evaluation.tasks import algebra, arithmetic, chains, paths
-from more_megatron.evaluation.tasks.generation import Generator, Split, generate
+from more_megatron.evaluation.tasks.generated import GENERATED, Generator, Split, generate
 from more_megatron.evaluation.tasks.problem import Problem, is_match, read_problems, write_problems
 
 __all__ = ["GENERATED", "Generator", "Problem", "Split", "generate", "is_match", "read_problems", "write_problems"]
-
-GENERATED: dict[str, Generator] = {
-    "algebra": algebra.GENERATOR,
-    "arithmetic": arithmetic.GENERATOR,
-    "chains": chains.GENERATOR,
-    "paths": paths.GENERATOR,
-}
-"""The sets that are generated."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from more_megatron.data.errors import DataError
-from more_megatron.evaluation.tasks.generation import Split
+from more_megatron.evaluation.tasks.generated import Split
 from more_megatron.evaluation.tasks.problem import Problem
 
 __all__ = ["TASKS", "fetch_babi", "read_babi"]
@@ -22,12 +22,7 @@ _LINE = re.compile(r"(\d+) (.+)")
 
 
 def read_babi(folder: str | os.PathLike[str], split: Split, tasks: Sequence[int] = TASKS) -> list[Problem]:
-    """Return the problems of the text files `qa1_*_train.txt` to `qa20_*_test.txt`.
-
-    Args:
-        folder: Where they are.
-        split: Train or test.
-        tasks: Numbers of the tasks.
+    """Return the problems of the text files `qa1_*_train.txt` to `qa20_*_test.txt` of a folder.
 
     Raises:
         DataError: A file is missing, or a line is not in bAbI's format.
@@ -77,11 +72,13 @@ def fetch_babi(split: Split, tasks: Sequence[int] = TASKS) -> list[Problem]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{_HUB} cannot be downloaded: {reason}; give local files with --input") from error
     return [
-        Problem.ask(row["question"].strip(), row["answer"].strip(), f"babi_{row['task']}", 0, _story(row))
+        Problem.ask(
+            row["question"].strip(),
+            row["answer"].strip(),
+            f"babi_{row['task']}",
+            difficulty=0,
+            story=map(str.strip, row["passage"].strip().splitlines()),
+        )
         for row in rows
         if int(row["task"]) in tasks
     ]
-
-
-def _story(row: dict[str, str]) -> list[str]:
-    return [line.strip() for line in row["passage"].strip().splitlines()]

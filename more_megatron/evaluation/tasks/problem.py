@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from more_megatron.data.errors import DataError
+from more_megatron.unfinished import write_whole
 
 __all__ = ["Problem", "is_match", "read_problems", "write_problems"]
 
@@ -18,19 +19,12 @@ _FIELDS = {"prompt": str, "answer": str, "task": str, "difficulty": int}
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem.
+    """A problem."""
 
-    Attributes:
-        prompt: What is given, without white space at its end.
-        answer: What is wanted, without white space around it.
-        task: Name of its task.
-        difficulty: What grows with the steps to the answer; its unit is the task's.
-    """
-
-    prompt: str
-    answer: str
-    task: str
-    difficulty: int
+    prompt: str  # what is given, without white space at its end
+    answer: str  # what is wanted, without white space around it
+    task: str  # name of its task
+    difficulty: int  # what grows with the steps to the answer; its unit is the task's
 
     @classmethod
     def ask(cls, question: str, answer: object, task: str, difficulty: int, story: Iterable[str] = ()) -> Problem:
@@ -51,9 +45,7 @@ def is_match(generated: str, answer: str) -> bool:
 def write_problems(path: str | os.PathLike[str], problems: Iterable[Problem]) -> None:
     """Write a file of problems; it gets its name when it is whole."""
     lines = [json.dumps(dataclasses.asdict(problem), ensure_ascii=False) + "\n" for problem in problems]
-    unfinished = Path(f"{os.fspath(path)}.tmp")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(Path(path), "".join(lines))
 
 
 def read_problems(path: str | os.PathLike[str]) -> list[Problem]:

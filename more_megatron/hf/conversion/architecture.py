@@ -13,34 +13,19 @@ from more_megatron.systems import get_system, names
 
 __all__ = ["args_from_config", "config_from_args"]
 
-# Arguments that the Hugging Face model knows under one value only.
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "multi_latent_attention": (False,),
-    "experimental_attention_variant": (None,),
-    "linear_attention_freq": (None,),
-    "attention_output_gate": (False,),
-    "qk_l2_norm": (False,),
+_OFF = (
+    *("multi_latent_attention", "experimental_attention_variant", "linear_attention_freq", "attention_output_gate"),
+    *("qk_l2_norm", "window_size", "no_rope_freq", "layernorm_zero_centered_gamma", "apply_layernorm_1p"),
+    *("apply_residual_connection_post_layernorm", "mtp_num_layers", "heterogeneous_layers_config_path"),
+    *("hybrid_layer_pattern", "is_hybrid_model", "spec", "use_mup", "glu_linear_offset", "activation_func_clamp_value"),
+    *("moe_latent_size", "moe_apply_probs_on_input", "moe_mlp_glu_interleave_size"),
+    *("moe_shared_expert_glu_interleave_size", "moe_router_force_load_balancing", "moe_router_force_biased"),
+)
+# Arguments that the Hugging Face model knows under few values only.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_OFF, (None, False, 0)),
     "softmax_type": ("vanilla",),
-    "window_size": (None,),
-    "no_rope_freq": (None,),
     "rotary_seq_len_interpolation_factor": (None, 1),
-    "layernorm_zero_centered_gamma": (False,),
-    "apply_layernorm_1p": (False,),
-    "apply_residual_connection_post_layernorm": (False,),
-    "mtp_num_layers": (None, 0),
-    "heterogeneous_layers_config_path": (None,),
-    "hybrid_layer_pattern": (None,),
-    "is_hybrid_model": (False,),
-    "spec": (None,),
-    "use_mup": (False,),
-    "glu_linear_offset": (0.0,),
-    "activation_func_clamp_value": (None,),
-    "moe_latent_size": (None,),
-    "moe_apply_probs_on_input": (False,),
-    "moe_mlp_glu_interleave_size": (None,),
-    "moe_shared_expert_glu_interleave_size": (None,),
-    "moe_router_force_load_balancing": (False,),
-    "moe_router_force_biased": (None,),
 }
 
 # Fields of config.json that are arguments under another name; systems may lack the last of them.
@@ -75,6 +60,14 @@ _SAME = {
 }
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 _POSITIONS = {"rope": "rope", "none": "none", "learned": "learned_absolute"}
+# Activation function and whether it is gated, by argument; the fused bias and GELU is the tanh approximation:
+# megatron/core/fusions/fused_bias_gelu.py.
+_ACTIVATIONS = {
+    "swiglu": ("silu", True),
+    "quick_geglu": ("quick_gelu", True),
+    "squared_relu": ("relu2", False),
+    "bias_gelu_fusion": ("gelu_pytorch_tanh", False),
+}
 _ROUTINGS_WITH_A_STATE = ("sinkhorn", "quantile_balancing")
 # Factor of Megatron's --use-rope-scaling, whatever else is asked for: megatron/training/models/gpt.py.
 _ROPE_SCALING_FACTOR = 8.0
@@ -126,7 +119,7 @@ def _config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, An
         "gated_mlp": gated,
         "norm_type": args.normalization.lower(),
         "attention_bias": args.add_bias_linear or args.add_qkv_bias,
-        "position_embedding": _inverse(_POSITIONS)[args.position_embedding_type],
+        "position_embedding": {theirs: ours for ours, theirs in _POSITIONS.items()}[args.position_embedding_type],
         "rope_scaling_factor": _ROPE_SCALING_FACTOR if args.use_rope_scaling else None,
         **_experts(args),
         "mean_recurrence": system.flags(args).evaluation_steps,
@@ -174,16 +167,12 @@ def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return arguments | system.arguments(config)
 
 
-def _inverse(table: Mapping[str, str]) -> dict[str, str]:
-    return {value: key for key, value in table.items()}
-
-
 def _check(args: argparse.Namespace) -> None:
     variant = getattr(args, "more_variant", None)
     if variant not in names():
         system = "a run without --more-variant" if variant is None else f"--more-variant {variant}"
         raise MoREError(f"the checkpoint is of {system}: systems that can be converted are {', '.join(names())}")
-    for name, supported in _UNSUPPORTED.items():
+    for name, supported in _SUPPORTED.items():
         value = getattr(args, name, supported[0])
         if value not in supported:
             raise MoREError(f"{flag(name)} {value} has no counterpart in the Hugging Face model")
@@ -199,32 +188,22 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _activation(args: argparse.Namespace) -> tuple[str, bool]:
-    if args.swiglu:
-        return "silu", True
-    if args.quick_geglu:
-        return "quick_gelu", True
-    if args.squared_relu:
-        return "relu2", False
-    activation = get_system(args.more_variant).activation
-    if activation != "gelu":
-        return activation, False
-    # The fused bias and GELU is the tanh approximation: megatron/core/fusions/fused_bias_gelu.py.
-    return ("gelu_pytorch_tanh" if args.add_bias_linear and args.bias_gelu_fusion else "gelu"), False
+    plain = get_system(args.more_variant).activation
+    for name in ("swiglu", "quick_geglu", "squared_relu"):
+        if getattr(args, name):
+            return _ACTIVATIONS[name]
+    if plain == "gelu" and args.add_bias_linear and args.bias_gelu_fusion:
+        return _ACTIVATIONS["bias_gelu_fusion"]
+    return plain, False
 
 
 def _activation_flags(config: Mapping[str, Any]) -> dict[str, bool]:
-    activation, gated = config["hidden_act"], config["gated_mlp"]
-    known = {("silu", True), ("quick_gelu", True), ("relu2", False), (get_system(config["variant"]).activation, False)}
-    if ("gelu", False) in known:
-        known.add(("gelu_pytorch_tanh", False))
-    if (activation, gated) not in known:
-        raise MoREError(f"hidden_act {activation} with gated_mlp {gated} has no counterpart in Megatron")
-    return {
-        "swiglu": activation == "silu",
-        "quick_geglu": activation == "quick_gelu",
-        "squared_relu": activation == "relu2",
-        "bias_gelu_fusion": activation == "gelu_pytorch_tanh",
-    }
+    found, plain = (config["hidden_act"], config["gated_mlp"]), get_system(config["variant"]).activation
+    flags = {name: found == activation for name, activation in _ACTIVATIONS.items()}
+    is_known = found == (plain, False) or (any(flags.values()) and not (flags["bias_gelu_fusion"] and plain != "gelu"))
+    if not is_known:
+        raise MoREError(f"hidden_act {found[0]} with gated_mlp {found[1]} has no counterpart in Megatron")
+    return flags
 
 
 def _experts(args: argparse.Namespace) -> dict[str, Any]:

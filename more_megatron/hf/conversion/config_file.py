@@ -30,10 +30,7 @@ def known_fields(variant: str) -> dict[str, Field]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """Check that every field is there, has the right type and range, and agrees with the others.
-
-    Args:
-        config: Content of `config.json`.
+    """Check that every field of a `config.json` is there, has the right type and range, and agrees with the others.
 
     Raises:
         MoREError: If not.
@@ -85,14 +82,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Form | None]:
         raise MoREError(f"--load {folder} is a model of type {kind}, not {known}")
     try:
         if form is not None:
-            config = _from_form(form, config)
+            fields = complete_fields(known_fields(form.system), form.from_form(config))
+            config = {"model_type": "more", "variant": form.system, **fields}
         check_config(config)
     except MoREError as error:
         raise MoREError(f"{path}: {error}; {_REMEDY}") from error
     return config, form
-
-
-def _from_form(form: Form, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of our `config.json`, given that of a form."""
-    fields = form.from_form(found)
-    return {"model_type": "more", "variant": form.system, **complete_fields(known_fields(form.system), fields)}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,20 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.architecture import config_from_args
-from more_megatron.hf.conversion.finite import cast_finite
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.model_card import model_card
+from more_megatron.hf.conversion.parameters import Source
 from more_megatron.hf.conversion.safetensors_files import Group, plan_files, write_files
 from more_megatron.hf.conversion.stored_args import write_args
 from more_megatron.hf.conversion.tokenizer_files import ExportedTokenizer, plan_tokenizer
 from more_megatron.hf.conversion.verification import compare_logits, compare_tensors
 from more_megatron.hf.exported.system import write_code
-from more_megatron.hf.mapping import Entry, entries
+from more_megatron.hf.mapping import entries
 from more_megatron.progress import progress_bar
 from more_megatron.systems.forms import Form, find_form
 from more_megatron.unfinished import unfinished_folder
 
-__all__ = ["DTYPES", "ToHF", "to_hf"]
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+__all__ = ["ToHF", "to_hf"]
 
 _EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -65,82 +62,50 @@ class ToHF:
 
 
 def to_hf(job: ToHF) -> list[str]:
-    """Convert a checkpoint into a folder that `from_pretrained` reads.
-
-    Args:
-        job: What, where to and how.
-
-    Returns:
-        What was done, in lines.
+    """Convert a checkpoint into a folder that `from_pretrained` reads, and return what was done, in lines.
 
     Raises:
         MoREError: If the checkpoint, the tokenizer or the place to write to is not as it must be. Nothing is left
             under the final name.
     """
     with unfinished_folder(job.save) as folder:
-        checkpoint = MegatronCheckpoint(job.load, job.step)
-        source = _Source(checkpoint, job.dtype, None if job.form is None else find_form(job.form))
-        tokenizer = _plan_tokenizer(source, job) if job.tokenizer else None
-        _write_weights(folder, source, job)
-        _write_texts(folder, source, tokenizer)
+        model = _Model(job)
+        checkpoint, source, config = model.checkpoint, model.source, model.config
+        tokenizer = None
+        if job.tokenizer:
+            tokenizer = plan_tokenizer(
+                checkpoint.args, config["vocab_size"], job.tokenizer_model, job.trust_remote_code
+            )
+        _write_weights(folder, model, job)
+        _write_texts(folder, model, tokenizer)
         if tokenizer is not None and tokenizer.write is not None:
             tokenizer.write(folder)
-        lines = [f"{job.save}: {source.config['variant']} of {checkpoint.path}, {source.parameters:,} parameters"]
+        lines = [f"{job.save}: {config['variant']} of {checkpoint.path}, {source.parameters:,} parameters"]
         if job.verify:
             lines.append(compare_tensors(folder, source.entries, source.read, job.progress))
-            if source.form is None:
-                rounded = DTYPES[job.dtype] if job.dtype is not None else None
-                lines.append(compare_logits(folder, checkpoint, source.entries, rounded))
+            if model.form is None:
+                lines.append(compare_logits(folder, checkpoint, source.entries, source.rounded))
     return lines
 
 
-class _Source:
-    """The parameters of a checkpoint in the dtypes of the export."""
+class _Model:
+    """A checkpoint and what is written of it."""
 
-    def __init__(self, checkpoint: MegatronCheckpoint, dtype: str | None, form: Form | None) -> None:
-        shapes = checkpoint.shapes()
+    def __init__(self, job: ToHF) -> None:
+        self.checkpoint = MegatronCheckpoint(job.load, job.step)
+        shapes = self.checkpoint.shapes()
         if _EMBEDDING not in shapes:
-            raise MoREError(f"checkpoint {checkpoint.path} lacks the parameter {_EMBEDDING}")
-        self.checkpoint = checkpoint
-        self.config = _config(checkpoint, shapes[_EMBEDDING][0])
-        self.form = form
-        if form is not None:
-            _check_form(form, self.config)
-        self.entries = entries(self.config, form)
-        checkpoint.check(self.entries, self.config["num_hidden_layers"])
-        self._dtype = DTYPES[dtype] if dtype is not None else None
-        self.config["dtype"] = str(self.dtype(self.entries[0])).removeprefix("torch.")
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return sum(prod(entry.shape) for entry in self.entries)
-
-    def dtype(self, entry: Entry) -> torch.dtype:
-        """Return the dtype of a parameter in the export."""
-        if entry.fp32:
-            return torch.float32
-        return self._dtype or self.checkpoint.dtype(entry)
-
-    def read(self, entry: Entry) -> torch.Tensor:
-        """Return a parameter in Megatron's layout.
-
-        Raises:
-            MoREError: If it is not finite.
-        """
-        return cast_finite(self.checkpoint.read(entry), self.dtype(entry), f"{entry.key} of {self.checkpoint.path}")
-
-
-def _config(checkpoint: MegatronCheckpoint, vocab_size: int) -> dict[str, Any]:
-    try:
-        return config_from_args(checkpoint.args, vocab_size)
-    except MoREError as error:
-        raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
-
-
-def _plan_tokenizer(source: _Source, job: ToHF) -> ExportedTokenizer:
-    rows = source.config["vocab_size"]
-    return plan_tokenizer(source.checkpoint.args, rows, job.tokenizer_model, job.trust_remote_code)
+            raise MoREError(f"checkpoint {self.checkpoint.path} lacks the parameter {_EMBEDDING}")
+        try:
+            self.config = config_from_args(self.checkpoint.args, shapes[_EMBEDDING][0])
+        except MoREError as error:
+            raise MoREError(f"the arguments in checkpoint {self.checkpoint.path}: {error}") from error
+        self.form = None if job.form is None else find_form(job.form)
+        if self.form is not None:
+            _check_form(self.form, self.config)
+        self.source = Source(self.checkpoint, entries(self.config, self.form), job.dtype)
+        self.checkpoint.check(self.source.entries, self.config["num_hidden_layers"])
+        self.config["dtype"] = str(self.source.dtype(self.source.entries[0])).removeprefix("torch.")
 
 
 def _check_form(form: Form, config: dict[str, Any]) -> None:
@@ -150,10 +115,11 @@ def _check_form(form: Form, config: dict[str, Any]) -> None:
         raise MoREError(f"--format {form.name} cannot hold this model: {fault}; leave the flag out")
 
 
-def _write_weights(folder: Path, source: _Source, job: ToHF) -> None:
+def _write_weights(folder: Path, model: _Model, job: ToHF) -> None:
+    source = model.source
     groups = [Group(entry.names, entry.shapes, source.dtype(entry)) for entry in source.entries]
     by_name = {entry.names: entry for entry in source.entries}
-    buffers = {} if source.form is None else source.form.buffers(source.config)
+    buffers = {} if model.form is None else model.form.buffers(model.config)
     groups += [Group((name,), (tuple(buffer.shape),), buffer.dtype) for name, buffer in buffers.items()]
     with progress_bar(sum(group.size for group in groups), "B", "weights", job.progress) as bar:
 
@@ -167,24 +133,21 @@ def _write_weights(folder: Path, source: _Source, job: ToHF) -> None:
         write_files(folder, plan_files(groups, job.max_shard_size), read)
 
 
-def _write_texts(folder: Path, source: _Source, tokenizer: ExportedTokenizer | None) -> None:
-    args = source.checkpoint.args
-    ids = {} if tokenizer is None else _token_ids(tokenizer)
-    config = source.config if source.form is None else source.form.to_form(source.config, args)
-    _write_json(folder / "config.json", {**config, **ids})
+def _write_texts(folder: Path, model: _Model, tokenizer: ExportedTokenizer | None) -> None:
+    args, form, config = model.checkpoint.args, model.form, model.config
+    ids = {}
+    if tokenizer is not None:
+        found = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+        ids = {name: token for name, token in found.items() if token is not None}
+    _write_json(folder / "config.json", {**(config if form is None else form.to_form(config, args)), **ids})
     _write_json(folder / "generation_config.json", ids)
     write_args(folder, args)
     has_tokenizer = tokenizer is not None and tokenizer.write is not None
-    note = None if source.form is None else source.form.note
-    card = model_card(source.config, args, source.checkpoint.iteration, source.parameters, has_tokenizer, note)
+    note = None if form is None else form.note
+    card = model_card(config, args, model.checkpoint.iteration, model.source.parameters, has_tokenizer, note)
     (folder / "README.md").write_text(card)
-    if source.form is None:
-        write_code(folder, source.config["variant"])
-
-
-def _token_ids(tokenizer: ExportedTokenizer) -> dict[str, int]:
-    found = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-    return {name: token for name, token in found.items() if token is not None}
+    if form is None:
+        write_code(folder, config["variant"])
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

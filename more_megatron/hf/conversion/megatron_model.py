@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -12,7 +13,7 @@ from more_megatron.platform import Platform, initialize_platform
 
 _PLATFORM = initialize_platform()
 
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core import ModelParallelConfig, dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args  # noqa: E402
@@ -24,52 +25,26 @@ from more_megatron.systems import get_system  # noqa: E402
 
 __all__ = ["megatron_logits"]
 
-# One rank without a GPU, in float32.
+_NONE = (
+    *("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),
+    *("recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules"),
+    *("moe_expert_capacity_factor", "fp8", "fp4"),
+)
+_OFF = (
+    *("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split", "perform_initialization"),
+    *("moe_pad_expert_input_to_capacity", "moe_shared_expert_overlap", "moe_permute_fusion", "moe_router_fusion"),
+    *("moe_grouped_gemm", "masked_softmax_fusion", "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"),
+    *("apply_rope_fusion", "fp8_param_gather", "fp4_param_gather"),
+)
+# One rank without a GPU, in float32, beside what layouts and dtypes are by default.
 _HERE = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
-    "pipeline_model_parallel_layout": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
+    **dict.fromkeys(_NONE),
+    **dict.fromkeys(_OFF, False),
+    **dict.fromkeys(("use_cpu_initialization", "no_persist_layer_norm", "attention_softmax_in_fp32"), True),
     "expert_tensor_parallel_size": 1,
-    "sequence_parallel": False,
     "moe_token_dispatcher_type": "alltoall",
-    "moe_expert_capacity_factor": None,
-    "moe_pad_expert_input_to_capacity": False,
-    "moe_shared_expert_overlap": False,
-    "moe_permute_fusion": False,
-    "moe_router_fusion": False,
-    "moe_grouped_gemm": False,
-    "overlap_moe_expert_parallel_comm": False,
-    "recompute_granularity": None,
-    "recompute_method": None,
-    "recompute_num_layers": None,
-    "recompute_modules": None,
     "transformer_impl": "local",
-    "use_cpu_initialization": True,
-    "perform_initialization": False,
-    "no_persist_layer_norm": True,
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
-    "bias_gelu_fusion": False,
-    "bias_swiglu_fusion": False,
-    "bias_dropout_fusion": False,
-    "apply_rope_fusion": False,
-    "cross_entropy_loss_fusion": False,
     "cuda_graph_impl": "none",
-    "fp8": None,
-    "fp4": None,
-    "fp8_param_gather": False,
-    "fp4_param_gather": False,
-    "fp16": False,
-    "bf16": False,
-    "params_dtype": torch.float32,
-    "attention_softmax_in_fp32": True,
 }
 
 
@@ -77,15 +52,12 @@ _HERE = {
 def megatron_logits(
     checkpoint: MegatronCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor | str:
-    """Return the logits of Megatron's model in evaluation, or why it cannot be built here.
+    """Return the logits of Megatron's model in evaluation, [b, s, V] with padding, or why it cannot be built here.
 
     Args:
         checkpoint: The checkpoint.
         tokens: Input, [b, s].
         dtype: What the weights are rounded to before; None: they stay as they are.
-
-    Returns:
-        Logits with padding, [b, s, V], or the reason.
     """
     if _PLATFORM is not Platform.CPU:
         return "this process has set itself up for a GPU"
@@ -95,8 +67,8 @@ def megatron_logits(
         return "the checkpoint does not hold the arguments of a run"
     if args.add_bias_linear:
         return "biases need Transformer Engine"
-    for name, value in _HERE.items():
-        setattr(args, name, value)
+    layout = {field.name: field.default for field in dataclasses.fields(ModelParallelConfig)}
+    vars(args).update({**{name: value for name, value in layout.items() if hasattr(args, name)}, **_HERE})
     with _one_rank():
         model = _build(args, checkpoint)
         metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": parallel_state.get_data_parallel_group()}

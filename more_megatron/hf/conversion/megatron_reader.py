@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, LoadPlan
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from more_megatron import pickles
 from more_megatron.checkpoint_files import checkpoint_to_load, fault, is_whole, newest_complete_iteration
 from more_megatron.errors import MoREError
+from more_megatron.hf.conversion.parameters import check_shapes
 from more_megatron.hf.mapping import LAYERS, Entry
 
 __all__ = ["MegatronCheckpoint", "layer_key"]
@@ -25,7 +25,6 @@ __all__ = ["MegatronCheckpoint", "layer_key"]
 _COMMON = "common_state/shard_0_1"
 _LEGACY_COMMON = "common.pt"
 _NOT_OF_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
-_SHOWN = 3
 
 
 class MegatronCheckpoint:
@@ -46,10 +45,8 @@ class MegatronCheckpoint:
 
     def __init__(self, folder: Path, step: int | None = None) -> None:
         self.path = _find(folder, step)
-        self._reader = FileSystemReader(self.path)
         metadata = pickles.read_metadata(self.path)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
-        self._storage = metadata.storage_data
+        self._pieces = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: info
             for key, info in metadata.state_dict_metadata.items()
@@ -67,28 +64,24 @@ class MegatronCheckpoint:
         """Return the dtype of a parameter."""
         return self._tensors[self._place(entry)[0]].properties.dtype
 
+    def describe(self, entry: Entry) -> str:
+        """Return how a parameter is called in a message."""
+        return f"{entry.key} of {self.path}"
+
     def check(self, entries: Iterable[Entry], num_layers: int) -> None:
         """Check that the checkpoint holds exactly these parameters, in these shapes.
 
         Raises:
-            MoREError: If a parameter is missing, unknown or of another shape.
+            MoREError: If a parameter is missing, unknown, of another shape or no floating point.
         """
-        expected: set[str] = set()
+        expected = []
         for entry in entries:
             key, layer = self._place(entry)
-            expected.add(key)
-            shape = entry.shape if layer is None else (num_layers, *entry.shape)
-            if key not in self._tensors:
-                raise MoREError(f"checkpoint {self.path} lacks the parameter {key}")
-            if tuple(self._tensors[key].size) != shape:
-                found = list(self._tensors[key].size)
-                raise MoREError(f"checkpoint {self.path} holds {key} in shape {found} instead of {list(shape)}")
-            if not self._tensors[key].properties.dtype.is_floating_point:
-                raise MoREError(f"checkpoint {self.path} holds {key} in {self._tensors[key].properties.dtype}")
-        unknown = sorted(set(self._tensors) - expected)
-        if unknown:
-            names = ", ".join(unknown[:_SHOWN]) + (", ..." if len(unknown) > _SHOWN else "")
-            raise MoREError(f"checkpoint {self.path} holds parameters that the mapping has no row for: {names}")
+            expected.append((key, entry.shape if layer is None else (num_layers, *entry.shape)))
+        check_shapes(f"checkpoint {self.path}", self.shapes(), expected)
+        for key, info in self._tensors.items():
+            if not info.properties.dtype.is_floating_point:
+                raise MoREError(f"checkpoint {self.path} holds {key} in {info.properties.dtype}")
 
     def read(self, entry: Entry) -> torch.Tensor:
         """Return a parameter, in Megatron's layout.
@@ -106,7 +99,13 @@ class MegatronCheckpoint:
         items = create_read_items_for_chunk_list(key, info, [chunk])
         if sum(prod(item.lengths) for item in items) != target.numel():
             raise MoREError(f"checkpoint {self.path} is damaged: a part of {key} is missing")
-        self._read(items, _Planner(target), key)
+        try:
+            for item in items:
+                piece = torch.load(io.BytesIO(self._content(item.storage_index)), weights_only=True)
+                part = piece[_window(item.storage_offsets, item.lengths)]
+                target[_window(item.dest_offsets, item.lengths)] = part
+        except Exception as error:  # whatever damaged content raises
+            raise MoREError(f"checkpoint {self.path} is damaged: {key} cannot be read") from error
         return target.view(entry.shape)
 
     def _place(self, entry: Entry) -> tuple[str, int | None]:
@@ -117,58 +116,35 @@ class MegatronCheckpoint:
 
     def _common(self) -> dict[str, Any]:
         """Return what the checkpoint holds beside tensors."""
+        legacy = self.path / _LEGACY_COMMON
         try:
-            legacy = self.path / _LEGACY_COMMON
             if legacy.is_file():
                 found = pickles.load(legacy.read_bytes())
             else:
-                planner = _Planner()
-                index = next(index for index in self._storage if index.fqn == _COMMON)
-                nowhere = torch.Size((0,))
-                item = ReadItem(LoadItemType.BYTE_IO, index, nowhere, index, nowhere, nowhere)
-                self._read([item], planner, _COMMON)
-                (found,) = pickles.load(planner.content)
-            if not isinstance(found["args"], argparse.Namespace):
-                raise TypeError("no arguments")
+                index = next(index for index in self._pieces if index.fqn == _COMMON)
+                (found,) = pickles.load(self._content(index))
         except MoREError:
             raise
         except Exception as error:  # whatever damaged content raises
-            raise MoREError(f"checkpoint {self.path} is damaged: its arguments cannot be read") from error
-        return dict(found)
+            what = "its arguments" if legacy.is_file() else _COMMON
+            raise MoREError(f"checkpoint {self.path} is damaged: {what} cannot be read") from error
+        if not isinstance(found, dict) or not isinstance(found.get("args"), argparse.Namespace):
+            raise MoREError(f"checkpoint {self.path} is damaged: its arguments cannot be read")
+        return found
 
-    def _read(self, items: list[ReadItem], planner: _Planner, key: str) -> None:
-        try:
-            for item in items:
-                self._check_content(self._storage[item.storage_index])
-            self._reader.read_data(LoadPlan(items), planner)
-        except Exception as error:  # whatever damaged content raises
-            raise MoREError(f"checkpoint {self.path} is damaged: {key} cannot be read") from error
-
-    def _check_content(self, piece: Any) -> None:
+    def _content(self, index: MetadataIndex) -> bytes:
+        """Return the bytes of a piece; a `ValueError` is raised if they are not what was written."""
+        piece = self._pieces[index]
         with open(self.path / piece.relative_path, "rb") as file:
             file.seek(piece.offset)
-            if not is_whole(file.read(piece.length)):
-                raise ValueError("a checksum differs")
+            content = file.read(piece.length)
+        if not is_whole(content):
+            raise ValueError("a checksum differs")
+        return content
 
 
-class _Planner(DefaultLoadPlanner):
-    """Reads into one tensor, or takes bytes."""
-
-    def __init__(self, target: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self._target = target
-        self.content = b""
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        assert self._target is not None
-        starts = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self._target[tuple(slice(start, start + length) for start, length in starts)]
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        self.content = value.getvalue()
+def _window(starts: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
 
 
 def layer_key(key: str, layer: int) -> str:

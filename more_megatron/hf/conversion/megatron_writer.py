@@ -47,9 +47,15 @@ def write_release(
     """
     stacked = isinstance(args.moe_layer_freq, int) and args.moe_layer_freq == 1
     layers = config["num_hidden_layers"] if stacked else None
-    sources: list[tuple[WriteItem, Entry | Any]] = [(_object("common_state", (0,), (1,)), _common(args))]
-    for key, offset, shape in _states(config, layers):
-        sources.append((_object(key, offset, shape), None))
+    common = {
+        "args": args,
+        "checkpoint_version": _CHECKPOINT_VERSION,
+        "iteration": 0,
+        "num_floating_point_operations_so_far": 0,
+        "content_metadata": dict(_CONTENT),
+    }
+    sources: list[tuple[WriteItem, Entry | Any]] = [(_object("common_state", (0,), (1,)), common)]
+    sources += [(_object(*place), None) for place in _states(config, layers)]
     sources += [(_tensor(entry, dtype, layers), entry) for entry, dtype in parameters]
     release = folder / "release"
     release.mkdir()
@@ -103,21 +109,12 @@ def _tensor(entry: Entry, dtype: torch.dtype, layers: int | None) -> WriteItem:
 def _states(config: Mapping[str, Any], layers: int | None) -> Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Yield key, offset and shape of the states that modules keep beside their parameters."""
     for name, layer, by_expert in extra_states(config):
-        key = f"{name}._extra_state"
-        axes = [] if layer is None or layers is None else [(layer, layers)]
+        key, axes = f"{name}._extra_state", []
         if layer is not None and layers is None:
             key = layer_key(key, layer)
+        elif layer is not None:
+            axes = [(layer, layers)]
         experts = config["num_experts"]
         for places in [[*axes, (expert, experts)] for expert in range(experts)] if by_expert else [axes or [(0, 1)]]:
             offset, shape = zip(*places, strict=True)
             yield key, offset, shape
-
-
-def _common(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "args": args,
-        "checkpoint_version": _CHECKPOINT_VERSION,
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": dict(_CONTENT),
-    }

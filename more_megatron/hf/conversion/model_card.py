@@ -14,29 +14,11 @@ __all__ = ["model_card"]
 
 _LOSSES = {"lm loss": "training loss", "lm loss validation": "validation loss"}
 _TRAINING = (
-    "seq_length",
-    "global_batch_size",
-    "micro_batch_size",
-    "train_iters",
-    "train_samples",
-    "optimizer",
-    "lr",
-    "min_lr",
-    "lr_decay_style",
-    "lr_warmup_iters",
-    "adam_beta1",
-    "adam_beta2",
-    "weight_decay",
-    "clip_grad",
-    "attention_dropout",
-    "hidden_dropout",
-    "moe_router_load_balancing_type",
-    "moe_aux_loss_coeff",
-    "moe_z_loss_coeff",
-    "moe_expert_capacity_factor",
-    "bf16",
-    "fp16",
-    "seed",
+    *("seq_length", "global_batch_size", "micro_batch_size", "train_iters", "train_samples"),
+    *("optimizer", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters"),
+    *("adam_beta1", "adam_beta2", "weight_decay", "clip_grad", "attention_dropout", "hidden_dropout"),
+    *("moe_router_load_balancing_type", "moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_expert_capacity_factor"),
+    *("bf16", "fp16", "seed"),
 )
 
 
@@ -53,7 +35,7 @@ def model_card(
     Args:
         config: Content of `config.json`.
         args: Arguments from the checkpoint.
-        iteration: At which it was saved.
+        iteration: At which that was saved.
         parameters: Number of parameters.
         has_tokenizer: Whether there are files of a tokenizer.
         note: What is to be known of the form, if it is not ours.
@@ -65,10 +47,11 @@ def model_card(
         "hidden size": config["hidden_size"],
         "attention": f"{config['num_attention_heads']} heads of {config['head_dim']}, "
         f"{config['num_key_value_heads']} of keys and values",
-        **(_experts(config) if any(config["moe_layers"]) else {}),
-        "vocabulary, with padding": config["vocab_size"],
-        "dtype": config["dtype"],
     }
+    if any(config["moe_layers"]):
+        sizes["experts"] = f"{config['num_experts']}, {config['num_experts_per_tok']} for each token"
+        sizes["shared expert"] = config["shared_expert_intermediate_size"] or "none"
+    sizes |= {"vocabulary, with padding": config["vocab_size"], "dtype": config["dtype"]}
     if system.recurrent:
         sizes["recurrence steps in evaluation"] = config["mean_recurrence"]
     samples = getattr(args, "consumed_train_samples", None)
@@ -91,13 +74,6 @@ def model_card(
             _usage(system.recurrent, has_tokenizer),
         ]
     )
-
-
-def _experts(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "experts": f"{config['num_experts']}, {config['num_experts_per_tok']} for each token",
-        "shared expert": config["shared_expert_intermediate_size"] or "none",
-    }
 
 
 def _section(title: str, rows: Mapping[str, Any]) -> list[str]:
@@ -131,9 +107,9 @@ def _losses(folder: str | None, iteration: int) -> dict[str, str]:
     accumulator.Reload()
     found = {}
     for tag, name in _LOSSES.items():
-        if tag in accumulator.Tags()["scalars"]:
-            values = [event for event in accumulator.Scalars(tag) if event.step <= iteration]
-            if values:
-                last = next(event for event in values if event.step == values[-1].step)
-                found[name] = f"{last.value:.4f} nats a token (iteration {last.step})"
+        events = accumulator.Scalars(tag) if tag in accumulator.Tags()["scalars"] else []
+        steps = [event.step for event in events if event.step <= iteration]
+        if steps:
+            last = next(event for event in events if event.step == steps[-1])
+            found[name] = f"{last.value:.4f} nats a token (iteration {last.step})"
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -18,12 +18,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from more_megatron.errors import MoREError
+from more_megatron.hf.conversion.parameters import check_shapes
+from more_megatron.hf.mapping import Entry
+from more_megatron.systems.export import Layout
 
 __all__ = ["Group", "SafetensorsFolder", "plan_files", "sha256", "tensor_bytes", "write_files"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HASHES = "sha256"
 
 
@@ -55,13 +58,10 @@ def plan_files(groups: Sequence[Group], limit: int) -> list[list[Group]]:
         limit: Largest size of a file in bytes; a larger group has a file of its own.
     """
     files: list[list[Group]] = [[]]
-    size = 0
     for group in groups:
-        if files[-1] and size + group.size > limit:
+        if files[-1] and sum(part.size for part in files[-1]) + group.size > limit:
             files.append([])
-            size = 0
         files[-1].append(group)
-        size += group.size
     # The format aligns each tensor to the size of its numbers.
     return [sorted(file, key=lambda group: -group.dtype.itemsize) for file in files]
 
@@ -78,8 +78,7 @@ def write_files(
     """
     count = len(files)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    if count == 1:
-        names = ["model.safetensors"]
+    names = [_SINGLE] if count == 1 else names
     for name, file in zip(names, files, strict=True):
         _write(folder / name, file, read)
     if count > 1:
@@ -126,6 +125,16 @@ def _header(groups: Sequence[Group], hashes: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor is, and what its file's header says of it."""
+
+    file: str
+    shape: tuple[int, ...]
+    dtype: str
+    hash: str | None
+
+
 class SafetensorsFolder:
     """The weights of a Hugging Face folder.
 
@@ -138,60 +147,75 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._hashes: dict[str, str] = {}
-        self._files: dict[str, str] = {}
-        for file in self._list():
-            for name in self._names(file):
-                other = self._files.setdefault(name, file)
-                if other != file:
-                    raise MoREError(f"{folder} holds {name} in both {other} and {file}: export the model again")
+        self._tensors: dict[str, _Stored] = {}
+        for file in self._files():
+            with self._open(file) as opened:
+                hashes = self._written_hashes(file, (opened.metadata() or {}).get(_HASHES, "{}"))
+                for name in opened.keys():  # noqa: SIM118
+                    if name in self._tensors:
+                        both = f"{self._tensors[name].file} and {file}"
+                        raise MoREError(f"{folder} holds {name} in both {both}: export the model again")
+                    part = opened.get_slice(name)
+                    self._tensors[name] = _Stored(file, tuple(part.get_shape()), part.get_dtype(), hashes.get(name))
 
-    @property
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._files)
+    def check(self, entries: Iterable[Entry], others: Iterable[str]) -> None:
+        """Check that the folder holds exactly these parameters, in their shapes, and nothing else but some others.
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor."""
-        with self._open(self._files[name]) as file:
-            return tuple(file.get_slice(name).get_shape())
+        Raises:
+            MoREError: If not.
+        """
+        parts = ((entry, *part) for entry in entries for part in zip(entry.names, entry.shapes, strict=True))
+        expected = [(name, shape) for entry, name, shape in parts if name in self.names(entry)]
+        found = {name: stored.shape for name, stored in self._tensors.items()}
+        check_shapes(self.folder, found, expected, others, ", which its config.json asks for")
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor."""
-        with self._open(self._files[name]) as file:
-            code = file.get_slice(name).get_dtype()
-        if code not in _DTYPES:
-            raise MoREError(f"{self.folder / self._files[name]} holds {name} as {code}: save it in floating point")
-        return _DTYPES[code]
+    def names(self, entry: Entry) -> tuple[str, ...]:
+        """Return the names that a parameter has in the folder: one is enough where it may stand twice."""
+        there = tuple(name for name in entry.names if name in self._tensors)
+        return there if there and entry.layout is Layout.TWICE else entry.names
 
-    def read(self, name: str) -> torch.Tensor:
+    def describe(self, entry: Entry) -> str:
+        """Return how a parameter is called in a message."""
+        return f"{entry.names[0]} of {self.folder}"
+
+    def dtype(self, entry: Entry) -> torch.dtype:
+        """Return the dtype of a parameter.
+
+        Raises:
+            MoREError: If it is no floating point.
+        """
+        name = self.names(entry)[0]
+        stored = self._tensors[name]
+        if stored.dtype not in _DTYPES:
+            path = self.folder / stored.file
+            raise MoREError(f"{path} holds {name} as {stored.dtype}: save it in floating point")
+        return _DTYPES[stored.dtype]
+
+    def read(self, entry: Entry) -> torch.Tensor:
+        """Return a parameter in Megatron's layout; a `MoREError` is raised as by `tensor`."""
+        return entry.merge([self.tensor(name) for name in self.names(entry)])
+
+    def tensor(self, name: str) -> torch.Tensor:
         """Return a tensor.
 
         Raises:
             MoREError: If it is not the one that was written.
         """
-        path = self.folder / self._files[name]
-        with self._open(self._files[name]) as file:
+        stored = self._tensors[name]
+        with self._open(stored.file) as file:
             # The file is mapped: a copy lets go of it.
             tensor = file.get_tensor(name).clone()
-        if name in self._hashes and self._hashes[name] != sha256(tensor):
+        if stored.hash not in (None, sha256(tensor)):
+            path = self.folder / stored.file
             raise MoREError(f"{path} is damaged: {name} is not what was written; copy the folder or export it again")
         return tensor
 
-    def _list(self) -> list[str]:
-        index, single = self.folder / _INDEX, "model.safetensors"
-        has_single = (self.folder / single).is_file()
-        if index.is_file():
-            names = self._listed(index)
-            if has_single and single not in names:
-                raise MoREError(f"{self.folder} holds both {single} and {_INDEX}: remove the one that is stale")
-            return names
-        if not has_single:
-            raise MoREError(f"{self.folder} holds no {single}: name a folder with a Hugging Face model")
-        return [single]
-
-    def _listed(self, index: Path) -> list[str]:
-        """Return the files that an index names."""
+    def _files(self) -> list[str]:
+        index, has_single = self.folder / _INDEX, (self.folder / _SINGLE).is_file()
+        if not index.is_file():
+            if not has_single:
+                raise MoREError(f"{self.folder} holds no {_SINGLE}: name a folder with a Hugging Face model")
+            return [_SINGLE]
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -199,12 +223,9 @@ class SafetensorsFolder:
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or name == "..":
                 raise MoREError(f"{index} names the file {name}, which is not in its folder: export the model again")
+        if has_single and _SINGLE not in names:
+            raise MoREError(f"{self.folder} holds both {_SINGLE} and {_INDEX}: remove the one that is stale")
         return sorted(names)
-
-    def _names(self, file: str) -> Iterator[str]:
-        with self._open(file) as opened:
-            self._hashes |= self._written_hashes(file, (opened.metadata() or {}).get(_HASHES, "{}"))
-            yield from opened.keys()
 
     def _written_hashes(self, file: str, text: str) -> dict[str, str]:
         try:

@@ -13,6 +13,8 @@ __all__ = ["write_sentencepiece"]
 _UNIGRAM, _BPE = 1, 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _NORMAL = (1, _USER_DEFINED)
+# No text is made of these.
+_OUTSIDE = (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
 _NEVER = -1000.0
 _MARK = "\u2581"
 
@@ -40,9 +42,11 @@ def write_sentencepiece(model: Path, folder: Path, max_length: int, pad: str) ->
     proto.ParseFromString(content)
     tokenizer = _tokenizer(proto, model, pad)
     tokenizer.save(str(folder / "tokenizer.json"))
+    end = proto.pieces[proto.trainer_spec.eos_id].piece if proto.trainer_spec.eos_id >= 0 else None
+    specials = {"bos_token": end, "eos_token": end, "unk_token": _unknown(proto)}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **_special_tokens(proto),
+        **{name: token for name, token in specials.items() if token is not None},
         "pad_token": pad,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
@@ -67,7 +71,8 @@ def _tokenizer(proto: Any, model: Path, pad: str) -> Any:
             byte_fallback=trainer.byte_fallback,
         )
     elif trainer.model_type == _UNIGRAM:
-        scores = [(piece.piece, _unigram_score(piece)) for piece in proto.pieces]
+        # So low for those outside of texts that any other way is better.
+        scores = [(piece.piece, _NEVER if piece.type in _OUTSIDE else piece.score) for piece in proto.pieces]
         segmentation = models.Unigram(scores, trainer.unk_id, trainer.byte_fallback)
     else:
         raise MoREError(f"{model} is neither a BPE nor a unigram model: --no-tokenizer leaves the tokenizer out")
@@ -93,9 +98,7 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     SentencePiece takes the best piece that two neighbours make, the leftmost first. Where several pairs make the same
     piece, as in a run of one character, the pair with the longer left half is the leftmost.
     """
-    scores = {
-        piece.piece: piece.score for piece in proto.pieces if piece.type not in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
-    }
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type not in _OUTSIDE}
     merges = []
     for piece, score in scores.items():
         for end in range(len(piece) - 1, 0, -1):
@@ -103,11 +106,6 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
             if left in scores and right in scores:
                 merges.append((-score, -end, left, right))
     return [(left, right) for _, _, left, right in sorted(merges)]
-
-
-def _unigram_score(piece: Any) -> float:
-    """Return the score of a piece, so low for those that no text is made of that any other way is better."""
-    return _NEVER if piece.type in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE) else piece.score
 
 
 def _unknown_runs(proto: Any) -> Any:
@@ -151,10 +149,3 @@ def _decoder(proto: Any) -> Any:
 
 def _unknown(proto: Any) -> str | None:
     return next((piece.piece for piece in proto.pieces if piece.type == _UNKNOWN), None)
-
-
-def _special_tokens(proto: Any) -> dict[str, str]:
-    trainer = proto.trainer_spec
-    end = proto.pieces[trainer.eos_id].piece if trainer.eos_id >= 0 else None
-    found = {"bos_token": end, "eos_token": end, "unk_token": _unknown(proto)}
-    return {name: token for name, token in found.items() if token is not None}

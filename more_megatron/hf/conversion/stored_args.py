@@ -16,32 +16,16 @@ __all__ = ["args_path", "read_args", "write_args"]
 _FILE = "megatron_args.json"
 # Where the run stood and on which machine: nothing that describes the model.
 _OF_THE_MACHINE = frozenset(
-    {
-        "rank",
-        "local_rank",
-        "world_size",
-        "save",
-        "load",
-        "tensorboard_dir",
-        "wandb_save_dir",
-        "data_cache_path",
-        "data_path",
-        "train_data_path",
-        "valid_data_path",
-        "test_data_path",
-        "data_args_path",
-        "per_split_data_args_path",
-        "per_dataset_sequences_path",
-        "pretrained_checkpoint",
-        "iteration",
-        "curr_iteration",
-        "consumed_train_samples",
-        "consumed_valid_samples",
-        "skipped_train_samples",
-        "num_floating_point_operations_so_far",
+    (
+        *("rank", "local_rank", "world_size"),
+        *("save", "load", "pretrained_checkpoint", "tensorboard_dir", "wandb_save_dir"),
+        *("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_cache_path"),
+        *("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path"),
+        *("iteration", "curr_iteration", "num_floating_point_operations_so_far"),
+        *("consumed_train_samples", "consumed_valid_samples", "skipped_train_samples"),
         # Whether code of others may run is said on a command line.
         "trust_remote_code",
-    }
+    )
 )
 
 
@@ -52,11 +36,12 @@ def args_path(folder: Path) -> Path:
 
 def write_args(folder: Path, args: argparse.Namespace) -> None:
     """Write the arguments that JSON can hold, without those of the machine that the run was on."""
-    kept = {
-        name: _dtype_name(value)
-        for name, value in vars(args).items()
-        if name not in _OF_THE_MACHINE and (_is_plain(value) or isinstance(value, torch.dtype))
-    }
+    kept = {}
+    for name, value in vars(args).items():
+        if name not in _OF_THE_MACHINE and isinstance(value, torch.dtype):
+            kept[name] = {"dtype": str(value).removeprefix("torch.")}
+        elif name not in _OF_THE_MACHINE and _is_plain(value):
+            kept[name] = value
     args_path(folder).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
@@ -71,26 +56,20 @@ def read_args(folder: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text())
-        return {name: _dtype(value) for name, value in found.items() if name not in _OF_THE_MACHINE}
+        return {name: _read(value) for name, value in found.items() if name not in _OF_THE_MACHINE}
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise MoREError(f"{path} is damaged: remove it, and the arguments are derived from config.json") from error
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
-        return all(_is_plain(item) for item in value)
+        return all(map(_is_plain, value))
     # Not what only derives from these types, as members of enumerations do.
     return type(value) in (int, float, str, bool, type(None))
 
 
-def _dtype_name(value: Any) -> Any:
-    return {"dtype": str(value).removeprefix("torch.")} if isinstance(value, torch.dtype) else value
-
-
-def _dtype(value: Any) -> Any:
-    if not isinstance(value, dict):
-        return value
-    found = getattr(torch, value["dtype"])
-    if not isinstance(found, torch.dtype):
+def _read(value: Any) -> Any:
+    found = getattr(torch, value["dtype"]) if isinstance(value, dict) else None
+    if found is not None and not isinstance(found, torch.dtype):
         raise ValueError(f"{value} is no dtype")
-    return found
+    return value if found is None else found

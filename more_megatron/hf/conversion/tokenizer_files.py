@@ -106,12 +106,13 @@ def plan_tokenizer(
 
 def _check_place(options: TokenizerOptions, is_asked: bool) -> None:
     """Check that the tokenizer is there; a checkpoint cannot make this download one."""
-    name = options.tokenizer_model
-    if options.tokenizer_type not in (*SENTENCEPIECE_TYPES, TokenizerType.HUGGINGFACE):
+    name, is_of_hub = options.tokenizer_model, options.tokenizer_type == TokenizerType.HUGGINGFACE
+    if options.tokenizer_type not in SENTENCEPIECE_TYPES and not is_of_hub:
         return
     if name is not None and os.path.exists(name):
         return
-    if is_asked and options.tokenizer_type == TokenizerType.HUGGINGFACE and not _is_path(name):
+    is_path = name is None or os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1
+    if is_asked and is_of_hub and not is_path:
         return
     raise MoREError(
         f"the tokenizer of the run, {name}, is not there: name its place with --tokenizer-model, or {_REMEDY}"
@@ -173,43 +174,27 @@ def _pad_id(processor: Any, pieces: Sequence[str], rows: int) -> int:
 
 
 def _huggingface(options: TokenizerOptions, rows: int) -> ExportedTokenizer:
-    if not options.trust_remote_code and _has_code(options):
+    config = Path(options.tokenizer_model or "") / "tokenizer_config.json"
+    if not options.trust_remote_code and config.is_file() and "auto_map" in config.read_text():
         raise MoREError(f"the tokenizer {options.tokenizer_model} has code of its own: --trust-remote-code lets it run")
     megatron = build_megatron(options)
     inner: Any = megatron._tokenizer.tokenizer
     _check_size(options, len(inner), rows)
-    if inner.pad_token is None:
-        _add_pad(inner, rows)
+    if inner.pad_token is None and len(inner) < rows:
+        # A new one, as the embedding has a row to spare.
+        inner.add_special_tokens({"pad_token": _PAD})
+    elif inner.pad_token is None:
+        inner.pad_token = inner.unk_token or inner.eos_token
 
     def write(folder: Path) -> None:
         inner.save_pretrained(folder)
-        _pad_on_the_left(folder / "tokenizer_config.json")
+        # Batches end where their texts end, which generation needs.
+        saved = folder / "tokenizer_config.json"
+        saved.write_text(json.dumps({**json.loads(saved.read_text()), "padding_side": "left"}, indent=2) + "\n")
         tokenizer = open_tokenizer(folder, trust_remote_code=options.trust_remote_code)
         _compare(tokenizer, _TEXTS, megatron.tokenize, None)
 
     return ExportedTokenizer(len(inner), inner.bos_token_id, inner.eos_token_id, inner.pad_token_id, write)
-
-
-def _has_code(options: TokenizerOptions) -> bool:
-    path = Path(options.tokenizer_model or "") / "tokenizer_config.json"
-    return path.is_file() and "auto_map" in path.read_text()
-
-
-def _pad_on_the_left(path: Path) -> None:
-    """Let batches end where their texts end, which generation needs."""
-    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}, indent=2) + "\n")
-
-
-def _add_pad(tokenizer: Any, rows: int) -> None:
-    """Give a tokenizer a token that fills up a batch: a new one if the embedding has a row to spare."""
-    if len(tokenizer) < rows:
-        tokenizer.add_special_tokens({"pad_token": _PAD})
-    else:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-
-
-def _is_path(name: str | None) -> bool:
-    return name is not None and (os.path.isabs(name) or name.startswith((".", "~")) or name.count("/") > 1)
 
 
 def _drawn(pieces: Sequence[str]) -> Iterable[str]:

@@ -37,16 +37,13 @@ _COPIES = 3
 def compare_tensors(
     folder: Path, entries: Sequence[Entry], read: Callable[[Entry], torch.Tensor], progress: bool
 ) -> str:
-    """Compare the SHA-256 of every tensor in both layouts.
+    """Compare the SHA-256 of every tensor in both layouts, and return what was compared, in words.
 
     Args:
         folder: The Hugging Face model.
         entries: Its parameters.
         read: Returns a parameter of Megatron's side.
         progress: Whether to draw a progress bar.
-
-    Returns:
-        What was compared, in words.
 
     Raises:
         MoREError: If two tensors differ.
@@ -56,8 +53,7 @@ def compare_tensors(
         for entry in entries:
             ours = read(entry)
             expected = dict(zip(entry.names, entry.split(ours), strict=True))
-            # Of what may stand twice, a folder of others may hold one.
-            theirs = {name: files.read(name).to(ours.dtype) for name in entry.names if name in files.names}
+            theirs = {name: files.tensor(name).to(ours.dtype) for name in files.names(entry)}
             for name, found in theirs.items():
                 if sha256(expected[name]) != sha256(found):
                     raise MoREError(f"what was written cannot be trusted: {name} differs from its source")
@@ -72,14 +68,8 @@ def compare_logits(
 ) -> str:
     """Compare the logits of both sides on a text, in float32 on the CPU, where this machine can hold both.
 
-    Args:
-        folder: The Hugging Face model.
-        checkpoint: Megatron's.
-        entries: Their parameters.
-        dtype: What the weights were rounded to on their way; None: they were not.
-
-    Returns:
-        How far they are apart, or why they were not compared.
+    Return how far they are apart, or why they were not compared. `dtype` is what the weights were rounded to on their
+    way; None: they were not.
 
     Raises:
         MoREError: If they differ.
@@ -93,7 +83,14 @@ def compare_logits(
     tokens = _tokens(folder, checkpoint.args)
     with _quiet():
         os.environ.setdefault("MORE_PLATFORM", "cpu")
-        ours = _megatron_logits(checkpoint, tokens, dtype)
+        from more_megatron.hf.conversion.megatron_model import megatron_logits
+
+        try:
+            ours = megatron_logits(checkpoint, tokens, dtype)
+        except MoREError:
+            raise
+        except (Exception, CheckpointException) as error:  # whatever Megatron meets in a checkpoint from elsewhere
+            raise MoREError(f"checkpoint {checkpoint.path} cannot be loaded by Megatron: {last_line(error)}") from error
         if isinstance(ours, str):
             return f"logits not compared: {ours}"
         theirs = _huggingface_logits(folder, tokens)
@@ -102,19 +99,6 @@ def compare_logits(
     if not difference <= bound:
         raise MoREError(f"what was written cannot be trusted: logits differ by {difference:.2g} from Megatron's")
     return f"verified: logits of {tokens.numel()} tokens differ from Megatron's by {difference:.1g} at most"
-
-
-def _megatron_logits(
-    checkpoint: MegatronCheckpoint, tokens: torch.Tensor, dtype: torch.dtype | None
-) -> torch.Tensor | str:
-    from more_megatron.hf.conversion.megatron_model import megatron_logits
-
-    try:
-        return megatron_logits(checkpoint, tokens, dtype)
-    except MoREError:
-        raise
-    except (Exception, CheckpointException) as error:  # whatever Megatron meets in a checkpoint from elsewhere
-        raise MoREError(f"checkpoint {checkpoint.path} cannot be loaded by Megatron: {last_line(error)}") from error
 
 
 @contextlib.contextmanager

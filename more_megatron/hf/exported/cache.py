@@ -10,13 +10,15 @@ what it left in its last one: for tokens that did not come to a place, it holds 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 __all__ = ["Memory", "cache_sizes", "cut", "filled_as", "prepare_cache"]
@@ -27,11 +29,12 @@ _STEP = "step."
 class _Place(DynamicLayer):
     """A pair of growing tensors. It may end before the text, as long as `first` says: at the last token here."""
 
+    keys: Any
+    values: Any
+
     def __init__(self, first: Any = None) -> None:
         super().__init__()
         self.first = first
-        self.keys: Any
-        self.values: Any
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove the last tokens of the text. Layers are cut in order, so the first one has been cut."""
@@ -54,7 +57,6 @@ class Memory:
         before: What the names of the step before begin with; None if this is no step, or the first.
         shape: (b, s) of the call where tokens may have stopped, else None.
         places: Which of the tokens, b s in number, are written; None: all.
-        aside: Where to write what must not come into the cache; None: into the cache.
     """
 
     cache: Cache | None
@@ -64,7 +66,6 @@ class Memory:
     before: str | None = None
     shape: tuple[int, int] | None = None
     places: Tensor | None = None
-    aside: dict[str, _Place] | None = field(default=None, repr=False)
 
     def at(self, name: str) -> Memory:
         """Return the part of a layer or block."""
@@ -81,20 +82,19 @@ class Memory:
         """Return the same part for some tokens of a call."""
         return self if places is None else replace(self, shape=shape, places=places)
 
-    def write_aside(self, aside: dict[str, _Place]) -> Memory:
-        """Return the same part, which reads the cache but writes elsewhere."""
-        return replace(self, aside=aside)
-
-    def holds(self, name: str) -> bool:
-        """Return whether there is anything under a name."""
-        return self.cache is not None and self.path + name in _places(self.cache)
+    def copy(self) -> Memory:
+        """Return the same part of a cache that holds the same, and grows apart from this one."""
+        if self.cache is None:
+            return self
+        made = DynamicCache()
+        made.layers = [copy.copy(layer) for layer in self.cache.layers]
+        _places(made).update(_places(self.cache))
+        return replace(self, cache=made)
 
     def held(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return what is under a name, [b, any, T, any] each; None if there is nothing."""
-        if self.cache is None or not self.holds(name):
-            return None
-        layer: Any = self.cache.layers[_places(self.cache)[self.path + name]]
-        return layer.keys, layer.values
+        number = None if self.cache is None else _places(self.cache).get(self.path + name)
+        return None if self.cache is None or number is None else _pair(self.cache.layers[number])
 
     def extend(self, name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append [b, any, s, any] to what is under a name and return all of it, [b, any, T, any].
@@ -103,19 +103,15 @@ class Memory:
         """
         if self.cache is None:
             return keys, values
-        place = self._place(self.cache, self.path + name)
-        length = place.get_seq_length()
-        if self.places is None and length == self.past:
+        place = _place(self.cache, self.path + name)
+        if self.places is None and place.get_seq_length() == self.past:
             return place.update(keys, values)
-        before = None if self.before is None else self._place(self.cache, self.before + name)
-        found = [
-            self._written(held, earlier, new)
-            for held, earlier, new in zip(_pair(place), _pair(before), (keys, values), strict=True)
-        ]
+        before = None if self.before is None else _place(self.cache, self.before + name)
+        found = map(self._written, _pair(place), _pair(before), (keys, values))
         if place.keys is None:
             return place.update(*found)
         place.keys, place.values = found
-        return place.keys, place.values
+        return _pair(place)
 
     def _written(self, held: Tensor | None, earlier: Tensor | None, new: Tensor) -> Tensor:
         """Return what a place holds, [b, any, T, any], with new tokens, [b, any, s, any], or some, [1, any, n, any].
@@ -128,32 +124,30 @@ class Memory:
             known.append(earlier[..., length : self.past, :])
         if self.places is None or self.shape is None:
             return torch.cat((*known, new), dim=-2)
-        batch, tokens = self.shape
         source = held if length > self.past else earlier
         if source is None:
-            current = new.new_zeros(batch * tokens, new.size(1), new.size(3))
+            current = new.new_zeros(self.shape[0] * self.shape[1], new.size(1), new.size(3))
         else:
             current = source[..., self.past :, :].transpose(1, 2).flatten(0, 1)
         current = current.index_copy(0, self.places, new[0].transpose(0, 1))
-        return torch.cat((*known, current.unflatten(0, (batch, tokens)).transpose(1, 2)), dim=-2)
+        return torch.cat((*known, current.unflatten(0, self.shape).transpose(1, 2)), dim=-2)
 
-    def _place(self, cache: Cache, name: str) -> Any:
-        """Return the layer of a name, a new one if there is none."""
-        places = _places(cache)
-        if self.aside is not None:
-            if name not in self.aside:
-                made = self.aside[name] = _Place()
-                if name in places:
-                    made.update(*_pair(cache.layers[places[name]]))
-            return self.aside[name]
-        number = places.setdefault(name, len(places))
-        if number == len(cache.layers):
-            cache.layers.append(_Place(cache.layers[0] if number > 0 else None))
-        return cache.layers[number]
+
+def _place(cache: Cache, name: str) -> Any:
+    """Return the layer of a name, a new one if there is none."""
+    number = _places(cache).setdefault(name, len(_places(cache)))
+    if number == len(cache.layers):
+        cache.layers.append(_Place(cache.layers[0] if number > 0 else None))
+    return cache.layers[number]
 
 
 def _pair(place: Any) -> tuple[Any, Any]:
     return (None, None) if place is None else (place.keys, place.values)
+
+
+def _places(cache: Cache) -> dict[str, int]:
+    """Return the layer of a cache that each name has."""
+    return vars(cache).setdefault("more_places", {})
 
 
 def prepare_cache(cache: Cache, num_steps: int | None, slots: int | None) -> None:
@@ -166,19 +160,18 @@ def prepare_cache(cache: Cache, num_steps: int | None, slots: int | None) -> Non
     """
     if not all(isinstance(layer, _Place) or type(layer) is DynamicLayer for layer in cache.layers):
         raise ValueError(f"a {type(cache).__name__} cannot hold the states of a MoRE model: use a DynamicCache")
+    asked = {"num_steps": num_steps, "cache_steps": slots}
     if cache.get_seq_length() == 0:
         cache.layers.clear()
         _places(cache).clear()
     else:
-        for name, filled, asked in zip(
-            ("num_steps", "cache_steps"), vars(cache)["more_steps"], (num_steps, slots), strict=True
-        ):
-            if filled != asked:
+        for (name, wanted), filled in zip(asked.items(), vars(cache)["more_steps"], strict=True):
+            if filled != wanted:
                 raise ValueError(
-                    f"the cache was filled with {name}={filled}, and this call has {name}={asked}: "
+                    f"the cache was filled with {name}={filled}, and this call has {name}={wanted}: "
                     "use the same number or start with an empty cache"
                 )
-    vars(cache)["more_steps"] = (num_steps, slots)
+    vars(cache)["more_steps"] = tuple(asked.values())
 
 
 @contextmanager
@@ -204,11 +197,5 @@ def cache_sizes(cache: Cache) -> dict[str, int]:
     sizes = {"recurrent": 0, "other": 0}
     for name, number in _places(cache).items():
         part = "recurrent" if f"/{_STEP}" in name else "other"
-        for tensor in _pair(cache.layers[number]):
-            sizes[part] += 0 if tensor is None else tensor.numel() * tensor.element_size()
+        sizes[part] += sum(tensor.nbytes for tensor in _pair(cache.layers[number]) if tensor is not None)
     return sizes
-
-
-def _places(cache: Cache) -> dict[str, int]:
-    """Return the layer of a cache that each name has."""
-    return vars(cache).setdefault("more_places", {})

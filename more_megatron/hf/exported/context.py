@@ -1,41 +1,62 @@
-"""What every layer is told about one call of the model."""
+"""What every layer is told about one call of the model, and what the call keeps on its way."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .attention import Rotation, RowMask
+from .attention import Rotation, RowMask, rotate, rotation
 from .cache import Memory
 from .exits import Exits
+from .fields import Config
 from .noise import state_noise
+from .options import CallOptions
+from .routing import RouterLogits
 
-__all__ = ["CallContext", "Records", "find_documents"]
+__all__ = ["CallContext", "Records", "find_documents", "find_padding"]
 
 
 @dataclass
 class Records:
-    """What a call keeps of its recurrences, by their place: a layer may be computed again for its gradients.
+    """What a call keeps; of recurrences by their place: a layer may be computed again for its gradients.
 
     Attributes:
-        keep_states: Whether states are kept.
+        keep_states: Whether states of recurrences are kept.
+        hidden_states: What each layer was given, in every pass, [b, s, h]; None: not kept.
+        decisions: Router logits, [b s, N] or [b s, heads, N], with layer, step and router; None: not kept.
+        losses: What is to be added to the loss in training, by loops alone.
         steps: Steps that each token took, [b, s], by recurrence, where tokens stop by themselves.
         states: State behind each step of each recurrence, [b, s, h], by recurrence and step.
     """
 
     keep_states: bool = False
+    hidden_states: list[Tensor] | None = None
+    decisions: list[tuple[Tensor, int, int, str]] | None = None
+    losses: list[Tensor] = dataclasses.field(default_factory=list)
     steps: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     states: dict[tuple[int, int], Tensor] = dataclasses.field(default_factory=dict)
 
-    def repeat_last(self, index: int, last: int, num_steps: int) -> None:
-        """Let a recurrence that ended with some step have the states of all steps."""
-        if self.keep_states:
-            self.states.update({(index, step): self.states[index, last] for step in range(last + 1, num_steps)})
+    def see_states(self, states: Tensor) -> None:
+        """Keep hidden states, [b, s, h]."""
+        if self.hidden_states is not None:
+            self.hidden_states.append(states)
+
+    def see_logits(self, logits: Iterable[Tensor], layer: int, step: int, routers: tuple[str, ...]) -> None:
+        """Keep the logits that one call of a layer returned, [b, s, N] or [b, s, heads, N] each."""
+        if self.decisions is not None:
+            for number, part in enumerate(logits):
+                further, router = divmod(number, len(routers))
+                self.decisions.append((part.flatten(0, 1), layer, step + further, routers[router]))
+
+    def router_logits(self, batch: int) -> RouterLogits | None:
+        """Return the router logits of a number of sequences; None if they were not to be kept."""
+        return None if self.decisions is None else RouterLogits.of(self.decisions, batch)
 
     def exit_steps(self) -> Tensor | None:
         """Return the steps that each token took, [recurrences, b, s]; None if they all took the same."""
@@ -46,9 +67,8 @@ class Records:
         if not self.states:
             return None
         first = next(iter(self.states.values()))
-        recurrences = len({index for index, _ in self.states})
         states = torch.stack([self.states[place].to(first.device) for place in sorted(self.states)])
-        return states.unflatten(0, (recurrences, -1))
+        return states.unflatten(0, (len({index for index, _ in self.states}), -1))
 
 
 @dataclass(frozen=True)
@@ -56,18 +76,14 @@ class CallContext:
     """What every layer and loop knows about one call of the model.
 
     Attributes:
+        config: Model configuration.
         positions: Position of each token, [b or 1, s].
-        rotation: Cosine and sine of its angles; None without rotary embedding.
         padding: True for padding, [b, T]; None without any.
         documents: Number of each token's document in its row, [b, T]; None if a row is one document.
         past: Number of tokens in the cache.
-        num_steps: Recurrence steps.
-        noise_seed: Seed of initial states.
-        state_std: Standard deviation of initial states.
-        input_states: Initial states of the first tokens, [states, b, up to s, h]; None for noise.
+        options: What the call says of its recurrences.
         shape: (b, s) of the call.
-        losses: Loops append what is to be added to the loss in training; layers must not, they may be recomputed.
-        records: What the call keeps of its recurrences.
+        records: What the call keeps.
         exits: How tokens stop by themselves; None: all take `num_steps`.
         warm: Where the last states of tokens are kept, from which the tokens behind them start; None: nowhere.
         stream: What the result of a recurrence inside a layer is added to, [b, s, h], where `exits` reads logits.
@@ -76,23 +92,24 @@ class CallContext:
         whole: The context of all tokens where others have stopped.
     """
 
+    config: Config
     positions: Tensor
-    rotation: Rotation | None
     padding: Tensor | None
     documents: Tensor | None
     past: int
-    num_steps: int
-    noise_seed: int
-    state_std: float
-    input_states: Tensor | None
+    options: CallOptions
     shape: tuple[int, int]
-    losses: list[Tensor] = dataclasses.field(default_factory=list)
-    records: Records = dataclasses.field(default_factory=Records)
+    records: Records
     exits: Exits | None = None
     warm: Memory | None = None
     stream: Tensor | None = None
     places: Tensor | None = None
     whole: CallContext | None = None
+
+    @functools.cached_property
+    def rotation(self) -> Rotation | None:
+        """Cosine and sine of the angles of each token; None without rotary embedding."""
+        return rotation(self.config, self.positions)
 
     @functools.cached_property
     def mask(self) -> Tensor | RowMask | None:
@@ -120,17 +137,21 @@ class CallContext:
             visible = visible & ~self.padding[:, None, None] | (key == query)
         return visible
 
+    def rotate(self, x: Tensor) -> Tensor:
+        """Return queries or keys, [b, ..., s, d], at their positions."""
+        return rotate(x, self.rotation, self.config.rotary_interleaved)
+
     def initial_state(self, index: int, like: Tensor, layer: int | None = None) -> Tensor:
         """Return the state that a recurrence, counted from 0, starts from, shaped and typed as `like`, [b, s, h].
 
         `layer` is that in the noise's coordinates, from 1; by default `index + 1`.
         """
-        given = None if self.input_states is None else self.input_states[index].to(like)
-        given = self._last_state(index) if given is None else given
+        states = self.options.input_states
+        given = self._last_state(index) if states is None else states[index].to(like)
         if given is not None and given.size(1) == like.size(1):
             return given
-        number = index + 1 if layer is None else layer
-        noise = state_noise(self.positions, like.size(-1), self.noise_seed, number, self.state_std)
+        number, std = index + 1 if layer is None else layer, self.config.state_std * self.options.init_scale
+        noise = state_noise(self.positions, like.size(-1), self.config.noise_seed, number, std)
         noise = noise.to(like.dtype).expand_as(like)
         return noise if given is None else torch.cat((given, noise[:, given.size(1) :]), dim=1)
 
@@ -149,23 +170,17 @@ class CallContext:
     def real_tokens(self) -> Tensor:
         """Return the places of the tokens of the call that are no padding; of all if they are nothing else."""
         places = torch.arange(self.shape[0] * self.shape[1], device=self.positions.device)
-        if self.padding is None:
-            return places
-        real = ~self.padding[:, self.past :].flatten()
-        return places[real] if bool(real.any()) else places
+        real = places if self.padding is None else places[~self.padding[:, self.past :].flatten()]
+        return real if len(real) > 0 else places
 
     def select(self, places: Tensor) -> CallContext:
         """Return the context of some tokens of the call, given their places among all, b s."""
-        batch = self.shape[0]
 
         def rows(part: Tensor) -> Tensor:
-            return part.expand(batch, -1, *part.shape[2:]).flatten(0, 1)[places].unsqueeze(0)
+            return part.expand(self.shape[0], -1, *part.shape[2:]).flatten(0, 1)[places].unsqueeze(0)
 
-        turned = None if self.rotation is None else (rows(self.rotation[0]), rows(self.rotation[1]))
         stream = None if self.stream is None else rows(self.stream)
-        return dataclasses.replace(
-            self, positions=rows(self.positions), rotation=turned, stream=stream, places=places, whole=self
-        )
+        return dataclasses.replace(self, positions=rows(self.positions), stream=stream, places=places, whole=self)
 
     def beside(self, part: Tensor | None) -> CallContext:
         """Return the context of a recurrence to whose result a part, [b, s, h], is added, among others."""
@@ -176,52 +191,50 @@ class CallContext:
     def to(self, device: torch.device, **kwargs: Any) -> CallContext:
         """Return a copy on another device, which is how accelerate hands arguments to layers that live there."""
 
-        def move(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(move(part) for part in value)
-            return value.to(device, **kwargs) if isinstance(value, Tensor | CallContext) else value
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, part in parts.items():
+            if isinstance(part, Tensor | CallContext):
+                parts[name] = part.to(device, **kwargs)
+        return CallContext(**parts)
 
-        return CallContext(**{field.name: move(getattr(self, field.name)) for field in dataclasses.fields(self)})
+
+def find_padding(attention_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """Return True for padding, [b, T], or None if there is none.
+
+    Raises:
+        ValueError: If the mask has not that shape.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and not (b, T) = {shape}")
+    padding = (attention_mask == 0).to(device)
+    # A tracer cannot look into a mask.
+    return padding if torch.compiler.is_compiling() or bool(padding.any()) else None
 
 
-def find_documents(positions: Tensor, padding: Tensor | None, memory: Memory, past: int) -> Tensor | None:
+def find_documents(positions: Tensor, padding: Tensor | None, memory: Memory) -> Tensor | None:
     """Return the number of each token's document, [b, T], where a row holds several.
 
     A document begins where a position is not the one after the position before it. Packing collators send such
     positions, and transformers' own models keep these documents apart, too.
 
     Args:
-        positions: Positions that a call was given, [b or 1, s].
+        positions: Positions that a call was given, [b, s].
         padding: True for padding, [b, T].
-        memory: The cache, which keeps the documents of the tokens before these.
-        past: Number of tokens in the cache.
+        memory: The cache, which keeps the positions of the tokens before these if they are of several documents.
     """
-    if past > 0 and not memory.holds("documents"):
+    if memory.past > 0 and memory.held("positions") is None:
         return None
-    begins = torch.zeros_like(positions, dtype=torch.bool)
-    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    kept = (positions[:, None, :, None],) * 2
+    every = positions if memory.past == 0 else memory.extend("positions", *kept)[0][:, 0, :, 0]
+    begins = torch.zeros_like(every, dtype=torch.bool)
+    begins[:, 1:] = every[:, 1:] != every[:, :-1] + 1
     if padding is not None:
-        begins = begins & ~padding[:, past:]
-        begins[:, 1:] &= ~padding[:, past:-1]
-    if past > 0:
-        return _continued(positions, begins, memory)
-    if not torch.compiler.is_compiling() and not bool(begins.any()):
-        return None
-    documents = begins.long().cumsum(-1)
-    _keep(positions, documents, memory)
-    return documents
-
-
-def _continued(positions: Tensor, begins: Tensor, memory: Memory) -> Tensor:
-    """Return the documents of all tokens, where those before these are in the cache."""
-    nothing = positions[:, :0]
-    known_positions, known_documents = _keep(nothing, nothing, memory)
-    begins[:, 0] = positions[:, 0] != known_positions[:, -1] + 1
-    documents = known_documents[:, -1:] + begins.long().cumsum(-1)
-    return _keep(positions.expand_as(documents), documents, memory)[1]
-
-
-def _keep(positions: Tensor, documents: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-    """Append to the cache and return positions and documents of all tokens, [b, T] each."""
-    kept = memory.extend("documents", *(part[:, None, :, None] for part in (positions, documents)))
-    return kept[0][:, 0, :, 0], kept[1][:, 0, :, 0]
+        begins &= ~padding
+        begins[:, 1:] &= ~padding[:, :-1]
+    if memory.past == 0:
+        if not torch.compiler.is_compiling() and not bool(begins.any()):
+            return None
+        memory.extend("positions", *kept)
+    return begins.long().cumsum(-1)

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import MoREMoE
 from .fields import LOGIT_EMA, Config, Field
 from .interface import Group, Loop, System
 from .parts import takase_normal
 from .recurrence import Rows
-from .routing import averaged_logits
 
-__all__ = ["DividedSystem", "InjectedLoop", "RepeatedMoE", "division_fields"]
+__all__ = ["DividedSystem", "InjectedLoop", "division_fields"]
 
 
 class _Adapter(nn.Linear):
@@ -49,15 +47,6 @@ class InjectedLoop(Loop):
         return state + rows.take(hidden_states) if adds else state
 
 
-class RepeatedMoE(MoREMoE):
-    """Experts in a layer that is repeated."""
-
-    reads_former = True
-
-    def decide(self, x: Tensor, *former: Tensor) -> Tensor:
-        return averaged_logits(self.config, self.gate(x), *former)
-
-
 def division_fields(injection: str) -> dict[str, Field]:
     """Return the fields of a divided stack, given the default of how the input of a group enters its passes."""
     meaning = "How the input of a group enters its passes: through a matrix, as a summand or not."
@@ -77,7 +66,6 @@ class DividedSystem(System):
         norms_coda_input: Whether the final norm stands in front of the coda, too, even if that has no layers.
     """
 
-    moe_class = RepeatedMoE
     loop_class: type[Loop] = InjectedLoop
     norms_coda_input: bool = False
 

@@ -136,25 +136,3 @@ class Exits:
     threshold: float
     min_steps: int
     read: Callable[[Tensor], Tensor] | None
-
-    def stops(self, former: Tensor, now: Tensor, steps: int) -> Tensor:
-        """Return which tokens stop behind so many steps, [n], given what was measured a step before and now."""
-        if steps < self.min_steps:
-            return torch.zeros(len(now), dtype=torch.bool, device=now.device)
-        return self.criterion.stops(former, now, self.threshold)
-
-    def measure(self, state: Tensor, stream: Callable[[], Tensor] | None, former: Tensor | None) -> Tensor:
-        """Return what the criterion measures of n tokens, [n, any], given their states and what it measured before.
-
-        `stream` returns what the last norm would be given if the recurrence ended now, [..., h]; None: nobody knows.
-        """
-        if not self.criterion.reads_logits:
-            return self.criterion.measure(_wide(state), former)
-        if stream is None or self.read is None:
-            raise ValueError(f"{type(self.criterion).__name__} reads logits, to which this recurrence does not lead")
-        logits = self.read(stream()).flatten(0, -2)
-        return self.criterion.measure(_wide(torch.zeros_like(logits) if former is None else logits), former)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .context import CallContext
 from .fields import Config
 from .parts import MoREMLP, grouped_linear
 from .recurrence import Rows
-from .routing import MoRERouter, Routing
+from .routing import MoRERouter, Routing, averaged_logits
 
 __all__ = ["FeedForwardExperts", "MoREMoE", "RecurringMoE"]
 
@@ -21,89 +22,64 @@ __all__ = ["FeedForwardExperts", "MoREMoE", "RecurringMoE"]
 class FeedForwardExperts(nn.Module):
     """Megatron's experts: MLPs."""
 
+    down_proj: Tensor
+
     def __init__(self, config: Config) -> None:
         super().__init__()
-        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gated, inner = config.gated_mlp, width * (2 if config.gated_mlp else 1)
-        self.up_name = "gate_up_proj" if config.gated_mlp else "up_proj"
-        self.register_parameter(self.up_name, nn.Parameter(torch.empty(experts, inner, hidden)))
-        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
-        up_bias = nn.Parameter(torch.empty(experts, inner)) if config.linear_bias else None
-        self.register_parameter(f"{self.up_name}_bias", up_bias)
-        self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden)) if config.linear_bias else None
-        self.activation = ACT2FN[config.hidden_act]
+        self.config, self.activation = config, ACT2FN[config.hidden_act]
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.up_name, inner = ("gate_up_proj", 2 * width) if config.gated_mlp else ("up_proj", width)
+        for name, shape in ((self.up_name, (inner, hidden)), ("down_proj", (hidden, width))):
+            self.register_parameter(name, nn.Parameter(torch.empty(config.num_experts, *shape)))
+            bias = nn.Parameter(torch.empty(config.num_experts, shape[0])) if config.linear_bias else None
+            self.register_parameter(f"{name}_bias", bias)
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h], given [rows, h]."""
+        up_bias, down_bias = (getattr(self, f"{name}_bias") for name in (self.up_name, "down_proj"))
         inner = grouped_linear(rows, getattr(self, self.up_name), routing.ends)
-        if self.down_proj_bias is not None:
-            inner = inner + getattr(self, f"{self.up_name}_bias")[routing.experts]
-        if self.gated:
+        inner = inner if up_bias is None else inner + up_bias[routing.experts]
+        if self.config.gated_mlp:
             gate, up = inner.chunk(2, dim=-1)
             inner = self.activation(gate) * up
         else:
             inner = self.activation(inner)
         output = grouped_linear(routing.weigh(inner), self.down_proj, routing.ends)
-        if self.down_proj_bias is not None:
-            output = output + routing.weigh(self.down_proj_bias[routing.experts])
-        return output
+        return output if down_bias is None else output + routing.weigh(down_bias[routing.experts])
 
 
 class MoREMoE(nn.Module):
-    """Router, routed experts and shared expert. Subclasses have other experts.
-
-    Args:
-        config: Model configuration.
-        layer_idx: Index of the layer, from 0.
+    """Router, routed experts and shared expert of a layer, counted from 0. Subclasses have other experts.
 
     Attributes:
-        experts_class: The routed experts.
         router_class: The router.
-        reads_former: Whether routing depends on the logits of the pass before, in a layer that is repeated.
     """
 
-    experts_class: type[nn.Module] = FeedForwardExperts
     router_class: type[MoRERouter] = MoRERouter
-    reads_former = False
 
-    def __init__(self, config: Config, layer_idx: int) -> None:
+    def __init__(self, config: Config, layer_idx: int, experts_class: Callable[[Config], nn.Module]) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.gate = self.router_class(config)
-        self.build_experts()
+        self.experts: Any = experts_class(config)
         width = config.shared_expert_intermediate_size
         self.shared_expert = MoREMLP(config, width) if width else None
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
-    def build_experts(self) -> None:
-        """Create the routed experts, and what they share."""
-        self.experts: Any = self.experts_class(self.config)
-
     def forward(self, x: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> tuple[Tensor, Tensor]:
-        """Route, compute and combine.
+        """Return output, [b, s, h], and router logits, [b, s, N].
 
-        Args:
-            x: Normed hidden states, [b, s, h].
-            context: What the layer knows about the call.
-            memory: The layer's part of the cache.
-            former: Router logits of the pass before, in a layer that is repeated.
-
-        Returns:
-            Output, [b, s, h], and router logits, [b, s, N].
+        Given are normed hidden states and, where they count, the logits of the pass before.
         """
-        logits = self.decide(x, *former)
+        logits = averaged_logits(self.config, self.gate(x), *former)
         return self.mix(x, logits, context, memory), logits
-
-    def decide(self, x: Tensor, *former: Tensor) -> Tensor:
-        """Return the router logits, [b, s, N], given those of the pass before if there was one."""
-        return self.gate(x)
 
     def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
         """Return the output, [b, s, h], of the experts that the logits, [b, s, N], choose."""
         routing = Routing(*self.gate.choose(logits), self.config.num_experts)
         shared = self.shared_output(x)
         output = routing.combine(self.apply_experts(x, routing, context.beside(shared), memory))
-        return self.finish(output if shared is None else output + shared, context, memory)
+        return output if shared is None else output + shared
 
     def shared_output(self, x: Tensor) -> Tensor | None:
         """Return the output of the shared expert, [b, s, h], where there is one, given what it reads."""
@@ -116,10 +92,6 @@ class MoREMoE(nn.Module):
         """Return weighted outputs of the routed experts, [rows, h]."""
         return self.experts(routing.dispatch(x), routing)
 
-    def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
-        """Return what the layer makes of the combined output, [b, s, h]."""
-        return output
-
 
 class RecurringMoE(MoREMoE):
     """Experts with a recurrence inside them. Subclasses say how it runs, and what follows from its last states."""
@@ -129,7 +101,8 @@ class RecurringMoE(MoREMoE):
 
     def last_states(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return the last states, [rows, any], of experts that are called with the rows and what rows they are."""
-        return self.experts(routing.dispatch(x), Rows(context, self.layer_idx, routing, self.stream))
+        rows = Rows(context, memory, self.layer_idx, self.stream, routing)
+        return self.experts(routing.dispatch(x), rows)
 
     def output(self, state: Tensor, routing: Routing) -> Tensor:
         """Return the weighted outputs that follow from last states, [rows, h]."""
@@ -137,4 +110,5 @@ class RecurringMoE(MoREMoE):
 
     def stream(self, state: Tensor, rows: Rows) -> Tensor:
         """Return what the next layer would be given if the recurrence ended now, shaped as tokens."""
-        return rows.context.stream + rows.routing.combine(self.output(state, rows.routing))
+        stream: Any = rows.context.stream
+        return stream + rows.routing.combine(self.output(state, rows.routing))

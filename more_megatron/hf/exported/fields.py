@@ -7,7 +7,7 @@ these (`System.fields`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,14 @@ __all__ = ["FIELDS", "LOGIT_EMA", "Config", "Field", "check_fields", "complete_f
 
 Config = Any
 """A `MoREConfig`, or whatever has its fields as attributes. The class itself imports the systems."""
+
+_WORDS = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a finite number",
+    str: "a word",
+    list: "a list of true and false",
+}
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,10 @@ class Field:
 
     def fault(self, value: Any) -> str | None:
         """Return what is wrong with a value, None if nothing is."""
-        if value is None:
-            return None if self.optional else f"must be {self._kind_in_words()}"
+        if value is None and self.optional:
+            return None
         if not self._has_kind(value):
-            return f"must be {self._kind_in_words()}"
+            return f"must be {_WORDS[self.kind]}"
         if self.choices and value not in self.choices:
             return f"does not exist: choose one of {', '.join(self.choices)}"
         if self.low is not None and value < self.low:
@@ -62,13 +70,9 @@ class Field:
     def _has_kind(self, value: Any) -> bool:
         if self.kind is list:
             return isinstance(value, list | tuple) and all(isinstance(item, bool) for item in value)
-        if self.kind is float:
-            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-        return isinstance(value, self.kind) and (self.kind is bool or not isinstance(value, bool))
-
-    def _kind_in_words(self) -> str:
-        words = {bool: "true or false", int: "an integer", float: "a finite number", str: "a word"}
-        return words.get(self.kind, "a list of true and false")
+        if isinstance(value, bool) or self.kind is not float:
+            return isinstance(value, self.kind) and isinstance(value, bool) == (self.kind is bool)
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def _size(default: Any, meaning: str, **limits: Any) -> Field:
@@ -79,9 +83,8 @@ def _choice(default: str | None, meaning: str, *choices: str, optional: bool = F
     return Field(str, default, meaning, choices=choices, optional=optional)
 
 
-def _switch(default: bool, meaning: str) -> Field:
-    return Field(bool, default, meaning)
-
+_RULE = "Turns router logits into scores."
+_STRETCH = "Factor by which the context is stretched as in Llama 3.1, from 8192 positions; None: not."
 
 FIELDS: dict[str, Field] = {
     "vocab_size": _size(32000, "Rows of the embeddings, padding of the vocabulary included."),
@@ -96,34 +99,26 @@ FIELDS: dict[str, Field] = {
     "num_experts_per_tok": _size(1, "Number of experts a token is sent to."),
     "moe_intermediate_size": _size(2048, "Width of an expert that is an MLP."),
     "shared_expert_intermediate_size": _size(None, "Width of the shared expert; None without one.", optional=True),
-    "shared_expert_gate": _switch(False, "Whether the output of the shared expert is gated."),
+    "shared_expert_gate": Field(bool, False, "Whether the output of the shared expert is gated."),
     "hidden_act": Field(str, "silu", "Activation function of MLPs, by its name in transformers."),
-    "gated_mlp": _switch(True, "Whether MLPs are gated, as in SwiGLU."),
+    "gated_mlp": Field(bool, True, "Whether MLPs are gated, as in SwiGLU."),
     "norm_type": _choice("rmsnorm", "Norm of the layers.", "rmsnorm", "layernorm"),
     "norm_eps": Field(float, 1e-5, "Added to the variance in norms.", low=0.0),
-    "qk_norm": _switch(False, "Whether queries and keys are normed."),
-    "attention_bias": _switch(False, "Whether the projections to queries, keys and values have biases."),
-    "linear_bias": _switch(False, "Whether the other linear maps, experts and router have biases."),
+    "qk_norm": Field(bool, False, "Whether queries and keys are normed."),
+    "attention_bias": Field(bool, False, "Whether the projections to queries, keys and values have biases."),
+    "linear_bias": Field(bool, False, "Whether the other linear maps, experts and router have biases."),
     "position_embedding": _choice("rope", "Where positions come in.", "rope", "none", "learned"),
     "rope_theta": Field(float, 10000.0, "Base of the rotary embedding.", above=0.0),
     "rotary_percent": Field(float, 1.0, "Part of each head that is rotated.", above=0.0, high=1.0),
-    "rotary_interleaved": _switch(False, "Whether neighbouring channels are rotated together, not the two halves."),
-    "rope_scaling_factor": Field(
-        float,
-        None,
-        "Factor by which the context is stretched as in Llama 3.1, from 8192 positions; None: not.",
-        above=0.0,
-        optional=True,
-    ),
+    "rotary_interleaved": Field(bool, False, "Whether neighbouring channels rotate together, not the two halves."),
+    "rope_scaling_factor": Field(float, None, _STRETCH, above=0.0, optional=True),
     "max_position_embeddings": _size(512, "Longest sequence of training; the number of learned positions."),
-    "router_score_function": _choice(
-        "softmax", "Turns router logits into scores.", "softmax", "sigmoid", "sqrtsoftplus"
-    ),
-    "router_pre_softmax": _switch(False, "Whether the softmax comes before the choice of experts."),
+    "router_score_function": _choice("softmax", _RULE, "softmax", "sigmoid", "sqrtsoftplus"),
+    "router_pre_softmax": Field(bool, False, "Whether the softmax comes before the choice of experts."),
     "router_scaling_factor": Field(float, None, "Factor on routing probabilities; None: 1.", above=0.0, optional=True),
     "router_num_groups": _size(None, "Number of groups of experts in group-limited routing.", optional=True),
     "router_group_topk": _size(None, "Number of groups a token may choose experts from.", optional=True),
-    "router_expert_bias": _switch(False, "Whether a bias for each expert takes part in the choice."),
+    "router_expert_bias": Field(bool, False, "Whether a bias for each expert takes part in the choice."),
     "router_dtype": _choice("fp32", "Type the router computes in; None: the model's.", "fp32", "fp64", optional=True),
     "mean_recurrence": _size(4, "Recurrence steps taken if a call does not say how many."),
     "state_std": Field(float, 0.02, "Standard deviation of initial states.", low=0.0),
@@ -132,12 +127,11 @@ FIELDS: dict[str, Field] = {
     "router_aux_loss_coef": Field(float, 0.001, "Coefficient of the load-balancing loss.", low=0.0),
     "output_router_logits": Field(bool, False, "Whether calls return router logits and their loss.", of_calls=True),
     "use_cache": Field(bool, True, "Whether calls return a cache.", of_calls=True),
-    "tie_word_embeddings": _switch(False, "Whether input and output embeddings are one."),
+    "tie_word_embeddings": Field(bool, False, "Whether input and output embeddings are one."),
 }
 
-
-# Of systems whose routers are asked in every step.
 LOGIT_EMA = Field(float, 0.0, "Weight of the former logits in the routing of a step.", low=0.0, high=1.0)
+"""Field `router_logit_ema` of systems whose routers are asked in every step."""
 
 
 def complete_fields(fields: Mapping[str, Field], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,30 +159,32 @@ def check_fields(fields: Mapping[str, Field], values: Mapping[str, Any]) -> None
         fault = field.fault(values[name])
         if fault is not None:
             raise ValueError(f"{name} {values[name]!r} {fault}")
+    for contradiction in _contradictions(values):
+        raise ValueError(contradiction)
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     layers, heads, groups = (
         values[name] for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     )
     if len(values["moe_layers"]) != layers:
-        raise ValueError(f"moe_layers names {len(values['moe_layers'])} layers of {layers}")
+        yield f"moe_layers names {len(values['moe_layers'])} layers of {layers}"
     if heads % groups != 0:
-        raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}")
-    if any(values["moe_layers"]):
-        _check_experts(values)
-
-
-def _check_experts(values: Mapping[str, Any]) -> None:
+        yield f"num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+    if not any(values["moe_layers"]):
+        return
     experts, topk = values["num_experts"], values["num_experts_per_tok"]
-    if experts is None:
-        raise ValueError("num_experts None must be an integer: moe_layers names layers with experts")
-    if topk > experts:
-        raise ValueError(f"num_experts_per_tok {topk} must be at most {experts}, the number of experts")
     groups, limit = values["router_num_groups"], values["router_group_topk"]
+    if experts is None:
+        yield "num_experts None must be an integer: moe_layers names layers with experts"
+    if topk > experts:
+        yield f"num_experts_per_tok {topk} must be at most {experts}, the number of experts"
     if (groups is None) != (limit is None):
-        raise ValueError("router_num_groups and router_group_topk must be given together")
+        yield "router_num_groups and router_group_topk must be given together"
     if groups is not None and (experts % groups != 0 or limit > groups or topk % limit != 0):
-        raise ValueError(
+        yield (
             f"router_num_groups {groups} and router_group_topk {limit} do not divide "
             f"num_experts {experts} and num_experts_per_tok {topk}"
         )
     if values["shared_expert_gate"] and values["shared_expert_intermediate_size"] is None:
-        raise ValueError("shared_expert_gate true needs shared_expert_intermediate_size")
+        yield "shared_expert_gate true needs shared_expert_intermediate_size"

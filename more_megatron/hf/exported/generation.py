@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.utils import ModelOutput
 
-from .options import CallOptions, positive
+from .options import OPTIONS, WITHOUT_STEPS, CallOptions, positive
 from .speculation import DRAFT_TOKENS, speculate
 
 __all__ = ["MoREGenerationMixin"]
@@ -51,28 +51,25 @@ class MoREGenerationMixin(GenerationMixin):
                 output["exit_steps"] = found
         return output
 
-    def _draft_options(self, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def _draft_options(self: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Return steps and tokens of drafts, which are taken from the arguments; None if there are to be none."""
-        model: Any = self
         steps, names = kwargs.pop("draft_steps", None), ("lookahead_for_draft", "draft_tokens")
-        tokens = [value for value in (kwargs.pop(name, None) for name in names) if value is not None]
+        tokens = next((value for value in [kwargs.pop(name, None) for name in names] if value is not None), None)
         if steps is None:
-            if tokens:
-                raise ValueError(f"lookahead_for_draft {tokens[0]!r} has no effect without draft_steps")
+            if tokens is not None:
+                raise ValueError(f"lookahead_for_draft {tokens!r} has no effect without draft_steps")
             return None
-        options = CallOptions.taken_from(dict(kwargs))
+        options = CallOptions.taken_from(dict(kwargs), self.config)
         for name in ("criterion", "cache_steps", "warm_start", "num_beams", "assistant_model", "streamer"):
             if kwargs.get(name, getattr(options, name, None)) not in (None, False, 1):
                 raise ValueError(f"draft_steps does not go together with {name}: leave one of them out")
-        if not model.system.recurrent:
-            raise ValueError("draft_steps has no effect: in this system the number of steps means nothing")
-        steps, most = positive("draft_steps", steps), options.steps(model.config)
-        if steps >= most:
-            raise ValueError(f"draft_steps {steps} must be below num_steps {most}")
-        return {
-            "draft_steps": steps,
-            "draft_tokens": positive("lookahead_for_draft", tokens[0]) if tokens else DRAFT_TOKENS,
-        }
+        if not self.system.recurrent:
+            raise ValueError(f"draft_steps has no effect: {WITHOUT_STEPS}")
+        steps = positive("draft_steps", steps)
+        if steps >= options.num_steps:
+            raise ValueError(f"draft_steps {steps} must be below num_steps {options.num_steps}")
+        tokens = positive("lookahead_for_draft", DRAFT_TOKENS if tokens is None else tokens)
+        return {"draft_steps": steps, "draft_tokens": tokens}
 
     def prepare_inputs_for_generation(
         self,
@@ -105,10 +102,8 @@ class MoREGenerationMixin(GenerationMixin):
 
     def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
         """Look for misspelled arguments; the options are none of them."""
-        known = CallOptions.names()
-        GenerationMixin._validate_model_kwargs(
-            self, {name: value for name, value in model_kwargs.items() if name not in known}
-        )
+        others = {name: value for name, value in model_kwargs.items() if name not in OPTIONS}
+        GenerationMixin._validate_model_kwargs(self, others)
 
     def _expand_inputs_for_generation(self, expand_size: int = 1, **kwargs: Any) -> Any:  # type: ignore[override]
         """Repeat each sequence, for beams and samples; in initial states sequences are the second dimension."""

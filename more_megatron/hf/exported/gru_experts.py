@@ -32,8 +32,10 @@ class GRUExperts(CellExperts):
         weight.uniform_(-bound, bound)
         weight[:, :2] += torch.empty_like(weight[:, :2]).uniform_(-bound, bound)
 
-    def forward(self, x: Tensor, rows: Rows) -> Tensor:
-        """Return the last states, [rows, m], given [rows, h]."""
+    def forward(self, x: Tensor, rows: Rows | Routing) -> Tensor:
+        """Return the last states, [rows, m], given [rows, h]; or what states contract to, given their routing."""
+        if isinstance(rows, Routing):
+            return self.linear(x, "fc2", rows)
 
         def step(number: int, rows: Rows, state: Tensor) -> State:
             reset, update, new, hidden = self.linear(state, "gru", rows.routing).chunk(4, dim=-1)
@@ -46,16 +48,8 @@ class GRUExperts(CellExperts):
 class GRUExpertsMoE(RecurringMoE):
     """A layer of them."""
 
-    experts_class = GRUExperts
-
     def output(self, state: Tensor, routing: Routing) -> Tensor:
-        return routing.weigh(self.experts.linear(state, "fc2", routing))
+        return routing.weigh(self.experts(state, routing))
 
 
-class GRUExpertsSystem(System):
-    """Experts alone differ."""
-
-    moe_class = GRUExpertsMoE
-
-
-SYSTEM = GRUExpertsSystem()
+SYSTEM = System(moe_class=GRUExpertsMoE, experts_class=GRUExperts)

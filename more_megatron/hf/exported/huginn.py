@@ -52,15 +52,15 @@ class Huginn(DividedSystem):
     def embedding_scale(self, config: Config) -> float:
         return math.sqrt(config.hidden_size)
 
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
+    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
         """Draw all matrices by the unrolled depth."""
         if name.endswith("bias") or isinstance(module, MoRERMSNorm | nn.LayerNorm):
-            return False
-        around = config.prelude_layers + config.coda_layers
-        depth = around + (config.num_hidden_layers - around) * config.mean_recurrence
-        adds_to_stream = name == "down_proj" or getattr(module, "adds_to_stream", False)
-        takase_normal(config, weight, depth if adds_to_stream else None)
-        return True
+            super().draw_weight(config, module, name, weight)
+        else:
+            around = config.prelude_layers + config.coda_layers
+            depth = around + (config.num_hidden_layers - around) * config.mean_recurrence
+            adds_to_stream = name == "down_proj" or getattr(module, "adds_to_stream", False)
+            takase_normal(config, weight, depth if adds_to_stream else None)
 
 
 SYSTEM = Huginn()

@@ -4,10 +4,10 @@ A system is one file in this folder, named as `--more-variant` names it, with a 
 torch, transformers and the files beside it, by `from .attention import MoREAttention` and the like: transformers finds
 files by such lines, and an export has exactly those that its system leads to. Nothing else knows the system by name.
 
-- Another feed-forward part with experts: a subclass of `MoREMoE`, or of `RecurringMoE` if something recurs in it, named
-  by `System.moe_class` (gru_experts.py).
-- Another layer (norms, residuals, attention): a subclass of `MoRELayer`, named by `System.layer_class`, or
-  `System.build_layer` (recurrent_moe.py). A layer that returns the logits of several routers names them in `routers`.
+- Other experts: a module named by `System.experts_class`, in a feed-forward part named by `System.moe_class`, which is
+  `MoREMoE`, `RecurringMoE` if something recurs in it (sequential_experts.py), or a subclass of them (gru_experts.py).
+- Another layer (norms, residuals, attention): a subclass of `MoRELayer`, named by `System.layer_class`
+  (recurrent_moe.py). A layer that returns the logits of several routers names them in `routers`.
 - Layers that are repeated: `System.groups` returns groups, and a group's `loop` is a subclass of `Loop`, which has the
   adapter, the time signals or the halting as parameters, `model.loops.0.adapter.weight` for example. It says where the
   state begins (`first_state`) and what enters a pass (`enter`). Keys and values, router logits and hidden states of
@@ -21,7 +21,7 @@ files by such lines, and an export has exactly those that its system leads to. N
   runs along a sequence.
 - Weights: a module with a method `draw_weight(name, weight)` draws its own; `System.draw_weight` may draw any.
 - Fields of `config.json`: `System.fields` for its own, `System.defaults` where it differs from all others.
-- Losses: loops append to `context.losses`; `System.router_loss` makes a loss of router logits.
+- Losses: loops append to `context.records.losses`; `System.router_loss` makes a loss of router logits.
 
 tests/hf iterates over this folder: a new system is tested by being here.
 """
@@ -35,10 +35,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from .context import CallContext
-from .experts import MoREMoE
+from .experts import FeedForwardExperts, MoREMoE
 from .fields import Config, Field
 from .layer import MoRELayer
-from .parts import MoREMLP, build_norm
+from .options import WITHOUT_STEPS, CallOptions
+from .parts import MoREMLP, MoRERMSNorm, build_norm
 from .recurrence import Rows, State, recur
 from .routing import RouterLogits, load_balancing_loss
 
@@ -88,10 +89,11 @@ class Group:
 
 
 class System:
-    """Megatron's mixture of experts. Subclasses say what differs.
+    """Megatron's mixture of experts. Attributes that differ are given by their names, or by a subclass.
 
     Attributes:
         moe_class: Feed-forward part of layers with experts.
+        experts_class: The routed experts in it.
         layer_class: Layer.
         recurrent: Whether the number of steps means anything.
         traceable: Whether `torch.export` can follow it: no loop is as long as the data say.
@@ -102,6 +104,7 @@ class System:
     """
 
     moe_class: type[MoREMoE] = MoREMoE
+    experts_class: Callable[[Config], nn.Module] = FeedForwardExperts
     layer_class: type[MoRELayer] = MoRELayer
     recurrent: bool = True
     traceable: bool = True
@@ -110,12 +113,33 @@ class System:
     defaults: Mapping[str, Any] = {}
     fixed: Mapping[str, Any] = {}
 
+    def __init__(self, **own: Any) -> None:
+        vars(self).update(own)
+
     def check(self, values: Mapping[str, Any]) -> None:
         """Raise a `ValueError` if the fields of a configuration do not agree with each other."""
         for name, value in self.fixed.items():
             wanted = value(values) if callable(value) else value
             if values[name] != wanted:
                 raise ValueError(f"{name} {values[name]} must be {wanted} in this system")
+
+    def check_call(self, config: Config, options: CallOptions, embeddings: Tensor) -> None:
+        """Raise a `ValueError` if an option has no effect, or initial states do not fit embeddings, [b, s, h]."""
+        number = self.num_states(config)
+        needs = {
+            "criterion": (self.recurrent, WITHOUT_STEPS),
+            "cache_steps": (self.caches_steps(config), "the cache of this system does not grow with the steps"),
+            "warm_start": (number > 0, "the recurrences of this system start from their input"),
+            "input_states": (number > 0, "this system has no initial states"),
+        }
+        for name, (has_effect, reason) in needs.items():
+            value = getattr(options, name)
+            if not has_effect and value is not None and value is not False:
+                raise ValueError(f"{name} has no effect: {reason}")
+        if options.input_states is not None:
+            found, wanted = tuple(options.input_states.shape), (number, *embeddings.shape)
+            if len(found) != 4 or found[:2] + found[3:] != wanted[:2] + wanted[3:] or not 1 <= found[2] <= wanted[2]:
+                raise ValueError(f"input_states has shape {found}, and not {wanted}")
 
     def groups(self, config: Config) -> Sequence[Group]:
         """Return the groups of the stack, in order; together they are all layers."""
@@ -135,13 +159,9 @@ class System:
 
     def build_layer(self, config: Config, layer_idx: int) -> MoRELayer:
         """Return a layer."""
-        return self.layer_class(config, layer_idx, self.build_mlp(config, layer_idx))
-
-    def build_mlp(self, config: Config, layer_idx: int) -> nn.Module:
-        """Return the feed-forward part of a layer: experts where the configuration wants them."""
-        if config.moe_layers[layer_idx]:
-            return self.moe_class(config, layer_idx)
-        return self.build_dense(config)
+        has_experts = config.moe_layers[layer_idx]
+        mlp = self.moe_class(config, layer_idx, self.experts_class) if has_experts else self.build_dense(config)
+        return self.layer_class(config, layer_idx, mlp)
 
     def build_dense(self, config: Config) -> nn.Module:
         """Return the feed-forward part of a layer without experts."""
@@ -151,15 +171,17 @@ class System:
         """Return the norm before the output layer."""
         return build_norm(config)
 
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
-        """Draw a new weight that a module itself holds, and return whether that was done.
-
-        What is not drawn becomes 0 if it is a bias, 1 if it is a norm, and normal with `initializer_range` otherwise.
-        """
-        draw = getattr(module, "draw_weight", None)
+    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
+        """Draw a new weight that a module itself holds: as the module does, if it has a `draw_weight`."""
+        draw: Any = getattr(module, "draw_weight", None)
         if draw is not None:
             draw(name, weight)
-        return draw is not None
+        elif name.endswith("bias"):
+            weight.zero_()
+        elif isinstance(module, MoRERMSNorm | nn.LayerNorm):
+            weight.fill_(1.0)
+        else:
+            weight.normal_(0.0, config.initializer_range)
 
     def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the loss of routers as it is reported, and what is added of it; the mask is 0 for padding, [b, T]."""

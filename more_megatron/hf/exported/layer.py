@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import attend, rotate
+from .attention import attend
 from .cache import Memory
 from .context import CallContext
 from .experts import MoREMoE
@@ -39,8 +39,7 @@ class MoREAttention(nn.Module):
             projection(hidden_states).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query = rotate(self.q_norm(query), context.rotation, self.config.rotary_interleaved)
-        key = rotate(self.k_norm(key), context.rotation, self.config.rotary_interleaved)
+        query, key = context.rotate(self.q_norm(query)), context.rotate(self.k_norm(key))
         key, value = memory.extend("attention", key, value)
         return self.o_proj(attend(query, key, value, context.mask).transpose(1, 2).flatten(2))
 
@@ -56,21 +55,19 @@ class MoRELayer(GradientCheckpointingLayer):
     Attributes:
         routers: Names of the routers of which one call returns logits, in their order; if it returns more, the list
             begins anew with the next step.
+        attention_class: The attention.
     """
 
     routers: tuple[str, ...] = ("router",)
+    attention_class: type[nn.Module] = MoREAttention
 
     def __init__(self, config: Config, layer_idx: int, mlp: nn.Module) -> None:
         super().__init__()
         self.config, self.layer_idx, self.is_moe = config, layer_idx, isinstance(mlp, MoREMoE)
         self.input_layernorm = build_norm(config)
-        self.self_attn = self.build_attention()
+        self.self_attn = self.attention_class(config)
         self.post_attention_layernorm = build_norm(config)
         self.mlp = mlp
-
-    def build_attention(self) -> nn.Module:
-        """Return the attention."""
-        return MoREAttention(self.config)
 
     def forward(self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> LayerOutput:
         """Return what the next layer is given, and router logits.

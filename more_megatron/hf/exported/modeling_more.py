@@ -10,7 +10,6 @@ to, N experts, h hidden size, d head size.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +21,13 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .attention import rotation
 from .cache import Memory, prepare_cache
 from .configuration_more import MoREConfig
-from .context import CallContext, Records, find_documents
+from .context import CallContext, Records, find_documents, find_padding
+from .exits import Exits
 from .generation import MoREGenerationMixin
 from .options import CallOptions
-from .parts import MoRERMSNorm
-from .stack import Stack, Trace, build_loops
+from .stack import run_stack
 from .system import find_system
 
 __all__ = ["MoRECausalLMOutput", "MoREForCausalLM", "MoREModel", "MoREModelOutput", "MoREPreTrainedModel"]
@@ -81,16 +79,8 @@ class MoREPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Draw the weights a module itself holds that were not loaded."""
         for name, weight in module.named_parameters(recurse=False):
-            if getattr(weight, "_is_hf_initialized", False) or self.system.draw_weight(
-                self.config, module, name, weight
-            ):
-                continue
-            if name.endswith("bias"):
-                weight.zero_()
-            elif isinstance(module, MoRERMSNorm | nn.LayerNorm):
-                weight.fill_(1.0)
-            else:
-                weight.normal_(0.0, self.config.initializer_range)
+            if not getattr(weight, "_is_hf_initialized", False):
+                self.system.draw_weight(self.config, module, name, weight)
 
 
 class MoREModel(MoREPreTrainedModel):
@@ -101,10 +91,9 @@ class MoREModel(MoREPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.position_embedding == "learned"
         self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
-        self.layers = nn.ModuleList(
-            self.system.build_layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
-        )
-        self.loops = build_loops(config, self.system)
+        self.layers = nn.ModuleList(self.system.build_layer(config, index) for index in range(config.num_hidden_layers))
+        loops = [group.loop for group in self.system.groups(config) if group.loop is not None]
+        self.loops = nn.ModuleList(loop(config) for loop in loops)
         self.norm = self.system.build_final_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -150,52 +139,47 @@ class MoREModel(MoREPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        options = CallOptions.taken_from(kwargs) if options is None else options
-        exits = options.exits(self.config, self.system, None if read is None else lambda x: read(self.norm(x)))
+        options = CallOptions.taken_from(kwargs, self.config) if options is None else options
+        self.system.check_call(self.config, options, hidden_states)
+        exits = options.exits(None if read is None else lambda x: read(self.norm(x)))
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         keeps_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
         if exits is not None and (keeps_states or keeps_logits):
             raise ValueError("hidden states and router logits are not kept where tokens stop by themselves")
-        cache = past_key_values if cache is None else cache
-        memory = self._memory(cache, use_cache, options, exits is not None)
-        context = self._context(hidden_states, attention_mask, position_ids, memory, options)
+        records = Records(options.output_recurrent_states, [] if keeps_states else None, [] if keeps_logits else None)
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        memory = self._memory(cache, options, exits)
+        context = self._context(hidden_states, attention_mask, position_ids, memory, options, exits, records)
         if self.embed_positions is not None:
             hidden_states = hidden_states + self.embed_positions(context.positions)
         scale = self.system.embedding_scale(self.config)
         hidden_states = hidden_states if scale == 1.0 else hidden_states * scale
-        context = dataclasses.replace(context, exits=exits)
-        trace = Trace(bool(keeps_states), bool(keeps_logits))
-        groups = self.system.groups(self.config)
-        stack = Stack(groups, self.layers, self.loops, self.norm, context, memory, trace)
-        hidden_states = self.norm(stack.run(hidden_states))
-        trace.see_states(hidden_states)
+        hidden_states = self.norm(run_stack(self, hidden_states, context, memory))
+        records.see_states(hidden_states)
         fields: dict[str, Any] = {
             "last_hidden_state": hidden_states,
-            "hidden_states": trace.states,
-            "router_logits": trace.logits,
-            "losses": tuple(context.losses) or None,
-            "recurrent_states": context.records.recurrent_states(),
-            "exit_steps": context.records.exit_steps(),
-            _CACHE_FIELD: memory.cache if self._uses_cache(cache, use_cache) else None,
+            "hidden_states": None if records.hidden_states is None else tuple(records.hidden_states),
+            "router_logits": records.router_logits(len(hidden_states)),
+            "losses": tuple(records.losses) or None,
+            "recurrent_states": records.recurrent_states(),
+            "exit_steps": records.exit_steps(),
+            _CACHE_FIELD: cache,
         }
         return MoREModelOutput(**fields)
 
-    def _uses_cache(self, cache: Cache | None, use_cache: bool | None) -> bool:
-        """Return whether a call has a cache."""
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
+        """Return the cache that a call fills; None without one."""
         if self.training and self.gradient_checkpointing:
-            return False
+            return None
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-        return cache is not None or bool(wanted)
+        return DynamicCache() if given is None and wanted else given
 
-    def _memory(self, cache: Cache | None, use_cache: bool | None, options: CallOptions, exits: bool) -> Memory:
-        """Return the cache to fill, ready for this call; one that holds nothing for none."""
-        slots = options.slots(self.config, self.system)
-        if not self._uses_cache(cache, use_cache):
+    def _memory(self, cache: Cache | None, options: CallOptions, exits: Exits | None) -> Memory:
+        if cache is None:
             # Tokens that go on see what those that stopped have left.
-            return Memory(DynamicCache() if exits else None, slots=1)
-        cache = DynamicCache() if cache is None else cache
-        prepare_cache(cache, options.steps(self.config) if self.system.recurrent else None, slots)
-        return Memory(cache, past=cache.get_seq_length(), slots=slots)
+            return Memory(None if exits is None else DynamicCache(), slots=1)
+        prepare_cache(cache, options.num_steps if self.system.recurrent else None, options.slots)
+        return Memory(cache, cache.get_seq_length(), options.slots)
 
     def _context(
         self,
@@ -204,54 +188,29 @@ class MoREModel(MoREPreTrainedModel):
         positions: Tensor | None,
         memory: Memory,
         options: CallOptions,
+        exits: Exits | None,
+        records: Records,
     ) -> CallContext:
         """Return what the layers are told."""
-        past = memory.past
-        padding = _find_padding(embeddings, attention_mask, past)
-        documents = None if positions is None else find_documents(positions, padding, memory, past)
+        (batch, length, _), past = embeddings.shape, memory.past
+        padding = find_padding(attention_mask, (batch, past + length), embeddings.device)
+        documents = None if positions is None else find_documents(positions.expand(batch, -1), padding, memory)
         if positions is None and padding is not None:
             positions = ((~padding).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         elif positions is None:
-            positions = torch.arange(past, past + embeddings.size(1), device=embeddings.device).unsqueeze(0)
-        if options.input_states is not None:
-            _check_states(options.input_states, self.system.num_states(self.config), embeddings)
-        options.check_warm_start(self.config, self.system)
+            positions = torch.arange(past, past + length, device=embeddings.device).unsqueeze(0)
         return CallContext(
+            config=self.config,
             positions=positions.long(),
-            rotation=rotation(self.config, positions),
             padding=padding,
             documents=documents,
             past=past,
-            num_steps=options.steps(self.config),
-            noise_seed=self.config.noise_seed,
-            state_std=self.config.state_std * options.init_scale,
-            input_states=options.input_states,
-            shape=(embeddings.size(0), embeddings.size(1)),
-            records=Records(options.output_recurrent_states),
+            options=options,
+            shape=(batch, length),
+            records=records,
+            exits=exits,
             warm=memory if options.warm_start else None,
         )
-
-
-def _find_padding(embeddings: Tensor, attention_mask: Tensor | None, past: int) -> Tensor | None:
-    """Return True for padding, [b, T], or None if there is none."""
-    if attention_mask is None:
-        return None
-    shape = (embeddings.size(0), past + embeddings.size(1))
-    if attention_mask.shape != shape:
-        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, and not (b, T) = {shape}")
-    padding = (attention_mask == 0).to(embeddings.device)
-    # A tracer cannot look into a mask.
-    return padding if torch.compiler.is_compiling() or bool(padding.any()) else None
-
-
-def _check_states(input_states: Tensor, number: int, embeddings: Tensor) -> None:
-    if number == 0:
-        raise ValueError("input_states has no effect: this system has no initial states")
-    batch, length, hidden = embeddings.shape
-    count, rows, tokens, size = input_states.shape if input_states.dim() == 4 else (0,) * 4
-    if (count, rows, size) != (number, batch, hidden) or not 1 <= tokens <= length:
-        shape = (number, batch, length, hidden)
-        raise ValueError(f"input_states has shape {tuple(input_states.shape)}, and not {shape}")
 
 
 class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
@@ -294,7 +253,7 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
 
         All other arguments are those of `MoREModel`.
         """
-        options = CallOptions.taken_from(kwargs)
+        options = CallOptions.taken_from(kwargs, self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -311,15 +270,14 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = aux_loss = None
+        added = list(outputs.losses or ()) if self.training else []
+        if outputs.router_logits:
+            aux_loss, balance = self.system.router_loss(self.config, outputs.router_logits, attention_mask)
+            added.insert(0, balance)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        weight = _weight(labels, kwargs.get("num_items_in_batch"))
-        if outputs.router_logits:
-            aux_loss, added = self.system.router_loss(self.config, outputs.router_logits, attention_mask)
-            loss = None if loss is None else loss + weight * added.to(loss.device)
-        if loss is not None and self.training:
-            for part in outputs.losses or ():
-                loss = loss + weight * part.to(loss.device)
+            weight = _weight(labels, kwargs.get("num_items_in_batch"))
+            loss = sum((weight * part.to(loss.device) for part in added), start=loss)
         fields = {
             name: outputs.get(name)
             for name in (_CACHE_FIELD, "hidden_states", "router_logits", "recurrent_states", "exit_steps")
@@ -327,13 +285,13 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
         return MoRECausalLMOutput(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
 
 
-def _weight(labels: Tensor | None, num_items: Tensor | int | None) -> Tensor | float:
+def _weight(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
     """Return the share of a call in its batch, which is more than one call where gradients are accumulated.
 
     The loss of transformers is then a sum over the tokens of the call, divided by the number in the batch; whatever is
     a mean over the call gets the same weight.
     """
-    if labels is None or num_items is None:
+    if num_items is None:
         return 1.0
     counted = (labels[..., 1:] != -100).sum()
     return counted / (num_items.to(counted.device) if isinstance(num_items, Tensor) else num_items)

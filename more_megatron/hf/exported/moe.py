@@ -2,11 +2,4 @@
 
 from .interface import System
 
-
-class MoE(System):
-    """Without recurrence."""
-
-    recurrent = False
-
-
-SYSTEM = MoE()
+SYSTEM = System(recurrent=False)

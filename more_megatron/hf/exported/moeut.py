@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import attend, rotate
+from .attention import attend
 from .cache import Memory
 from .context import CallContext
 from .experts import MoREMoE
@@ -69,11 +69,9 @@ class SigmaExperts(nn.Module):
 class SigmaMoE(MoREMoE):
     """Many small experts. Router and shared expert read a norm of what they read."""
 
-    experts_class = SigmaExperts
     router_class = SigmaRouter
 
     def forward(self, normed: Tensor, context: CallContext, memory: Memory, *stream: Tensor) -> tuple[Tensor, Tensor]:
-        """Route, compute and combine as others do; the experts read the stream, [b, s, h]."""
         logits = self.gate(normed)
         routing = Routing(*self.gate.choose(logits), self.config.num_experts)
         output = routing.combine(self.apply_experts(stream[0], routing, context, memory))
@@ -92,9 +90,9 @@ class HeadWeight(nn.Module):
     def draw_weight(self, name: str, weight: Tensor) -> None:
         _normal(self.config, weight, self.inputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return `x` times the one matrix."""
-        return nn.functional.linear(x, self.weight)
+    def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
+        """Return `x` times the one matrix, or each group of rows that ends there times its own."""
+        return nn.functional.linear(x, self.weight) if ends is None else grouped_linear(x, self.weight, ends)
 
 
 class SwitchHead(nn.Module):
@@ -115,43 +113,34 @@ class SwitchHead(nn.Module):
     def forward(self, normed: Tensor, stream: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, ...]:
         """Return what each token gathers, [b, s, h], and the logits of the routers, [b, s, heads, experts] each.
 
-        Args:
-            normed: What queries, keys and routers read, [b, s, h].
-            stream: What values are made of, [b, s, h].
-            context: What the layer knows about the call.
-            memory: The layer's part of the cache.
+        Values are made of the stream; queries, keys and routers read its norm, [b, s, h] each.
         """
-        both = self.query_key(normed).unflatten(-1, (self.config.num_attention_heads, 2, -1))
-        query, key = (
-            rotate(part.transpose(1, 2), context.rotation, self.config.rotary_interleaved) for part in both.unbind(3)
-        )
-        output_logits = self._logits(self.output_router, normed)
+        both = self._by_head(self.query_key(normed)).transpose(1, 2).chunk(2, dim=-1)
+        query, key = map(context.rotate, both)
+        output_logits = self._by_head(self.output_router(normed).float())
         if self.value_router is None:
-            value = self.value(stream).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
-            key, value = memory.extend("attention", key, value)
+            key, value = memory.extend("attention", key, self._by_head(self.value(stream)).transpose(1, 2))
             gathered = attend(query, key, value, context.mask).transpose(1, 2)
             return (self.output((gathered * output_logits.sigmoid().to(gathered.dtype)).flatten(2)),)
-        value_logits = self._logits(self.value_router, normed)
+        value_logits = self._by_head(self.value_router(normed).float())
         key, value = memory.extend("attention", key, self._values(stream, value_logits))
         output = self._outputs(attend(query, key, value, context.mask), output_logits)
         return output, value_logits, output_logits
 
-    def _logits(self, router: HeadWeight, normed: Tensor) -> Tensor:
-        return router(normed).float().unflatten(-1, (self.config.num_attention_heads, -1))
+    def _by_head(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def _values(self, stream: Tensor, logits: Tensor) -> Tensor:
         """Return [b, heads, s, d]."""
         routing = self._routing(logits)
-        rows = routing.weigh(grouped_linear(routing.dispatch(stream), self.value.weight, routing.ends))
-        batch, choices, length = routing.shape
-        shape = (batch, self.config.num_attention_heads, choices // self.config.num_attention_heads, length)
-        return rows[routing.restore].unflatten(0, shape).sum(2)
+        rows = routing.weigh(self.value(routing.dispatch(stream), routing.ends))
+        return routing.unsorted(rows).unflatten(1, (logits.size(2), -1)).sum(2)
 
     def _outputs(self, gathered: Tensor, logits: Tensor) -> Tensor:
         """Return [b, s, h], given [b, heads, s, d]."""
         routing = self._routing(logits)
         rows = gathered.repeat_interleave(self.config.num_head_experts_per_tok, dim=1).flatten(0, 2)[routing.order]
-        return routing.combine(grouped_linear(routing.weigh(rows), self.output.weight, routing.ends))
+        return routing.combine(self.output(routing.weigh(rows), routing.ends))
 
     def _routing(self, logits: Tensor) -> Routing:
         """Return the rows of all heads; each head has experts of its own."""
@@ -165,13 +154,11 @@ class PeriLayer(MoRELayer):
     """A layer whose parts are told of the stream and of its norm."""
 
     mlp: SigmaMoE
+    attention_class = SwitchHead
 
     def __init__(self, config: Config, layer_idx: int, mlp: nn.Module) -> None:
         super().__init__(config, layer_idx, mlp)
         self.routers = ("router",) if config.num_head_experts == 1 else ("router", "value", "output")
-
-    def build_attention(self) -> nn.Module:
-        return SwitchHead(self.config)
 
     def forward(self, hidden_states: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> LayerOutput:
         normed = self.input_layernorm(hidden_states)
@@ -185,9 +172,8 @@ class PeriLayer(MoRELayer):
 def _minus_entropy(logits: Sequence[Tensor], batch: int, mask: Tensor | None) -> Tensor:
     """Return minus the entropy of the mean distribution over passes and tokens, the mean over sequences and heads."""
     pooled = torch.stack([part.float().softmax(-1).unflatten(0, (batch, -1)) for part in logits]).mean(0)
-    if mask is None:
-        mean = pooled.mean(1)
-    else:
+    mean = pooled.mean(1)
+    if mask is not None:
         counted = mask[:, -pooled.size(1) :].to(pooled).view(batch, -1, *(1,) * (pooled.dim() - 2))
         mean = (pooled * counted).sum(1) / counted.sum(1).clamp(min=1.0)
     return torch.special.xlogy(mean, mean.clamp(min=torch.finfo(mean.dtype).tiny)).sum(-1).mean()
@@ -197,6 +183,7 @@ class MoEUT(System):
     """One group of peri-layernorm layers, repeated."""
 
     moe_class = SigmaMoE
+    experts_class = SigmaExperts
     layer_class = PeriLayer
     head_bias = True
     fields = {  # noqa: RUF012
@@ -231,18 +218,17 @@ class MoEUT(System):
 
     def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sum of the entropy losses, twice; Megatron's balance loss is in it if its coefficient is not 0."""
-        of_experts = [
-            part for part, router in zip(router_logits, router_logits.routers, strict=True) if part.dim() == 2
-        ]
+        of_experts = [part for part in router_logits if part.dim() == 2]
         total = load_balancing_loss(of_experts, config, mask) * config.router_aux_loss_coef
-        places = list(zip(router_logits.layers, router_logits.routers, strict=True))
-        for place in dict.fromkeys(places):
-            logits = [part for part, own in zip(router_logits, places, strict=True) if own == place]
-            coefficient = config.balance_coef if place[1] == "router" else config.head_balance_coef
-            total = total + coefficient * _minus_entropy(logits, router_logits.batch, mask).to(total.device)
+        by_place: dict[tuple[int, str], list[Tensor]] = {}
+        for logits, layer, router in zip(router_logits, router_logits.layers, router_logits.routers, strict=True):
+            by_place.setdefault((layer, router), []).append(logits)
+        for (_, router), passes in by_place.items():
+            coefficient = config.balance_coef if router == "router" else config.head_balance_coef
+            total = total + coefficient * _minus_entropy(passes, router_logits.batch, mask).to(total.device)
         return total, total
 
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
+    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
         """Draw embeddings of variance 1/h and a uniform output layer, as the training code does."""
         bound = config.hidden_size**-0.5
         if isinstance(module, nn.Embedding):
@@ -250,8 +236,7 @@ class MoEUT(System):
         elif isinstance(module, nn.Linear) and module.bias is not None:
             weight.uniform_(-bound, bound)
         else:
-            return super().draw_weight(config, module, name, weight)
-        return True
+            super().draw_weight(config, module, name, weight)
 
 
 SYSTEM = MoEUT()

@@ -11,12 +11,10 @@ from torch import Tensor
 
 from .exits import CRITERIA, Criterion, Exits
 from .fields import Config
-from .interface import System
 
-__all__ = ["ALIASES", "CallOptions", "positive"]
+__all__ = ["OPTIONS", "WITHOUT_STEPS", "CallOptions", "positive"]
 
-ALIASES = {"exit_criterion": "criterion"}
-"""Other names of the options."""
+WITHOUT_STEPS = "in this system the number of steps means nothing"
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class CallOptions:
             token with several experts it is the mean of theirs, and a token that stops keeps its last.
     """
 
-    num_steps: Any = None
+    num_steps: int
     input_states: Tensor | None = None
     init_scale: float = 1.0
     criterion: str | Criterion | None = None
@@ -50,38 +48,32 @@ class CallOptions:
     warm_start: bool = False
     output_recurrent_states: bool = False
 
-    @staticmethod
-    def names() -> frozenset[str]:
-        """Return the names of all options."""
-        return _NAMES
-
     @classmethod
-    def taken_from(cls, kwargs: dict[str, Any]) -> CallOptions:
-        """Return the options among the arguments of a call, where they are taken away."""
-        given = {ALIASES.get(name, name): kwargs.pop(name) for name in cls.names() if name in kwargs}
-        return cls(**{name: value for name, value in given.items() if value is not None})
-
-    def steps(self, config: Config) -> int:
-        """Return the number of steps.
+    def taken_from(cls, kwargs: dict[str, Any], config: Config) -> CallOptions:
+        """Return the options among the arguments of a call, where they are taken away.
 
         Raises:
-            ValueError: If it is not an integer of at least 1.
+            ValueError: If numbers of steps are not integers of at least 1.
         """
-        return config.mean_recurrence if self.num_steps is None else positive("num_steps", self.num_steps)
+        given = {_OTHER_NAMES.get(name, name): kwargs.pop(name) for name in OPTIONS if name in kwargs}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given.get("criterion") == "none":
+            del given["criterion"]
+        for name in ("num_steps", "cache_steps"):
+            if name in given:
+                given[name] = positive(name, given[name])
+        return cls(**{"num_steps": config.mean_recurrence, **given})
 
-    def exits(self, config: Config, system: System, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
+    def exits(self, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
         """Return how tokens stop by themselves; None: they do not.
 
-        Args:
-            config: Model configuration.
-            system: The system.
-            read: Returns logits, given what the output layer and its norm are applied to; None where there is none.
+        `read` returns logits, given what the output layer and its norm are applied to; None where there is none.
 
         Raises:
             ValueError: If there is no such criterion, or an argument has no effect or is out of range.
         """
         criterion, names = self.criterion, ", ".join(CRITERIA)
-        if criterion is None or criterion == "none":
+        if criterion is None:
             for name, value in (("exit_threshold", self.exit_threshold), ("min_steps", self.min_steps)):
                 if value is not None:
                     raise ValueError(f"{name} {value!r} has no effect without a criterion: choose one of {names}")
@@ -92,41 +84,24 @@ class CallOptions:
             criterion = CRITERIA[criterion]()
         if criterion.reads_logits and read is None:
             raise ValueError(f"{type(criterion).__name__} reads logits: load the model with AutoModelForCausalLM")
-        most, least = self.steps(config), 1 if self.min_steps is None else self.min_steps
-        if not isinstance(least, int) or not 1 <= least <= most:
-            raise ValueError(f"min_steps {least!r} must be an integer between 1 and num_steps {most}")
-        exits = Exits(criterion, self._threshold(criterion), least, read)
-        if not system.recurrent:
-            raise ValueError("criterion has no effect: in this system the number of steps means nothing")
-        return exits
+        least = 1 if self.min_steps is None else self.min_steps
+        if not isinstance(least, int) or not 1 <= least <= self.num_steps:
+            raise ValueError(f"min_steps {least!r} must be an integer between 1 and num_steps {self.num_steps}")
+        threshold = criterion.threshold if self.exit_threshold in (None, "auto") else self.exit_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0.0:
+            raise ValueError(f"exit_threshold {threshold!r} must be a number of at least 0, or 'auto'")
+        return Exits(criterion, threshold, least, read)
 
-    def _threshold(self, criterion: Criterion) -> float:
-        value = criterion.threshold if self.exit_threshold in (None, "auto") else self.exit_threshold
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0.0:
-            raise ValueError(f"exit_threshold {value!r} must be a number of at least 0, or 'auto'")
-        return value
-
-    def slots(self, config: Config, system: System) -> int | None:
-        """Return the steps that a cache keeps; None: all.
-
-        Raises:
-            ValueError: If that has no effect, or is no integer of at least 1.
-        """
-        if self.cache_steps is None:
-            return None
-        if not system.caches_steps(config):
-            raise ValueError("cache_steps has no effect: the cache of this system does not grow with the steps")
-        found = positive("cache_steps", self.cache_steps)
-        return None if found >= self.steps(config) else found
-
-    def check_warm_start(self, config: Config, system: System) -> None:
-        """Raise a `ValueError` if there are no states to start from."""
-        if self.warm_start and system.num_states(config) == 0:
-            raise ValueError("warm_start has no effect: the recurrences of this system start from their input")
+    @property
+    def slots(self) -> int | None:
+        """The steps that a cache keeps; None: all."""
+        return None if self.cache_steps is None or self.cache_steps >= self.num_steps else self.cache_steps
 
 
+_OTHER_NAMES = {"exit_criterion": "criterion"}
 # A tracer cannot ask a class for its fields.
-_NAMES = frozenset(field.name for field in fields(CallOptions)) | set(ALIASES)
+OPTIONS = frozenset(field.name for field in fields(CallOptions)) | set(_OTHER_NAMES)
+"""Names of all options."""
 
 
 def positive(name: str, value: Any) -> int:

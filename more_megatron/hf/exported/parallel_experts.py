@@ -43,18 +43,15 @@ class TimeOrder:
     @classmethod
     def of(cls, routing: Routing, document: Tensor) -> TimeOrder:
         """Return the order, given the number of each row's document among those of all sequences; below 0: padding."""
-        token, num_experts = routing.tokens, len(routing.ends)
-        rows = (document >= 0).nonzero().flatten()
+        num_experts, rows = len(routing.ends), (document >= 0).nonzero().flatten()
         key = torch.stack((routing.experts[rows], document[rows]), dim=1)
-        segment = torch.unique(key, dim=0, return_inverse=True)[1]
-        order = (segment * (int(token.max()) + 1) + token[rows]).argsort() if len(rows) > 0 else segment
+        segment, lengths = torch.unique(key, dim=0, return_inverse=True, return_counts=True)[1:]
+        order = (segment * (int(routing.tokens.max()) + 1) + routing.tokens[rows]).argsort()
         rows, segment = rows[order], segment[order]
-        lengths = torch.bincount(segment)
         starts = lengths.cumsum(0) - lengths
         step = torch.arange(len(rows), device=rows.device) - starts[segment]
-        by_step = step.argsort(stable=True)
+        by_step, steps = step.argsort(stable=True), max(lengths.tolist(), default=0)
         places = step * num_experts + routing.experts[rows]
-        steps = int(lengths.max()) if len(lengths) > 0 else 0
         counts = torch.bincount(places, minlength=steps * num_experts).view(steps, num_experts)
         ends = counts.cumsum(1).to(torch.int32)
         return cls(rows[by_step], segment[by_step], counts.sum(1).tolist(), ends, rows[starts])
@@ -69,24 +66,21 @@ class ParallelExperts(CellExperts):
 
     def __init__(self, config: Config) -> None:
         hidden = config.hidden_size
-        shapes = {
-            "lstm_input": (4, hidden, hidden),
-            "lstm_input_bias": (4, hidden),
-            "lstm_state": (4, hidden, hidden),
-            "gate_fc1": (_GATE_WIDTH, hidden),
-            "gate_fc1_bias": (_GATE_WIDTH,),
-            "gate_fc2": (2, _GATE_WIDTH),
-            "gate_fc2_bias": (2,),
-        }
-        super().__init__(config, shapes)
+        cell = {"lstm_input": (4, hidden, hidden), "lstm_input_bias": (4, hidden), "lstm_state": (4, hidden, hidden)}
+        gate = {"gate_fc1": (_GATE_WIDTH, hidden), "gate_fc1_bias": (_GATE_WIDTH,)}
+        super().__init__(config, {**cell, **gate, "gate_fc2": (2, _GATE_WIDTH), "gate_fc2_bias": (2,)})
 
     def draw_recurrent(self, name: str, weight: Tensor) -> None:
         # As PyTorch's LSTM, whose two biases are one here.
         if name.endswith("bias"):
             super().draw_recurrent(name, weight)
         else:
-            bound = weight.size(2) ** -0.5
-            weight.uniform_(-bound, bound)
+            weight.uniform_(-(weight.size(2) ** -0.5), weight.size(2) ** -0.5)
+
+    def forward(self, rows: Tensor, routing: Routing, order: TimeOrder, states: States) -> tuple[Tensor, States]:
+        """Return outputs, [rows, h], and hidden and cell state behind each row, [rows, h] each."""
+        states = self.run(rows, routing, order, states)
+        return self.mix(rows, routing, states[0]), states
 
     def mix(self, rows: Tensor, routing: Routing, along: Tensor) -> Tensor:
         """Return both branches, mixed, [rows, h], given rows and what the LSTM made of them."""
@@ -116,15 +110,13 @@ class ParallelExperts(CellExperts):
             passed.append((hidden, cell))
         if not passed:
             return torch.zeros_like(rows), torch.zeros_like(rows)
-        after = [torch.cat(parts) for parts in zip(*passed, strict=True)]
+        after = (torch.cat(parts) for parts in zip(*passed, strict=True))
         hidden, cell = (x.new_zeros(rows.shape).index_copy(0, order.rows, x) for x in after)
         return hidden, cell
 
 
 class ParallelExpertsMoE(MoREMoE):
     """A layer of them. The cache has the states behind every token, so that it can be cut back."""
-
-    experts_class = ParallelExperts
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         batch, topk, length = routing.shape
@@ -133,26 +125,21 @@ class ParallelExpertsMoE(MoREMoE):
         order = TimeOrder.of(routing, document)
         first = order.firsts
         starts = self._held(memory, documents, routing.tokens[first] // length, document[first], routing.experts[first])
-        states = self.experts.run(rows, routing, order, starts)
+        output, states = self.experts(rows, routing, order, starts)
         # [b, k, s, h], as keys and values are kept.
         memory.extend("states", *(state[routing.restore].view(batch, topk, length, -1) for state in states))
         memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
-        return routing.weigh(self.experts.mix(rows, routing, states[0]))
+        return routing.weigh(output)
 
     def _held(self, memory: Memory, documents: Tensor, sequence: Tensor, document: Tensor, expert: Tensor) -> States:
         """Return the states that segments go on from: zeros, or those behind the last token in the cache.
 
-        Args:
-            memory: The layer's part of the cache.
-            documents: Number of each token's document, [b, T]; negative for padding.
-            sequence: Sequence of each segment, [segments], as what follows.
-            document: Its document.
-            expert: Its expert.
+        `documents` are those of all tokens, [b, T]; segments are of a sequence, document and expert each.
         """
-        hidden_size, dtype = self.config.hidden_size, self.experts.lstm_state.dtype
         held, routed = memory.held("states"), memory.held("experts")
         if held is None or routed is None or held[0].size(2) == 0 or len(sequence) == 0:
-            zeros = torch.zeros(len(sequence), hidden_size, dtype=dtype, device=sequence.device)
+            shape, dtype = (len(sequence), self.config.hidden_size), self.experts.lstm_state.dtype
+            zeros = torch.zeros(shape, dtype=dtype, device=sequence.device)
             return zeros, zeros
         chosen = routed[0].squeeze(1)[sequence]  # [segments, past, k]
         mine = chosen == expert[:, None, None]
@@ -176,13 +163,6 @@ def _documents(context: CallContext, batch: int, device: torch.device) -> Tensor
     return documents if context.padding is None else documents.masked_fill(context.padding, -1)
 
 
-class ParallelExpertsSystem(System):
-    """Recurrence runs along the text: the number of steps means nothing."""
-
-    moe_class = ParallelExpertsMoE
-    recurrent = False
-    # An LSTM takes as many steps as tokens were sent to its expert.
-    traceable = False
-
-
-SYSTEM = ParallelExpertsSystem()
+# Recurrence runs along the text: the number of steps means nothing, and an LSTM takes as many steps as tokens were sent
+# to its expert.
+SYSTEM = System(moe_class=ParallelExpertsMoE, experts_class=ParallelExperts, recurrent=False, traceable=False)

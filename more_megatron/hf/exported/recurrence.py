@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .attention import RowMask
+from .cache import Memory
 from .context import CallContext
 from .exits import Exits
 
@@ -29,26 +30,47 @@ class Rows:
 
     Attributes:
         context: What is known about the call.
+        memory: Where keys and values are kept.
         index: Which of the model's recurrences this is: the number of its loop or of its layer, from 0.
+        stream: Returns what the last norm would be given, shaped as tokens, if the recurrence ended with a state of
+            these rows, given both; for criteria that read logits.
         routing: The `Routing` where rows are tokens that were sent to experts, [rows, h]; None where they are tokens,
             [b, s, h].
-        stream: Returns what the last norm would be given if the recurrence ended with these rows, shaped as tokens.
+        visible: Where rows that were sent to experts attend: the keys that each sees, [b, 1, k s, k T] or a `RowMask`.
         chosen: Where tokens have stopped: which of all rows these are.
     """
 
     context: CallContext
+    memory: Memory
     index: int
+    stream: Any = None
     routing: Any = None
-    stream: Callable[[Tensor, Any], Tensor] | None = None
+    visible: Tensor | RowMask | None = None
     chosen: Tensor | None = None
 
-    def select(self, places: Tensor) -> Any:
+    @property
+    def mask(self) -> Tensor | RowMask | None:
+        """The keys that each row sees; None where the plain causal kernel does."""
+        return self.context.mask if self.routing is None else self.visible
+
+    def on(self, memory: Memory) -> Rows:
+        """Return the same rows on another cache."""
+        return replace(self, memory=memory.select(self.context.shape, self.context.places))
+
+    def select(self, places: Tensor) -> Rows:
         """Return the rows of some tokens, [1, n, h] where they are tokens, given their places among all, b s."""
-        context = self.context.select(places)
+        shape, context, memory = self.context.shape, self.context.select(places), self.memory
+        memory = memory.select(shape, places)
         if self.routing is None:
-            return replace(self, context=context, chosen=places)
+            return replace(self, context=context, memory=memory, chosen=places)
         routing, chosen = self.routing.select(places)
-        return replace(self, context=context, routing=routing, chosen=chosen)
+        visible = self.visible
+        if isinstance(visible, Tensor):
+            topk = self.routing.shape[1]
+            # [b, s, k, keys], then expert by expert as the rows of a sequence stand.
+            visible = visible[:, 0].unflatten(1, (topk, -1)).transpose(1, 2).flatten(0, 1)[places]
+            visible = RowMask(visible.transpose(0, 1).flatten(0, 1), (places // shape[1]).repeat(topk))
+        return replace(self, context=context, memory=memory, routing=routing, visible=visible, chosen=chosen)
 
     def take(self, whole: Tensor) -> Tensor:
         """Return these of all rows."""
@@ -68,13 +90,18 @@ class Rows:
 
     def of_tokens(self, rows: Tensor) -> Tensor:
         """Return the state of each token, [b, s, h]; of a token with several experts the mean of theirs."""
-        return rows if self.routing is None else rows[self.routing.restore].unflatten(0, self.routing.shape).mean(1)
+        return rows if self.routing is None else self.routing.unsorted(rows).mean(1)
+
+    def record(self, step: int, rows: Tensor) -> None:
+        """Let the call keep the states behind a step, if it wants them."""
+        if self.context.records.keep_states:
+            self.context.records.states[self.index, step] = self.of_tokens(rows)
 
     def features(self, rows: Tensor) -> Tensor:
         """Return the states of each token side by side, [n, any]."""
         if self.routing is None:
             return rows.flatten(0, 1)
-        return rows[self.routing.restore].unflatten(0, self.routing.shape).transpose(1, 2).flatten(2).flatten(0, 1)
+        return self.routing.unsorted(rows).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def recur(step: Callable[..., State], state: State, rows: Rows, result: int = 0) -> State:
@@ -91,10 +118,9 @@ def recur(step: Callable[..., State], state: State, rows: Rows, result: int = 0)
     if context.exits is not None:
         state = _recur_until_exit(step, state, rows, context.exits, result)
     else:
-        for number in range(context.num_steps):
+        for number in range(context.options.num_steps):
             state = step(number, rows, *state)
-            if context.records.keep_states:
-                context.records.states[rows.index, number] = rows.of_tokens(state[0])
+            rows.record(number, state[0])
     if context.warm is not None:
         last = rows.of_tokens(state[0]).unsqueeze(1)
         context.warm.extend(f"states.{rows.index}", last, last[..., :0])
@@ -108,19 +134,24 @@ def _recur_until_exit(step: Callable[..., State], state: State, every: Rows, exi
     if len(places) < len(steps):
         rows = every.select(places)
         state = tuple(map(rows.take, whole))
-    former = _measure(exits, rows, state[result], None)
-    for number in range(context.num_steps):
+
+    def measure(former: Tensor | None) -> Tensor:
+        seen = rows.features(state[result])
+        if exits.criterion.reads_logits:
+            logits = exits.read(rows.stream(state[result], rows)).flatten(0, -2)  # type: ignore[misc]
+            seen = torch.zeros_like(logits) if former is None else logits
+        return exits.criterion.measure(seen.to(torch.promote_types(seen.dtype, torch.float32)), former)
+
+    former = measure(None)
+    for number in range(context.options.num_steps):
         state = step(number, rows, *state)
         steps[places] += 1
-        if number + 1 < context.num_steps:
-            now = _measure(exits, rows, state[result], former)
-            stays = ~exits.stops(former, now, number + 1)
-        else:
-            now, stays = former, torch.zeros_like(places, dtype=torch.bool)
-        if context.records.keep_states or not bool(stays.all()):
-            whole = tuple(rows.put(old, new) for old, new in zip_longest(whole, state))
-        if context.records.keep_states:
-            context.records.states[every.index, number] = every.of_tokens(whole[0])
+        whole = tuple(rows.put(old, new) for old, new in zip_longest(whole, state))
+        every.record(number, whole[0])
+        if number + 1 == context.options.num_steps:
+            break
+        now = measure(former)
+        stays = ~exits.criterion.stops(former, now, exits.threshold) | (number + 1 < exits.min_steps)
         if not bool(stays.any()):
             break
         if not bool(stays.all()):
@@ -128,12 +159,7 @@ def _recur_until_exit(step: Callable[..., State], state: State, every: Rows, exi
             rows = every.select(places)
             state = tuple(map(rows.take, whole))
         former = now
+    for later in range(number + 1, context.options.num_steps):
+        every.record(later, whole[0])
     context.records.steps[every.index] = steps.unflatten(0, context.shape)
-    context.records.repeat_last(every.index, number, context.num_steps)
     return whole
-
-
-def _measure(exits: Exits, rows: Rows, result: Tensor, former: Tensor | None) -> Tensor:
-    """Return what a criterion measures of each token, [n, any]."""
-    stream = None if rows.stream is None else partial(rows.stream, result, rows)
-    return exits.measure(rows.features(result), stream, former)

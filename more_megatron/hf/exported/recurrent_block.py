@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .attention import RowMask, attend, rotate
+from .attention import attend
 from .cache import Memory
 from .context import CallContext
 from .experts import RecurringMoE
@@ -18,36 +16,15 @@ from .parts import grouped_linear, layers_passed, rms_norm, takase_normal
 from .recurrence import Rows, State, recur
 from .routing import Routing
 
-__all__ = ["BlockRows", "BlockSystem", "MixingMoE", "RecurrentBlock", "block_width"]
+__all__ = ["BlockSystem", "MixingMoE", "RecurrentBlock", "block_fields"]
 
 
-def block_width(hidden_sizes: int) -> Field:
+def block_fields(hidden_sizes: int) -> dict[str, Field]:
     """Return the field for the width of the MLP in a block, given its default in hidden sizes."""
-    meaning = "Width of the MLP in a recurrent block."
-    return Field(int, lambda found: hidden_sizes * found["hidden_size"], meaning, low=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockRows(Rows):
-    """The rows that a recurrent block works on, [rows, h]: sorted by expert, or [b, s, h] without experts.
-
-    Attributes:
-        mask: Keys that each row sees, [b, 1, k s, k T]; None where the plain causal kernel does.
-        memory: Where keys and values are kept.
-    """
-
-    mask: Tensor | RowMask | None
-    memory: Memory
-
-    def select(self, places: Tensor) -> BlockRows:
-        found = super().select(places)
-        memory, mask = self.memory.select(self.context.shape, places), found.context.mask
-        if isinstance(self.mask, Tensor) and self.routing is not None:
-            topk = self.routing.shape[1]
-            # [b, s, k, keys], then expert by expert as the rows of a sequence stand.
-            visible = self.mask[:, 0].unflatten(1, (topk, -1)).transpose(1, 2).flatten(0, 1)[places]
-            mask = RowMask(visible.transpose(0, 1).flatten(0, 1), (places // self.context.shape[1]).repeat(topk))
-        return replace(found, mask=mask, memory=memory)
+    width = Field(
+        int, lambda found: hidden_sizes * found["hidden_size"], "Width of the MLP in a recurrent block.", low=1
+    )
+    return {"recurrent_intermediate_size": width}
 
 
 class RecurrentBlock(nn.Module):
@@ -100,12 +77,12 @@ class RecurrentBlock(nn.Module):
         else:
             takase_normal(self.config, weight, layers_passed(self.config) if name in ("proj", "fc2") else None)
 
-    def forward(self, x: Tensor, state: Tensor, rows: BlockRows) -> Tensor:
+    def forward(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
         """Return the last state, given what is injected in every step and the first, [rows, h] or [b, s, h] each."""
         adapter_state, adapter_input = self.adapter.split(self.config.hidden_size, dim=-1)
         injected = self._linear(x, adapter_input, rows)
 
-        def step(number: int, rows: BlockRows, state: Tensor) -> State:
+        def step(number: int, rows: Rows, state: Tensor) -> State:
             mixed = self._linear(state, adapter_state, rows) + rows.take(injected)
             attended = self._attention(self._norm(mixed, 1, rows), rows, number)
             mixed = self._norm(mixed + attended, 2, rows)
@@ -113,33 +90,31 @@ class RecurrentBlock(nn.Module):
 
         return recur(step, (state,), rows)[0]
 
-    def _attention(self, x: Tensor, rows: BlockRows, step: int) -> Tensor:
-        config, routing = self.config, rows.routing
-        groups = config.num_key_value_heads
+    def _attention(self, x: Tensor, rows: Rows, step: int) -> Tensor:
+        routing, groups, size = rows.routing, self.config.num_key_value_heads, self.config.head_dim
         qkv = self._linear(x, self.qkv, rows)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias
         # [b, groups, queries of a group + 2, k, s, d]
-        qkv = qkv.unsqueeze(1) if routing is None else qkv[routing.restore].unflatten(0, routing.shape)
-        qkv = qkv.unflatten(-1, (groups, -1, config.head_dim)).permute(0, 3, 4, 1, 2, 5)
-        query = rotate(qkv[:, :, :-2].flatten(1, 2), rows.context.rotation, config.rotary_interleaved)
-        key = rotate(qkv[:, :, -2], rows.context.rotation, config.rotary_interleaved)
+        qkv = qkv.unsqueeze(1) if routing is None else routing.unsorted(qkv)
+        qkv = qkv.unflatten(-1, (groups, -1, size)).permute(0, 3, 4, 1, 2, 5)
+        query, key = rows.context.rotate(qkv[:, :, :-2].flatten(1, 2)), rows.context.rotate(qkv[:, :, -2])
         extended = rows.memory.at_step(step).extend("", key.flatten(1, 2), qkv[:, :, -1].flatten(1, 2))
         key, value = (part.unflatten(1, (groups, -1)).flatten(2, 3) for part in extended)
         output = attend(query.flatten(2, 3), key, value, rows.mask)
         output = output.transpose(1, 2).flatten(2)
         return self._linear(output if routing is None else output.flatten(0, 1)[routing.order], self.proj, rows)
 
-    def _mlp(self, x: Tensor, rows: BlockRows) -> Tensor:
+    def _mlp(self, x: Tensor, rows: Rows) -> Tensor:
         gate, up = self._linear(x, self.fc1.flatten(-3, -2), rows).chunk(2, dim=-1)
         return self._linear(F.silu(gate) * up, self.fc2, rows)
 
-    def _linear(self, x: Tensor, weight: Tensor, rows: BlockRows) -> Tensor:
+    def _linear(self, x: Tensor, weight: Tensor, rows: Rows) -> Tensor:
         if weight.dim() == 2 or rows.routing is None:
             return F.linear(x, weight)
         return grouped_linear(x, weight, rows.routing.ends)
 
-    def _norm(self, x: Tensor, number: int, rows: BlockRows) -> Tensor:
+    def _norm(self, x: Tensor, number: int, rows: Rows) -> Tensor:
         weight, eps = getattr(self, f"norm_{number}"), self.config.norm_eps
         if self.layernorm:
             return F.layer_norm(x, x.shape[-1:], weight, getattr(self, f"norm_{number}_bias"), eps)
@@ -152,21 +127,18 @@ class MixingMoE(RecurringMoE):
     """Experts whose blocks let the tokens of a sequence that were sent to them attend to each other, causally."""
 
     def last_states(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
-        state = routing.dispatch(context.initial_state(self.layer_idx, x))
-        return self.run_block(routing.dispatch(x), state, self._block_rows(routing, context, memory))
-
-    def run_block(self, x: Tensor, state: Tensor, rows: BlockRows) -> Tensor:
-        """Return the last states, [rows, h], given the rows and the first states."""
-        return self.experts(x, state, rows)
-
-    def _block_rows(self, routing: Routing, context: CallContext, memory: Memory) -> BlockRows:
-        """Return the rows that go through a recurrent block: each sees those of its expert that its token sees."""
         topk = routing.shape[1]
         chosen, _ = memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
         query, key = routing.chosen.transpose(1, 2).flatten(1), chosen.squeeze(1).transpose(1, 2).flatten(1)
-        same = query.unsqueeze(2) == key.unsqueeze(1)
-        mask = same.unsqueeze(1) & context.visible.repeat(1, 1, topk, topk)
-        return BlockRows(context, self.layer_idx, routing, self.stream, mask=mask, memory=memory.at("block"))
+        # A row sees those of its expert that its token sees.
+        visible = (query.unsqueeze(2) == key.unsqueeze(1)).unsqueeze(1) & context.visible.repeat(1, 1, topk, topk)
+        rows = Rows(context, memory.at("block"), self.layer_idx, self.stream, routing, visible)
+        state = routing.dispatch(context.initial_state(self.layer_idx, x))
+        return self.run_block(routing.dispatch(x), state, rows)
+
+    def run_block(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
+        """Return the last states, [rows, h], given the rows and the first states."""
+        return self.experts(x, state, rows)
 
 
 class BlockSystem(System):

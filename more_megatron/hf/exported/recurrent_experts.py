@@ -1,22 +1,9 @@
-"""`recurrent_experts`: each expert is a recurrent block of its own."""
+"""`recurrent_experts`: expert i is a recurrent block of its own, `s <- Block_i(Adapter_i([s; x]))`, r times."""
 
-from __future__ import annotations
+from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_fields
 
-from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_width
-
-
-class RecurrentExpertsMoE(MixingMoE):
-    """Expert i computes `s <- Block_i(Adapter_i([s; x]))`, r times."""
-
-    def build_experts(self) -> None:
-        self.experts = RecurrentBlock(self.config, self.config.num_experts)
-
-
-class RecurrentExperts(BlockSystem):
-    """The layers with such experts."""
-
-    moe_class = RecurrentExpertsMoE
-    fields = {"recurrent_intermediate_size": block_width(2)}  # noqa: RUF012
-
-
-SYSTEM = RecurrentExperts()
+SYSTEM = BlockSystem(
+    moe_class=MixingMoE,
+    experts_class=lambda config: RecurrentBlock(config, config.num_experts),
+    fields=block_fields(2),
+)

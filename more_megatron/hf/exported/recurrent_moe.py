@@ -29,21 +29,12 @@ class IteratedLayer(MoRELayer):
             normed = self.post_attention_layernorm(state)
             logits = averaged_logits(self.config, self.mlp.gate(normed), *former)
             decisions.append(logits)
-            output = self.mlp.mix(normed, logits, rows.context, memory)
+            output = self.mlp.mix(normed, logits, rows.context, rows.memory)
             return state + (output if scale == 1.0 else output * scale), logits
 
-        rows = Rows(context, self.layer_idx, stream=lambda state, _: state)
+        rows = Rows(context, memory, self.layer_idx, lambda state, _: state)
         return (recur(step, (hidden_states,), rows)[0], *decisions)
 
 
-class RecurrentMoE(System):
-    """Layers that iterate their experts."""
-
-    layer_class = IteratedLayer
-    fields = {  # noqa: RUF012
-        "residual_scale": Field(float, 1.0, "Factor on what a step adds to the residual stream."),
-        "router_logit_ema": LOGIT_EMA,
-    }
-
-
-SYSTEM = RecurrentMoE()
+_SCALE = Field(float, 1.0, "Factor on what a step adds to the residual stream.")
+SYSTEM = System(layer_class=IteratedLayer, fields={"residual_scale": _SCALE, "router_logit_ema": LOGIT_EMA})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,9 @@ __all__ = ["MoRERouter", "RouterLogits", "Routing", "averaged_logits", "load_bal
 
 def averaged_logits(config: Config, logits: Tensor, *former: Tensor) -> Tensor:
     """Return logits averaged over steps, `beta former + (1 - beta) logits`; the first step has no former ones."""
-    beta = config.router_logit_ema
-    return beta * former[0] + (1.0 - beta) * logits if former and beta > 0.0 else logits
+    if not former or config.router_logit_ema == 0.0:
+        return logits
+    return config.router_logit_ema * former[0] + (1.0 - config.router_logit_ema) * logits
 
 
 def router_scores(config: Config, logits: Tensor) -> Tensor:
@@ -49,15 +49,15 @@ class MoRERouter(nn.Module):
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Return the routing probabilities and the experts of each token, [b, s, k] each."""
         config = self.config
-        if config.router_score_function == "softmax":
-            scores = router_scores(config, logits) if config.router_pre_softmax else logits
-            probs, experts = self._topk(scores)
-            if not config.router_pre_softmax:
-                probs = probs.softmax(-1, dtype=torch.float32)
-        else:
+        if config.router_score_function != "softmax":
             probs, experts = self.best(router_scores(config, logits))
             if config.num_experts_per_tok > 1:
                 probs = probs / (probs.sum(-1, keepdim=True) + 1e-20)
+        elif config.router_pre_softmax:
+            probs, experts = self._topk(router_scores(config, logits))
+        else:
+            logits_of_best, experts = self._topk(logits)
+            probs = logits_of_best.softmax(-1, dtype=torch.float32)
         return self.scaled(probs, logits), experts
 
     def best(self, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,11 +91,13 @@ class Routing:
 
     Attributes:
         shape: (b, k, s), in which rows stand before they are sorted.
+        chosen: Experts, [b, s, k].
         order: Place of each row before.
         restore: Row of each place before.
         experts: Expert of each row.
         tokens: Token of each row, sequence by sequence.
         ends: End of each expert's rows, int32.
+        probs: Routing probability of each row, [rows, 1].
     """
 
     def __init__(self, probs: Tensor, experts: Tensor, num_experts: int) -> None:
@@ -119,13 +121,17 @@ class Routing:
         rows = self.restore.view(self.shape).transpose(1, 2).flatten(0, 1)[places]
         return made, rows.t().flatten()[made.order]
 
+    def unsorted(self, rows: Tensor) -> Tensor:
+        """Return rows as they stand before they are sorted, [b, k, s, any]."""
+        return rows[self.restore].unflatten(0, self.shape)
+
     def dispatch(self, x: Tensor) -> Tensor:
         """Return the row of each token and expert, [rows, h], given [b, s, h]."""
         return x.flatten(0, 1)[self.tokens]
 
     def combine(self, rows: Tensor) -> Tensor:
         """Return the sum over the experts of each token, [b, s, h]."""
-        return rows[self.restore].unflatten(0, self.shape).sum(1)
+        return self.unsorted(rows).sum(1)
 
     def weigh(self, rows: Tensor) -> Tensor:
         """Return rows times routing probabilities."""
@@ -135,29 +141,23 @@ class Routing:
 class RouterLogits(tuple):
     """Logits of each decision, [b s, N], in the order of computation: a tuple that knows where each was made.
 
-    Args:
-        logits: Logits of each decision.
+    Attributes:
         layers: Layer of each, from 0.
         steps: Recurrence step of each, from 0.
         routers: Name of the router of each.
         batch: Number of sequences of the call.
     """
 
-    layers: tuple[int, ...]
-    steps: tuple[int, ...]
-    routers: tuple[str, ...]
-    batch: int
+    layers: tuple[int, ...] = ()
+    steps: tuple[int, ...] = ()
+    routers: tuple[str, ...] = ()
+    batch: int = 1
 
-    def __new__(
-        cls,
-        logits: Iterable[Any] = (),
-        layers: Iterable[int] = (),
-        steps: Iterable[int] = (),
-        routers: Iterable[str] = (),
-        batch: int = 1,
-    ) -> RouterLogits:
-        made = super().__new__(cls, logits)
-        made.layers, made.steps, made.routers = tuple(layers), tuple(steps), tuple(routers)
+    @classmethod
+    def of(cls, decisions: Sequence[tuple[Tensor, int, int, str]], batch: int) -> RouterLogits:
+        """Return those of decisions: logits, layer, step and router."""
+        made = cls(logits for logits, *_ in decisions)
+        _, made.layers, made.steps, made.routers = zip(*decisions, strict=True) if decisions else ((),) * 4
         made.batch = batch
         return made
 

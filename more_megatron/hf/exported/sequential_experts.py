@@ -39,16 +39,4 @@ class SequentialExperts(CellExperts):
         return recur(step, (refined, torch.zeros_like(refined)), rows)[0]
 
 
-class SequentialExpertsMoE(RecurringMoE):
-    """A layer of them."""
-
-    experts_class = SequentialExperts
-
-
-class SequentialExpertsSystem(System):
-    """Experts alone differ."""
-
-    moe_class = SequentialExpertsMoE
-
-
-SYSTEM = SequentialExpertsSystem()
+SYSTEM = System(moe_class=RecurringMoE, experts_class=SequentialExperts)

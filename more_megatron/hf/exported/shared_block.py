@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from .fields import Config
 from .parts import grouped_linear
-from .recurrent_block import BlockRows, BlockSystem, MixingMoE, RecurrentBlock, block_width
+from .recurrence import Rows
+from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_fields
 from .routing import Routing
 
 
@@ -23,28 +26,23 @@ class ProjectionExperts(nn.Module):
         for matrix in weight:
             matrix.copy_(nn.init.orthogonal_(torch.empty_like(matrix, dtype=torch.float32)))
 
+    def forward(self, rows: Tensor, name: str, ends: Tensor) -> Tensor:
+        """Return [rows, h] times the matrices of a name; each expert's rows end at one of `ends`."""
+        return grouped_linear(rows, getattr(self, name), ends)
+
 
 class SharedBlockMoE(MixingMoE):
     """Expert i computes `W_out_i . R(W_in_i . x)`, where R is the block."""
 
-    experts_class = ProjectionExperts
+    def __init__(self, config: Config, *args: Any) -> None:
+        super().__init__(config, *args)
+        self.recurrent_block = RecurrentBlock(config)
 
-    def build_experts(self) -> None:
-        super().build_experts()
-        self.recurrent_block = RecurrentBlock(self.config)
-
-    def run_block(self, x: Tensor, state: Tensor, rows: BlockRows) -> Tensor:
-        return self.recurrent_block(grouped_linear(x, self.experts.proj_in, rows.routing.ends), state, rows)
+    def run_block(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
+        return self.recurrent_block(self.experts(x, "proj_in", rows.routing.ends), state, rows)
 
     def output(self, state: Tensor, routing: Routing) -> Tensor:
-        return routing.weigh(grouped_linear(state, self.experts.proj_out, routing.ends))
+        return routing.weigh(self.experts(state, "proj_out", routing.ends))
 
 
-class SharedBlock(BlockSystem):
-    """The layers with such experts."""
-
-    moe_class = SharedBlockMoE
-    fields = {"recurrent_intermediate_size": block_width(4)}  # noqa: RUF012
-
-
-SYSTEM = SharedBlock()
+SYSTEM = BlockSystem(moe_class=SharedBlockMoE, experts_class=ProjectionExperts, fields=block_fields(4))

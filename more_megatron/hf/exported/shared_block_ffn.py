@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from .experts import MoREMoE
 from .fields import Config
 from .parts import grouped_linear, takase_normal
 from .recurrence import Rows
-from .recurrent_block import BlockRows, BlockSystem, RecurrentBlock, block_width
+from .recurrent_block import BlockSystem, RecurrentBlock, block_fields
 from .routing import Routing
 
 
@@ -45,14 +46,13 @@ class LightExperts(nn.Module):
 class CombinedBlockMoE(MoREMoE):
     """Light experts are combined first; then one recurrent block runs over the whole sequence."""
 
-    experts_class = LightExperts
+    def __init__(self, config: Config, *args: Any) -> None:
+        super().__init__(config, *args)
+        self.recurrent_block = RecurrentBlock(config, follows_layers=True)
 
-    def build_experts(self) -> None:
-        super().build_experts()
-        self.recurrent_block = RecurrentBlock(self.config, follows_layers=True)
-
-    def finish(self, output: Tensor, context: CallContext, memory: Memory) -> Tensor:
-        rows = BlockRows(context, self.layer_idx, stream=_stream, mask=context.mask, memory=memory.at("block"))
+    def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
+        output = super().mix(x, logits, context, memory)
+        rows = Rows(context, memory.at("block"), self.layer_idx, _stream)
         return self.recurrent_block(output, context.initial_state(self.layer_idx, output), rows)
 
 
@@ -60,11 +60,4 @@ def _stream(state: Tensor, rows: Rows) -> Tensor:
     return state if rows.context.stream is None else rows.context.stream + state
 
 
-class SharedBlockFFN(BlockSystem):
-    """The layers with such experts."""
-
-    moe_class = CombinedBlockMoE
-    fields = {"recurrent_intermediate_size": block_width(4)}  # noqa: RUF012
-
-
-SYSTEM = SharedBlockFFN()
+SYSTEM = BlockSystem(moe_class=CombinedBlockMoE, experts_class=LightExperts, fields=block_fields(4))

@@ -7,18 +7,20 @@ cache as padding, as far as others accept more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from .cache import cut, filled_as
-from .options import CallOptions
+from .options import OPTIONS
 
 __all__ = ["DRAFT_TOKENS", "SpeculativeOutput", "speculate"]
 
@@ -49,11 +51,10 @@ class _Speculation:
         model: The model.
         texts: Prompts, [s], which grow.
         process: Turns logits, [b, V], into scores, given the tokens before, [b, any].
-        stops: Returns whether a sequence is complete, given its tokens, [1, any].
+        stopping: Says whether a sequence is complete, given its tokens, [1, any].
         sample: Whether tokens are drawn; else the best is taken.
         draft_steps: Steps of a draft.
         draft_tokens: Tokens of a draft.
-        longest: Length of a complete sequence; None: no limit.
         mask: 0 for padding, [b, s].
         cache: A cache, empty or with the beginning of the prompts.
         kwargs: Further arguments of the model's calls.
@@ -63,11 +64,10 @@ class _Speculation:
     model: Any
     texts: list[Tensor]
     process: LogitsProcessorList
-    stops: Callable[[Tensor], bool]
+    stopping: StoppingCriteriaList
     sample: bool
     draft_steps: int
     draft_tokens: int
-    longest: int | None
     mask: Tensor
     cache: Cache
     kwargs: dict[str, Any]
@@ -80,11 +80,13 @@ class _Speculation:
     def run(self) -> None:
         """Generate until all sequences are complete."""
         past, states = self.cache.get_seq_length(), self.kwargs.pop("input_states", None)
-        logits = self._call(torch.stack(self.texts)[:, past:], self.mask, input_states=states)
+        prompts = torch.stack(self.texts)
+        logits = self._call(prompts[:, past:], self.mask, input_states=states)
         # The last token of a prompt that is no padding.
         last = self.mask.cumsum(-1).argmax(-1) - past
-        scores = self._scores([own[place : place + 1] for own, place in zip(logits, last, strict=True)])
-        self._keep_rows([row for row, made in enumerate(scores) if not self._append(row, self._choose(made[0]))])
+        scores = self._scores(logits[torch.arange(len(last)), last].unsqueeze(1), prompts[:, :0])
+        first = self._choose(scores)
+        self._keep_rows([row for row, token in enumerate(first) if self._append(row, token) == (1, False)])
         while self.rows:
             self._round()
 
@@ -93,106 +95,94 @@ class _Speculation:
         past = self.cache.get_seq_length()
         drafts, guesses = self._draft()
         cut(self.cache, past)
-        pending = torch.stack([self.texts[row][-1] for row in self.rows]).unsqueeze(1)
-        tokens = torch.cat((pending, drafts), dim=1)
+        tokens = torch.cat((self._pending(), drafts), dim=1)
         mask = torch.cat((self.mask, torch.ones_like(tokens)), dim=1)
-        scores = self._scores(self._call(tokens, mask), drafts)
+        counts, following = self._verify(drafts, guesses, self._scores(self._call(tokens, mask), drafts))
         self.verifications += 1
-        accepted, kept = [], []
-        for place in range(len(self.rows)):
-            count, complete = self._accept(place, drafts[place], guesses[place], scores[place])
-            accepted.append(count)
+        kept = []
+        for place, row in enumerate(self.rows):
+            count = int(counts[place])
+            added, complete = self._append(row, [*drafts[place, :count], following[place]])
+            counts[place] = min(added, count)
+            self.drafted[row] += drafts.size(1)
+            self.accepted[row] += counts[place]
             if not complete:
                 kept.append(place)
         # The pending token and those that were accepted are in the cache; the rest is padding or cut off.
-        longest = max(accepted) + 1
+        longest = int(counts.max()) + 1
         cut(self.cache, past + longest)
-        counts = torch.tensor(accepted, device=mask.device).unsqueeze(1)
-        mask[:, past:] *= torch.arange(tokens.size(1), device=mask.device) <= counts
+        mask[:, past:] *= torch.arange(tokens.size(1), device=mask.device) <= counts.unsqueeze(1)
         self.mask = mask[:, : past + longest]
         self._keep_rows(kept)
 
-    def _draft(self) -> tuple[Tensor, list[list[Tensor]]]:
-        """Return drafted tokens, [b, draft], and the scores that each was chosen by, [V]."""
-        last = torch.stack([self.texts[row][-1] for row in self.rows]).unsqueeze(1)
-        guesses: list[list[Tensor]] = [[] for _ in self.rows]
-        mask, drafts = self.mask, last[:, :0]
+    def _draft(self) -> tuple[Tensor, Tensor]:
+        """Return drafted tokens, [b, draft], none of them behind the longest end, and their scores, [b, draft, V]."""
+        length, limit = self.draft_tokens, self.stopping.max_length
+        if limit is not None:
+            length = min(length, limit - max(len(self.texts[row]) for row in self.rows))
+        last, mask, guesses = self._pending(), self.mask, []
+        drafts = last[:, :0]
         with filled_as(self.cache, self.draft_steps):
-            for _ in range(self._draft_length()):
+            for _ in range(length):
                 mask = torch.cat((mask, torch.ones_like(last)), dim=1)
-                logits = self._call(last, mask, num_steps=self.draft_steps)
-                scores = [made[-1] for made in self._scores(logits, drafts)]
-                last = torch.stack([self._choose(own) for own in scores]).unsqueeze(1)
+                guesses.append(self._scores(self._call(last, mask, num_steps=self.draft_steps), drafts))
+                last = self._choose(guesses[-1])
                 drafts = torch.cat((drafts, last), dim=1)
-                for own, made in zip(guesses, scores, strict=True):
-                    own.append(made)
-        return drafts, guesses
+        return drafts, torch.cat(guesses, dim=1)
 
-    def _draft_length(self) -> int:
-        """Return the number of tokens to draft: none is behind the end of a sequence."""
-        if self.longest is None:
-            return self.draft_tokens
-        return min(self.draft_tokens, self.longest - max(len(self.texts[row]) for row in self.rows))
-
-    def _accept(self, place: int, draft: Tensor, guesses: list[Tensor], scores: list[Tensor]) -> tuple[int, bool]:
-        """Append what a sequence accepts and one token more; return how many it accepts and whether it is complete."""
-        row = self.rows[place]
-        self.drafted[row] += len(draft)
-        for number, token in enumerate(draft):
-            accepted, other = self._verify(token, guesses[number], scores[number])
-            if not accepted:
-                return number, self._append(row, other)
-            self.accepted[row] += 1
-            if self._append(row, token):
-                return number + 1, True
-        return len(draft), self._append(row, self._choose(scores[-1]))
-
-    def _verify(self, token: Tensor, guess: Tensor, scores: Tensor) -> tuple[bool, Tensor]:
-        """Return whether a drafted token is accepted, and what else to take, given scores of draft and model, [V]."""
+    def _verify(self, drafts: Tensor, guesses: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many drafted tokens each sequence accepts, and the token that follows them, [b] each."""
+        rows = torch.arange(len(drafts), device=drafts.device)
         if not self.sample:
             best = scores.argmax(-1)
-            return bool(best == token), best
-        wanted, drafted = scores.softmax(-1), guess.softmax(-1)
-        if torch.rand((), device=token.device) * drafted[token] < wanted[token]:
-            return True, token
+            counts = (best[:, :-1] == drafts).long().cumprod(1).sum(1)
+            return counts, best[rows, counts]
+        wanted, drafted, tokens = scores.softmax(-1), guesses.softmax(-1), drafts.unsqueeze(-1)
+        chances = torch.rand_like(drafted[..., 0]) * drafted.gather(-1, tokens).squeeze(-1)
+        counts = (chances < wanted[:, :-1].gather(-1, tokens).squeeze(-1)).long().cumprod(1).sum(1)
+        # Behind a draft that is accepted as a whole nothing was guessed.
+        wanted, drafted = wanted[rows, counts], F.pad(drafted, (0, 0, 0, 1))[rows, counts]
         rest = (wanted - drafted).clamp(min=0.0)
-        return False, torch.multinomial(rest if rest.sum() > 0.0 else wanted, 1)[0]
+        return counts, torch.multinomial(torch.where(rest.sum(-1, keepdim=True) > 0.0, rest, wanted), 1).squeeze(1)
 
     def _choose(self, scores: Tensor) -> Tensor:
-        return torch.multinomial(scores.softmax(-1), 1)[0] if self.sample else scores.argmax(-1)
+        """Return the next tokens, [b, 1], given their scores, [b, 1, V]."""
+        return torch.multinomial(scores[:, 0].softmax(-1), 1) if self.sample else scores.argmax(-1)
 
-    def _append(self, row: int, token: Tensor) -> bool:
-        """Append a token and return whether the sequence is complete."""
-        self.texts[row] = torch.cat((self.texts[row], token.view(1).to(self.texts[row])))
-        return self.stops(self.texts[row].unsqueeze(0))
+    def _append(self, row: int, tokens: Iterable[Tensor]) -> tuple[int, bool]:
+        """Append tokens until a sequence is complete; return how many, and whether it is."""
+        number, complete = 0, False
+        for token in tokens:
+            self.texts[row] = torch.cat((self.texts[row], token.view(1).to(self.texts[row])))
+            number, complete = number + 1, bool(self.stopping(self.texts[row].unsqueeze(0), None).all())
+            if complete:
+                break
+        return number, complete
 
-    def _scores(self, logits: Iterable[Tensor], drafts: Tensor | None = None) -> list[list[Tensor]]:
-        """Return the scores, [V], of each sequence that follow from logits.
+    def _pending(self) -> Tensor:
+        """Return the last token of each sequence, which the cache does not have yet, [b, 1]."""
+        return torch.stack([self.texts[row][-1:] for row in self.rows])
+
+    def _scores(self, logits: Tensor, drafts: Tensor) -> Tensor:
+        """Return the scores that follow from logits, [b, n, V]; the last ones are those behind whole drafts, [b, any].
 
         Processors know the sequences of a batch by their rows, and want texts of one length: each length is a call.
-
-        Args:
-            logits: Logits of each sequence, [tokens, V]; the last ones are those behind its whole draft.
-            drafts: Tokens that were drafted for it, [b, draft]; None: none.
         """
-        scores = [list(own) for own in logits]
         if not self.process:
-            return scores
-        by_length: dict[int, list[tuple[int, int, Tensor]]] = {}
-        for place, own in enumerate(scores):
-            text = self.texts[self.rows[place]]
-            text = text if drafts is None else torch.cat((text, drafts[place].to(text)))
-            for number in range(len(own)):
-                length = len(text) - len(own) + 1 + number
-                by_length.setdefault(length, []).append((place, number, text[:length]))
+            return logits
+        scores, by_length = logits.clone(), defaultdict(list)
+        for place, row in enumerate(self.rows):
+            text = torch.cat((self.texts[row], drafts[place].to(self.texts[row])))
+            for number in range(logits.size(1)):
+                length = len(text) - logits.size(1) + 1 + number
+                by_length[length].append((place, number, text[:length]))
         for members in by_length.values():
-            place, number, text = members[0]
-            texts, given = (part.repeat(len(self.texts), 1) for part in (text, scores[place][number]))
+            texts, given = (part.repeat(len(self.texts), 1) for part in (members[0][2], logits[0, 0]))
             for place, number, text in members:
-                texts[self.rows[place]], given[self.rows[place]] = text, scores[place][number]
+                texts[self.rows[place]], given[self.rows[place]] = text, logits[place, number]
             made = self.process(texts, given)  # type: ignore[arg-type]
             for place, number, _ in members:
-                scores[place][number] = made[self.rows[place]]
+                scores[place, number] = made[self.rows[place]]
         return scores
 
     def _call(self, tokens: Tensor, mask: Tensor, **kwargs: Any) -> Tensor:
@@ -228,15 +218,14 @@ def speculate(
     generation = _Speculation(
         model,
         list(input_ids),
-        process=logits_processor,
-        stops=lambda text: bool(stopping_criteria(text, None).all()),
+        logits_processor,
+        stopping_criteria,
         sample=bool(generation_config.do_sample),
         draft_steps=draft_steps,
         draft_tokens=draft_tokens,
-        longest=stopping_criteria.max_length,
         mask=torch.ones_like(input_ids) if mask is None else mask,
         cache=DynamicCache() if cache is None else cache,
-        kwargs={name: kwargs[name] for name in kwargs if name in CallOptions.names()},
+        kwargs={name: kwargs[name] for name in kwargs if name in OPTIONS},
     )
     generation.run()
     pad = generation_config._pad_token_tensor
@@ -245,9 +234,5 @@ def speculate(
     )
     if not generation_config.return_dict_in_generate:
         return sequences
-    return SpeculativeOutput(
-        sequences=sequences,
-        drafted=generation.drafted,
-        accepted=generation.accepted,
-        verifications=generation.verifications,
-    )
+    counts = {name: getattr(generation, name) for name in ("drafted", "accepted", "verifications")}
+    return SpeculativeOutput(sequences=sequences, **counts)

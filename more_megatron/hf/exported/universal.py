@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import CallContext
-from .division import RepeatedMoE
 from .fields import LOGIT_EMA, Config, Field
 from .interface import Group, Loop, RunPass, System
 from .layer import SandwichLayer
@@ -21,6 +19,8 @@ from .parts import MoREMLP
 from .recurrence import Rows, State, recur
 
 _LONGEST = 1e4
+_EPSILON = "A position halts when the sum of its probabilities exceeds one minus this."
+_OUTPUT = "The sum of the weighted states, or what each pass moves by its weight."
 
 
 def _sinusoid(places: Tensor, channels: int) -> Tensor:
@@ -61,11 +61,11 @@ class UniversalLoop(Loop):
         weight.normal_(0.0, self.config.hidden_size**-0.5)
 
     def forward(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows) -> Tensor:
-        context = rows.context
-        if self.time is not None and context.num_steps > len(self.time):
+        steps = rows.context.options.num_steps
+        if self.time is not None and steps > len(self.time):
             raise ValueError(
-                f"num_steps {context.num_steps} is above {len(self.time)}, the steps that the model learned a time "
-                "signal for: take at most these, or train with --universal-time-signal sinusoid"
+                f"num_steps {steps} is above {len(self.time)}, the steps that the model learned a time signal for: "
+                "take at most these, or train with --universal-time-signal sinusoid"
             )
         if self.halting is not None:
             return self._halted(hidden_states, run_pass, rows, self.halting)
@@ -93,28 +93,22 @@ class UniversalLoop(Loop):
             remainder = remainder + ends * (1.0 - total)
             total, steps, halted = total + goes_on * probability, steps + ~halted, halted | ends
             state = run_pass(entering, number, rows)
-            output = self._combined(output, state, weight.to(state.dtype))
-            return state, output, total, steps, remainder, halted
+            weight = weight.to(state.dtype)
+            kept = output if self.config.halting_output == "accumulated" else (1.0 - weight) * output
+            return state, kept + weight * state, total, steps, remainder, halted
 
         nothing = hidden_states.new_zeros((*hidden_states.shape[:-1], 1), dtype=torch.float32)
         first = (torch.zeros_like(hidden_states), nothing, nothing, nothing, nothing.bool())
         _, output, _, steps, remainder, _ = recur(step, (hidden_states, *first), rows, result=1)
         if self.training:
-            rows.context.losses.append(self.config.ponder_coef * _mean(steps + remainder, rows.context))
+            cost, padding = steps + remainder, rows.context.padding
+            if padding is None:
+                cost = cost.mean()
+            else:
+                counted = ~padding[:, rows.context.past :].unsqueeze(-1)
+                cost = (cost * counted).sum() / counted.sum().clamp(min=1)
+            rows.context.records.losses.append(self.config.ponder_coef * cost)
         return output
-
-    def _combined(self, output: Tensor, state: Tensor, weight: Tensor) -> Tensor:
-        if self.config.halting_output == "accumulated":
-            return output + weight * state
-        return weight * state + (1.0 - weight) * output
-
-
-def _mean(values: Tensor, context: CallContext) -> Tensor:
-    """Return the mean of [b, s, 1] over tokens that are no padding."""
-    if context.padding is None:
-        return values.mean()
-    counted = ~context.padding[:, context.past :].unsqueeze(-1)
-    return (values * counted).sum() / counted.sum().clamp(min=1)
 
 
 class UniversalLayer(SandwichLayer):
@@ -133,19 +127,11 @@ class UniversalLayer(SandwichLayer):
 class UniversalTransformer(System):
     """One group of layers of the original transformer."""
 
-    moe_class = RepeatedMoE
     layer_class = UniversalLayer
     fields = {  # noqa: RUF012
         "halting": Field(str, "act", "How positions end: each by itself, or none.", choices=("act", "none")),
-        "halting_epsilon": Field(
-            float, 0.01, "A position halts when the sum of its probabilities exceeds one minus this.", low=0.0, high=1.0
-        ),
-        "halting_output": Field(
-            str,
-            "accumulated",
-            "The sum of the weighted states, or what each pass moves by its weight.",
-            choices=("accumulated", "basic"),
-        ),
+        "halting_epsilon": Field(float, 0.01, _EPSILON, low=0.0, high=1.0),
+        "halting_output": Field(str, "accumulated", _OUTPUT, choices=("accumulated", "basic")),
         "ponder_coef": Field(float, 0.01, "Coefficient of the mean of steps and remainder.", low=0.0),
         "time_signal": Field(str, "learned", "Signal of the pass.", choices=("learned", "sinusoid")),
         "training_steps": Field(int, 8, "Most passes in training; the rows of a learned time signal.", low=1),
@@ -171,18 +157,15 @@ class UniversalTransformer(System):
         # A layer of the paper ends with its own.
         return nn.Identity() if config.post_norm else super().build_final_norm(config)
 
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> bool:
+    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
         """Draw the matrices of layers as Glorot and Bengio do (AISTATS 2010)."""
-        if super().draw_weight(config, module, name, weight):
-            return True
         if isinstance(module, nn.Embedding):
             weight.normal_(0.0, config.hidden_size**-0.5)
-            return True
-        if weight.dim() < 2 or not getattr(module, "is_drawn_by_size", False):
-            return False
-        bound = math.sqrt(6.0 / (weight.size(-1) + weight.size(-2)))
-        weight.uniform_(-bound, bound)
-        return True
+        elif weight.dim() >= 2 and getattr(module, "is_drawn_by_size", False):
+            bound = math.sqrt(6.0 / (weight.size(-1) + weight.size(-2)))
+            weight.uniform_(-bound, bound)
+        else:
+            super().draw_weight(config, module, name, weight)
 
 
 SYSTEM = UniversalTransformer()

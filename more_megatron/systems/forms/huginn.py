@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from more_megatron.errors import MoREError
 from more_megatron.systems.export import Layout, Row
-from more_megatron.systems.forms.base import Form
+from more_megatron.systems.forms import Form
 
 if TYPE_CHECKING:
     import torch
@@ -16,21 +16,22 @@ if TYPE_CHECKING:
 __all__ = ["FORM"]
 
 _STATE_STD = math.sqrt(2 / 5)
-# Fields of config.json that are ours under another name.
-_SAME = {
-    "n_embd": "hidden_size",
-    "n_heads": "num_attention_heads",
-    "n_layers": "num_hidden_layers",
-    "block_size": "max_position_embeddings",
-    "vocab_size": "vocab_size",
-    "intermediate_size": "intermediate_size",
-    "norm_eps": "norm_eps",
-    "rope_base": "rope_theta",
-    "mean_recurrence": "mean_recurrence",
-    "n_layers_in_prelude": "prelude_layers",
-    "n_layers_in_coda": "coda_layers",
-    "qk_bias": "attention_bias",
-    "tie_embeddings": "tie_word_embeddings",
+# Fields of config.json, what they are called in ours, and the default of the authors' RavenConfig.
+_FIELDS: dict[str, tuple[str | None, Any]] = {
+    "n_embd": ("hidden_size", 5280),
+    "n_heads": ("num_attention_heads", 55),
+    "n_layers": ("num_hidden_layers", 8),
+    "block_size": ("max_position_embeddings", 4096),
+    "vocab_size": ("vocab_size", 65536),
+    "intermediate_size": ("intermediate_size", 17920),
+    "norm_eps": ("norm_eps", 1e-6),
+    "rope_base": ("rope_theta", 50000),
+    "mean_recurrence": ("mean_recurrence", 32),
+    "n_layers_in_prelude": ("prelude_layers", 2),
+    "n_layers_in_recurrent_block": (None, 4),
+    "n_layers_in_coda": ("coda_layers", 2),
+    "qk_bias": ("attention_bias", True),
+    "tie_embeddings": ("tie_word_embeddings", True),
 }
 # Fields that the authors' code knows under one value only, or that say how it was trained.
 _FIXED = {
@@ -55,23 +56,6 @@ _FIXED = {
 }
 # Of these, what makes another model.
 _OF_THE_MODEL = ("bias", "block_class_name", "norm_class_name", "mlp_class_name", "nonlin_name", "injection_type")
-# Defaults of the authors' RavenConfig, for what a config.json leaves out.
-_DEFAULTS: dict[str, Any] = {
-    "n_embd": 5280,
-    "n_heads": 55,
-    "n_layers": 8,
-    "block_size": 4096,
-    "vocab_size": 65536,
-    "intermediate_size": 17920,
-    "norm_eps": 1e-6,
-    "rope_base": 50000,
-    "mean_recurrence": 32,
-    "n_layers_in_prelude": 2,
-    "n_layers_in_recurrent_block": 4,
-    "n_layers_in_coda": 2,
-    "qk_bias": True,
-    "tie_embeddings": True,
-}
 _OTHER_NAMES = {"hidden_size": "n_embd", "num_attention_heads": "n_heads", "num_hidden_layers": "n_layers"}
 _OTHER_NAMES |= {"tie_word_embeddings": "tie_embeddings"}
 
@@ -89,7 +73,6 @@ class HuginnRaven(Form):
     )
 
     def faults(self, config: Mapping[str, Any]) -> Iterator[str]:
-        """Yield what the form cannot hold of a model."""
         heads, size = config["num_attention_heads"], config["head_dim"]
         for word, is_held in (
             ("experts", not any(config["moe_layers"])),
@@ -113,12 +96,11 @@ class HuginnRaven(Form):
                 yield f"it has no place for {word}"
 
     def to_form(self, config: Mapping[str, Any], args: Any) -> dict[str, Any]:
-        """Return the content of the form's `config.json`."""
         core = config["num_hidden_layers"] - config["prelude_layers"] - config["coda_layers"]
         backprop = getattr(args, "recurrence_backprop_steps", None) or config["mean_recurrence"]
         return {
             **_FIXED,
-            **{theirs: config[ours] for theirs, ours in _SAME.items()},
+            **{theirs: config[ours] for theirs, (ours, _) in _FIELDS.items() if ours},
             "padded_vocab_size": config["vocab_size"],
             "padding_multiple": 1,
             "num_key_value_heads": config["num_key_value_heads"],
@@ -129,17 +111,12 @@ class HuginnRaven(Form):
         }
 
     def from_form(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields of our `config.json` that are not at their defaults.
-
-        Raises:
-            MoREError: If it is not the model that was published.
-        """
         renamed = {_OTHER_NAMES.get(name, name): value for name, value in found.items()}
-        values = {**_DEFAULTS, **renamed}
+        values = {name: default for name, (_, default) in _FIELDS.items()} | renamed
         for name in _OF_THE_MODEL:
             if values.get(name, _FIXED[name]) != _FIXED[name]:
                 raise MoREError(f"{name} {values[name]} is not what Huginn-0125 has, {_FIXED[name]}")
-        for name, default in _DEFAULTS.items():
+        for name, (_, default) in _FIELDS.items():
             kind = bool if isinstance(default, bool) else (int, float)
             if not isinstance(values[name], kind) or isinstance(values[name], bool) != isinstance(default, bool):
                 raise MoREError(f"{name} {values[name]!r} must be {'true or false' if kind is bool else 'a number'}")
@@ -147,7 +124,7 @@ class HuginnRaven(Form):
         layers = sum(values[name] for name in around)
         return {
             "variant": self.system,
-            **{ours: values[theirs] for theirs, ours in _SAME.items()},
+            **{ours: values[theirs] for theirs, (ours, _) in _FIELDS.items() if ours},
             "num_hidden_layers": layers,
             "moe_layers": [False] * layers,
             "num_experts": None,
@@ -158,25 +135,17 @@ class HuginnRaven(Form):
         }
 
     def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
-        """Return the rows outside of layers."""
         adapter = f"decoder.loops.{int(config['prelude_layers'] > 0)}.adapter"
-        embedding, head = "transformer.wte.weight", "lm_head.weight"
+        ours, embedding, head = "embedding.word_embeddings.weight", "transformer.wte.weight", "lm_head.weight"
         return (
-            Row(
-                "embedding.word_embeddings.weight",
-                f"{{{embedding},{head}}}",
-                "V h",
-                layout=Layout.TWICE,
-                when="tied",
-            ),
-            Row("embedding.word_embeddings.weight", embedding, "V h", when="!tied"),
+            Row(ours, f"{{{embedding},{head}}}", "V h", layout=Layout.TWICE, when="tied"),
+            Row(ours, embedding, "V h", when="!tied"),
             Row(adapter, "transformer.adapter.weight", "h 2*h"),
             Row("decoder.final_layernorm.weight", "transformer.ln_f.weight", "h"),
             Row("output_layer.weight", head, "V h", when="!tied"),
         )
 
     def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:
-        """Return the rows of a layer."""
         qkv = "self_attention.linear_qkv"
         return (
             Row(f"{qkv}.layer_norm_weight", "norm_1.weight", "h"),
@@ -191,7 +160,6 @@ class HuginnRaven(Form):
         )
 
     def layer_prefix(self, config: Mapping[str, Any], layer: int) -> str:
-        """Return what the names of a layer begin with."""
         prelude, layers = config["prelude_layers"], config["num_hidden_layers"]
         coda = layers - config["coda_layers"]
         if layer < prelude:

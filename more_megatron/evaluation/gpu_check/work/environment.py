@@ -9,12 +9,12 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from more_megatron.evaluation.gpu_check.outcomes import Finding
+from more_megatron.evaluation.gpu_check.plan import Plan, command_line
 from more_megatron.evaluation.runs import configure
 from more_megatron.platform import Platform, initialize_platform
 
@@ -71,9 +71,9 @@ def _driver() -> str:
     return done.stdout.split("\n")[0].strip() or "unknown"
 
 
-def defaults(flags: str) -> Finding:
+def defaults(plan: Plan) -> Finding:
     """Say what a run takes that leaves the choice to us."""
-    args, _ = configure(flags)
+    args, _ = configure(command_line(plan.systems[0], plan.sizes.training))
     return Finding({name: getattr(args, name) for name in _CHOICES})
 
 
@@ -90,28 +90,24 @@ def attention() -> Finding:
     return Finding({"attention": next(iter(chosen), "unfused: NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why")})
 
 
-def ceilings(size: int, copy_bytes: int, folder: str) -> Finding:
-    """Measure matrix products and a copy in memory, on random data: what everything later is held against.
+def ceilings(plan: Plan) -> Finding:
+    """Measure a product of square matrices and a copy in memory, on random data: what everything later is held against.
 
-    Args:
-        size: Rows and columns of the matrices.
-        copy_bytes: Bytes that are copied.
-        folder: Where the figures are left for stage e.
+    The figures are left in the folder for stage e.
     """
+    size, copy_bytes = plan.sizes.matmul, plan.sizes.copy_bytes
     device, flops = torch.cuda.current_device(), 2 * size**3
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(255, (copy_bytes,), device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    finding = Finding(
-        {
-            "bf16 TFLOP/s": flops / _seconds(lambda: left @ right) / 1e12,
-            "TB/s": 2 * copy_bytes / _seconds(lambda: target.copy_(source)) / 1e12,
-        }
-    )
+    figures = {
+        "bf16 TFLOP/s": flops / _seconds(lambda: left @ right) / 1e12,
+        "TB/s": 2 * copy_bytes / _seconds(lambda: target.copy_(source)) / 1e12,
+    }
     if initialize_platform() is Platform.CUDA and torch.cuda.get_device_capability() >= (8, 9):
-        finding.figures["fp8 TFLOP/s"] = flops / _seconds(_fp8_product(left, right)) / 1e12
-    Path(folder, "ceilings.json").write_text(json.dumps(finding.figures))
-    return finding
+        figures["fp8 TFLOP/s"] = flops / _seconds(_fp8_product(left, right)) / 1e12
+    (plan.folder / "ceilings.json").write_text(json.dumps(figures))
+    return Finding(figures)
 
 
 def _fp8_product(left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -122,11 +118,10 @@ def _fp8_product(left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.
 
 def _seconds(work: Callable[[], Any], warmup: int = 3, rounds: int = 10) -> float:
     times = []
-    for number in range(warmup + rounds):
+    for _ in range(warmup + rounds):
         torch.cuda.synchronize()
         start = time.perf_counter()
         work()
         torch.cuda.synchronize()
-        if number >= warmup:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:])

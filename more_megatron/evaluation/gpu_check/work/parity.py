@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
 
+from more_megatron.evaluation.command_lines import Flags
 from more_megatron.evaluation.gpu_check.outcomes import Finding
+from more_megatron.evaluation.gpu_check.plan import EXACT, PRECISIONS, Plan, command_line, everywhere
 from more_megatron.evaluation.gpu_check.work.tensors import gradients, sharded
 from more_megatron.evaluation.runs import configure, fresh_model
 from more_megatron.evaluation.step_benchmark import forward
@@ -25,46 +26,40 @@ _BARS = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 0.3)}
 _SMALLEST = 1e-3
 _NOISE_BAR = 1e-5
 _DEPTH = Depth(1, 2)
-_PATIENCE_SECONDS = 240.0
 
 
-def save_reference(folder: str, flags: str) -> Finding:
-    """Save a model, and the logits and gradients of a step.
-
-    Args:
-        folder: Where to.
-        flags: Command line of the model.
-    """
-    try:
-        _, model_config = configure(flags)
-        model = fresh_model(model_config)
-        redraw(model)
-        Path(folder, "weights").mkdir(parents=True)
-        dist_checkpointing.save(sharded(model), str(Path(folder, "weights")))
-        _publish(take_step(model), Path(folder, "step.pt"))
-    except BaseException:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        Path(folder, "step.failed").touch()
-        raise
+def save_reference(plan: Plan, system: str, precision: str) -> Finding:
+    """Save a model, and the logits and gradients of a step, for a comparison in a precision."""
+    folder = _reference(plan, system, precision)
+    model = _model(plan, system, precision, EXACT)
+    redraw(model)
+    (folder / "weights").mkdir(parents=True)
+    dist_checkpointing.save(sharded(model), str(folder / "weights"))
+    torch.save(take_step(model), folder / "step.pt")
     return Finding()
 
 
-def compare(folder: str, flags: str, precision: str) -> Finding:
-    """Load the model of a reference, take its step and compare.
-
-    Args:
-        folder: Of the reference.
-        flags: Command line of the same model for this device, backend and precision.
-        precision: Names the bars.
-    """
-    _, model_config = configure(flags)
-    model = fresh_model(model_config)
-    expected = _await(Path(folder, "step.pt"))
-    model.load_state_dict(dist_checkpointing.load(sharded(model), str(Path(folder, "weights"))), strict=True)
+def compare(plan: Plan, system: str, precision: str, backend: str) -> Finding:
+    """Load the model of a reference on this device, under a backend and in a precision, take its step and compare."""
+    folder = _reference(plan, system, precision)
+    expected = _by_the_cpu(folder / "step.pt")
+    model = _model(plan, system, precision, plan.backends[backend] | PRECISIONS[precision])
+    model.load_state_dict(dist_checkpointing.load(sharded(model), str(folder / "weights")), strict=True)
     found = take_step(model)
     if set(found) != set(expected):
         return Finding(faults=[f"has other tensors than the CPU: {sorted(set(found) ^ set(expected))[:4]}"])
     return _judge(found, expected, precision)
+
+
+def _reference(plan: Plan, system: str, precision: str) -> Path:
+    return plan.folder / f"reference-{precision}-{system}"
+
+
+def _model(plan: Plan, system: str, precision: str, flags: Flags) -> GPTModel:
+    # A rounding in bf16 could send a token elsewhere.
+    routing = everywhere(system) if precision == "bf16" else {}
+    _, model_config = configure(command_line(system, plan.sizes.parity, routing, flags, steps=3, backprop_steps=2))
+    return fresh_model(model_config)
 
 
 def redraw(model: GPTModel) -> None:
@@ -111,15 +106,15 @@ def _judge(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], pr
     return finding
 
 
-def save_noise(folder: str) -> Finding:
+def save_noise(plan: Plan) -> Finding:
     """Save the noise of the CPU."""
-    _publish({"noise": _noise()}, Path(folder, "noise.pt"))
+    torch.save({"noise": _noise()}, plan.folder / "noise.pt")
     return Finding()
 
 
-def compare_noise(folder: str) -> Finding:
+def compare_noise(plan: Plan) -> Finding:
     """Compare initial states with those of the CPU: equal up to the rounding of logarithm, sine and cosine."""
-    distance = float((_noise().cpu() - _await(Path(folder, "noise.pt"))["noise"]).abs().max())
+    distance = float((_noise().cpu() - _by_the_cpu(plan.folder / "noise.pt")["noise"]).abs().max())
     finding = Finding({"largest difference": distance})
     finding.require(distance <= _NOISE_BAR, f"noise is {distance:.1e} away, more than {_NOISE_BAR:.0e}")
     return finding
@@ -131,17 +126,7 @@ def _noise() -> torch.Tensor:
     return state_noise(samples.to(device), positions.to(device), 64, seed=1234, layer=3, std=1.0)
 
 
-def _publish(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write a file that others wait for, whole or not at all."""
-    unfinished = file.with_suffix(".unfinished")
-    torch.save({name: tensor.cpu() for name, tensor in tensors.items()}, unfinished)
-    unfinished.rename(file)
-
-
-def _await(file: Path) -> dict[str, torch.Tensor]:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not file.exists():
-        if file.with_suffix(".failed").exists() or time.monotonic() > deadline:
-            raise RuntimeError(f"the CPU did not do its part: {file.parent.name} has no {file.name}")
-        time.sleep(0.05)
-    return torch.load(file, map_location="cpu")
+def _by_the_cpu(file: Path) -> dict[str, torch.Tensor]:
+    if not file.exists():
+        raise RuntimeError(f"the CPU did not do its part: {file.parent.name} has no {file.name}")
+    return torch.load(file)

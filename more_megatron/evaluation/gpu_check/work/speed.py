@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import statistics
 import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.comparison.matching import Goal, match, system_cost
+from more_megatron.evaluation.comparison.matching import match, system_cost
 from more_megatron.evaluation.gpu_check.outcomes import Finding
-from more_megatron.evaluation.gpu_check.plan import Sizes
-from more_megatron.evaluation.runs import configure, sole_rank
-from more_megatron.evaluation.step_benchmark import (
-    StepBenchmark,
-    peak_bytes,
-    reset_peak,
-)
+from more_megatron.evaluation.gpu_check.plan import Plan, command_line
+from more_megatron.evaluation.runs import configure
+from more_megatron.evaluation.step_benchmark import StepBenchmark
 from more_megatron.model.depth import Depth
 from more_megatron.platform import Platform, initialize_platform
 from more_megatron.systems import get_system
@@ -34,109 +28,91 @@ _KERNELS = 10
 _WAITS_SHOWN = 4
 
 
-def save_target(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
-    """Find the cost a token that all systems are brought to: that of the most expensive one as it is.
-
-    Args:
-        lines: Command line of each system.
-        folder: Where the figure is left.
-        sizes: Of this stage.
-    """
+def save_target(plan: Plan) -> Finding:
+    """Leave the cost a token that all systems are brought to: that of the most expensive one as it is."""
     costs = {}
-    for name, line in lines.items():
-        args, model_config = configure(line)
-        cost = system_cost(model_config, args.seq_length)
-        costs[name] = cost.training_flops(0, sizes.steps)
-    Path(folder, "target.json").write_text(json.dumps(max(costs.values())))
+    for system in plan.baseline_first:
+        args, model_config = configure(_line(plan, system, "bf16"))
+        costs[system] = system_cost(model_config, args.seq_length).training_flops(0, plan.sizes.steps)
+    (plan.folder / "target.json").write_text(json.dumps(max(costs.values())))
     return Finding({f"GFLOP a token, {name}": cost / 1e9 for name, cost in costs.items()})
 
 
-def measure(name: str, precision: str, line: str, baseline: str, folder: str, sizes: Sizes) -> Finding:
-    """Time forward and backward pass of a system, without the optimizer.
-
-    Args:
-        name: Name of the system.
-        precision: `bf16` or `fp8`.
-        line: Command line.
-        baseline: Name of the system that others are compared with; measured first.
-        folder: Where `save_target` has been; the figures are left there.
-        sizes: Of this stage.
-    """
-    model_config, seq_length = _matched(line, folder, sizes)
+def measure(plan: Plan, system: str, precision: str) -> Finding:
+    """Time forward and backward pass of a system in bf16 or fp8, without the optimizer, and leave the figures."""
+    sizes = plan.sizes
     depth = Depth(0, sizes.steps)
-    benchmark, micro_batch, peak = _filled(model_config, seq_length, depth, sizes)
-    for _ in range(sizes.warmup):
-        benchmark.step(depth)
-    seconds = statistics.median(benchmark.step(depth) for _ in range(sizes.rounds))
-    tokens = micro_batch * seq_length
+    benchmark, micro_batch, memory = _filled(plan, system, precision)
+    seconds = [benchmark.step(depth) for _ in range(sizes.warmup + sizes.rounds)][sizes.warmup :]
+    timing = benchmark.timing(system, depth, seconds, memory)
     figures: dict[str, Any] = {
         "micro-batch": micro_batch,
-        "ms": 1e3 * seconds,
-        "tokens/s": tokens / seconds,
-        "TFLOP/s": benchmark.cost.training_flops(0, sizes.steps) * tokens / seconds / 1e12,
-        "GiB": peak / 2**30,
+        "ms": 1e3 * timing.median_seconds,
+        "tokens/s": timing.tokens / timing.median_seconds,
+        "TFLOP/s": timing.achieved_flops / 1e12,
+        "GiB": timing.peak_bytes / 2**30,
     }
-    Path(folder, f"speed-{precision}-{name}.json").write_text(json.dumps(figures))
-    figures |= _ratios(name, precision, baseline, Path(folder))
+    _file(plan, system, precision).write_text(json.dumps(figures))
+    figures |= _ratios(plan, system, precision)
     if precision == "bf16":
         figures |= _waits(benchmark, depth)
-        if get_system(name).recurrent:
-            figures |= {f"ms at r={r}": 1e3 * _seconds(benchmark, Depth(0, r)) for r in sizes.depths}
+        if get_system(system).recurrent:
+            for steps in sizes.depths:
+                figures[f"ms at r={steps}"] = 1e3 * min(benchmark.step(Depth(0, steps)) for _ in range(2))
             figures[f"ms at r={sizes.steps}"] = figures["ms"]
     return Finding(figures)
 
 
-def _matched(line: str, folder: str, sizes: Sizes) -> tuple[GPTModelConfig, int]:
-    """Return the model whose experts are as wide as the common cost allows, and the length of its sequences."""
-    args, model_config = configure(line)
-    target = json.loads(Path(folder, "target.json").read_text())
-    depth = Depth(0, sizes.steps)
-    return match(model_config, Goal(flops=target), depth, args.seq_length), args.seq_length
+def _line(plan: Plan, system: str, precision: str) -> str:
+    recipe = next(iter(plan.recipes.values())) if precision == "fp8" else {}
+    return command_line(system, plan.sizes.speed, plan.best_backend, recipe, steps=plan.sizes.steps)
 
 
-def _filled(
-    model_config: GPTModelConfig, seq_length: int, depth: Depth, sizes: Sizes
-) -> tuple[StepBenchmark, int, int]:
-    """Return a benchmark whose micro-batch is as large as fits, its size, and the most memory a step takes."""
-    sole_rank()
-    benchmark = StepBenchmark(model_config, seq_length, 1)
-    one, two = (_peak(benchmark, size, depth) for size in (1, 2))
-    micro_batch, each = sizes.micro_batch, max(two - one, 1)
-    while micro_batch > 1 and one + (micro_batch - 1) * each > _FILL * _memory():
+def _filled(plan: Plan, system: str, precision: str) -> tuple[StepBenchmark, int, tuple[int, int]]:
+    """Return a model whose experts are as wide as the common cost allows, with a micro-batch as large as fits.
+
+    Returns:
+        The benchmark, the size of its micro-batch, and what `StepBenchmark.memory` says of it.
+    """
+    args, model_config = configure(_line(plan, system, precision))
+    target, depth = _read(plan.folder / "target.json"), Depth(0, plan.sizes.steps)
+    matched = match(model_config, depth, args.seq_length, flops=target)
+    benchmark = StepBenchmark(matched, args.seq_length, 1)
+
+    def memory(size: int) -> tuple[int, int]:
+        benchmark.fill(size)
+        benchmark.step(depth)
+        return benchmark.memory(depth)
+
+    (one, _), (two, _) = memory(1), memory(2)
+    micro_batch, each = plan.sizes.micro_batch, max(two - one, 1)
+    while micro_batch > 1 and one + (micro_batch - 1) * each > _FILL * _device_memory():
         micro_batch //= 2
-    return benchmark, micro_batch, _peak(benchmark, micro_batch, depth)
+    return benchmark, micro_batch, memory(micro_batch)
 
 
-def _peak(benchmark: StepBenchmark, size: int, depth: Depth) -> int:
-    benchmark.fill(size)
-    benchmark.step(depth)
-    reset_peak()
-    benchmark.step(depth)
-    return peak_bytes()
-
-
-def _memory() -> float:
+def _device_memory() -> float:
     if initialize_platform() is Platform.CPU:
         return float("inf")
     return float(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _seconds(benchmark: StepBenchmark, depth: Depth, rounds: int = 2) -> float:
-    return min(benchmark.step(depth) for _ in range(rounds))
-
-
-def _ratios(name: str, precision: str, baseline: str, folder: Path) -> dict[str, float]:
-    """Hold a speed against the device's ceiling, the baseline and bf16, as far as they are known."""
-    own = _read(folder / f"speed-{precision}-{name}.json")["TFLOP/s"]
+def _ratios(plan: Plan, system: str, precision: str) -> dict[str, float]:
+    """Hold a speed against the device's ceiling, the first system and bf16, as far as they are known."""
+    own = _read(_file(plan, system, precision))["TFLOP/s"]
     known = {
-        "of peak": _read(folder / "ceilings.json").get(f"{precision} TFLOP/s"),
-        "vs baseline": _read(folder / f"speed-{precision}-{baseline}.json").get("TFLOP/s"),
-        "vs bf16": _read(folder / f"speed-bf16-{name}.json").get("TFLOP/s") if precision != "bf16" else None,
+        "of peak": _read(plan.folder / "ceilings.json").get(f"{precision} TFLOP/s"),
+        "vs baseline": _read(_file(plan, plan.baseline_first[0], precision)).get("TFLOP/s"),
+        "vs bf16": _read(_file(plan, system, "bf16")).get("TFLOP/s") if precision != "bf16" else None,
     }
     return {ratio: own / other for ratio, other in known.items() if other}
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _file(plan: Plan, system: str, precision: str) -> Path:
+    return plan.folder / f"speed-{precision}-{system}.json"
+
+
+def _read(file: Path) -> Any:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
@@ -161,27 +137,19 @@ def _waits(benchmark: StepBenchmark, depth: Depth) -> dict[str, Any]:
     return {"waits": sum(places.values()), "waits at": most}
 
 
-def profile_slowest(lines: dict[str, str], folder: str, sizes: Sizes) -> Finding:
-    """List the most expensive kernels of the system that gets least out of the device.
-
-    Args:
-        lines: Command line of each system.
-        folder: Where `measure` has left its figures.
-        sizes: Of this stage.
-    """
-    figures = {name: _read(Path(folder, f"speed-bf16-{name}.json")) for name in lines}
-    measured = {name: float(known["TFLOP/s"]) for name, known in figures.items() if known}
+def profile_slowest(plan: Plan) -> Finding:
+    """List the most expensive kernels of the system that gets least out of the device, by what `measure` has left."""
+    figures = {system: _read(_file(plan, system, "bf16")) for system in plan.baseline_first}
+    measured = {system: float(known["TFLOP/s"]) for system, known in figures.items() if known}
     if not measured:
         raise MoREError("no system was measured: there is none to look into")
     slowest = min(measured, key=measured.__getitem__)
-    model_config, seq_length = _matched(lines[slowest], folder, sizes)
-    depth = Depth(0, sizes.steps)
-    benchmark, _, _ = _filled(model_config, seq_length, depth, sizes)
+    benchmark, _, _ = _filled(plan, slowest, "bf16")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if initialize_platform() is Platform.CUDA:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
-        benchmark.step(depth)
+        benchmark.step(Depth(0, plan.sizes.steps))
     return Finding({"system": slowest, "kernels": _kernels(profile)})
 
 

@@ -14,7 +14,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from transformers import AutoModelForCausalLM
 
 from more_megatron.checkpoint_files import checkpoint_to_load
+from more_megatron.evaluation.command_lines import Flags
 from more_megatron.evaluation.gpu_check.outcomes import Finding
+from more_megatron.evaluation.gpu_check.plan import EXACT, Plan, command_line
 from more_megatron.evaluation.gpu_check.work.tensors import sharded
 from more_megatron.evaluation.runs import configure, fresh_model, train
 from more_megatron.evaluation.step_benchmark import forward
@@ -31,34 +33,33 @@ _FP8_MARGIN = 0.3
 _LOGITS, _LAYOUTS = 1e-3, 1e-4
 # Losses at the end of a run that are averaged.
 _LAST = 5
+_LAYOUT_STEPS = 4
 
 
-def write_corpus(prefix: str) -> Finding:
+def write_corpus(plan: Plan) -> Finding:
     """Write documents that count up in steps of 1 to 4: easy to learn."""
     random = np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    builder = IndexedDatasetBuilder(f"{plan.corpus}.bin", dtype=np.uint16)
     for _ in range(400):
         start, stride = random.integers(0, 126), random.integers(1, 5)
         builder.add_item(torch.from_numpy((start + stride * np.arange(80)) % 126))
         builder.end_document()
-    builder.finalize(f"{prefix}.idx")
+    builder.finalize(f"{plan.corpus}.idx")
     return Finding()
 
 
-def learn_and_hand_on(flags: str, other: str, exact: str, folder: str, steps: int, fall: float) -> Finding:
-    """Train, resume from half-way under the other backend, export, and compare the logits of the export.
+def _line(plan: Plan, system: str, *flags: Flags) -> str:
+    return command_line(system, plan.sizes.training, {"data-path": plan.corpus}, *flags)
 
-    Args:
-        flags: Command line of the run.
-        other: The same under the other backend.
-        exact: The same in float32.
-        folder: For checkpoints and export.
-        steps: Training steps.
-        fall: By how many nats the loss must fall.
-    """
-    half = steps // 2
-    checkpoints = f"{folder}/checkpoints"
-    losses = _losses(f"{flags} --train-iters {steps} --save {checkpoints} --save-interval {half}")
+
+def learn_and_hand_on(plan: Plan, system: str, backend: str) -> Finding:
+    """Train, resume from half-way under the other backend, export, and compare the logits of the export."""
+    steps, fall = plan.sizes.training_steps, plan.sizes.fall
+    others = [name for name in plan.backends if name != backend] or [backend]
+    own, other = (_line(plan, system, plan.backends[name]) for name in (backend, others[0]))
+    folder = plan.folder / f"training-{system}-{backend}"
+    half, checkpoints = steps // 2, folder / "checkpoints"
+    losses = _losses(f"{own} --train-iters {steps} --save {checkpoints} --save-interval {half}")
     finding = Finding({"first": losses[0], "last": losses[-1]})
     _require_whole(finding, losses, steps)
     end = _mean_of_last(losses)
@@ -70,7 +71,7 @@ def learn_and_hand_on(flags: str, other: str, exact: str, folder: str, steps: in
     finding.figures["resumed"] = distance
     finding.require(distance <= _RESUMED, f"losses under the other backend are {distance:.1e} away, over {_RESUMED}")
 
-    distance = _export_distance(exact, Path(checkpoints), Path(folder, "export"))
+    distance = _export_distance(_line(plan, system, EXACT), checkpoints, folder / "export")
     finding.figures["export"] = distance
     finding.require(distance <= _LOGITS, f"logits of the export are {distance:.1e} from Megatron's, over {_LOGITS}")
     return finding
@@ -106,52 +107,53 @@ def _export_distance(flags: str, checkpoints: Path, export: Path) -> float:
     return float(difference / ours.abs().max())
 
 
-def learn_in_fp8(flags: str, recipes: dict[str, str], steps: int) -> Finding:
-    """Train in bf16 and with each recipe of FP8, and compare where the losses come to.
+def learn_in_fp8(plan: Plan, system: str) -> Finding:
+    """Train in bf16 and with each recipe of FP8, and compare where the losses come to."""
+    sizes = plan.sizes
 
-    Args:
-        flags: Command line of the run in bf16.
-        recipes: Command line of each recipe.
-        steps: Training steps.
-    """
-    end = _mean_of_last(_losses(f"{flags} --train-iters {steps}"))
+    def losses_with(recipe: Flags) -> list[float]:
+        line = command_line(system, sizes.fp8, {"data-path": plan.corpus}, plan.best_backend, recipe)
+        return _losses(f"{line} --train-iters {sizes.fp8_steps}")
+
+    end = _mean_of_last(losses_with({}))
     finding = Finding({"bf16": end})
-    for name, command_line in recipes.items():
+    for name, recipe in plan.recipes.items():
         try:
-            losses = _losses(f"{command_line} --train-iters {steps}")
+            losses = losses_with(recipe)
         except Exception as error:  # the other recipes are still to be tried
             finding.faults.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
-        _require_whole(finding, losses, steps)
+        _require_whole(finding, losses, sizes.fp8_steps)
         finding.figures[name] = _mean_of_last(losses)
         above = finding.figures[name] - end
         finding.require(above <= _FP8_MARGIN, f"{name} ends {above:.3f} nats above bf16, more than {_FP8_MARGIN}")
     return finding
 
 
-def save_losses(flags: str, steps: int, folder: str) -> Finding:
+def save_losses(plan: Plan, system: str) -> Finding:
     """Train on one rank, for layouts to be compared with: the checkpoint of the first step and the losses after it."""
-    _losses(f"{flags} --train-iters {steps} --save {folder} --save-interval 1 --exit-interval 1")
-    losses = _losses(f"{flags} --train-iters {steps} --load {folder} --ckpt-step 1")
-    Path(folder, "losses.json").write_text(json.dumps(losses))
+    folder = _layouts_folder(plan, system)
+    line = f"{_line(plan, system, EXACT)} --train-iters {_LAYOUT_STEPS}"
+    _losses(f"{line} --save {folder} --save-interval 1 --exit-interval 1")
+    losses = _losses(f"{line} --load {folder} --ckpt-step 1")
+    (folder / "losses.json").write_text(json.dumps(losses))
     return Finding({"losses": losses})
 
 
-def under_layouts(layouts: dict[str, str], steps: int, folder: str) -> Finding:
-    """Go on from the checkpoint under each layout and compare losses with those of one rank.
-
-    Args:
-        layouts: Command line of each layout.
-        steps: Training steps.
-        folder: Where `save_losses` has been.
-    """
-    finding = Finding()
-    expected = json.loads(Path(folder, "losses.json").read_text())
-    for name, command_line in layouts.items():
-        losses = _losses(f"{command_line} --train-iters {steps} --load {folder} --ckpt-step 1")
+def under_layouts(plan: Plan, system: str) -> Finding:
+    """Go on from the checkpoint of `save_losses` under each layout and compare losses with those of one rank."""
+    finding, folder = Finding(), _layouts_folder(plan, system)
+    expected = json.loads((folder / "losses.json").read_text())
+    for name, layout in plan.layouts.items():
+        line = f"{_line(plan, system, EXACT, layout)} --train-iters {_LAYOUT_STEPS}"
+        losses = _losses(f"{line} --load {folder} --ckpt-step 1")
         if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
             continue  # The last rank prints.
         distance = max((abs(a - b) / b for a, b in zip(losses, expected, strict=True)), default=math.inf)
         finding.figures[name] = distance
         finding.require(distance <= _LAYOUTS, f"losses under {name} are {distance:.1e} away, more than {_LAYOUTS}")
     return finding
+
+
+def _layouts_folder(plan: Plan, system: str) -> Path:
+    return plan.folder / f"layouts-{system}"

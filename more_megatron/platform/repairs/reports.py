@@ -10,28 +10,55 @@ import torch
 from megatron.training import get_args, training
 
 from more_megatron.console import say, start_is_over
-from more_megatron.platform.stand_in import StandIn, install
+from more_megatron.platform.stand_in import Table, install
 
 __all__ = ["REPORTS", "TEST_SPLIT", "count_flops_with"]
 
+REPORTS = Table()
+_TRAINING = "megatron.training.training"
 _NUM_FLOATING_POINT_OPERATIONS = training.num_floating_point_operations
 _count_flops: Callable[..., float] | None = None
 
 
 def count_flops_with(count: Callable[..., float] | None) -> None:
-    """Let Megatron's throughput line count the operations of a step with a function of our own.
-
-    Args:
-        count: Takes Megatron's arguments and the sequences of the step. None: Megatron's count.
-    """
+    """Let Megatron's throughput line count the operations of a step with a function; None: with Megatron's own."""
     global _count_flops
     _count_flops = count
 
 
+@REPORTS.replaces(
+    _TRAINING,
+    "num_floating_point_operations",
+    why="it knows Megatron's architectures only, and no recurrence",
+    text="num_floating_point_operations(",
+)
 def _num_floating_point_operations(*args: Any, **kwargs: Any) -> float:
     return (_count_flops or _NUM_FLOATING_POINT_OPERATIONS)(*args, **kwargs)
 
 
+_TRAINING_LOG = training.training_log
+
+
+@REPORTS.replaces(
+    _TRAINING,
+    "training_log",
+    why="losses of the first line are averaged into the second: a resumed run prints others than an uninterrupted one",
+    text="should_reset = not is_first_iteration",
+)
+def _training_log(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
+    """Log as Megatron does, and begin a new average after a first line that would have come anyway."""
+    start_is_over()
+    iteration = args[3]
+    comes_anyway = iteration % get_args().log_interval == 0
+    return _TRAINING_LOG(*args, is_first_iteration=is_first_iteration and not comes_anyway, **kwargs)
+
+
+@REPORTS.replaces(
+    _TRAINING,
+    "report_theoretical_memory",
+    why="it knows plain models in bf16 only: no recurrent state, no repeated activations, no other experts",
+    text="report_theoretical_memory(args, num_microbatches=num_microbatches, verbose=True)",
+)
 def _no_theoretical_memory(*args: Any, **kwargs: Any) -> None:
     """Say nothing: what the process really uses is on the next line."""
 
@@ -39,6 +66,12 @@ def _no_theoretical_memory(*args: Any, **kwargs: Any) -> None:
 _EVALUATE_AND_PRINT_RESULTS = training.evaluate_and_print_results
 
 
+@REPORTS.replaces(
+    _TRAINING,
+    "evaluate_and_print_results",
+    why="the test set is reported as validation, and full validation takes a number of iterations for a list",
+    text="args.eval_iters = eval_iters[0] if not args.multiple_validation_sets else eval_iters",
+)
 def _evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
     """Evaluate as Megatron does, the test split under its own name."""
     start_is_over()
@@ -69,6 +102,12 @@ _BUILD_LOADERS = training.build_train_valid_test_data_loaders
 _test_iterations = 0
 
 
+@REPORTS.replaces(
+    _TRAINING,
+    "build_train_valid_test_data_loaders",
+    why="a list with no validation set in it passes for one",
+    text="do_valid = valid_dataloaders is not None and (args.full_validation or args.eval_iters > 0)",
+)
 def _build_loaders(provider: Any) -> Any:
     """Build as Megatron does, and evaluate only where there are validation data."""
     global _test_iterations
@@ -91,99 +130,47 @@ def _of_the_test(name: str) -> str:
 
 
 class _Renaming:
-    """A writer whose curves are those of the test split.
-
-    Args:
-        writer: Of TensorBoard or Weights & Biases.
-    """
+    """A writer of TensorBoard or Weights & Biases whose curves are those of the test split."""
 
     def __init__(self, writer: Any) -> None:
         self._writer = writer
 
     def add_scalar(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """Write a point of TensorBoard's."""
         self._writer.add_scalar(_of_the_test(name), *args, **kwargs)
 
     def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Write points of Weights & Biases'."""
         self._writer.log({_of_the_test(name): value for name, value in values.items()}, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._writer, name)
 
 
+# In place while the test split is evaluated.
+TEST_SPLIT = Table()
+
+
+def _names_all_validation(name: str, text: str) -> Callable[[Any], Any]:
+    reason = "every evaluation is named after the validation set, that of the test set too"
+    return TEST_SPLIT.replaces(_TRAINING, name, why=reason, text=text)
+
+
 _TENSORBOARD, _WANDB, _PRINT = training.get_tensorboard_writer, training.get_wandb_writer, training.print_rank_last
 
 
-def _renaming(get_writer: Callable[[], Any]) -> Callable[[], Any]:
-    def get() -> Any:
-        writer = get_writer()
-        return writer and _Renaming(writer)
-
-    return get
+@_names_all_validation("get_tensorboard_writer", "writer.add_scalar('{} validation{}'.format(key, suffix)")
+def _get_tensorboard_writer() -> Any:
+    writer = _TENSORBOARD()
+    return writer and _Renaming(writer)
 
 
-_NAMES_ALL_VALIDATION = "every evaluation is named after the validation set, that of the test set too"
-
-# In place while the test split is evaluated.
-TEST_SPLIT = (
-    StandIn(
-        "megatron.training.training",
-        "get_tensorboard_writer",
-        _renaming(_TENSORBOARD),
-        _NAMES_ALL_VALIDATION,
-        "training/training.py",
-        "writer.add_scalar('{} validation{}'.format(key, suffix)",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "get_wandb_writer",
-        _renaming(_WANDB),
-        _NAMES_ALL_VALIDATION,
-        "training/training.py",
-        "{'{} validation{}'.format(key, suffix): total_loss_dict[key].item()}, iteration",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "print_rank_last",
-        lambda text: _PRINT(_of_the_test(text)),
-        _NAMES_ALL_VALIDATION,
-        "training/training.py",
-        "string = f' validation{suffix} loss at {prefix} | '",
-    ),
+@_names_all_validation(
+    "get_wandb_writer", "{'{} validation{}'.format(key, suffix): total_loss_dict[key].item()}, iteration"
 )
+def _get_wandb_writer() -> Any:
+    writer = _WANDB()
+    return writer and _Renaming(writer)
 
-REPORTS = (
-    StandIn(
-        "megatron.training.training",
-        "build_train_valid_test_data_loaders",
-        _build_loaders,
-        "a list with no validation set in it passes for one",
-        "training/training.py",
-        "do_valid = valid_dataloaders is not None and (args.full_validation or args.eval_iters > 0)",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "evaluate_and_print_results",
-        _evaluate_and_print_results,
-        "the test set is reported as validation, and full validation takes a number of iterations for a list",
-        "training/training.py",
-        "args.eval_iters = eval_iters[0] if not args.multiple_validation_sets else eval_iters",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "num_floating_point_operations",
-        _num_floating_point_operations,
-        "it knows Megatron's architectures only, and no recurrence",
-        "training/training.py",
-        "num_floating_point_operations(",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "report_theoretical_memory",
-        _no_theoretical_memory,
-        "it knows plain models in bf16 only: no recurrent state, no repeated activations, no other experts",
-        "training/training.py",
-        "report_theoretical_memory(args, num_microbatches=num_microbatches, verbose=True)",
-    ),
-)
+
+@_names_all_validation("print_rank_last", "string = f' validation{suffix} loss at {prefix} | '")
+def _print_rank_last(text: str) -> None:
+    _PRINT(_of_the_test(text))

@@ -21,12 +21,21 @@ from more_megatron.checkpoint_lock import check_still_held
 from more_megatron.console import say, start_is_over
 from more_megatron.errors import MoREError, last_line
 from more_megatron.pickles import load_strictly, read_metadata
-from more_megatron.platform.finite import check_parameters
-from more_megatron.platform.stand_in import StandIn
+from more_megatron.platform.repairs.finite import check_parameters
+from more_megatron.platform.stand_in import Table
 
 __all__ = ["CHECKPOINTING"]
 
+CHECKPOINTING = Table()
 
+
+@CHECKPOINTING.replaces(
+    "torch.distributed.checkpoint:FileSystemReader",
+    "read_metadata",
+    why="it runs whatever a pickle names, and believes the file names in it",
+    text="return FileSystemReader(checkpoint_dir)",
+    file="core/dist_checkpointing/strategies/torch.py",
+)
 def _read_metadata(self: FileSystemReader, *args: Any, rank: int | None = None, **kwargs: Any) -> Metadata:
     """Read the index of a checkpoint as PyTorch does, but build only what belongs into one."""
     metadata = read_metadata(Path(self.path), Path(self._get_metadata_path(rank)).name)
@@ -37,6 +46,13 @@ def _read_metadata(self: FileSystemReader, *args: Any, rank: int | None = None, 
     return metadata
 
 
+@CHECKPOINTING.replaces(
+    "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner",
+    "load_bytes",
+    why="it runs whatever a pickle names",
+    text="class MCoreLoadPlanner(DefaultLoadPlanner):",
+    file="core/dist_checkpointing/strategies/torch.py",
+)
 def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
     """Load an object that is no tensor as PyTorch does, but build only what Megatron declares safe."""
     name = read_item.dest_index.fqn
@@ -53,6 +69,12 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
 _TRACKER_ENTRY = checkpointing.read_metadata
 
 
+@CHECKPOINTING.replaces(
+    "megatron.training.checkpointing",
+    "read_metadata",
+    why="where the tracker file names a release, --ckpt-step is read and not obeyed",
+    text="checkpoint_name = get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)",
+)
 def _tracker_entry(tracker_filename: str) -> tuple[int, bool]:
     """Return what the tracker file names, unless `--ckpt-step` names another: a release does not stand above it."""
     arguments = global_vars._GLOBAL_ARGS  # None while arguments are read from a checkpoint
@@ -63,6 +85,13 @@ def _tracker_entry(tracker_filename: str) -> tuple[int, bool]:
 _LOAD_SCHEDULE = OptimizerParamScheduler.load_state_dict
 
 
+@CHECKPOINTING.replaces(
+    "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler",
+    "load_state_dict",
+    why="it counts samples: with another batch size or schedule the learning rate jumps without a word",
+    text="lr_decay_steps = args.lr_decay_iters * args.global_batch_size",
+    file="training/training.py",
+)
 def _load_schedule(self: OptimizerParamScheduler, state_dict: dict[str, Any]) -> None:
     """Load as Megatron does, and say so where the learning rate does not go on from where it was."""
     before = get_canonical_lr_for_logging(self.optimizer.param_groups)
@@ -76,6 +105,13 @@ _LOAD_CHECKPOINT, _SAVE_CHECKPOINT = training.load_checkpoint, training.save_che
 _FINALIZE = training.maybe_finalize_async_save
 
 
+@CHECKPOINTING.replaces(
+    "megatron.training.training",
+    "load_checkpoint",
+    why="errors of reading are tracebacks of all ranks, and parameters that are not finite are taken",
+    text="module.load_state_dict(state_dict, strict=strict)",
+    file="training/checkpointing.py",
+)
 def _load_checkpoint(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Load as Megatron does, or end with one line."""
     try:
@@ -107,6 +143,13 @@ def _withhold_interval(arguments: Any) -> None:
         _withheld_interval, arguments.save_retain_interval = arguments.save_retain_interval, None
 
 
+@CHECKPOINTING.replaces(
+    "megatron.training.training",
+    "save_checkpoint",
+    why="it writes into what an older run or a kill left, and parameters that are not finite",
+    text="# TODO Handle non-empty directories (e.g., after a crash during saving).",
+    file="training/checkpointing.py",
+)
 def _save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
     """Save as Megatron does: finite parameters only, into a folder that is new."""
     start_is_over()
@@ -121,6 +164,12 @@ def _save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> A
         return _SAVE_CHECKPOINT(iteration, model, *args, **kwargs)
 
 
+@CHECKPOINTING.replaces(
+    "megatron.training.training",
+    "maybe_finalize_async_save",
+    why="errors of writing are tracebacks of all ranks",
+    text="maybe_finalize_async_save(blocking=True, terminate=True)",
+)
 def _finalize(*args: Any, **kwargs: Any) -> Any:
     """Finish what was written in the background as Megatron does, or end with one line."""
     with _one_line_on_failure("a checkpoint in the background"):
@@ -140,63 +189,3 @@ def _one_line_on_failure(what: str) -> Iterator[None]:
         raise MoREError(
             f"{what} cannot be saved in {folder}: {last_line(error)}; {kept}; make room, start the same command again"
         ) from error
-
-
-CHECKPOINTING = (
-    StandIn(
-        "torch.distributed.checkpoint:FileSystemReader",
-        "read_metadata",
-        _read_metadata,
-        "it runs whatever a pickle names, and believes the file names in it",
-        "core/dist_checkpointing/strategies/torch.py",
-        "return FileSystemReader(checkpoint_dir)",
-    ),
-    StandIn(
-        "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner",
-        "load_bytes",
-        _load_bytes,
-        "it runs whatever a pickle names",
-        "core/dist_checkpointing/strategies/torch.py",
-        "class MCoreLoadPlanner(DefaultLoadPlanner):",
-    ),
-    StandIn(
-        "megatron.training.checkpointing",
-        "read_metadata",
-        _tracker_entry,
-        "where the tracker file names a release, --ckpt-step is read and not obeyed",
-        "training/checkpointing.py",
-        "checkpoint_name = get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)",
-    ),
-    StandIn(
-        "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler",
-        "load_state_dict",
-        _load_schedule,
-        "it counts samples: with another batch size or schedule the learning rate jumps without a word",
-        "training/training.py",
-        "lr_decay_steps = args.lr_decay_iters * args.global_batch_size",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "load_checkpoint",
-        _load_checkpoint,
-        "errors of reading are tracebacks of all ranks, and parameters that are not finite are taken",
-        "training/checkpointing.py",
-        "module.load_state_dict(state_dict, strict=strict)",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "maybe_finalize_async_save",
-        _finalize,
-        "errors of writing are tracebacks of all ranks",
-        "training/training.py",
-        "maybe_finalize_async_save(blocking=True, terminate=True)",
-    ),
-    StandIn(
-        "megatron.training.training",
-        "save_checkpoint",
-        _save_checkpoint,
-        "it writes into what an older run or a kill left, and parameters that are not finite",
-        "training/checkpointing.py",
-        "# TODO Handle non-empty directories (e.g., after a crash during saving).",
-    ),
-)

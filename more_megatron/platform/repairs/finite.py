@@ -12,17 +12,16 @@ from megatron.training import get_args
 
 from more_megatron.checkpoint_files import newest_clean_iteration
 from more_megatron.errors import MoREError
-from more_megatron.platform.stand_in import StandIn
+from more_megatron.platform.stand_in import Table
 
 __all__ = ["FINITE", "Tracer", "check_parameters", "non_finite_stop", "trace_reruns"]
+
+FINITE = Table()
+_MACHINE = "megatron.core.rerun_state_machine:RerunStateMachine"
 
 
 def check_parameters(model: Sequence[torch.nn.Module], where: str) -> None:
     """Check that the parameters of all ranks are finite. Called on every rank.
-
-    Args:
-        model: Chunks of the model on this rank.
-        where: What they are parameters of.
 
     Raises:
         MoREError: If one is not; the message names the newest checkpoint in which all are.
@@ -57,11 +56,7 @@ class Tracer:
         """Look at the step that is computed next: for the second time, after its loss was not finite."""
 
     def explain(self, here: bool) -> str:
-        """Return what to add to the reason of a stop.
-
-        Args:
-            here: Whether this rank alone asks; else all ranks do, and are to get the same answer.
-        """
+        """Return what to add to the reason of a stop. Unless this rank alone asks, all do, and get the same answer."""
         return ""
 
 
@@ -77,6 +72,12 @@ def trace_reruns(tracer: Tracer) -> None:
 _SHOULD_RUN = RerunStateMachine.should_run_forward_backward
 
 
+@FINITE.replaces(
+    _MACHINE,
+    "should_run_forward_backward",
+    why="nobody can look where the numbers came from when it computes a step that failed a second time",
+    text="self.state = RerunState.RERUNNING_IN_PLACE",
+)
 def _should_run_forward_backward(self: RerunStateMachine, *args: Any) -> bool:
     """Decide as Megatron does, and tell who traces reruns."""
     runs = _SHOULD_RUN(self, *args)
@@ -89,6 +90,12 @@ _VALIDATE_RESULT = RerunStateMachine.validate_result
 _SHOULD_CHECKPOINT_AND_EXIT = RerunStateMachine.should_checkpoint_and_exit
 
 
+@FINITE.replaces(
+    _MACHINE,
+    "validate_result",
+    why="the first step of every start is not checked, and parameters that are not finite are stepped with",
+    text="# Do not validate results on the first iteration",
+)
 def _validate_result(
     self: RerunStateMachine,
     result: Any,
@@ -106,6 +113,12 @@ def _validate_result(
     _VALIDATE_RESULT(self, result, rejection_func, message, *args, fatal=fatal, **kwargs)
 
 
+@FINITE.replaces(
+    _MACHINE,
+    "should_checkpoint_and_exit",
+    why="it saves the iteration that failed and names it in the tracker, from where the same command fails again",
+    text="return True, True, EXIT_CODE_RESUME_TO_DISAMBIGUATE",
+)
 def _should_checkpoint_and_exit(self: RerunStateMachine) -> tuple[bool, bool, int]:
     """Decide as Megatron does, and end the run here where it is to end."""
     save, leave, code = _SHOULD_CHECKPOINT_AND_EXIT(self)
@@ -115,31 +128,3 @@ def _should_checkpoint_and_exit(self: RerunStateMachine) -> tuple[bool, bool, in
         reason = f"iteration {get_args().curr_iteration + 1}: {found}"
         raise non_finite_stop(reason + _tracer.explain(here=False))
     return save, leave, code
-
-
-FINITE = (
-    StandIn(
-        "megatron.core.rerun_state_machine:RerunStateMachine",
-        "validate_result",
-        _validate_result,
-        "the first step of every start is not checked, and parameters that are not finite are stepped with",
-        "core/rerun_state_machine.py",
-        "# Do not validate results on the first iteration",
-    ),
-    StandIn(
-        "megatron.core.rerun_state_machine:RerunStateMachine",
-        "should_run_forward_backward",
-        _should_run_forward_backward,
-        "nobody can look where the numbers came from when it computes a step that failed a second time",
-        "core/rerun_state_machine.py",
-        "self.state = RerunState.RERUNNING_IN_PLACE",
-    ),
-    StandIn(
-        "megatron.core.rerun_state_machine:RerunStateMachine",
-        "should_checkpoint_and_exit",
-        _should_checkpoint_and_exit,
-        "it saves the iteration that failed and names it in the tracker, from where the same command fails again",
-        "core/rerun_state_machine.py",
-        "return True, True, EXIT_CODE_RESUME_TO_DISAMBIGUATE",
-    ),
-)

@@ -11,14 +11,22 @@ from typing import Any
 import torch
 import torch.distributed
 
-from more_megatron.platform.stand_in import StandIn
+from more_megatron.platform.stand_in import Table
 
 __all__ = ["UNEVEN_COLLECTIVES"]
 
+UNEVEN_COLLECTIVES = Table()
 _ALL_GATHER = torch.distributed.all_gather
 _REDUCE_SCATTER = torch.distributed.reduce_scatter
 
 
+@UNEVEN_COLLECTIVES.replaces(
+    "torch.distributed",
+    "all_gather",
+    why="gloo gathers tensors of equal size only",
+    text="torch.distributed.all_gather(output_tensor_list, input_, group=group)",
+    file="core/tensor_parallel/mappings.py",
+)
 def _all_gather(
     tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
@@ -34,6 +42,13 @@ def _all_gather(
     return None
 
 
+@UNEVEN_COLLECTIVES.replaces(
+    "torch.distributed",
+    "reduce_scatter",
+    why="gloo scatters parts of equal size only",
+    text="torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
+    file="core/tensor_parallel/mappings.py",
+)
 def _reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
     """Sum and scatter as PyTorch does, and also where the parts differ in their first dimension."""
     sizes = [len(part) for part in input_list]
@@ -45,23 +60,3 @@ def _reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], *args:
     )
     torch.sum(received.view(len(sizes), *output.shape), dim=0, out=output)
     return None
-
-
-UNEVEN_COLLECTIVES = (
-    StandIn(
-        "torch.distributed",
-        "all_gather",
-        _all_gather,
-        "gloo gathers tensors of equal size only",
-        "core/tensor_parallel/mappings.py",
-        "torch.distributed.all_gather(output_tensor_list, input_, group=group)",
-    ),
-    StandIn(
-        "torch.distributed",
-        "reduce_scatter",
-        _reduce_scatter,
-        "gloo scatters parts of equal size only",
-        "core/tensor_parallel/mappings.py",
-        "torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
-    ),
-)

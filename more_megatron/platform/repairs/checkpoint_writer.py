@@ -14,18 +14,17 @@ from typing import Any
 from more_megatron.lifetime import end_with_starter
 from more_megatron.platform.packages import silence_absent_package_warnings
 from more_megatron.platform.selection import Platform, select_platform
+from more_megatron.platform.stand_in import Table, install
 
-__all__ = ["PickledQueue", "async_loop", "results_queue"]
+__all__ = ["CHECKPOINT_WRITER", "PickledQueue", "async_loop", "results_queue"]
 
+CHECKPOINT_WRITER = Table()
+_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _queue: PickledQueue | None = None
 
 
 class PickledQueue:
-    """A queue whose keeper sees bytes: to read what is in it, it would import PyTorch and Megatron, in every rank.
-
-    Args:
-        queue: Queue of a manager.
-    """
+    """A manager's queue that sees bytes: to read what is in it, it would import PyTorch and Megatron, in every rank."""
 
     def __init__(self, queue: Any) -> None:
         self._queue = queue
@@ -35,20 +34,18 @@ class PickledQueue:
         self._queue.put(pickle.dumps(item))
 
     def get_nowait(self) -> Any:
-        """Return the oldest item.
-
-        Raises:
-            queue.Empty: If there is none.
-        """
+        """Return the oldest item, or raise `queue.Empty`."""
         return pickle.loads(self._queue.get_nowait())
 
 
+@CHECKPOINT_WRITER.replaces(
+    f"{_STRATEGIES}.filesystem_async",
+    "get_write_results_queue",
+    why="its process ends at the SIGTERM that a run outlives to save once more, and imports PyTorch and Megatron",
+    text="_results_queue = ctx.Manager().Queue()",
+)
 def results_queue(mp_mode: str = "spawn") -> PickledQueue:
-    """Return the queue over which writers report, kept by a process that ends with this one, and not at a SIGTERM.
-
-    Args:
-        mp_mode: How that process is started.
-    """
+    """Return the queue over which writers report, kept by a process that ends with this one, and not at a SIGTERM."""
     global _queue
     if _queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
@@ -58,20 +55,21 @@ def results_queue(mp_mode: str = "spawn") -> PickledQueue:
     return _queue
 
 
+@CHECKPOINT_WRITER.replaces(
+    f"{_STRATEGIES}.async_utils:PersistentAsyncCaller",
+    "async_loop",
+    why="as above, and without a GPU it picks one among none",
+    text="torch.cuda.set_device(rank % torch.cuda.device_count())",
+)
 def async_loop(*args: Any) -> None:
-    """Run Megatron's loop of the background writer.
-
-    It runs in a process that starts anew, without the stand-ins of the one that started it.
-    """
+    """Run Megatron's loop of the background writer, in a process that starts anew, without stand-ins of its starter."""
     end_with_starter()
-    from more_megatron.platform.stand_in import install
-
     if select_platform() is Platform.CPU:
         silence_absent_package_warnings()
-        from more_megatron.platform.cuda_stand_ins import TORCH_CUDA
+        from more_megatron.platform.cuda.torch_cuda import TORCH_CUDA
 
         install(TORCH_CUDA)
-    from more_megatron.platform.failed_writes import WRITERS
+    from more_megatron.platform.repairs.failed_writes import WRITERS
 
     install(WRITERS)
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from more_megatron.platform.stand_in import StandIn
+from more_megatron.platform.stand_in import Table
 
 __all__ = ["BACKWARD_IN_MODE", "CpuInPlaceOfCuda", "enter_for_good"]
+
+BACKWARD_IN_MODE = Table()
 
 
 def _on_cpu(device: Any) -> Any:
@@ -43,22 +45,17 @@ _MODE = CpuInPlaceOfCuda()
 _RUN_BACKWARD = torch.autograd._engine_run_backward
 
 
+# PyTorch takes a mode off while it handles a function, and `torch.autograd.backward` is such a function.
+@BACKWARD_IN_MODE.replaces(
+    "torch.autograd",
+    "_engine_run_backward",
+    why="what a backward pass calls, recomputation above all, would run without the device mode",
+    text="torch.autograd.backward(",
+    file="core/tensor_parallel/random.py",
+)
 def _run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
     with _MODE:
         return _RUN_BACKWARD(*args, **kwargs)
-
-
-# PyTorch takes a mode off while it handles a function, and `torch.autograd.backward` is such a function.
-BACKWARD_IN_MODE = (
-    StandIn(
-        "torch.autograd",
-        "_engine_run_backward",
-        _run_backward_in_mode,
-        "what a backward pass calls, recomputation above all, would run without the device mode",
-        "core/tensor_parallel/random.py",
-        "torch.autograd.backward(",
-    ),
-)
 
 
 def enter_for_good() -> None:

@@ -14,15 +14,23 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from more_megatron.errors import MoREError, one_line_errors
-from more_megatron.platform.stand_in import StandIn
+from more_megatron.platform.stand_in import Table
 
 __all__ = ["CALLERS", "WRITERS"]
 
+WRITERS = Table()
+CALLERS = Table()
 _PATIENCE_SECONDS = 5.0
 _WRITE = filesystem_async.FileSystemWriterAsync.write_preloaded_data_multithread
 _LOGGER = logging.getLogger(filesystem_async.__name__)
 
 
+@WRITERS.replaces(
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync",
+    "write_preloaded_data_multithread",
+    why="where a thread cannot write, the process ends before it has said so, and the run waits for it",
+    text="assert isinstance(local_results_or_exc, list), type(local_results_or_exc)",
+)
 def _write(transforms: list, use_msc: bool, rank: int, write_buckets: list, results: Any) -> None:
     """Write as Megatron does, and hand over the reason of a failure: it would be logged, and a number be missing."""
     reasons: list[str] = []
@@ -47,6 +55,12 @@ def _write(transforms: list, use_msc: bool, rank: int, write_buckets: list, resu
 _GET_PROCESS = async_utils.PersistentAsyncCaller._get_process
 
 
+@CALLERS.replaces(
+    "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
+    "_get_process",
+    why="where it ends, as for lack of memory, the run waits for it without end",
+    text="self._persistent_preload_q.join()",
+)
 def _get_process(*args: Any, **kwargs: Any) -> Any:
     """Return Megatron's writer, without which the run does not go on: queues wait for it without end."""
     is_new = async_utils.PersistentAsyncCaller._persistent_process is None
@@ -65,26 +79,3 @@ def _end_with(process: Any) -> None:
                 f"the process that writes checkpoints has ended (exit code {process.exitcode}, -9 is often a lack of "
                 "memory): the same command continues from the newest complete checkpoint"
             )
-
-
-WRITERS = (
-    StandIn(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync",
-        "write_preloaded_data_multithread",
-        staticmethod(_write),
-        "where a thread cannot write, the process ends before it has said so, and the run waits for it",
-        "core/dist_checkpointing/strategies/filesystem_async.py",
-        "assert isinstance(local_results_or_exc, list), type(local_results_or_exc)",
-    ),
-)
-
-CALLERS = (
-    StandIn(
-        "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
-        "_get_process",
-        staticmethod(_get_process),
-        "where it ends, as for lack of memory, the run waits for it without end",
-        "core/dist_checkpointing/strategies/async_utils.py",
-        "self._persistent_preload_q.join()",
-    ),
-)

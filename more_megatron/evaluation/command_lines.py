@@ -1,0 +1,51 @@
+"""Flags of `pretrain_more.py` in tables."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from typing import Any
+
+from more_megatron.errors import MoREError
+from more_megatron.systems import flag_names, get_system
+
+__all__ = ["Flags", "arguments_of", "parse_flags", "read_by"]
+
+# By name without the dashes; True: a switch, a list: several values.
+Flags = dict[str, Any]
+
+
+def read_by(system: str, flags: Flags) -> Flags:
+    """Return flags without those of the MoRE group that a system never reads, and so refuses."""
+    chosen = get_system(system)
+    refused = set(flag_names()) - {"more_variant", *chosen.own_flags(), *chosen.reads}
+    return {name: value for name, value in flags.items() if name.replace("-", "_") not in refused}
+
+
+def arguments_of(flags: Flags) -> list[str]:
+    """Return flags as arguments of a program."""
+    words = []
+    for name, value in flags.items():
+        words.append(f"--{name}")
+        if value is not True:
+            words += [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+    return words
+
+
+def parse_flags(text: str) -> Flags:
+    """Return flags that are given as one types them.
+
+    Raises:
+        MoREError: If a word is neither a flag nor follows one.
+    """
+    given: dict[str, list[Any]] = {}
+    name = ""
+    for word in shlex.split(text):
+        if re.match(r"--[a-z]", word):
+            name, _, value = word.removeprefix("--").partition("=")
+            given[name] = [value] if value else []
+        elif not name:
+            raise MoREError(f"{word} follows no flag")
+        else:
+            given[name].append(word)
+    return {name: values if len(values) > 1 else (values or [True])[0] for name, values in given.items()}
