@@ -140,7 +140,7 @@ def test_an_experiment_without_an_arm_that_can_be_trained_is_refused(
 
 
 def test_a_report_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
-    with pytest.raises(MoREError, match="2 of 2 runs have no result"):
+    with pytest.raises(MoREError, match="3 of 3 runs have no result"):
         compare_systems._report(argparse.Namespace(folder=tmp_path), _plan(1))
     assert (tmp_path / "report.html").exists()
 
