@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 
 from more_megatron.errors import OneLineParser, one_line_errors
 from more_megatron.flags import check_ranges
@@ -33,12 +34,26 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--recurrence-steps", type=int, default=4, help="steps r of the comparison")
     parser.add_argument("--backprop-steps", type=int, default=None, help="of these with gradient; default: all")
-    parser.add_argument("--depths", type=int, nargs="*", default=[1, 2, 4, 8], help="r for step time against r")
+    parser.add_argument(
+        "--depths",
+        type=written_depth,
+        nargs="*",
+        default=["1", "2", "4", "8"],
+        metavar="DEPTH",
+        help="for step time against depth: r, or n+b for n steps without gradient and b with it",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each system")
     parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     parser.add_argument("--megatron-flags", default="", help="further flags of pretrain_more.py, in one string")
     return parser.parse_args()
+
+
+def written_depth(text: str) -> str:
+    """Return a value of `--depths`, once it is known to be one."""
+    if re.fullmatch(r"(\d+\+)?[1-9]\d*", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps r from 1 nor n+b, such as 2+2")
+    return text
 
 
 def megatron_command_line(flags: argparse.Namespace, system: str) -> str:
@@ -117,17 +132,33 @@ def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
 
 def against_depth(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
     """Time steps of different depth, print the table and return its rows."""
-    from more_megatron.evaluation.step_benchmark import step_time_by_depth
+    from more_megatron.evaluation.step_benchmark import off_the_line, step_time_by_depth
 
-    print(f"\nmilliseconds a step against r\n{'system':18} " + " ".join(f"{f'r={r}':>8}" for r in flags.depths))
+    depths = {written: depth_of(written) for written in flags.depths}
+    has_line = len({depth.grad_steps for depth in depths.values() if not depth.no_grad_steps}) > 1
+    heads = " ".join(f"{written:>8}" for written in depths)
+    print(f"\nmilliseconds a step against r (n+b), and by how much it is off n + 3b passes\n{'system':18} {heads}")
     rows = []
     for system, benchmark in benchmarks.items():
         if not get_system(system).recurrent:
             continue
-        seconds = step_time_by_depth(benchmark, flags.depths, max(flags.rounds // 2, 1))
-        rows.append({"system": system, "seconds": seconds})
-        print(f"{system:18} " + " ".join(f"{1e3 * seconds[r]:8.1f}" for r in flags.depths), flush=True)
+        seconds = step_time_by_depth(benchmark, list(depths.values()), max(flags.rounds // 2, 1))
+        row = {"system": system, "seconds": {written: seconds[depth] for written, depth in depths.items()}}
+        print(f"{system:18} " + " ".join(f"{1e3 * time:8.1f}" for time in row["seconds"].values()), flush=True)
+        if has_line:
+            excess = off_the_line(seconds)
+            row["off_the_line"] = {written: excess[depth] for written, depth in depths.items()}
+            print(f"{'':18} " + " ".join(f"{part:+8.1%}" for part in row["off_the_line"].values()), flush=True)
+        rows.append(row)
     return rows
+
+
+def depth_of(written: str):
+    """Return the depth that `r` or `n+b` means."""
+    from more_megatron.model.depth import Depth
+
+    free, _, with_gradient = written.rpartition("+")
+    return Depth(int(free or 0), int(with_gradient))
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,16 @@ from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 
-__all__ = ["StepBenchmark", "StepTiming", "forward", "peak_bytes", "reset_peak", "step_time_by_depth", "time_systems"]
+__all__ = [
+    "StepBenchmark",
+    "StepTiming",
+    "forward",
+    "off_the_line",
+    "peak_bytes",
+    "reset_peak",
+    "step_time_by_depth",
+    "time_systems",
+]
 
 
 @dataclass(frozen=True)
@@ -135,11 +144,29 @@ def time_systems(
     ]
 
 
-def step_time_by_depth(benchmark: StepBenchmark, steps: list[int], rounds: int) -> dict[int, float]:
-    """Return the median seconds of a training step for each number of recurrence steps, all with gradient."""
+def step_time_by_depth(benchmark: StepBenchmark, depths: Sequence[Depth], rounds: int) -> dict[Depth, float]:
+    """Return the median seconds of a training step at each depth."""
     # The first round warms up.
-    times = [{count: benchmark.step(Depth(0, count)) for count in steps} for _ in range(1 + rounds)][1:]
-    return {count: statistics.median(seconds[count] for seconds in times) for count in steps}
+    times = [{depth: benchmark.step(depth) for depth in depths} for _ in range(1 + rounds)][1:]
+    return {depth: statistics.median(seconds[depth] for seconds in times) for depth in depths}
+
+
+def off_the_line(seconds: Mapping[Depth, float]) -> dict[Depth, float]:
+    """Return by how much a step is slower than its passes say, as a part of its time; 0 if it is not.
+
+    A pass with gradient counts three times one without, and what is not repeated adds a constant. The line goes through
+    the shortest and the longest step all of whose passes have a gradient.
+
+    Args:
+        seconds: Time of a step at each depth, two of them without passes free of gradient.
+    """
+    ends = sorted(depth.grad_steps for depth in seconds if not depth.no_grad_steps)
+    first, last = ends[0], ends[-1]
+    slope = (seconds[Depth(0, last)] - seconds[Depth(0, first)]) / (3 * (last - first))
+    return {
+        depth: time / (seconds[Depth(0, first)] + slope * (depth.no_grad_steps + 3 * (depth.grad_steps - first))) - 1
+        for depth, time in seconds.items()
+    }
 
 
 def reset_peak() -> None:
