@@ -39,10 +39,10 @@ def _run(command_line: str) -> tuple[History, Parameters, Parameters]:
     training.setup_model_and_optimizer = setup_and_keep
     try:
         history = train(command_line)
+        return history, kept["before"], _parameters(kept["model"])
     finally:
         training.setup_model_and_optimizer = setup
         forget_run()
-    return history, kept["before"], _parameters(kept["model"])
 
 
 def _parameters(model: torch.nn.Module) -> Parameters:
