@@ -115,12 +115,13 @@ class ResidualLoop(torch.nn.Module):
 
     def _entrance(self, inputs: torch.Tensor, grid: TokenGrid) -> StateInPass:
         """Return what turns a state into what enters a pass."""
-        signals = None if self.signals is None else self.signals.at(grid.positions, inputs.dtype)
+        signals = self.signals
+        of_positions = None if signals is None else signals.of_positions(grid.positions, inputs.dtype)
 
         def enter(state: torch.Tensor, index: int) -> torch.Tensor:
             if self._adds_input and index > 0:
                 state = state + inputs
-            return state if signals is None else signals(state, index)
+            return state if signals is None else signals(state, of_positions, index)
 
         return enter
 

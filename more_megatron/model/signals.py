@@ -6,7 +6,6 @@ Dehghani et al., arXiv 1807.03819, section 2, as Tensor2Tensor computes it: both
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from megatron.core.transformer.module import MegatronModule
@@ -44,10 +43,16 @@ class Signals(MegatronModule):
                 config, shape, lambda: initializer.normal(shape, "loop/time", config.hidden_size**-0.5)
             )
 
-    def at(self, positions: torch.Tensor, dtype: torch.dtype) -> Callable[[torch.Tensor, int], torch.Tensor]:
-        """Return what adds both signals to a state, [s, b, h], in a pass of a number; positions are int64 [s, b]."""
-        of_positions = sinusoid(positions, self.config.hidden_size).to(dtype)
-        return lambda state, index: state + of_positions + self._time(index, state)
+    def of_positions(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the signal of positions, int64 [s, b], as [s, b, h]."""
+        return sinusoid(positions, self.config.hidden_size).to(dtype)
+
+    def forward(self, state: torch.Tensor, of_positions: torch.Tensor, index: int) -> torch.Tensor:
+        """Return a state, [s, b, h], with both signals of a pass of a number.
+
+        A call, in front of which an overlapped gathering of parameters waits for the table.
+        """
+        return state + of_positions + self._time(index, state)
 
     def _time(self, index: int, state: torch.Tensor) -> torch.Tensor:
         if self._rows is None:

@@ -22,6 +22,7 @@ __all__ = ["NEEDS", "RANGES", "RULES"]
 # be infinite or none.
 RANGES = (
     ("(-inf, inf)", r"null_tokenizer_\w+_id|glu_linear_offset|async_ckpt_\w+_priority|mup_attn_scale_power|mscale\w*"),
+    ("[-1, inf)", r"window_size"),
     ("[1, 10000]", r"num_layers|num_attention_heads|num_query_groups"),
     ("[1, 1000000]", r"num_experts|moe_router_topk"),
     ("[0, 1000]", r"num_workers"),
