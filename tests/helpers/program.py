@@ -161,6 +161,8 @@ def _rank_main(
     variables: dict[str, str], out: str, err: str, command_line: str, prepare: Callable[[], Any] | None
 ) -> None:
     os.setsid()
+    # What this process starts it forks, as it would had a launcher started it.
+    multiprocessing.set_start_method("fork", force=True)
     os.environ.update(variables)
     for path, stream, number in ((out, "stdout", 1), (err, "stderr", 2)):
         file = open(path, "w", buffering=1)  # noqa: SIM115 - open until the process ends
