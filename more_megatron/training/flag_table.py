@@ -134,6 +134,10 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         "{moe_aux_loss_coeff} has more numbers than there are values of {moe_router_load_balancing_type}",
     ),
     (lambda a: a.window_size and len(a.window_size) != 2, "{window_size} must be two numbers, as in 128,0"),
+    (
+        lambda a: a.init_method_xavier_uniform,
+        "--init-method-xavier-uniform sets what no configuration of this Megatron has: leave it out",
+    ),
     # Schedule and data
     (
         lambda a: (a.lr_warmup_iters or 0) >= (a.lr_decay_iters or a.train_iters or math.inf),

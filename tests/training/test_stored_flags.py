@@ -76,10 +76,16 @@ def test_batch_size_moves_the_schedule(saved: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--lr 2e-3", "--min-lr 1e-4", "--lr 5e-4 --min-lr 1e-4 --no-use-distributed-optimizer"]
+    "flags",
+    [
+        "--lr 2e-3",
+        "--min-lr 1e-4",
+        "--lr 5e-4 --min-lr 1e-4 --no-use-distributed-optimizer",
+        "--lr 5e-4 --decoupled-lr 1e-4",
+    ],
 )
 def test_another_learning_rate_keeps_the_moments(tmp_path: Path, flags: str) -> None:
-    same = "--no-use-distributed-optimizer" if "--no-use" in flags else ""
+    same = " ".join(flag for flag in ("--no-use-distributed-optimizer", "--decoupled-lr 1e-4") if flag in flags)
     run = f"--more-variant moe --save {tmp_path} --save-interval 3 {same}"
     _run(f"{run} --exit-interval 3")
     before = _moments(tmp_path / "iter_0000003")

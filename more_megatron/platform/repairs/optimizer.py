@@ -104,7 +104,7 @@ def _with_current_schedule(current: list[dict], saved: list[dict]) -> list[dict]
     What the saved schedule was is looked at by `OptimizerParamScheduler`, which knows what may change.
     """
     schedules = {_kind(group): _schedule(group) for group in current}
-    if len(schedules) < len(current):  # Parameters have schedules of their own: only these tell the groups apart.
+    if len(schedules) < len(current):  # More schedules than --lr and --decoupled-lr: only they tell the groups apart.
         return saved
     rest = [{key: value for key, value in group.items() if key not in _SCHEDULE} for group in saved]
     return [{**group, **schedules.get(_kind(group), _schedule(old))} for group, old in zip(rest, saved, strict=True)]
@@ -123,5 +123,6 @@ def _schedule(group: dict) -> dict[str, Any]:
 
 
 def _kind(group: dict) -> tuple:
-    # As in Megatron, whose forerunners call some keys otherwise.
-    return tuple(group.get(key, group.get(f"pre_{key}")) for key in param_group_identifier_keys if key not in _SCHEDULE)
+    # As in Megatron, whose forerunners call some keys otherwise; and what --decoupled-lr is for is no default.
+    keys = (key for key in param_group_identifier_keys if key not in _SCHEDULE)
+    return (group.get("default_config", True), *(group.get(key, group.get(f"pre_{key}")) for key in keys))
