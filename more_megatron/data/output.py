@@ -31,7 +31,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         what = f"cannot write {path}: {error.strerror or error}"
         if is_out_of_space(error):
-            raise ResumableError(f"{what}; free space, then run the same command with --resume") from error
+            remedy = "free space, then run the same command again, with --resume if it has that"
+            raise ResumableError(f"{what}; {remedy}") from error
         raise DataError(f"{what}; choose a place that you can write to") from error
 
 
