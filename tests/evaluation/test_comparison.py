@@ -84,6 +84,9 @@ def test_a_file_may_extend_another(tmp_path: Path) -> None:
     experiment = Experiment.read(tmp_path / "more.yaml")
     assert (experiment.title, experiment.seeds, [arm.name for arm in experiment.arms]) == ("more", (3,), ["moe"])
     assert experiment.flags == {"lr": 2, "num-layers": 2, "train-iters": 5}
+    (tmp_path / "base.yaml").write_text("extends: more.yaml\n")
+    with pytest.raises(MoREError, match="extends itself"):
+        Experiment.read(tmp_path / "more.yaml")
 
 
 @pytest.mark.parametrize("path", _EXPERIMENTS, ids=lambda path: path.stem)

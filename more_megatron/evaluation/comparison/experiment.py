@@ -182,8 +182,10 @@ def mean_steps(flags: Flags) -> int:
     return MoREFlags(**{name: value for name, value in ours.items() if name in names}).mean_steps
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the keys of an experiment file and of the one that it extends."""
+    if path.resolve() in extending:
+        raise MoREError(f"the experiment file {path} extends itself: name another one")
     try:
         content = yaml.safe_load(os.path.expandvars(path.read_text()))
     except (OSError, yaml.YAMLError) as error:
@@ -192,7 +194,7 @@ def _content(path: Path) -> dict[str, Any]:
         raise MoREError(f"the experiment file {path} is no table of keys: see docs/comparison.md")
     if (other := content.pop("extends", None)) is None:
         return content
-    base = _content(path.parent / str(other))
+    base = _content(path.parent / str(other), (*extending, path.resolve()))
     return base | content | {"flags": base.get("flags", {}) | content.get("flags", {})}
 
 
