@@ -55,8 +55,9 @@ def check_ranges(fields: object, ranges: Mapping[str, str]) -> None:
                 continue
             is_above = number >= low if interval[0] == "[" else number > low
             is_below = number <= high if interval[-1] == "]" else number < high
-            if not (is_above and is_below and -math.inf < number < math.inf):
-                words = [] if number - number == 0 else ["finite"]
+            is_finite = -math.inf < number < math.inf
+            if not (is_above and is_below and is_finite):
+                words = [] if is_finite else ["finite"]
                 words += [f"{'at least' if interval[0] == '[' else 'above'} {low:.0f}"] if low > -math.inf else []
                 words += [f"{'at most' if interval[-1] == ']' else 'below'} {high:.0f}"] if high < math.inf else []
                 kind = "g" if isinstance(number, float) else "d"

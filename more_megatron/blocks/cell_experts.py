@@ -29,7 +29,7 @@ from more_megatron.blocks.expert_linear import (
     feed_forward_cost,
     gather_columns,
 )
-from more_megatron.blocks.experts import Experts
+from more_megatron.blocks.experts import RoutedExperts
 from more_megatron.blocks.layer import LayerInputs
 from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_bias, grouped_parameter
@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 
-class CellExperts(Experts):
+class CellExperts(RoutedExperts):
     """Experts that iterate on each token: what they have in common."""
 
     layer_number = 0
@@ -67,25 +67,11 @@ class CellExperts(Experts):
         finally:
             self._depth = None
 
-    def forward(
-        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
-    ) -> tuple[torch.Tensor, None]:
-        """Compute all local experts.
-
-        Args:
-            hidden_states: Rows grouped by expert, [rows, h].
-            tokens_per_expert: Number of rows of each local expert, [local experts].
-            probs: Routing probability of each row, [rows].
-
-        Returns:
-            Outputs times probabilities, [rows, h], and no bias. Over the ranks that split an expert they add up.
-        """
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+        """Return outputs times probabilities, [rows, h]. Over the ranks that split an expert they add up."""
         assert self._depth is not None, "experts were called outside of `to_depth`"
-        counts = torch.as_tensor(tokens_per_expert).to(hidden_states.device)
-        groups = RowGroups(counts.cumsum(0).to(torch.int32))
-        padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
-        output = padding.unpad(self.compute(padding.pad(hidden_states), padding, self._depth))
-        return (output * probs.unsqueeze(-1)).to(output.dtype), None
+        output = padding.unpad(self.iterate(x, padding, self._depth))
+        return (output * probs.unsqueeze(-1)).to(output.dtype)
 
     def watched(self, padding: RowPadding, depth: Depth) -> States | None:
         """Return what sees the states of an iteration, this rank's channels of them; None if nobody watches."""
@@ -95,17 +81,8 @@ class CellExperts(Experts):
         return watch_states(place, depth.steps, is_padding=padding.is_padding(), group=group, split=True)
 
     @abstractmethod
-    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
-        """Compute all local experts.
-
-        Args:
-            x: Rows grouped by expert, with padding, [rows, h].
-            padding: Where the groups and the padding are.
-            depth: Recurrence steps.
-
-        Returns:
-            This rank's part of the sum that is the output, [rows, h].
-        """
+    def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
+        """Return this rank's part of the sum that is the output, [rows, h], given rows with padding, [rows, h]."""
 
 
 class CellMoELayer(CapacityInTrainingMoELayer):
@@ -154,7 +131,7 @@ class GRUExperts(CellExperts):
             draw = initializer.gru_of_its_state
             self.gru.draw("gru", draw, draw)
 
-    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
+    def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
         groups = padding.groups
         bias = self.gru.row_bias(x, groups)
@@ -188,7 +165,7 @@ class SequentialExperts(CellExperts):
             self.lstm.draw("lstm", initializer.recurrent_sum, initializer.recurrent_sum)
             self.gate.draw(initializer)
 
-    def compute(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
+    def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
         groups = padding.groups
         bias, gate_of = self.lstm.row_bias(x, groups), self.gate.for_rows(x, groups)

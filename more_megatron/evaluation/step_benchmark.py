@@ -152,7 +152,7 @@ def step_time_by_depth(benchmark: StepBenchmark, depths: Sequence[Depth], rounds
 
 
 def off_the_line(seconds: Mapping[Depth, float]) -> dict[Depth, float]:
-    """Return by how much a step is slower than its passes say, as a part of its time; 0 if it is not.
+    """Return by how much each step takes longer than its passes say, as a part of that; below 0 where it is faster.
 
     A pass with gradient counts three times one without, and what is not repeated adds a constant. The line goes through
     the shortest and the longest step all of whose passes have a gradient.
@@ -160,12 +160,12 @@ def off_the_line(seconds: Mapping[Depth, float]) -> dict[Depth, float]:
     Args:
         seconds: Time of a step at each depth, two of them without passes free of gradient.
     """
-    ends = sorted(depth.grad_steps for depth in seconds if not depth.no_grad_steps)
-    first, last = ends[0], ends[-1]
-    slope = (seconds[Depth(0, last)] - seconds[Depth(0, first)]) / (3 * (last - first))
+    passes = {depth: depth.no_grad_steps + 3 * depth.grad_steps for depth in seconds}
+    ends = [depth for depth in seconds if not depth.no_grad_steps]
+    first, last = min(ends, key=passes.__getitem__), max(ends, key=passes.__getitem__)
+    slope = (seconds[last] - seconds[first]) / (passes[last] - passes[first])
     return {
-        depth: time / (seconds[Depth(0, first)] + slope * (depth.no_grad_steps + 3 * (depth.grad_steps - first))) - 1
-        for depth, time in seconds.items()
+        depth: time / (seconds[first] + slope * (passes[depth] - passes[first])) - 1 for depth, time in seconds.items()
     }
 
 
