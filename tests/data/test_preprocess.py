@@ -280,8 +280,12 @@ def test_two_runs_on_one_prefix(tmp_path: Path, model: str, corpus: list[str]) -
     first = subprocess.Popen([sys.executable, TOOL, *map(str, command), "--encoder", "reference"])
     while not blocks_done(tmp_path / "x_text_document.partial") and first.poll() is None:
         time.sleep(0.005)
-    assert_one_line(run_tool(*command), "another run is writing", "x_text_document", "--output-prefix")
-    assert_one_line(run_tool(*command, "--resume"), "another run is writing")
+    first.send_signal(signal.SIGSTOP)  # or it may be done before the second has started
+    try:
+        assert_one_line(run_tool(*command), "another run is writing", "x_text_document", "--output-prefix")
+        assert_one_line(run_tool(*command, "--resume"), "another run is writing")
+    finally:
+        first.send_signal(signal.SIGCONT)
     assert first.wait(60) == 0
     assert run_tool(*command, "--verify").returncode == 0
     assert sorted(path.suffix for path in tmp_path.glob("x*")) == [".bin", ".idx", ".json"]
