@@ -22,6 +22,9 @@ __all__ = ["match", "system_cost", "widths"]
 
 # `torch.nn.functional.grouped_mm` wants rows of so many.
 _ALIGNMENT_BYTES = 16
+# Products are faster on rows of whole cache lines (64 bytes on a CPU) or tiles (128 on a GPU). So a width is a
+# multiple of so many alignments, the first of these at which the goal is missed by no more than this part of it.
+_COARSER, _MISSED = (8, 4, 2), 0.002
 # Of such steps: more than any model has.
 _MOST = 1 << 24
 
@@ -120,10 +123,10 @@ class _Search:
 
         # What the shared expert takes from routed ones, of which a token meets few, makes the model smaller.
         sign = 1 if parameters_at(most) > parameters_at(1) else -1
-        return both_at(_nearest(lambda count: sign * parameters_at(count), sign * parameters, most))
+        return both_at(_nearest_round(lambda count: sign * parameters_at(count), sign * parameters, most))
 
     def _nearest_width(self, name: str, measure: Callable[..., float], target: float, others: Mapping[str, int]) -> int:
-        return self._step * _nearest(lambda count: measure({**others, name: count * self._step}), target)
+        return self._step * _nearest_round(lambda count: measure({**others, name: count * self._step}), target)
 
     def _refuse_below_least(self, measure: Callable[..., float], target: float, names: Sequence[str]) -> None:
         least = measure(dict.fromkeys(names, self._step))
@@ -133,6 +136,16 @@ class _Search:
                 f"{system} has {least / 1e6:.2f} M {what} at the least, more than {target / 1e6:.2f} M: raise what is "
                 "to be met, or give it fewer layers, experts or recurrence steps"
             )
+
+
+def _nearest_round(measure: Callable[[int], float], target: float, most: int = _MOST) -> int:
+    """Return a number that fast widths have and at which the target is met all but exactly, or else the nearest."""
+    nearest = _nearest(measure, target, most)
+    for coarser in _COARSER:
+        count = coarser * max(1, round(nearest / coarser))
+        if count <= most and abs(measure(count) - target) <= _MISSED * abs(target):
+            return count
+    return nearest
 
 
 def _nearest(measure: Callable[[int], float], target: float, most: int = _MOST) -> int:
