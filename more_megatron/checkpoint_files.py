@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -65,10 +66,10 @@ def unnamed_iteration(folder: Path) -> int | None:
 
 
 def _named_checkpoint(folder: Path) -> Path | None:
-    entry = _read_tracker(folder)
+    entry = _read_tracker(folder) or ""
     if entry == _RELEASE:
         return folder / _RELEASE
-    return _iteration_folder(folder, int(entry)) if entry is not None and entry.isdecimal() else None
+    return _iteration_folder(folder, int(entry)) if re.fullmatch(r"\d{1,18}", entry) else None
 
 
 def _completion_time(checkpoint: Path | None) -> int:
@@ -123,10 +124,9 @@ def repair_tracker(folder: Path) -> None:
     Raises:
         MoREError: If the tracker file is damaged and there is no complete checkpoint beside it.
     """
-    entry = _read_tracker(folder)
-    if entry is not None and (entry == _RELEASE or entry.isdecimal()):
+    if _named_checkpoint(folder) is not None:
         return
-    tracker = folder / _TRACKER
+    entry, tracker = _read_tracker(folder), folder / _TRACKER
     complete = newest_complete_iteration(folder)
     if complete is not None:
         say(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
@@ -246,6 +246,8 @@ def _read_tracker(folder: Path) -> str | None:
         return (folder / _TRACKER).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise MoREError(f"{folder / _TRACKER} cannot be read ({error.strerror}): name another folder") from error
 
 
 def _write_tracker(folder: Path, iteration: int) -> None:

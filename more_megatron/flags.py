@@ -159,10 +159,12 @@ class MoREFlags:
             given: Names of the fields that the user set.
         """
         fixed = "--recurrence-sampling is fixed: give uniform or poisson-lognormal"
+        shallow = f"it is above the {self.max_steps} steps of the deepest training step: lower it"
         for name, is_read, reason in (
             ("recurrence_min_steps", self.recurrence_sampling != "fixed", fixed),
             ("recurrence_max_steps", self.recurrence_sampling != "fixed", fixed),
             ("recurrence_sampling_unit", self.recurrence_sampling != "fixed", fixed),
+            ("recurrence_backprop_steps", (self.recurrence_backprop_steps or 1) <= self.max_steps, shallow),
             ("router_min_entropy_coeff", self.router_min_entropy > 0.0, "--router-min-entropy is 0: raise it"),
         ):
             if name in given and not is_read:

@@ -78,6 +78,8 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
             raise DataError(f"input {pattern} {reason}")
         paths.update(dict.fromkeys(matches))
     for path in paths:
+        if not os.path.isfile(path):
+            raise DataError(f"input {path} is a pipe or a device: write its text into a file first")
         if os.path.getsize(path) == 0:
             raise DataError(f"input {path} is empty")
         if not os.access(path, os.R_OK):

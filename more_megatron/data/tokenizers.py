@@ -138,13 +138,7 @@ def load(options: TokenizerOptions) -> Tokenizer:
     Raises:
         DataError: A flag is missing, or the tokenizer's files are missing or damaged.
     """
-    kind = options.tokenizer_type
-    if kind not in TokenizerType:
-        raise DataError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
-    if kind in _TYPES_OF_FILES and not options.tokenizer_model:
-        raise DataError(f"--tokenizer-type {kind} needs --tokenizer-model")
-    if kind in (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL) and not options.vocab_size:
-        raise DataError(f"--tokenizer-type {kind} needs --vocab-size, the number of its ids")
+    _check(options)
     sha256 = tokenizer_sha256(options)
     if is_direct_sentencepiece(options):
         processor = open_sentencepiece(options)
@@ -160,6 +154,17 @@ def load(options: TokenizerOptions) -> Tokenizer:
     with contextlib.suppress(AttributeError, NotImplementedError):
         eod = megatron.eod
     return Tokenizer(options, int(megatron.vocab_size), eod, sha256, _serialized(inner) if direct else None)
+
+
+def _check(options: TokenizerOptions) -> None:
+    """Check that the flags that a type of tokenizer needs are there."""
+    kind = options.tokenizer_type
+    if kind not in TokenizerType:
+        raise DataError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
+    if kind in _TYPES_OF_FILES and not options.tokenizer_model:
+        raise DataError(f"--tokenizer-type {kind} needs --tokenizer-model")
+    if kind in (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL) and not options.vocab_size:
+        raise DataError(f"--tokenizer-type {kind} needs --vocab-size, the number of its ids")
 
 
 def _generic_huggingface(options: TokenizerOptions) -> Any | None:
@@ -201,6 +206,7 @@ def _serialized(tokenizer: Any) -> str | None:
 
 def build_megatron(options: TokenizerOptions) -> Any:
     """Build Megatron's own tokenizer, as the trainer does."""
+    _check(options)
     # Megatron's remarks on absent GPU libraries say nothing about text.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     absent = ("chat_template", "null_tokenizer_pad_id", "tokenizer_prompt_format", "image_tag_type")

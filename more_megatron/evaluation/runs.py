@@ -43,7 +43,7 @@ def configure(command_line: str) -> tuple[Namespace, GPTModelConfig]:
     global_vars.destroy_global_vars()
     unset_num_microbatches_calculator()
     _free()
-    with _command_line(f"{command_line} --train-iters 1"), contextlib.redirect_stdout(io.StringIO()):
+    with _command_line(f"--train-iters 1 {command_line}"), contextlib.redirect_stdout(io.StringIO()):
         args = parse_arguments(initialize_platform())
     return args, model_config_from_args(args)
 

@@ -38,9 +38,10 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
             raise MoREError(f"{flag(name)} is empty: give it a value or leave it out")
         if name not in flag_names():  # Those of ours are checked where a configuration is built of them.
             check_ranges(args, {name: next(interval for interval, names in RANGES if re.fullmatch(names, name))})
-    for name, other in NEEDS.items():
-        if name in given and not getattr(args, other):
-            raise MoREError(f"{flag(name)} needs {flag(other)}: give both, or leave it out")
+    for name, others in NEEDS.items():
+        if name in given and not any(getattr(args, other) for other in others.split("|")):
+            needed = " or ".join(map(flag, others.split("|")))
+            raise MoREError(f"{flag(name)} needs {needed}: give both, or leave it out")
     for is_broken, text in RULES:
         if is_broken(args):
             raise MoREError(re.sub(r"\{(\w+)\}", lambda found: f"{flag(found[1])} {getattr(args, found[1])}", text))
