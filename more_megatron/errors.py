@@ -168,7 +168,8 @@ class OneLineParser(argparse.ArgumentParser):
         self._negative_number_matcher = _NEGATIVE_NUMBER
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if arg_string == "" and action.default != "":  # A variable of a shell that is not set.
+        # A variable of a shell that is not set. What follows the name of a command is its parser's.
+        if arg_string == "" and action.default != "" and not isinstance(action, argparse._SubParsersAction):
             raise argparse.ArgumentError(action, "is empty: give it a value or leave it out")
         return super()._get_value(action, arg_string)  # type: ignore[misc]
 

@@ -69,13 +69,14 @@ def test_content_that_is_wrong_is_named_after_its_file(tmp_path: Path) -> None:
 
 def test_values_that_are_empty() -> None:
     parser = OneLineParser(prog="program")
-    parser.add_argument("--prefix", type=Path)
-    parser.add_argument("--flags", default="")
-    assert parser.parse_args(["--flags", ""]).flags == ""
+    command = parser.add_subparsers().add_parser("command")
+    command.add_argument("--prefix", type=Path)
+    command.add_argument("--flags", default="")
+    assert parser.parse_args(["command", "--flags", ""]).flags == ""
     with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(io.StringIO()) as said:
-        parser.parse_args(["--prefix", ""])
+        parser.parse_args(["command", "--prefix", ""])
     assert ended.value.code == 2
-    assert "program: error: argument --prefix: is empty: give it a value or leave it out" in said.getvalue()
+    assert "program command: error: argument --prefix: is empty: give it a value or leave it out" in said.getvalue()
 
 
 def test_a_full_disk_is_named_after_the_file(tmp_path: Path) -> None:

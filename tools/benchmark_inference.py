@@ -39,8 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
     import torch
 
     with one_line_errors(Path(__file__).name), torch.no_grad():
-        numbers = ("num_steps", "windows", "length", "batch_size", "new_tokens", "draft_tokens")
-        check_ranges(args, dict.fromkeys(numbers, "[1, inf)"))
+        numbers = dict.fromkeys(("num_steps", "windows", "batch_size", "draft_tokens"), "[1, inf)")
+        check_ranges(args, numbers | {"length": f"[{_PROMPT + 1}, inf)", "new_tokens": "[2, inf)"})
         with open_model(args) as exported:
             bench = _Benchmark(args, exported)
         for title, header, rows in (
@@ -54,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
             ("Warm start", "steps | loss behind the prompt | with a warm start", bench.warm_starts),
             ("Self-speculation", "draft_steps | accepted | tokens a verification | tokens/s", bench.drafts),
         ):
-            _table(title, header, rows())
+            if title in bench.absent:
+                print(f"\n## {title}\n\nThis system has none.", flush=True)
+            else:
+                _table(title, header, rows())
     return 0
 
 
@@ -82,7 +85,10 @@ class _Benchmark:
         if len(ids) < wanted:
             raise MoREError(f"{args.text} has {len(ids)} tokens, not {wanted}: give a longer text or fewer --windows")
         self.windows = ids[:wanted].view(args.windows, args.length).to(self.model.device)
-        self.steps = args.num_steps or self.model.config.mean_recurrence
+        config, system = self.model.config, self.model.system
+        self.steps = args.num_steps or config.mean_recurrence
+        has = {"Cache": system.caches_steps(config), "Warm start": system.num_states(config) > 0}
+        self.absent = {title for title, there in has.items() if not there}
 
     def depths(self) -> Iterator[tuple]:
         """Yield steps, loss and speed without any of the abilities."""

@@ -260,6 +260,7 @@ def test_hellaswag_from_a_file(run: _Run, tmp_path: Path) -> None:
             r"is not TASK=FILE with a task of --tasks that reads one \(babi",
         ),
         ("--tasks babi --data babi=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON"),
+        ("--tasks babi --data babi=FOLDER/long.jsonl babi=FOLDER/long.jsonl", "and two are long: rename one"),
         ("--tasks hellaswag --data hellaswag=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON object with"),
         ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 0", "--num-steps 0 cannot be taken by"),
         ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 99999", "--num-steps 99999 must be at most"),
@@ -308,6 +309,8 @@ def test_damaged_models(run: _Run, tmp_path: Path) -> None:
     with pytest.raises(MoREError, match=f"the model {tmp_path} cannot be loaded: ValueError"):
         opened(f"--model {tmp_path}")
     folder = opened(f"--load {run.folder}/checkpoint")
+    with pytest.raises(MoREError, match="--ckpt-step is of checkpoints: give --load"):
+        opened(f"--model {folder} --ckpt-step 2")
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

@@ -34,7 +34,7 @@ def analyze_recurrence(args: argparse.Namespace) -> list[str]:
     Raises:
         MoREError: If the model has no recurrence, or model or text cannot be read.
     """
-    check_ranges(args, {"max_tokens": "[2, inf)", "initial_states": "[1, inf)"})
+    check_ranges(args, {"max_tokens": "[2, inf)", "initial_states": "[1, 1000]"})
     texts = read_texts(args.text)
     with open_model(args) as exported:
         if not exported.recurrent:
