@@ -21,14 +21,10 @@ class ExpertBias:
 
     It reaches its rows by a product with zeros and ones, which adds in place to what is there; the gradient goes back
     by another, which sums the rows of each group in float32.
-
-    Attributes:
-        bias: [groups, n].
-        members: 1 where a row is one of a group's, [rows, groups].
     """
 
-    bias: torch.Tensor
-    members: torch.Tensor
+    bias: torch.Tensor  # [groups, n]
+    members: torch.Tensor  # 1 where a row is one of a group's, [rows, groups]
 
     @classmethod
     def of(cls, bias: torch.Tensor, groups: RowGroups, number: int) -> ExpertBias:

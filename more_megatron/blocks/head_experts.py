@@ -74,18 +74,12 @@ class Choice:
 
     Before sorting, choices are in the order of tokens, then heads: those of one head of one token are consecutive, and
     so are those of one token. `copy` and `sum` go from either to rows and back.
-
-    Attributes:
-        order: For each row which choice it is, int64 [rows].
-        places: For each choice its row, int64 [rows].
-        weights: Weight of each row, float32 [rows].
-        groups: Rows of each expert.
     """
 
-    order: torch.Tensor
-    places: torch.Tensor
-    weights: torch.Tensor
-    groups: RowGroups
+    order: torch.Tensor  # for each row which choice it is, int64 [rows]
+    places: torch.Tensor  # for each choice its row, int64 [rows]
+    weights: torch.Tensor  # weight of each row, float32 [rows]
+    groups: RowGroups  # rows of each expert
 
     @classmethod
     def of(cls, logits: torch.Tensor, topk: int, dropout: float = 0.0) -> Choice:

@@ -23,21 +23,14 @@ __all__ = ["LayerInputs", "MicroBatchTransformerLayer", "RowMoELayer"]
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a layer passes to its MoE part besides the hidden states.
+    """What a layer passes to its MoE part besides the hidden states."""
 
-    Attributes:
-        micro_batch: Depth and sample ids.
-        padding_mask: True for padding tokens, [b, s].
-        rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
-        attention_mask: True where attention is forbidden, [b, 1, s, s]; None for plain causal attention.
-        current_pass: The pass, in a layer of a group that is repeated; others do not ask.
-    """
-
-    micro_batch: MicroBatch
-    padding_mask: torch.Tensor | None = None
-    rotary_pos_emb: torch.Tensor | None = None
+    micro_batch: MicroBatch  # depth and sample ids
+    padding_mask: torch.Tensor | None = None  # True for padding tokens, [b, s]
+    rotary_pos_emb: torch.Tensor | None = None  # angles of the rotary embedding, [s, 1, 1, d]; None without one
+    # True where attention is forbidden, [b, 1, s, s]; None for plain causal attention
     attention_mask: torch.Tensor | None = None
-    current_pass: Any = None
+    current_pass: Any = None  # the pass, in a layer of a group that is repeated; others do not ask
 
     @property
     def token_padding_mask(self) -> torch.Tensor | None:

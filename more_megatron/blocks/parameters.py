@@ -42,18 +42,13 @@ class Placement:
     """Which part of the groups' weights this rank holds.
 
     A group is an expert, or the one block that experts share.
-
-    Attributes:
-        groups: Global numbers of the groups on this rank, consecutive.
-        num_groups: Number of groups in the layer.
-        split_group: Process group over whose ranks the weights of one group are split.
-        replica_rank: Rank among those that hold the same part.
     """
 
-    groups: Sequence[int]
-    num_groups: int
+    groups: Sequence[int]  # global numbers of the groups on this rank, consecutive
+    num_groups: int  # number of groups in the layer
+    # Process group over whose ranks the weights of one group are split
     split_group: torch.distributed.ProcessGroup | None
-    replica_rank: int
+    replica_rank: int  # rank among those that hold the same part
 
     @property
     def split_size(self) -> int:
@@ -72,25 +67,15 @@ _CONTENT, _SPLIT_DIM = "content_of_groups", "split_dim"
 
 @dataclass(frozen=True)
 class _Content:
-    """What a parameter holds of a weight that each group has.
+    """What a parameter holds of a weight that each group has."""
 
-    Attributes:
-        shape: Shape of what it holds of one group, as in checkpoints.
-        split_dim: Dimension of a group's weight that is split over ranks; None if it is not.
-        group: Number of the group among those of the rank; None if it holds all, stacked.
-        column: Which part of the last dimension it holds.
-        columns: Number of these parts.
-        tail: What follows the name of the weight in the parameter's name.
-        has_group_axis: Whether checkpoints have an axis for the groups that a parameter of one dimension has not.
-    """
-
-    shape: tuple[int, ...]
-    split_dim: int | None
-    group: int | None
-    column: int
-    columns: int
-    tail: str
-    has_group_axis: bool
+    shape: tuple[int, ...]  # shape of what it holds of one group, as in checkpoints
+    split_dim: int | None  # dimension of a group's weight that is split over ranks; None if it is not
+    group: int | None  # number of the group among those of the rank; None if it holds all, stacked
+    column: int  # which part of the last dimension it holds
+    columns: int  # number of these parts
+    tail: str  # what follows the name of the weight in the parameter's name
+    has_group_axis: bool  # whether checkpoints have an axis for the groups that a parameter of one dimension has not
 
     def of_whole(self, weight: torch.Tensor, placement: Placement) -> torch.Tensor:
         """Return what is here of a group's whole weight."""

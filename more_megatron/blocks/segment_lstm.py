@@ -20,23 +20,14 @@ __all__ = ["TimeSteps", "segment_lstm"]
 
 @dataclass(frozen=True)
 class TimeSteps:
-    """Where the rows of segments lie when they are laid out by time step, the rectangles of the steps end to end.
+    """Where the rows of segments lie when they are laid out by time step, the rectangles of the steps end to end."""
 
-    Attributes:
-        groups: Number of groups that are not over at each step, descending.
-        segments: Largest number of a group's segments that are not over at each step, descending.
-        order: Group in each line of the rectangles, int64 [groups].
-        rows: Rows that are laid out, int64 [rows here]; None if all are.
-        places: Place of each of these rows, int64 [rows here].
-        former: For each place the one of the step before, int64 [places]; -1 in the first step.
-    """
-
-    groups: list[int]
-    segments: list[int]
-    order: torch.Tensor
-    rows: torch.Tensor | None
-    places: torch.Tensor
-    former: torch.Tensor
+    groups: list[int]  # number of groups that are not over at each step, descending
+    segments: list[int]  # largest number of a group's segments that are not over at each step, descending
+    order: torch.Tensor  # group in each line of the rectangles, int64 [groups]
+    rows: torch.Tensor | None  # rows that are laid out, int64 [rows here]; None if all are
+    places: torch.Tensor  # place of each of these rows, int64 [rows here]
+    former: torch.Tensor  # for each place the one of the step before, int64 [places]; -1 in the first step
 
     @classmethod
     def of(cls, segments: Segments, groups: int, part: int = 0, parts: int = 1) -> TimeSteps:

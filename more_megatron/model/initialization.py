@@ -48,17 +48,11 @@ def replicated_parameter(
 
 @dataclass(frozen=True)
 class Initialization:
-    """How Megatron's modules draw their weights: functions that fill a tensor.
+    """How Megatron's modules draw their weights: functions that fill a tensor."""
 
-    Attributes:
-        inward: Of projections out of the stream, an output layer of its own among them.
-        outward: Of projections back into the stream.
-        embedding: Of embeddings; None: as inward.
-    """
-
-    inward: Callable[[torch.Tensor], Any]
-    outward: Callable[[torch.Tensor], Any]
-    embedding: Callable[[torch.Tensor], Any] | None = None
+    inward: Callable[[torch.Tensor], Any]  # of projections out of the stream, an output layer of its own among them
+    outward: Callable[[torch.Tensor], Any]  # of projections back into the stream
+    embedding: Callable[[torch.Tensor], Any] | None = None  # of embeddings; None: as inward
 
     def apply(self, config: MoREConfig) -> None:
         """Make modules that are built from the configuration draw so."""

@@ -67,19 +67,13 @@ class RowGroups:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one parameter holds of the weights of all groups.
-
-    Attributes:
-        parameter: The parameter.
-        group: Number of the group among those on this rank; None if it holds all, stacked along the first dimension.
-        column: Which part of the input dimension it holds.
-        columns: Number of these parts.
-    """
+    """What one parameter holds of the weights of all groups."""
 
     parameter: torch.nn.Parameter
+    # Number of the group among those on this rank; None if it holds all, stacked along the first dimension
     group: int | None = None
-    column: int = 0
-    columns: int = 1
+    column: int = 0  # which part of the input dimension it holds
+    columns: int = 1  # number of these parts
 
 
 class Backend(ABC):

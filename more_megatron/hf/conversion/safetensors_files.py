@@ -32,13 +32,7 @@ _HASHES = "sha256"
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are written together.
-
-    Attributes:
-        names: Their names.
-        shapes: Their shapes.
-        dtype: Their dtype.
-    """
+    """Tensors that are written together."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]

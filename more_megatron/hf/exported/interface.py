@@ -75,17 +75,11 @@ class Loop(nn.Module):
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that stand next to each other.
+    """Layers that stand next to each other."""
 
-    Attributes:
-        layers: Their indices.
-        loop: What repeats them; None if they run once.
-        norm_first: Whether the model's final norm stands before them, too.
-    """
-
-    layers: range
-    loop: type[Loop] | None = None
-    norm_first: bool = False
+    layers: range  # their indices
+    loop: type[Loop] | None = None  # what repeats them; None if they run once
+    norm_first: bool = False  # whether the model's final norm stands before them, too
 
 
 class System:
