@@ -34,12 +34,7 @@ _RELEASE = "release"
 
 
 def checkpoint_to_load(folder: Path, step: int | None) -> Path | None:
-    """Return the checkpoint that a run loads from a folder, None if there is none.
-
-    Args:
-        folder: The folder that `--load` names.
-        step: Iteration that `--ckpt-step` names, None for the newest.
-    """
+    """Return the checkpoint that a run loads from a folder, that of a step or the newest; None if there is none."""
     if step is not None:
         return _iteration_folder(folder, step)
     unnamed = unnamed_iteration(folder)
@@ -82,9 +77,7 @@ def _completion_time(checkpoint: Path | None) -> int:
 def newest_complete_iteration(folder: Path, before: int | None = None) -> int | None:
     """Return the iteration of the newest complete checkpoint in a `--save` folder, None if there is none.
 
-    Args:
-        folder: The folder.
-        before: Look only at iterations below this one.
+    Only those before an iteration count if one is given.
     """
     for iteration in sorted(_iterations(folder), reverse=True):
         if (before is None or iteration < before) and fault(_iteration_folder(folder, iteration)) is None:
@@ -188,12 +181,7 @@ def fault(checkpoint: Path) -> str | None:
 def content_fault(checkpoint: Path, rank: int, ranks: int) -> str | None:
     """Return what is wrong inside the data files of a checkpoint, None if each tensor is as it was written.
 
-    Each rank looks at its part of the files, about as much as it is going to load.
-
-    Args:
-        checkpoint: A checkpoint without `fault`.
-        rank: Which part to look at.
-        ranks: Number of parts.
+    The checkpoint has no `fault`. Each rank looks at its part of the files, about as much as it is going to load.
     """
     pieces = _pieces(checkpoint)
     for name in sorted(pieces)[rank::ranks]:

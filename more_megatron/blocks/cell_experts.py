@@ -97,15 +97,7 @@ class CellMoELayer(CapacityInTrainingMoELayer):
         self.experts.initialize(layer_number)
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
-        """Route, compute and combine.
-
-        Args:
-            hidden_states: [s, b, h].
-            inputs: What the layer knows about the micro-batch.
-
-        Returns:
-            The sum of routed and shared experts, [s, b, h], and no bias.
-        """
+        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
         with self.experts.to_depth(inputs.micro_batch.depth):
             output, _ = super().forward(hidden_states, padding_mask=inputs.padding_mask)
         return output, None
@@ -202,12 +194,7 @@ class SequentialExperts(CellExperts):
 
 
 class _TokenGate(torch.nn.Module):
-    """One number from 0 to 1 for each row: `sigma(v . q + b)`, with weights of its expert.
-
-    Args:
-        config: Model configuration.
-        placement: Which experts, and which part of each, are here.
-    """
+    """One number from 0 to 1 for each row: `sigma(v . q + b)`, with weights of its expert."""
 
     def __init__(self, config: MoREConfig, placement: Placement) -> None:
         super().__init__()

@@ -28,13 +28,7 @@ class ExpertBias:
 
     @classmethod
     def of(cls, bias: torch.Tensor, groups: RowGroups, number: int) -> ExpertBias:
-        """Return the bias laid out for its rows.
-
-        Args:
-            bias: [groups * n] or [groups, n].
-            groups: Where the groups are.
-            number: Number of rows.
-        """
+        """Return a bias, [groups * n] or [groups, n], laid out for so many rows."""
         return cls(bias.view(len(groups.ends), -1), groups.members(number).to(bias.dtype))
 
     def add_to(self, x: torch.Tensor) -> torch.Tensor:

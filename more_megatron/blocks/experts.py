@@ -64,15 +64,12 @@ class RoutedExperts(Experts):
     def forward(
         self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Compute all local experts.
+        """Return the weighed outputs of all local experts, [rows, h], and no bias.
 
         Args:
             hidden_states: Rows grouped by expert, [rows, h].
             tokens_per_expert: Number of rows of each local expert, [local experts].
             probs: Routing weight of each row, [rows].
-
-        Returns:
-            Weighed outputs, [rows, h], and no bias.
         """
         groups = RowGroups.of_counts(torch.as_tensor(tokens_per_expert), hidden_states.device)
         padding = RowPadding.of(groups, self.backend.row_multiple(self.config))

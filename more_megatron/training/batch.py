@@ -70,10 +70,7 @@ def stage_needs_data(config: MoREConfig, vp_stage: int | None) -> bool:
 def next_batch(data_iterator: Iterator, config: MoREConfig, vp_stage: int | None) -> Batch:
     """Read the next micro-batch and share it within the tensor- and context-parallel groups.
 
-    Args:
-        data_iterator: Yields dictionaries of tensors; read on tensor-parallel rank 0 only.
-        config: Model configuration.
-        vp_stage: Virtual pipeline stage, None without interleaving.
+    The iterator yields dictionaries of tensors; it is read on tensor-parallel rank 0 only.
 
     Raises:
         MoREError: If a token id is not in the vocabulary.

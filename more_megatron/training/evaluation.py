@@ -34,22 +34,14 @@ def evaluated_steps() -> int | None:
 
 
 def evaluate_at_depths(config: MoREConfig) -> None:
-    """Let Megatron's training loop evaluate at the depths of the configuration, and report answers by task.
-
-    Args:
-        config: Model configuration.
-    """
+    """Let Megatron's training loop evaluate at the depths of the configuration, and report answers by task."""
     evaluation = DepthEvaluation(config)
     surround("evaluate_and_print_results", evaluation.report)
     surround("evaluate", evaluation.evaluate)
 
 
 class DepthEvaluation:
-    """Takes the place of two functions of Megatron's training loop, of which the one calls the other.
-
-    Args:
-        config: Model configuration.
-    """
+    """Takes the place of two functions of Megatron's training loop, of which the one calls the other."""
 
     def __init__(self, config: MoREConfig) -> None:
         self._own = config.evaluation_steps
@@ -119,11 +111,7 @@ def _write(suffix: str, steps: int, values: dict[str, float], iteration: int, is
 
 
 class _Replay:
-    """An iterator that keeps what it yields, to yield it again.
-
-    Args:
-        source: Where it comes from; None where a rank reads no data.
-    """
+    """An iterator that keeps what it yields, to yield it again; without a source where a rank reads no data."""
 
     def __init__(self, source: Iterator[dict[str, torch.Tensor]] | None) -> None:
         self._source = source

@@ -52,13 +52,7 @@ class Problems:
 
     @classmethod
     def share(cls, table: torch.Tensor | None, rows: int, seq_length: int) -> Problems:
-        """Give the table that the first tensor-parallel rank has read to the others.
-
-        Args:
-            table: [b, problems, 2]; None on other ranks.
-            rows: Rows b of the micro-batch.
-            seq_length: Length of a row.
-        """
+        """Give the others the table that the first tensor-parallel rank has read, [b, problems, 2]."""
         device = torch.cuda.current_device()
         if table is None:
             table = torch.empty(rows, slots(seq_length), 2, dtype=torch.int64)

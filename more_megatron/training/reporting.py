@@ -25,12 +25,7 @@ __all__ = ["extend_loop", "prepare_reports", "report_figures"]
 
 
 def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Print what the model costs, and let Megatron's log count recurrence and report our losses, figures and health.
-
-    Args:
-        config: Model configuration.
-        args: Validated arguments.
-    """
+    """Print what the model costs, and let Megatron's log count recurrence and report our losses, figures and health."""
     print_cost(config, args)
     count_recurrence(config)
     system = get_system(config.more_variant)
@@ -40,12 +35,7 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Let Megatron's training loop do what it cannot by itself: figures, depths in evaluation, short rows, health.
-
-    Args:
-        config: Model configuration.
-        args: Validated arguments.
-    """
+    """Let Megatron's training loop do what it cannot by itself: figures, depths in evaluation, short rows, health."""
     report_figures(get_system(config.more_variant).figures(config))
     if config.recurrence_eval_depths or args.loss_on_answers:
         evaluate_at_depths(config)
@@ -55,11 +45,7 @@ def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def report_figures(names: tuple[str, ...]) -> None:
-    """Let Megatron's log report figures of these names, whenever a log line is due.
-
-    Args:
-        names: The figures there are.
-    """
+    """Let Megatron's log report figures of these names, whenever a log line is due."""
     figures = Figures(names)
     report_to(figures)
     if names:

@@ -45,12 +45,7 @@ class MoREAttention(nn.Module):
 
 
 class MoRELayer(GradientCheckpointingLayer):
-    """Megatron's layer. Subclasses have other parts, norms or residuals.
-
-    Args:
-        config: Model configuration.
-        layer_idx: Index of the layer, from 0.
-        mlp: What stands in the place of the MLP.
+    """Megatron's layer, counted from 0, with an MLP or experts. Subclasses have other parts, norms or residuals.
 
     Attributes:
         routers: Names of the routers of which one call returns logits, in their order; if it returns more, the list

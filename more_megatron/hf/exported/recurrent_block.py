@@ -33,7 +33,6 @@ class RecurrentBlock(nn.Module):
         u <- Adapter([s; x]),   u <- N2(u + Attn(N1(u))),   s <- N4(u + MLP(N3(u)))
 
     Args:
-        config: Model configuration.
         experts: Number of blocks; None: one for all rows.
         follows_layers: Whether norms and biases are those of the layers around it.
     """
