@@ -14,6 +14,7 @@ from more_megatron.blocks.backends import RowGroups, backend_of
 from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, sharded_parameters
 from more_megatron.config import MoREConfig
+from more_megatron.model.initialization import BlockInitializer
 
 __all__ = ["Experts", "RoutedExperts"]
 
@@ -25,6 +26,7 @@ class Experts(MegatronModule):
     """
 
     config: MoREConfig
+    layer_number = 0
 
     def __init__(
         self,
@@ -49,9 +51,15 @@ class Experts(MegatronModule):
     def build(self) -> None:
         """Create the weights."""
 
-    @abstractmethod
     def initialize(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
+        self.layer_number = layer_number
+        if self.config.perform_initialization:
+            self.draw(BlockInitializer(self.config, layer_number))
+
+    @abstractmethod
+    def draw(self, initializer: BlockInitializer) -> None:
+        """Draw the initial weights."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Return the weights of all experts as slices of one tensor each."""

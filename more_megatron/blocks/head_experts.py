@@ -15,7 +15,7 @@ from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_linear_weights, sharded_parameters
 from more_megatron.blocks.statistics import routing_entropy
 from more_megatron.config import MoREConfig
-from more_megatron.model.initialization import DepthScaledInitializer, replicated_parameter
+from more_megatron.model.initialization import BlockInitializer, replicated_parameter
 from more_megatron.monitoring.figures import record_figure
 
 __all__ = ["Choice", "HeadExperts", "HeadRouter", "head_figures", "record_use"]
@@ -138,7 +138,7 @@ class HeadRouter(MegatronModule):
         super().__init__(config=config)
         self._num_experts = num_experts
         shape = (config.num_attention_heads * num_experts, config.hidden_size)
-        initializer = DepthScaledInitializer(config, layer_number)
+        initializer = BlockInitializer(config, layer_number)
         self.weight = replicated_parameter(
             config, shape, lambda: initializer.scaled_normal(shape, f"switchhead/{name}_router", config.hidden_size)
         )
@@ -181,7 +181,7 @@ class HeadExperts(MegatronModule):
             setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
             setattr(parameter, "partition_dim", 0)  # noqa: B010
         if config.perform_initialization:
-            initializer = DepthScaledInitializer(config, layer_number)
+            initializer = BlockInitializer(config, layer_number)
 
             def draw(group: int) -> torch.Tensor:
                 return initializer.scaled_normal((outputs, inputs), f"switchhead/{group}/{name}", fan_in)

@@ -127,11 +127,6 @@ class RowMoELayer(CapacityInTrainingMoELayer):
         """Return the output of the local experts, [rows, h], given the sorted rows."""
         return self.experts(hidden_states, rows, depth)
 
-    def set_layer_number(self, layer_number: int) -> None:
-        """Learn the number of the layer, from 1; the experts draw their weights."""
-        super().set_layer_number(layer_number)
-        self.experts.initialize(layer_number)
-
     def _sort(
         self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, inputs: LayerInputs
     ) -> tuple[Rows, torch.Tensor]:

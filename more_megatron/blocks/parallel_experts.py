@@ -44,18 +44,14 @@ class ParallelExperts(Experts):
     """
 
     def build(self) -> None:
-        """Create the weights."""
         hidden = self.config.hidden_size
         self.ffn = ExpertFeedForward(self.config, self.placement)
         self.lstm = _SegmentLSTM(self.config, self.placement, hidden)
         self.gate = _BranchGate(self.config, self.placement)
 
-    def initialize(self, layer_number: int) -> None:
-        """Draw the initial weights, which depend on the number of the layer."""
-        if self.config.perform_initialization:
-            initializer = BlockInitializer(self.config, layer_number)
-            for part in (self.ffn, self.lstm, self.gate):
-                part.draw(initializer)
+    def draw(self, initializer: BlockInitializer) -> None:
+        for part in (self.ffn, self.lstm, self.gate):
+            part.draw(initializer)
 
     def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Return the mixed branches, [rows, h], of the rows that were sent to the local experts.
