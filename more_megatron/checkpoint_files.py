@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from more_megatron.console import say
 from more_megatron.errors import MoREError
 from more_megatron.pickles import read_metadata
+from more_megatron.unfinished import write_whole
 
 __all__ = [
     "checkpoint_to_load",
@@ -123,7 +123,7 @@ def repair_tracker(folder: Path) -> None:
     complete = newest_complete_iteration(folder)
     if complete is not None:
         say(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
-        _write_tracker(folder, complete)
+        write_whole(tracker, str(complete))
     elif entry is not None and not _iterations(folder):
         raise MoREError(f"{tracker} is damaged and there is no checkpoint beside it: load another folder, or remove it")
     elif entry is not None:
@@ -144,7 +144,7 @@ def clear_for_save(folder: Path, iteration: int) -> None:
         (folder / _TRACKER).unlink()
         earlier = newest_complete_iteration(folder, before=iteration)
         if earlier is not None:
-            _write_tracker(folder, earlier)
+            write_whole(folder / _TRACKER, str(earlier))
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
@@ -234,10 +234,3 @@ def _read_tracker(folder: Path) -> str | None:
         return (folder / _TRACKER).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
-
-
-def _write_tracker(folder: Path, iteration: int) -> None:
-    # A rename leaves no moment at which a reader sees half of it.
-    temporary = folder / f".{_TRACKER}.{os.getpid()}"
-    temporary.write_text(str(iteration))
-    temporary.replace(folder / _TRACKER)

@@ -15,8 +15,8 @@ from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
+from more_megatron.model.loops import TokenGrid
 from more_megatron.model.micro_batch import MicroBatch, Pass
-from more_megatron.model.noise import local_coordinates
 
 __all__ = ["LayerInputs", "MicroBatchTransformerLayer", "RowMoELayer"]
 
@@ -132,16 +132,11 @@ class RowMoELayer(CapacityInTrainingMoELayer):
     ) -> tuple[Rows, torch.Tensor]:
         (length, batch), config = hidden_states.shape[:2], self.config
         replica = parallel_state.get_data_parallel_rank() % self._replicas
-        coordinates = local_coordinates(
-            hidden_states.shape,
-            inputs.micro_batch.sample_ids,
-            first_sequence=replica * batch,
-            sequence_shard=self.attn_tp_group.rank() if config.sequence_parallel else 0,
-            device=hidden_states.device,
-            starts=inputs.micro_batch.starts,
+        grid = TokenGrid.of(
+            hidden_states, inputs.micro_batch, config, self.attn_tp_group, first_sequence=replica * batch
         )
         return Rows.sort(
-            self.token_dispatcher.dispatch_coordinates(coordinates),
+            self.token_dispatcher.dispatch_coordinates(grid.coordinates),
             tokens_per_expert,
             num_sequences=self._replicas * batch * inputs.micro_batch.parts,
             seq_length=length * self.attn_tp_group.size() if config.sequence_parallel else length,

@@ -61,8 +61,8 @@ class Placement:
         return get_pg_rank(self.split_group)
 
 
-# Attributes of a parameter: what it holds, and the dimension of it that is split over ranks, or None.
-_CONTENT, _SPLIT_DIM = "content_of_groups", "split_dim"
+# Attribute of a parameter: what it holds.
+_CONTENT = "content_of_groups"
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,6 @@ def _mark(
             delattr(piece.parameter, name)
     dim = None if split_dim is None else split_dim + (piece.group is None)
     dim = 0 if dim is not None and has_group_axis else dim
-    setattr(piece.parameter, _SPLIT_DIM, dim)
     set_tensor_model_parallel_attributes(piece.parameter, dim is not None, -1 if dim is None else dim, 1)
 
 

@@ -47,12 +47,16 @@ class TokenGrid:
         config: MoREConfig,
         tp_group: torch.distributed.ProcessGroup,
         place: str = "",
+        first_sequence: int = 0,
     ) -> TokenGrid:
-        """Return the grid of this rank's hidden states, [s, b, h]; sequence parallelism splits s over `tp_group`."""
+        """Return the grid of this rank's hidden states, [s, b, h]; sequence parallelism splits s over `tp_group`.
+
+        Sequences are counted from `first_sequence`.
+        """
         coordinates = local_coordinates(
             hidden_states.shape,
             micro_batch.sample_ids,
-            first_sequence=0,
+            first_sequence=first_sequence,
             sequence_shard=tp_group.rank() if config.sequence_parallel else 0,
             device=hidden_states.device,
             starts=micro_batch.starts,

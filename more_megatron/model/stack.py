@@ -91,13 +91,6 @@ class Stack:
         first = get_transformer_layer_offset(self.config, vp_stage, pp_rank)
         return range(first, first + get_num_layers_to_build(self.config, vp_stage, pp_rank))
 
-    def submodules(self, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        """Return the layers of this rank's pipeline stage, as Megatron's decoder takes them."""
-        layers = self.layers
-        return TransformerBlockSubmodules(
-            layer_specs=[layers[number].spec for number in self.stage(vp_stage)], layer_norm=self.norm
-        )
-
     def cut_group(self) -> str | None:
         """Return what is wrong with a pipeline layout that cuts what must lie on one stage; None if it cuts nothing."""
         for group, layers in self.places():
@@ -142,8 +135,11 @@ class Stack:
         return total
 
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        """Return the layers of a stage: what Megatron calls a layer specification."""
-        return self.submodules(vp_stage)
+        """Return the layers of this rank's pipeline stage: what Megatron calls a layer specification."""
+        layers = self.layers
+        return TransformerBlockSubmodules(
+            layer_specs=[layers[number].spec for number in self.stage(vp_stage)], layer_norm=self.norm
+        )
 
 
 def _is_within(layers: range, stage: range) -> bool:

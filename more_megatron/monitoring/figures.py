@@ -9,13 +9,14 @@ Weights & Biases only, all others also to the log line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 import torch
 
 from more_megatron.monitoring.watch import Key, watch_of_step
 
-__all__ = ["Figures", "is_reported", "record_figure", "report_to"]
+__all__ = ["Figures", "is_reported", "record_figure", "report_to", "write_scalars"]
 
 
 class Figures:
@@ -67,6 +68,15 @@ class Figures:
         """Forget what was recorded."""
         if self._columns:
             self._sums.zero_()
+
+
+def write_scalars(values: Mapping[str, float], iteration: int, board: Any, wandb: Any) -> None:
+    """Write values by name to TensorBoard and to Weights & Biases, to those of them that a rank has."""
+    for name, value in values.items():
+        if board:
+            board.add_scalar(name, value, iteration)
+        if wandb:
+            wandb.log({name: value}, iteration)
 
 
 _figures: Figures | None = None

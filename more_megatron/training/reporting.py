@@ -13,7 +13,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from more_megatron.blocks.statistics import IterationTracker
 from more_megatron.config import MoREConfig
-from more_megatron.monitoring.figures import Figures, report_to
+from more_megatron.monitoring.figures import Figures, report_to, write_scalars
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.evaluation import evaluate_at_depths
@@ -66,7 +66,7 @@ def _log_with_figures(
     is_first = kwargs.get("is_first_iteration", False)
     if is_first or iteration % get_args().log_interval == 0:
         means = figures.means()
-        _write(means, iteration)
+        write_scalars(means, iteration, get_tensorboard_writer(), get_wandb_writer())
         # The log line has the sum of each entry over the steps since the line before, divided by their number. The
         # step under way is not counted yet; if it was skipped, Megatron's third argument after these says so.
         _, _, skipped = args[:3]
@@ -78,12 +78,3 @@ def _log_with_figures(
         if not is_first:
             figures.clear()
     return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-
-
-def _write(means: dict[str, float], iteration: int) -> None:
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    for name, mean in means.items():
-        if writer:
-            writer.add_scalar(name, mean, iteration)
-        if wandb_writer:
-            wandb_writer.log({name: mean}, iteration)
