@@ -96,7 +96,7 @@ class ProjectionExperts(Experts):
         """Record how far projections are from orthogonal, and from those of other experts. All expert ranks call it.
 
         The divergence of two is one minus the cosine of the angle between them; its mean over all pairs follows from
-        the sum of the weights at unit length. `share`: one part in as many as there are ranks with the same experts.
+        the sum of the weights at unit length. `share` is 1 over the number of ranks with the same experts.
         """
         watch.add_mean(Key("system", "projection orthogonality", place), self.orthogonality_penalty(), share=share)
         number, group = self.placement.num_groups, parallel_state.get_expert_model_parallel_group()

@@ -40,7 +40,8 @@ class ExpertBias:
         return self.members @ self.bias
 
 
-# The functions below take products that nobody else reads, and write over them: large tensors are slow to come by.
+# The functions below write over the products that they are given, which nobody else reads: large tensors are slow to
+# allocate.
 
 
 class _GELU(torch.autograd.Function):

@@ -39,7 +39,7 @@ def _sum_of_rows(rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, 
 
 
 class _Copy(torch.autograd.Function):
-    """Each item as often as it has rows, in the order of the rows. Backward: the sum over an item's rows."""
+    """A copy of an item for each of its rows, in the order of the rows. Backward: the sum over an item's rows."""
 
     @staticmethod
     def forward(ctx, items: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over an item's rows. Backward: its gradient as often as it has rows."""
+    """The sum over an item's rows. Backward: a copy of its gradient for each of them."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
@@ -132,7 +132,7 @@ def record_use(kind: str, index: int, logits: torch.Tensor, loads: torch.Tensor)
 
 
 class HeadRouter(MegatronModule):
-    """Scores the experts of all heads. Ranks hold all of it; under sequence parallelism each sees its positions."""
+    """Scores the experts of all heads. Every rank holds all weights; sequence parallelism splits the positions."""
 
     def __init__(self, config: MoREConfig, num_experts: int, layer_number: int, name: str) -> None:
         super().__init__(config=config)

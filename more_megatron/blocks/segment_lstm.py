@@ -36,7 +36,7 @@ class TimeSteps:
         Args:
             segments: The same number for each group, sorted by group. The device is waited for.
             groups: Number of groups.
-            part: Which of the parts that a group's segments are dealt out to, the longest first.
+            part: Number of the part wanted; a group's segments are dealt out to the parts, the longest first.
             parts: Number of parts.
         """
         device = segments.offsets.device
@@ -198,11 +198,11 @@ def _run_back(
 
 
 def _factors(gates: torch.Tensor, cells: torch.Tensor, former_cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what gradients are multiplied with on their way, for all steps at once.
+    """Return what gradients are multiplied with on their way back, for all steps at once.
 
     Returns:
-        Of the gates before their activations, [places, 4n]: of i, f and g to the gradient of the new cell state, of o
-        to that of the hidden state. And of the cell state to that of the hidden state, [places, n].
+        What makes gradients of the gates, before their activations, of that of the new cell state (i, f and g) or of
+        the hidden state (o), [places, 4n]; and one of the cell state of that of the hidden state, [places, n].
     """
     write, keep, new, read = gates.chunk(4, dim=1)
     shown = cells.tanh()

@@ -83,7 +83,7 @@ class IterationTracker(MoEMetricsTracker):
         return torch.zeros(2, len(_FIGURES), self._max_steps, device=torch.cuda.current_device())
 
     def record_step(self, step: int, figures: torch.Tensor) -> None:
-        """Add the figures of one routing decision, the first ones of those there are."""
+        """Add the figures of one routing decision, in their order; the last of them may be missing."""
         self._steps[0, : len(figures), step] += figures
         self._steps[1, : len(figures), step] += 1
 

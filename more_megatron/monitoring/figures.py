@@ -89,7 +89,7 @@ def report_to(figures: Figures | None) -> None:
 
 
 def is_reported(name: str) -> bool:
-    """Return whether a run reports a figure: what is only worked out for it need not be otherwise."""
+    """Return whether a run reports a figure; what is computed for it alone can be left out if not."""
     return _figures is not None and name in _figures.names
 
 

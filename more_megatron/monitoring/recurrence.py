@@ -121,7 +121,7 @@ def watch_states(place: str, steps: int, inputs: torch.Tensor | None = None, **l
 def record_adapter(watch: Watch, place: str, halves: tuple[torch.Tensor, torch.Tensor], share: float) -> None:
     """Record the spectral norms of the two halves of adapters, of the state and of the input: means over adapters.
 
-    Halves are [..., h, h] each; `share` is one part in as many as there are ranks that hold the same ones.
+    Halves are [..., h, h] each; `share` is 1 over the number of ranks that hold the same ones.
     """
     for name, half in zip(("adapter state norm", "adapter input norm"), halves, strict=True):
         norms = _spectral_norms(half.detach().float().flatten(0, -3) if half.dim() > 2 else half.detach().float()[None])

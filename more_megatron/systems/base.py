@@ -161,7 +161,7 @@ class System:
     def record_health(self, watch: Watch, module: Any, share: float) -> None:
         """Record what is to be known of a module's parameters when a step is watched. Asked for every module.
 
-        `share`: one part in as many as there are ranks that hold the same experts.
+        `share` is 1 over the number of ranks that hold the same experts.
         """
 
     def ffn_hidden_size(self, sizes: Any) -> int:
