@@ -69,9 +69,9 @@ def _draw_answers(drawing: Drawing, arms: Sequence[ArmResult]) -> None:
         drawing.lines(
             f"{name.removesuffix(_EXACT_MATCH)}: exact match against depth",
             (_DEPTH, share),
-            lambda arm, name=name: {depth: spread for depth, spread in arm.answers_at(name).items() if depth},
+            functools.partial(_chosen_depths, name=name),
             "Bars: one standard deviation. Without recurrence: a dotted level.",
-            level_of=lambda arm, name=name: arm.answers_at(name).get(0),
+            level_of=functools.partial(_without_depth, name=name),
             is_doubled=True,
             is_share=True,
         )
@@ -84,6 +84,14 @@ def _draw_answers(drawing: Drawing, arms: Sequence[ArmResult]) -> None:
                 "Each arm at the depth nearest to its mean in training; bars: one standard deviation.",
                 is_share=True,
             )
+
+
+def _chosen_depths(arm: ArmResult, name: str) -> Points:
+    return {depth: spread for depth, spread in arm.answers_at(name).items() if depth}
+
+
+def _without_depth(arm: ArmResult, name: str) -> Spread | None:
+    return arm.answers_at(name).get(0)
 
 
 def _draw_routing(drawing: Drawing) -> None:
