@@ -83,8 +83,7 @@ class Backend(ABC):
     def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
         """Return the submodules of one transformer layer; its feed-forward part is a mixture of experts, or not."""
 
-    core_attention: ClassVar[Any]
-    """Attention between queries, keys and values."""
+    core_attention: ClassVar[Any]  # attention between queries, keys and values
 
     @abstractmethod
     def linears(self) -> tuple[Any, Any]:

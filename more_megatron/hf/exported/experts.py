@@ -49,11 +49,7 @@ class FeedForwardExperts(nn.Module):
 
 
 class MoREMoE(nn.Module):
-    """Router, routed experts and shared expert of a layer, counted from 0. Subclasses have other experts.
-
-    Attributes:
-        router_class: The router.
-    """
+    """Router, routed experts and shared expert of a layer, counted from 0. Subclasses have other experts."""
 
     router_class: type[MoRERouter] = MoRERouter
 

@@ -45,14 +45,10 @@ class MoREAttention(nn.Module):
 
 
 class MoRELayer(GradientCheckpointingLayer):
-    """Megatron's layer, counted from 0, with an MLP or experts. Subclasses have other parts, norms or residuals.
+    """Megatron's layer, counted from 0, with an MLP or experts. Subclasses have other parts, norms or residuals."""
 
-    Attributes:
-        routers: Names of the routers of which one call returns logits, in their order; if it returns more, the list
-            begins anew with the next step.
-        attention_class: The attention.
-    """
-
+    # Names of the routers of which one call returns logits, in their order; if it returns more, the list begins
+    # anew with the next step
     routers: tuple[str, ...] = ("router",)
     attention_class: type[nn.Module] = MoREAttention
 
