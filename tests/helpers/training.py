@@ -38,18 +38,13 @@ def dense(command_line: str) -> str:
 
 @dataclass
 class History:
-    """What a run reported.
+    """What a run reported."""
 
-    Attributes:
-        losses: Loss of each training step in nats; empty on ranks before the last pipeline stage.
-        grad_norms: Norm of the whole gradient before clipping, of each step.
-        steps: Recurrence steps of each training step.
-        figures: The system's own figures, of each training step; the first two are averaged, as Megatron's log does.
-    """
-
+    # Loss of each training step in nats; empty on ranks before the last pipeline stage
     losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)  # norm of the whole gradient before clipping, of each step
+    steps: list[float] = field(default_factory=list)  # recurrence steps of each training step
+    # The system's own figures, of each training step; the first two are averaged, as Megatron's log does
     figures: list[dict[str, float]] = field(default_factory=list)
 
 
