@@ -53,7 +53,7 @@ class RowGroups:
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def members(self, number: int) -> torch.Tensor:
-        """Return whether a row belongs to a group, bool [rows, groups]; only the caller knows the number of rows."""
+        """Return whether each row is of each group, bool [rows, groups], given how many rows there are in all."""
         if "_members" not in self.__dict__:
             rows = torch.arange(number, device=self.ends.device).unsqueeze(1)
             starts = torch.nn.functional.pad(self.ends[:-1], (1, 0))
