@@ -201,8 +201,9 @@ def _factors(gates: torch.Tensor, cells: torch.Tensor, former_cells: torch.Tenso
     """Return what gradients are multiplied with on their way back, for all steps at once.
 
     Returns:
-        What makes gradients of the gates, before their activations, of that of the new cell state (i, f and g) or of
-        the hidden state (o), [places, 4n]; and one of the cell state of that of the hidden state, [places, n].
+        Factors [places, 4n], which times the gradient of the new cell state (i, f and g) or of the hidden state (o) are
+        the gradients of the gates before their activations; and factors [places, n], which times the gradient of the
+        hidden state are that of the cell state.
     """
     write, keep, new, read = gates.chunk(4, dim=1)
     shown = cells.tanh()
