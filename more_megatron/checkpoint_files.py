@@ -115,7 +115,7 @@ def repair_tracker(folder: Path) -> None:
     """Make the tracker file name the newest complete checkpoint again if a kill left it empty or not yet written.
 
     Raises:
-        MoREError: If the tracker file is damaged and there is no complete checkpoint beside it.
+        MoREError: If the tracker file cannot be read, or is damaged and there is no complete checkpoint beside it.
     """
     if _named_checkpoint(folder) is not None:
         return

@@ -100,7 +100,7 @@ FLAGS = {
     "--attention-backend flash": "need --transformer-impl transformer_engine",
     "--profile": "--profile needs a GPU",
     "--profile --use-pytorch-profiler": "--use-pytorch-profiler needs --tensorboard-dir",
-    "--inprocess-restart": "needs the package nvidia_resiliency_ext",
+    "--inprocess-restart": "needs nvidia_resiliency_ext",
     "--log-progress": "--log-progress needs --save",
     "--straggler-ctrlr-port 99999": "must be at least 0 and at most 65535",
     "--skip-train": "--skip-train with --eval-iters 0 does nothing",
