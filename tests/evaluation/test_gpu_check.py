@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from more_megatron.evaluation.gpu_check.outcomes import Outcome, Report, Status
+from more_megatron.evaluation.gpu_check.outcomes import Finding, Outcome, Report, Status
 from more_megatron.evaluation.gpu_check.plan import DRY, Plan
 from more_megatron.evaluation.gpu_check.runner import Crew
 from more_megatron.evaluation.gpu_check.stages import Case, Stage
@@ -145,6 +145,7 @@ def test_a_case_that_ends_its_process_ends_no_other() -> None:
         Case("dies", "os:_exit", (3,)),
         Case("raises", "json:loads", ("{",)),
         Case("finds", "more_megatron.evaluation.gpu_check.work.environment:packages"),
+        Case("cannot", f"{__name__}:without_a_device_that_can"),
     ]
     crew = Crew("cpu", 1, time.monotonic() + 300.0, 1)
     try:
@@ -155,11 +156,18 @@ def test_a_case_that_ends_its_process_ends_no_other() -> None:
         "dies": Status.FAILED,
         "raises": Status.FAILED,
         "finds": Status.PASSED,
+        "cannot": Status.SKIPPED,
     }
     assert "process of rank 0 ended" in outcomes["dies"].reason
     assert outcomes["raises"].reason.startswith("JSONDecodeError")
     assert "Traceback" in outcomes["raises"].details
     assert outcomes["finds"].figures["torch"] == torch.__version__
+    assert outcomes["cannot"].reason == "no FP8"
+
+
+def without_a_device_that_can() -> Finding:
+    """Return what a case finds whose device has not what it takes."""
+    return Finding(skipped="no FP8")
 
 
 def test_what_does_not_fit_into_the_time_is_named() -> None:
