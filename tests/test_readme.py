@@ -108,9 +108,9 @@ def test_jobs_are_scripts_that_exist(calls: list[Call]) -> None:
     assert all((PROJECT / script).is_file() for script in scripts)
 
 
-def test_systems_table_says_what_works() -> None:
-    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| (works|planned) \|$", _README, flags=re.MULTILINE))
-    assert {name for name, state in rows.items() if state == "works"} == set(systems())
+def test_systems_table_names_all() -> None:
+    _, _, section = _README.partition("\n## Systems\n")
+    assert re.findall(r"^\| `(\w+)` \|", section.partition("\n## ")[0], flags=re.MULTILINE) == list(systems())
 
 
 def test_every_flag_of_ours_is_named() -> None:
