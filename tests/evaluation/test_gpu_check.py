@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from more_megatron.evaluation.gpu_check.outcomes import Finding, Outcome, Report, Status
-from more_megatron.evaluation.gpu_check.plan import DRY, Plan
+from more_megatron.evaluation.gpu_check.plan import DRY, GPU, Plan
 from more_megatron.evaluation.gpu_check.runner import Crew
 from more_megatron.evaluation.gpu_check.stages import Case, Stage
 from more_megatron.systems import names, systems
@@ -177,6 +177,15 @@ def test_what_does_not_fit_into_the_time_is_named() -> None:
     finally:
         crew.close()
     assert (outcome.status, outcome.reason) == (Status.SKIPPED, "no time left")
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4, 8])
+def test_batches_of_layouts_fit_any_number_of_gpus(gpus: int) -> None:
+    plan = Plan(dry=False, sizes=GPU, systems=names(), folder=Path(), ranks=gpus)
+    assert "dp" in plan.layouts
+    for flags in plan.layouts.values():
+        replicas = gpus // int(flags.get("tensor-model-parallel-size", 1))
+        assert plan.shared_batch["global-batch-size"] % (replicas * plan.shared_batch["micro-batch-size"]) == 0
 
 
 def test_a_report_tells_what_failed(tmp_path: Path) -> None:
