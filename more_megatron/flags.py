@@ -153,11 +153,7 @@ class MoREFlags:
         self._check_range()
 
     def without_effect(self, given: Set[str]) -> Iterator[str]:
-        """Yield the fields that were given and that these settings never read, with the reason.
-
-        Args:
-            given: Names of the fields that the user set.
-        """
+        """Yield those of the given fields that these settings never read, with the reason."""
         fixed = "--recurrence-sampling is fixed: give uniform or poisson-lognormal"
         for name, is_read, reason in (
             ("recurrence_min_steps", self.recurrence_sampling != "fixed", fixed),
@@ -195,11 +191,7 @@ class MoREFlags:
         return max(self.evaluation_steps, *(self.recurrence_eval_depths or [1]))
 
     def step_range(self, mean: int) -> tuple[int, int]:
-        """Return the smallest and the largest number of steps that are drawn.
-
-        Args:
-            mean: Mean number of steps where training stands.
-        """
+        """Return the smallest and the largest number of steps that are drawn where training stands at a mean."""
         if self.recurrence_sampling == "fixed":
             return mean, mean
         low = min(self._lowest_step, mean)

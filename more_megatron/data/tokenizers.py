@@ -90,21 +90,13 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What a run needs to know of its tokenizer, small enough to hand to every worker.
+    """What a run needs to know of its tokenizer, small enough to hand to every worker."""
 
-    Attributes:
-        options: The flags it was built from.
-        vocab_size: Number of ids, before Megatron's padding.
-        eod: The id that Megatron's tokenizer answers as `.eod`.
-        sha256: Hash of its files, None for a tokenizer without files.
-        backend: Serialized Hugging Face tokenizer, where one is used directly.
-    """
-
-    options: TokenizerOptions
-    vocab_size: int
-    eod: int | None
-    sha256: str | None
-    backend: str | None = None
+    options: TokenizerOptions  # the flags it was built from
+    vocab_size: int  # number of ids, before Megatron's padding
+    eod: int | None  # the id that Megatron's tokenizer answers as `.eod`
+    sha256: str | None  # hash of its files, None for a tokenizer without files
+    backend: str | None = None  # serialized Hugging Face tokenizer, where one is used directly
 
     def __post_init__(self) -> None:
         """Check that ids fit what they are stored in.

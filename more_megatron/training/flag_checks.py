@@ -17,11 +17,7 @@ __all__ = ["check_flags", "convert"]
 
 
 def check_flags(args: Namespace, given: Set[str]) -> None:
-    """Check parsed flags, before Megatron does.
-
-    Args:
-        args: Megatron's namespace, parsed and not yet validated.
-        given: Names of the arguments that the command line sets.
+    """Check parsed flags, before Megatron does, given the names of those that the command line sets.
 
     Raises:
         MoREError: If a flag is wrong; the message names it and says how to mend it.
@@ -51,10 +47,7 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
 def convert(of_megatron: Callable[[str], object], choices: Iterable[enum.Enum], text: str) -> object:
     """Convert the text of a flag as Megatron does, by evaluation or a member's name, or refuse it as the parser does.
 
-    Args:
-        of_megatron: Megatron's type of the flag.
-        choices: Members that may be named, if any.
-        text: What the command line says.
+    `choices` are the members that may be named, if any.
 
     Raises:
         ArgumentTypeError: If it is nothing of the kind.

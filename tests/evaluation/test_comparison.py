@@ -135,7 +135,7 @@ def test_an_experiment_without_an_arm_that_can_be_trained_is_refused(
 ) -> None:
     (tmp_path / "e.yaml").write_text("arms: [moe]")
     plan = Plan({}, ({},), (PlannedArm("moe", 0, {}, "--num-layers is missing"),))
-    monkeypatch.setattr(compare_systems, "apart", lambda *_, **__: plan)
+    monkeypatch.setattr(compare_systems, "in_own_process", lambda *_, **__: plan)
     args = compare_systems._parse([str(tmp_path / "e.yaml"), "--folder", str(tmp_path)])
     with pytest.raises(MoREError, match="no arm can be trained; moe: --num-layers is missing"):
         compare_systems._plan(args)

@@ -38,17 +38,11 @@ _WINDOWS = 8
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run left and said.
+    """What a run left and said."""
 
-    Attributes:
-        folder: Its files: `checkpoint`, `text`, `P_test.jsonl`.
-        text_loss: Validation loss on the text, in nats.
-        answers: Validation figures of the problems by depth and name.
-    """
-
-    folder: Path
-    text_loss: float
-    answers: dict[int, dict[str, float]]
+    folder: Path  # its files: `checkpoint`, `text`, `P_test.jsonl`
+    text_loss: float  # validation loss on the text, in nats
+    answers: dict[int, dict[str, float]]  # validation figures of the problems by depth and name
 
 
 def _problems(first: int, last: int) -> list[Problem]:

@@ -16,25 +16,16 @@ _STEPS, _TOLERANCE = 2, 0.03
 
 @dataclass(frozen=True)
 class Counted:
-    """What a matched model costs: by formula, and as built.
+    """What a matched model costs: by formula, and as built."""
 
-    Attributes:
-        target: Operations a token that were asked for.
-        by_formula: Those of the widths that were found.
-        counted: Those that PyTorch counts.
-        parameters: By formula.
-        built: As built.
-        ratios: Operations and parameters over what was asked for, where both were; None without a second width.
-        parameter_ratio: Parameters over what was asked for, where they alone were.
-    """
-
-    target: float
-    by_formula: float
-    counted: float
-    parameters: int
-    built: int
+    target: float  # operations a token that were asked for
+    by_formula: float  # those of the widths that were found
+    counted: float  # those that PyTorch counts
+    parameters: int  # by formula
+    built: int  # as built
+    # Operations and parameters over what was asked for, where both were; None without a second width
     ratios: tuple[float, float] | None
-    parameter_ratio: float
+    parameter_ratio: float  # parameters over what was asked for, where they alone were
 
 
 @pytest.fixture(scope="module")
