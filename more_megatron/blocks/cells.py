@@ -44,10 +44,15 @@ class ExpertBias:
 # allocate.
 
 
+def _with_bias(products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
+    # Transformer Engine's products are views made in functions of its own, which autograd lets nobody write over.
+    return products.detach().addmm_(members, bias)
+
+
 class _GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        inner = products.addmm_(members, bias)
+        inner = _with_bias(products, bias, members)
         ctx.save_for_backward(inner, members)
         return torch.nn.functional.gelu(inner)
 
@@ -68,7 +73,7 @@ class _GRUStep(torch.autograd.Function):
     def forward(
         ctx, products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor, state: torch.Tensor
     ) -> torch.Tensor:
-        gates = products.addmm_(members, bias)
+        gates = _with_bias(products, bias, members)
         size = state.size(1)
         reset, update, new, hidden = gates.split(size, dim=1)
         gates[:, : 2 * size].sigmoid_()
@@ -115,7 +120,7 @@ class _LSTMStep(torch.autograd.Function):
     def forward(
         ctx, products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor, cell: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        gates = products.addmm_(members, bias)
+        gates = _with_bias(products, bias, members)
         size = cell.size(1)
         write, keep, new, read = gates.split(size, dim=1)
         gates[:, : 2 * size].sigmoid_()

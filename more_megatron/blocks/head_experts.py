@@ -97,10 +97,13 @@ class Choice:
         first = torch.arange(0, heads * experts, experts, device=logits.device).unsqueeze(-1)
         expert = (chosen + first).flatten()
         # Small integers sort several times faster.
-        order = expert.to(torch.int16 if heads * experts < 2**15 else torch.int32).argsort(stable=True)
+        small = torch.int16 if heads * experts < 2**15 else torch.int32
+        ordered, order = expert.to(small).sort(stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
-        ends = torch.bincount(expert, minlength=heads * experts).cumsum(0).to(torch.int32)
+        # Counting the rows of each expert would wait for the device.
+        all_experts = torch.arange(heads * experts, dtype=small, device=order.device)
+        ends = torch.searchsorted(ordered, all_experts, right=True, out_int32=True)
         return cls(order, places, weights.index_select(0, order), RowGroups(ends))
 
     def loads(self, heads: int) -> torch.Tensor:

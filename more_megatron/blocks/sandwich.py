@@ -32,7 +32,9 @@ class SandwichLayer(TransformerLayer):
         self.post_mlp_norm = self._norm()
         bias = getattr(self.self_attention.linear_qkv, "bias", None)
         if bias is not None and bias.numel() > 0:
-            bias.register_hook(self._mask_of_queries_and_keys(bias).mul)
+            mask = self._mask_of_queries_and_keys(bias)
+            # A model that was initialized on the CPU has moved since.
+            bias.register_hook(lambda gradient: gradient * mask.to(gradient))
 
     def _norm(self) -> torch.nn.Module:
         config: MoREConfig = self.config

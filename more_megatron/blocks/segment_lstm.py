@@ -53,23 +53,24 @@ class TimeSteps:
         starts = torch.nn.functional.pad((lines * columns).cumsum(0), (1, 0))
         segment = (by_length + order.unsqueeze(1) * number).flatten()
         grid = [x.to(device, non_blocking=True) for x in (segment, sizes.flatten(), columns, starts)]
-        rows, places = cls._rows(segments, by_length.size(1), *grid)
-        former = cls._former(lines, columns, starts).to(device)
-        layout = cls(lines.tolist(), columns.tolist(), order.to(device), rows, places, former)
+        rows, places = cls._rows(segments, by_length.size(1), int(sizes.sum()), *grid)
+        order, former = (x.to(device, non_blocking=True) for x in (order, cls._former(lines, columns, starts)))
+        layout = cls(lines.tolist(), columns.tolist(), order, rows, places, former)
         return layout if parts > 1 else layout._for_all()
 
     @staticmethod
     def _rows(
         segments: Segments,
         width: int,
+        count: int,
         segment: torch.Tensor,
         sizes: torch.Tensor,
         columns: torch.Tensor,
         starts: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows of the segments, one segment after the other, and their places."""
-        number = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
-        time = torch.arange(len(number), device=sizes.device) - (sizes.cumsum(0) - sizes)[number]
+        """Return the rows of the segments, so many, one segment after the other, and their places."""
+        number = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=count)
+        time = torch.arange(count, device=sizes.device) - (sizes.cumsum(0) - sizes)[number]
         rows = segments.offsets.long()[segment[number]] + time
         line, column = number // width, number % width
         return rows, starts[time] + line * columns[time] + column

@@ -41,7 +41,8 @@ class States:
     split: bool = False  # whether these ranks hold other channels of the rows
 
     def __post_init__(self) -> None:
-        self._kept = None if self.is_padding is None else ~self.is_padding.flatten()
+        # Where there is padding the device is waited for, but once and not in every step.
+        self._kept = None if self.is_padding is None else (~self.is_padding.flatten()).nonzero().flatten()
         ranks = 1 if self.group is None else self.group.size()
         self._share, self._split = 1.0 / ranks, self.group if self.split and ranks > 1 else None
         self._count = 0
@@ -64,7 +65,7 @@ class States:
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         x = x.detach().flatten(0, -2).float()
-        return x if self._kept is None else x[self._kept]
+        return x if self._kept is None else x.index_select(0, self._kept)
 
     def _see_step(self, state: torch.Tensor, change: torch.Tensor) -> None:
         squares = self._over_channels(torch.stack([state.square().mean(1), change.square().mean(1)]))

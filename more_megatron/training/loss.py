@@ -41,7 +41,8 @@ def language_model_loss(
         _check(loss)
     report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
     for name, value in figures.items():
-        report[name] = torch.tensor([value, 1.0], device=loss.device)
+        # Made on the host and copied there it would wait for the forward pass.
+        report[name] = torch.cat([loss.new_full((1,), value), loss.new_ones(1)])
     if answers is not None:
         report |= answers(losses.detach())
     return loss, tokens, report

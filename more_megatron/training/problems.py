@@ -49,23 +49,24 @@ class Problems:
     starts: torch.Tensor  # where they begin, int64 [b, problems]
     tasks: torch.Tensor  # numbers of their tasks, int64 [b, problems]
     seq_length: int  # length of a row
+    read: torch.Tensor | None = None  # both as they were read, [b, problems, 2], on the host; None on other ranks
 
     @classmethod
     def share(cls, table: torch.Tensor | None, rows: int, seq_length: int) -> Problems:
         """Give the others the table that the first tensor-parallel rank has read, [b, problems, 2]."""
-        device = torch.cuda.current_device()
+        read, device = table, torch.cuda.current_device()
         if table is None:
             table = torch.empty(rows, slots(seq_length), 2, dtype=torch.int64)
-        table = table.to(device)
+        table = table.to(device, non_blocking=True)
         group = mpu.get_tensor_model_parallel_group()
         if group.size() > 1:
             torch.distributed.broadcast(table, mpu.get_tensor_model_parallel_src_rank(), group=group)
-        return cls(table[..., 0].contiguous(), table[..., 1].contiguous(), seq_length)
+        return cls(table[..., 0].contiguous(), table[..., 1].contiguous(), seq_length, read)
 
     @property
     def host_starts(self) -> torch.Tensor:
-        """Where they begin, in host memory."""
-        return self.starts.to(torch.device("cpu"))
+        """Where they begin, in host memory; the device is waited for on ranks that have not read them."""
+        return self.starts.to(torch.device("cpu")) if self.read is None else self.read[..., 0]
 
     @property
     def numbers(self) -> torch.Tensor:

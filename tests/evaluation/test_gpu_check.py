@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from more_megatron.evaluation.gpu_check.outcomes import Outcome, Report, Status
-from more_megatron.evaluation.gpu_check.plan import DRY, Plan
+from more_megatron.evaluation.gpu_check.outcomes import Finding, Outcome, Report, Status
+from more_megatron.evaluation.gpu_check.plan import DRY, GPU, Plan
 from more_megatron.evaluation.gpu_check.runner import Crew
 from more_megatron.evaluation.gpu_check.stages import Case, Stage
 from more_megatron.systems import names, systems
@@ -145,6 +145,7 @@ def test_a_case_that_ends_its_process_ends_no_other() -> None:
         Case("dies", "os:_exit", (3,)),
         Case("raises", "json:loads", ("{",)),
         Case("finds", "more_megatron.evaluation.gpu_check.work.environment:packages"),
+        Case("cannot", f"{__name__}:without_a_device_that_can"),
     ]
     crew = Crew("cpu", 1, time.monotonic() + 300.0, 1)
     try:
@@ -155,11 +156,18 @@ def test_a_case_that_ends_its_process_ends_no_other() -> None:
         "dies": Status.FAILED,
         "raises": Status.FAILED,
         "finds": Status.PASSED,
+        "cannot": Status.SKIPPED,
     }
     assert "process of rank 0 ended" in outcomes["dies"].reason
     assert outcomes["raises"].reason.startswith("JSONDecodeError")
     assert "Traceback" in outcomes["raises"].details
     assert outcomes["finds"].figures["torch"] == torch.__version__
+    assert outcomes["cannot"].reason == "no FP8"
+
+
+def without_a_device_that_can() -> Finding:
+    """Return what a case finds whose device has not what it takes."""
+    return Finding(skipped="no FP8")
 
 
 def test_what_does_not_fit_into_the_time_is_named() -> None:
@@ -169,6 +177,15 @@ def test_what_does_not_fit_into_the_time_is_named() -> None:
     finally:
         crew.close()
     assert (outcome.status, outcome.reason) == (Status.SKIPPED, "no time left")
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 4, 8])
+def test_batches_of_layouts_fit_any_number_of_gpus(gpus: int) -> None:
+    plan = Plan(dry=False, sizes=GPU, systems=names(), folder=Path(), ranks=gpus)
+    assert "dp" in plan.layouts
+    for flags in plan.layouts.values():
+        replicas = gpus // int(flags.get("tensor-model-parallel-size", 1))
+        assert plan.shared_batch["global-batch-size"] % (replicas * plan.shared_batch["micro-batch-size"]) == 0
 
 
 def test_a_report_tells_what_failed(tmp_path: Path) -> None:

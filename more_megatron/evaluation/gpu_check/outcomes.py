@@ -26,6 +26,7 @@ class Finding:
 
     figures: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    skipped: str = ""  # why nothing was done, where this device cannot
 
     def require(self, holds: bool, fault: str) -> None:
         """Note a fault unless a condition holds."""

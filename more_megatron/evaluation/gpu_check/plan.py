@@ -154,8 +154,13 @@ class Plan:
     def layouts(self) -> dict[str, Flags]:
         """Layouts for all ranks, by name."""
         if self.dry:
-            return {"tp2": _PARALLEL["tp2"]}
+            return {name: _PARALLEL[name] for name in ("dp", "tp2")}
         return {name: flags for name, flags in _PARALLEL.items() if self.ranks % _ranks_of(flags) == 0}
+
+    @property
+    def shared_batch(self) -> Flags:
+        """Flags of a batch with a micro-batch for each rank: one rank takes the same ones in turn."""
+        return {"micro-batch-size": 2, "global-batch-size": 2 * self.ranks}
 
     @property
     def corpus(self) -> Path:

@@ -93,8 +93,9 @@ class Crew:
             self._free[case.ranks].put(world)
         figures = {name: value for finding in findings for name, value in finding.figures.items()}
         faults = [fault for finding in findings for fault in finding.faults]
-        status, seconds = Status.FAILED if faults else Status.PASSED, time.monotonic() - start
-        return Outcome(letter, case.name, status, seconds, figures, "; ".join(faults))
+        skipped = next((finding.skipped for finding in findings if finding.skipped), "")
+        status = Status.FAILED if faults else Status.SKIPPED if skipped else Status.PASSED
+        return Outcome(letter, case.name, status, time.monotonic() - start, figures, "; ".join(faults) or skipped)
 
 
 def check(args: argparse.Namespace, command: str) -> Report:

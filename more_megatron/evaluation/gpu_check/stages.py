@@ -111,5 +111,8 @@ def _layouts(plan: Plan) -> list[Case]:
     found = []
     for system in plan.systems[: _IN_MINIATURE if plan.dry else None]:
         found.append(_case(f"{system}, one rank", "training:save_losses", plan, system))
-        found.append(_case(system, "training:under_layouts", plan, system, ranks=plan.ranks))
+        found += [
+            _case(f"{system}, {layout}", "training:under_layout", plan, system, layout, ranks=plan.ranks)
+            for layout in plan.layouts
+        ]
     return found

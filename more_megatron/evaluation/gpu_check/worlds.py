@@ -47,6 +47,8 @@ class World:
         port = _free_port()
         for rank in range(ranks):
             variables = {"MORE_PLATFORM": platform, **_rank_environment(rank, ranks, port), **environment}
+            if platform == "cpu":
+                variables["CUDA_VISIBLE_DEVICES"] = ""  # What asks PyTorch for a GPU gets the answer of a CPU.
             ours, theirs = context.Pipe()
             log = str(Path(self._folder.name, f"rank{rank}.log"))
             process = context.Process(target=_serve, args=(theirs, variables, log))

@@ -18,7 +18,7 @@ from more_megatron.evaluation.gpu_check.plan import Plan, command_line
 from more_megatron.evaluation.runs import configure
 from more_megatron.platform import Platform, initialize_platform
 
-__all__ = ["attention", "ceilings", "defaults", "packages"]
+__all__ = ["attention", "ceilings", "defaults", "fp8_obstacle", "packages"]
 
 _PACKAGES = ("megatron-core", "transformer_engine", "apex", "triton", "transformers", "numpy")
 # What a run's defaults decide by what is there.
@@ -86,8 +86,22 @@ def attention() -> Finding:
     shape, device = (512, 2, 16, 128), torch.cuda.current_device()
     attend(*(torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)))
     # Which one it takes is kept there, and nowhere else.
-    chosen = [kind for kind in ("flash", "fused") if module._attention_backends[f"use_{kind}_attention"]]
+    known = getattr(module, "_attention_backends", None)
+    if known is None:
+        return Finding({"attention": "not told by this version"})
+    chosen = [kind for kind in ("flash", "fused") if known[f"use_{kind}_attention"]]
     return Finding({"attention": next(iter(chosen), "unfused: NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 says why")})
+
+
+def fp8_obstacle(recipe: str = "") -> str:
+    """Return why this device has no FP8 with a recipe, or at all; empty if it has, or where a CPU only imitates it."""
+    if initialize_platform() is Platform.CPU:
+        return ""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as Manager
+
+    asked = Manager.is_fp8_block_scaling_available if recipe == "blockwise" else Manager.is_fp8_available
+    can, why = asked()
+    return "" if can else f"{recipe} FP8 is not there: {why}".strip()
 
 
 def ceilings(plan: Plan) -> Finding:

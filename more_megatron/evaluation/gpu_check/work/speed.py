@@ -14,6 +14,7 @@ from more_megatron.errors import MoREError
 from more_megatron.evaluation.comparison.matching import match, system_cost
 from more_megatron.evaluation.gpu_check.outcomes import Finding
 from more_megatron.evaluation.gpu_check.plan import Plan, command_line
+from more_megatron.evaluation.gpu_check.work.environment import fp8_obstacle
 from more_megatron.evaluation.runs import configure
 from more_megatron.evaluation.step_benchmark import StepBenchmark
 from more_megatron.model.depth import Depth
@@ -40,6 +41,8 @@ def save_target(plan: Plan) -> Finding:
 
 def measure(plan: Plan, system: str, precision: str) -> Finding:
     """Time forward and backward pass of a system in bf16 or fp8, without the optimizer, and leave the figures."""
+    if precision == "fp8" and (obstacle := fp8_obstacle()):
+        return Finding(skipped=obstacle)
     sizes = plan.sizes
     depth = Depth(0, sizes.steps)
     benchmark, micro_batch, memory = _filled(plan, system, precision)

@@ -17,12 +17,13 @@ from more_megatron.checkpoint_files import checkpoint_to_load
 from more_megatron.evaluation.command_lines import Flags
 from more_megatron.evaluation.gpu_check.outcomes import Finding
 from more_megatron.evaluation.gpu_check.plan import EXACT, Plan, command_line
+from more_megatron.evaluation.gpu_check.work.environment import fp8_obstacle
 from more_megatron.evaluation.gpu_check.work.tensors import sharded
 from more_megatron.evaluation.runs import configure, fresh_model, train
 from more_megatron.evaluation.step_benchmark import forward
 from more_megatron.hf.conversion.export import ToHF, to_hf
 
-__all__ = ["learn_and_hand_on", "learn_in_fp8", "save_losses", "under_layouts", "write_corpus"]
+__all__ = ["learn_and_hand_on", "learn_in_fp8", "save_losses", "under_layout", "write_corpus"]
 
 # How far losses after a resumption may be from those of the uninterrupted run: the other backend rounds otherwise.
 _RESUMED = 0.02
@@ -110,6 +111,8 @@ def _export_distance(flags: str, checkpoints: Path, export: Path) -> float:
 def learn_in_fp8(plan: Plan, system: str) -> Finding:
     """Train in bf16 and with each recipe of FP8, and compare where the losses come to."""
     sizes = plan.sizes
+    if obstacle := fp8_obstacle():
+        return Finding(skipped=obstacle)
 
     def losses_with(recipe: Flags) -> list[float]:
         line = command_line(system, sizes.fp8, {"data-path": plan.corpus}, plan.best_backend, recipe)
@@ -118,6 +121,9 @@ def learn_in_fp8(plan: Plan, system: str) -> Finding:
     end = _mean_of_last(losses_with({}))
     finding = Finding({"bf16": end})
     for name, recipe in plan.recipes.items():
+        if obstacle := fp8_obstacle(name):
+            finding.figures[name] = obstacle
+            continue
         try:
             losses = losses_with(recipe)
         except Exception as error:  # the other recipes are still to be tried
@@ -133,26 +139,27 @@ def learn_in_fp8(plan: Plan, system: str) -> Finding:
 def save_losses(plan: Plan, system: str) -> Finding:
     """Train on one rank, for layouts to be compared with: the checkpoint of the first step and the losses after it."""
     folder = _layouts_folder(plan, system)
-    line = f"{_line(plan, system, EXACT)} --train-iters {_LAYOUT_STEPS}"
+    line = _layout_line(plan, system, {})
     _losses(f"{line} --save {folder} --save-interval 1 --exit-interval 1")
     losses = _losses(f"{line} --load {folder} --ckpt-step 1")
     (folder / "losses.json").write_text(json.dumps(losses))
     return Finding({"losses": losses})
 
 
-def under_layouts(plan: Plan, system: str) -> Finding:
-    """Go on from the checkpoint of `save_losses` under each layout and compare losses with those of one rank."""
+def under_layout(plan: Plan, system: str, layout: str) -> Finding:
+    """Go on from the checkpoint of `save_losses` under a layout and compare losses with those of one rank."""
     finding, folder = Finding(), _layouts_folder(plan, system)
     expected = json.loads((folder / "losses.json").read_text())
-    for name, layout in plan.layouts.items():
-        line = f"{_line(plan, system, EXACT, layout)} --train-iters {_LAYOUT_STEPS}"
-        losses = _losses(f"{line} --load {folder} --ckpt-step 1")
-        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
-            continue  # The last rank prints.
+    losses = _losses(f"{_layout_line(plan, system, plan.layouts[layout])} --load {folder} --ckpt-step 1")
+    if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:  # The last rank prints.
         distance = max((abs(a - b) / b for a, b in zip(losses, expected, strict=True)), default=math.inf)
-        finding.figures[name] = distance
-        finding.require(distance <= _LAYOUTS, f"losses under {name} are {distance:.1e} away, more than {_LAYOUTS}")
+        finding.figures["distance"] = distance
+        finding.require(distance <= _LAYOUTS, f"losses are {distance:.1e} away, more than {_LAYOUTS}")
     return finding
+
+
+def _layout_line(plan: Plan, system: str, layout: Flags) -> str:
+    return f"{_line(plan, system, EXACT, plan.shared_batch, layout)} --train-iters {_LAYOUT_STEPS}"
 
 
 def _layouts_folder(plan: Plan, system: str) -> Path:
