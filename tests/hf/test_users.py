@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, DynamicCache, GenerationConfig, Trainer, TrainingArguments
 
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 from more_megatron.hf.exported.routing import RouterLogits
@@ -163,6 +163,43 @@ def test_balance_loss_counts_once_a_batch(batch_size: int, tmp_path: Path) -> No
     torch.testing.assert_close(norms[0], ratio * expected, rtol=1e-3, atol=1e-5)
 
 
+@torch.no_grad()
+def test_labels_are_shifted_under_label_smoothing(tmp_path: Path) -> None:
+    model, ids = random_model("moe"), tokens()
+    labels = ids.clone()
+    labels[:, :5] = -100
+    trainer = _trainer(model, tmp_path, label_smoothing_factor=0.1)
+    found = trainer.compute_loss(model, {"input_ids": ids, "labels": labels})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_caches_and_gradient_checkpointing() -> None:
+    model, ids = random_model("recurrent_moe"), tokens()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected, cache = model.generate(ids, **settings), model(ids).past_key_values
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(ids, **settings), expected)
+    with pytest.raises(ValueError, match="what a cache holds cannot be read in training"):
+        model(ids, past_key_values=cache)
+
+
+def test_what_cannot_be_given_is_refused() -> None:
+    model, ids, cache = random_model("recurrent_moe"), tokens(), DynamicCache()
+    with pytest.raises(ValueError, match="output_attentions has no effect"):
+        model(ids, output_attentions=True)
+    cache.update(torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8), 0)
+    with pytest.raises(ValueError, match="the cache was filled by another kind of model"):
+        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="packed rows need position_ids"):
+        model(ids[:1], cu_seq_lens_q=torch.tensor([0, 9, LENGTH]))
+    model.config.mean_recurrence = 0
+    with pytest.raises(ValueError, match="num_steps 0 must be at least 1"):
+        model(ids)
+
+
 @pytest.mark.parametrize("name", in_two_tiers(name for name in SYSTEMS if find_system(name).traceable))
 def test_one_graph(name: str) -> None:
     model, ids = random_model(name), tokens()
@@ -228,6 +265,23 @@ def test_generation_from_embeddings(name: str) -> None:
     embeddings = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeddings, **settings), plain[:, LENGTH:])
     assert torch.equal(model.generate(inputs_embeds=embeddings, use_cache=False, **settings), plain[:, LENGTH:])
+
+
+def test_options_in_a_generation_configuration(tmp_path: Path) -> None:
+    model, ids = random_model("recurrent_moe"), tokens()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    settings["return_dict_in_generate"] = True
+    expected = {steps: torch.stack(model.generate(ids, num_steps=steps, **settings).logits) for steps in (1, 2)}
+    found = model.generate(ids, GenerationConfig(num_steps=1, **settings)).logits
+    assert torch.equal(torch.stack(found), expected[1])
+    model.generation_config.num_steps = 1
+    model.save_pretrained(tmp_path)
+    model = MoREForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(torch.stack(model.generate(ids, **settings).logits), expected[1])
+    # Arguments stand over the configuration.
+    assert torch.equal(torch.stack(model.generate(ids, num_steps=2, **settings).logits), expected[2])
+    drafted = model.generate(ids, GenerationConfig(num_steps=2, draft_steps=1, **settings))
+    assert drafted.verifications > 0
 
 
 def test_states_without_effect_are_refused() -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .cache import Memory, prepare_cache
@@ -168,8 +169,13 @@ class MoREModel(MoREPreTrainedModel):
         return MoREModelOutput(**fields)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """Return the cache that a call fills; None without one."""
-        if self.training and self.gradient_checkpointing:
+        """Return the cache that a call fills; None without one.
+
+        A layer that is computed again for its gradients would fill it twice.
+        """
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
+            if given is not None and given.get_seq_length() > 0:
+                raise ValueError("with gradient checkpointing, what a cache holds cannot be read in training")
             return None
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         return DynamicCache() if given is None and wanted else given
@@ -253,6 +259,8 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
 
         All other arguments are those of `MoREModel`.
         """
+        if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
+            raise ValueError("packed rows need position_ids that begin anew: a collator's return_position_ids=True")
         options = CallOptions.taken_from(kwargs, self.config)
         outputs = self.model(
             input_ids=input_ids,
@@ -299,3 +307,6 @@ def _weight(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
 
 MoREModel.register_for_auto_class("AutoModel")
 MoREForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# The trainer asks this table whether labels must be shifted under label smoothing, and pipelines whether a model is
+# theirs; that a class is registered tells them nothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoREConfig.model_type] = MoREForCausalLM.__name__
