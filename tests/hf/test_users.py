@@ -228,6 +228,17 @@ def test_exported_program(name: str) -> None:
         torch.testing.assert_close(program.module()(**kwargs).logits, model(**kwargs).logits, atol=1e-5, rtol=0)
 
 
+def test_exported_program_of_any_size() -> None:
+    model, ids = random_model("recurrent_moe"), tokens()
+    sizes = {0: torch.export.Dim("b", min=2, max=64), 1: torch.export.Dim("s", min=2, max=64)}
+    kwargs, shapes = {"input_ids": ids, "use_cache": False}, {"input_ids": sizes, "use_cache": None}
+    program = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+    other = ids.repeat(2, 1)[:3, :11]
+    with torch.no_grad():
+        found = program.module()(input_ids=other, use_cache=False).logits
+        torch.testing.assert_close(found, model(other).logits, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("num_steps", [2.7, "3", True, torch.tensor(2.0), [2]])
 def test_numbers_of_steps_are_integers(num_steps: Any) -> None:
     model, ids = random_model("recurrent_moe"), tokens()
@@ -267,6 +278,24 @@ def test_generation_from_embeddings(name: str) -> None:
     assert torch.equal(model.generate(inputs_embeds=embeddings, use_cache=False, **settings), plain[:, LENGTH:])
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_experts_per_tok", 99, "num_experts_per_tok 99 must be at most 4"),
+        ("rope_theta", "5e5", "rope_theta '5e5' must be a finite number"),
+        ("num_hidden_layers", 1, "moe_layers names 2 layers of 1"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 4.0}, "has no effect: rope_theta and rope_scaling_factor"),
+        ("attention_dropout", 0.1, "attention_dropout 0.1 has no effect"),
+    ],
+)
+def test_changed_configurations_are_checked(name: str, value: Any, message: str, tmp_path: Path) -> None:
+    random_model("moe").save_pretrained(tmp_path)
+    config = MoREForCausalLM.config_class.from_pretrained(tmp_path)
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        MoREForCausalLM.from_pretrained(tmp_path, config=config)
+
+
 def test_options_in_a_generation_configuration(tmp_path: Path) -> None:
     model, ids = random_model("recurrent_moe"), tokens()
     settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_logits": True}
@@ -274,7 +303,7 @@ def test_options_in_a_generation_configuration(tmp_path: Path) -> None:
     expected = {steps: torch.stack(model.generate(ids, num_steps=steps, **settings).logits) for steps in (1, 2)}
     found = model.generate(ids, GenerationConfig(num_steps=1, **settings)).logits
     assert torch.equal(torch.stack(found), expected[1])
-    model.generation_config.num_steps = 1
+    model.generation_config = GenerationConfig(num_steps=1)
     model.save_pretrained(tmp_path)
     model = MoREForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(torch.stack(model.generate(ids, **settings).logits), expected[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -48,12 +47,7 @@ class MoREGenerationMixin(GenerationMixin):
         """
         settings: Any = self.generation_config if generation_config is None else generation_config
         stored = {name: value for name, value in vars(settings).items() if name in (*OPTIONS, *_DRAFT_OPTIONS)}
-        if stored:
-            # transformers would put arguments of these names there, too, from where no call reads them.
-            generation_config, kwargs = copy.deepcopy(settings), {**stored, **kwargs}
-            for name in stored:
-                delattr(generation_config, name)
-        args = (inputs, generation_config, *args)
+        args, kwargs = (inputs, generation_config, *args), {**stored, **kwargs}
         draft = self._draft_options(kwargs)
         if draft is not None:
             return super().generate(*args, custom_generate=partial(speculate, **draft), **kwargs)
@@ -86,6 +80,13 @@ class MoREGenerationMixin(GenerationMixin):
             raise ValueError(f"draft_steps {steps} must be below num_steps {options.num_steps}")
         tokens = positive("lookahead_for_draft", DRAFT_TOKENS if tokens is None else tokens)
         return {"draft_steps": steps, "draft_tokens": tokens}
+
+    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+        """Take the options out again: transformers puts arguments there where these are stored, and calls read none."""
+        prepared, others = super()._prepare_generation_config(*args, **kwargs)
+        for name in OPTIONS & vars(prepared).keys():
+            others[name] = vars(prepared).pop(name)
+        return prepared, others
 
     def prepare_inputs_for_generation(
         self,

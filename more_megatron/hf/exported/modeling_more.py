@@ -70,6 +70,8 @@ class MoREPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: MoREConfig) -> None:
+        # It may have been changed since it was made.
+        config.check()
         super().__init__(config)
         self.system = find_system(config.variant)
         self._no_split_modules = [self.system.layer_class.__name__]
@@ -160,7 +162,7 @@ class MoREModel(MoREPreTrainedModel):
         fields: dict[str, Any] = {
             "last_hidden_state": hidden_states,
             "hidden_states": None if records.hidden_states is None else tuple(records.hidden_states),
-            "router_logits": records.router_logits(len(hidden_states)),
+            "router_logits": records.router_logits(hidden_states.size(0)),
             "losses": tuple(records.losses) or None,
             "recurrent_states": records.recurrent_states(),
             "exit_steps": records.exit_steps(),
