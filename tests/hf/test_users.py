@@ -193,6 +193,10 @@ def test_what_cannot_be_given_is_refused() -> None:
     cache.update(torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8), 0)
     with pytest.raises(ValueError, match="the cache was filled by another kind of model"):
         model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="a tuple cannot hold the states of a MoRE model: use a DynamicCache"):
+        model(ids, past_key_values=())
+    with pytest.raises(ValueError, match=r"position_ids has shape \(1, 1\), and not \(b, s\) = \(2, 24\)"):
+        model(ids, position_ids=torch.zeros(1, 1, dtype=torch.long))
     with pytest.raises(ValueError, match="packed rows need position_ids"):
         model(ids[:1], cu_seq_lens_q=torch.tensor([0, 9, LENGTH]))
     model.config.mean_recurrence = 0

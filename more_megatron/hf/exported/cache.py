@@ -158,7 +158,9 @@ def prepare_cache(cache: Cache, num_steps: int | None, slots: int | None) -> Non
     Raises:
         ValueError: If the cache cannot grow, or was filled by another kind of model or with other numbers of steps.
     """
-    if not all(isinstance(layer, _Place) or type(layer) is DynamicLayer for layer in cache.layers):
+    if not isinstance(cache, Cache) or not all(
+        isinstance(layer, _Place) or type(layer) is DynamicLayer for layer in cache.layers
+    ):
         raise ValueError(f"a {type(cache).__name__} cannot hold the states of a MoRE model: use a DynamicCache")
     asked = {"num_steps": num_steps, "cache_steps": slots}
     if cache.get_seq_length() == 0:

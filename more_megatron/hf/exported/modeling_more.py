@@ -202,6 +202,8 @@ class MoREModel(MoREPreTrainedModel):
         """Return what the layers are told."""
         (batch, length, _), past = embeddings.shape, memory.past
         padding = find_padding(attention_mask, (batch, past + length), embeddings.device)
+        if positions is not None and positions.shape not in ((1, length), (batch, length)):
+            raise ValueError(f"position_ids has shape {tuple(positions.shape)}, and not (b, s) = {(batch, length)}")
         documents = None if positions is None else find_documents(positions.expand(batch, -1), padding, memory)
         if positions is None and padding is not None:
             positions = ((~padding).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
