@@ -16,17 +16,13 @@ def main() -> None:
     check_launcher()
     platform = initialize_platform()
 
-    from megatron.core.enums import ModelType
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
-    from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from more_megatron.platform.ending import orderly_end
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.checkpoints import check_checkpoint
     from more_megatron.training.data_checks import check_data
-    from more_megatron.training.datasets import DatasetsProvider
-    from more_megatron.training.forward import forward_step
-    from more_megatron.training.model import model_config_from_args
+    from more_megatron.training.model import model_config_from_args, pretrain_arguments
     from more_megatron.training.output_folders import check_output_folders, lock_save_folder
     from more_megatron.training.reporting import prepare_reports
 
@@ -42,13 +38,7 @@ def main() -> None:
     prepare_reports(model_config.transformer, args)
     wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     with orderly_end(), save_folder:
-        wrapped_pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            DatasetsProvider(model_config.transformer),
-            ModelType.encoder_or_decoder,
-            forward_step,
-            store=store,
-        )
+        wrapped_pretrain(*pretrain_arguments(args, model_config), store=store)
 
 
 # The processes that write checkpoints read this file as well, and need nothing of it.

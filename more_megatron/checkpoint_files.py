@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from more_megatron.console import say
 from more_megatron.errors import MoREError
 from more_megatron.pickles import read_metadata
+from more_megatron.unfinished import write_whole
 
 __all__ = [
     "checkpoint_to_load",
@@ -34,12 +35,7 @@ _RELEASE = "release"
 
 
 def checkpoint_to_load(folder: Path, step: int | None) -> Path | None:
-    """Return the checkpoint that a run loads from a folder, None if there is none.
-
-    Args:
-        folder: The folder that `--load` names.
-        step: Iteration that `--ckpt-step` names, None for the newest.
-    """
+    """Return the checkpoint that a run loads from a folder, that of a step or the newest; None if there is none."""
     if step is not None:
         return _iteration_folder(folder, step)
     unnamed = unnamed_iteration(folder)
@@ -65,10 +61,10 @@ def unnamed_iteration(folder: Path) -> int | None:
 
 
 def _named_checkpoint(folder: Path) -> Path | None:
-    entry = _read_tracker(folder)
+    entry = _read_tracker(folder) or ""
     if entry == _RELEASE:
         return folder / _RELEASE
-    return _iteration_folder(folder, int(entry)) if entry is not None and entry.isdecimal() else None
+    return _iteration_folder(folder, int(entry)) if re.fullmatch(r"\d{1,18}", entry) else None
 
 
 def _completion_time(checkpoint: Path | None) -> int:
@@ -82,9 +78,7 @@ def _completion_time(checkpoint: Path | None) -> int:
 def newest_complete_iteration(folder: Path, before: int | None = None) -> int | None:
     """Return the iteration of the newest complete checkpoint in a `--save` folder, None if there is none.
 
-    Args:
-        folder: The folder.
-        before: Look only at iterations below this one.
+    Only those before an iteration count if one is given.
     """
     for iteration in sorted(_iterations(folder), reverse=True):
         if (before is None or iteration < before) and fault(_iteration_folder(folder, iteration)) is None:
@@ -121,16 +115,15 @@ def repair_tracker(folder: Path) -> None:
     """Make the tracker file name the newest complete checkpoint again if a kill left it empty or not yet written.
 
     Raises:
-        MoREError: If the tracker file is damaged and there is no complete checkpoint beside it.
+        MoREError: If the tracker file cannot be read, or is damaged and there is no complete checkpoint beside it.
     """
-    entry = _read_tracker(folder)
-    if entry is not None and (entry == _RELEASE or entry.isdecimal()):
+    if _named_checkpoint(folder) is not None:
         return
-    tracker = folder / _TRACKER
+    entry, tracker = _read_tracker(folder), folder / _TRACKER
     complete = newest_complete_iteration(folder)
     if complete is not None:
         say(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
-        _write_tracker(folder, complete)
+        write_whole(tracker, str(complete))
     elif entry is not None and not _iterations(folder):
         raise MoREError(f"{tracker} is damaged and there is no checkpoint beside it: load another folder, or remove it")
     elif entry is not None:
@@ -151,7 +144,7 @@ def clear_for_save(folder: Path, iteration: int) -> None:
         (folder / _TRACKER).unlink()
         earlier = newest_complete_iteration(folder, before=iteration)
         if earlier is not None:
-            _write_tracker(folder, earlier)
+            write_whole(folder / _TRACKER, str(earlier))
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
@@ -188,12 +181,7 @@ def fault(checkpoint: Path) -> str | None:
 def content_fault(checkpoint: Path, rank: int, ranks: int) -> str | None:
     """Return what is wrong inside the data files of a checkpoint, None if each tensor is as it was written.
 
-    Each rank looks at its part of the files, about as much as it is going to load.
-
-    Args:
-        checkpoint: A checkpoint without `fault`.
-        rank: Which part to look at.
-        ranks: Number of parts.
+    The checkpoint has no `fault`. Each rank looks at its part of the files, about as much as it is going to load.
     """
     pieces = _pieces(checkpoint)
     for name in sorted(pieces)[rank::ranks]:
@@ -246,10 +234,5 @@ def _read_tracker(folder: Path) -> str | None:
         return (folder / _TRACKER).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
-
-
-def _write_tracker(folder: Path, iteration: int) -> None:
-    # A rename leaves no moment at which a reader sees half of it.
-    temporary = folder / f".{_TRACKER}.{os.getpid()}"
-    temporary.write_text(str(iteration))
-    temporary.replace(folder / _TRACKER)
+    except OSError as error:
+        raise MoREError(f"{folder / _TRACKER} cannot be read ({error.strerror}): name another folder") from error

@@ -33,10 +33,7 @@ _held: tuple[Path, str] | None = None
 
 @contextlib.contextmanager
 def only_trainer(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a `--save` folder.
-
-    Args:
-        folder: It exists.
+    """Keep other runs out of a `--save` folder, which exists.
 
     Raises:
         MoREError: If another run writes into it.

@@ -41,11 +41,7 @@ class MoREConfig(MoREFlags, TransformerConfig):
 
 
 def config_class(own_flags: type | None) -> type[MoREConfig]:
-    """Return the configuration class of a system.
-
-    Args:
-        own_flags: Dataclass of the flags that this system alone reads; None if there are none.
-    """
+    """Return the configuration class of a system, given the dataclass of the flags that it alone reads, if any."""
     if own_flags is None:
         return MoREConfig
     return dataclasses.make_dataclass("MoREConfig", [], bases=(own_flags, MoREConfig))

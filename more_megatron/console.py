@@ -73,11 +73,7 @@ def start_is_over() -> None:
 
 
 class _Console:
-    """A standard output that shows some lines and keeps the others.
-
-    Args:
-        stream: The standard output.
-    """
+    """A standard output that shows some lines and keeps the others."""
 
     def __init__(self, stream: IO[str]) -> None:
         self.starts = True

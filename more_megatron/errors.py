@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import difflib
 import io
+import json
 import os
 import re
 import sys
@@ -13,7 +14,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 __all__ = [
@@ -49,10 +49,12 @@ _REMEDIES = (
         r"onnection (closed|reset|refused)|Broken pipe|remote process exited|NCCL communicator was aborted",
         "another rank has ended: its own line says why, or it was killed, most often for lack of memory",
     ),
-    (r"SimpleNamespace' object has no attribute", "--yaml-cfg must name all arguments of Megatron: flags are shorter"),
+    (r"SimpleNamespace' object|yaml_arguments", "--yaml-cfg must name all arguments of Megatron: flags are shorter"),
+    (r"middle PP stages", "change --decoder-first-pipeline-num-layers or its kin, or --pipeline-model-parallel-size"),
     (r"environment variable \w+ expected", "start it with torchrun, as README.md does, which sets it"),
     (r"EADDRINUSE|address already in use", "another program has this port: torchrun --master-port takes another"),
-    (r"Too many open files", "allow more of them: ulimit -n"),
+    (r"Too many open files|init uv loop", "allow more of them: ulimit -n"),
+    (r"No closing quotation|No escaped character", "close the quotes of the flags that are given in one string"),
     (_FULL, "make room and start the same command again"),
     (
         r"megatron/core/tokenizers/",
@@ -75,7 +77,9 @@ def last_line(error: BaseException) -> str:
     if _UNSAFE in str(error):  # PyTorch goes on to say how to run it.
         return "it is damaged, or holds more than data and could run code"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no further message'}"
+    file = _file_of(error)
+    said = lines[-1] if lines else _condition(error) or "no further message"
+    return f"{type(error).__name__}: {f'{file}: ' if file else ''}{said}"
 
 
 def one_line(error: BaseException) -> str:
@@ -83,20 +87,19 @@ def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MoREError):
         return text
-    kind, found = type(error).__name__, traceback.extract_tb(error.__traceback__)
-    file = getattr(error, "filename", None) or (_written_file(error) if is_out_of_space(error) else None)
+    kind, found, file = type(error).__name__, traceback.extract_tb(error.__traceback__), _file_of(error)
     if "Traceback (most recent call last)" in text or _UNSAFE in text:
         text = last_line(error)
     text = text.partition(". This is typically caused by a remote worker")[0]
-    if not text and found:
-        text = _condition(found[-1].line or "", error.__traceback__)
+    text = text or _condition(error)
     told = f"{kind} {text} {' '.join(_short(frame.filename) for frame in found)}"
     remedy = next((f"; {remedy}" for pattern, remedy in _REMEDIES if re.search(pattern, told)), "")
+    where_from = "" if file is None else f"{str(file)[:_MOST_CHARACTERS]}: "
     if isinstance(error, OSError) and file is not None:
-        return f"{str(file)[:_MOST_CHARACTERS]}: {error.strerror or text}{remedy}"
+        return f"{where_from}{error.strerror or text}{remedy}"
     shortened = text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ..."
     where = f" at {_short(found[-1].filename)}:{found[-1].lineno}" if found else ""
-    return f"{shortened}{remedy} ({kind}{where}; MORE_TRACEBACK=1 shows the way there)"
+    return f"{where_from}{shortened}{remedy} ({kind}{where}; MORE_TRACEBACK=1 shows the way there)"
 
 
 def is_out_of_space(error: BaseException) -> bool:
@@ -104,16 +107,24 @@ def is_out_of_space(error: BaseException) -> bool:
     return not isinstance(error, MoREError) and re.search(_FULL, str(error)) is not None
 
 
-def _written_file(error: BaseException) -> str | None:
-    """Return the file that an error is of: that of a write, unlike that of an open, does not name it."""
+def _file_of(error: BaseException) -> str | None:
+    """Return the file that an error is of: that of a write or of content, unlike that of an open, does not name it."""
+    named = getattr(error, "filename", None)
+    if isinstance(error, OSError) and named is not None:
+        return str(named)
+    if not (is_out_of_space(error) or isinstance(error, UnicodeDecodeError | json.JSONDecodeError)):
+        return None
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     files = [value for frame in reversed(frames) for value in frame.f_locals.values() if isinstance(value, io.IOBase)]
     return next((name for name in (getattr(file, "name", None) for file in files) if isinstance(name, str)), None)
 
 
-def _condition(line: str, trace: TracebackType | None) -> str:
-    """Return a line of source that failed without a word, and the values of what it compares."""
-    frame, values = list(traceback.walk_tb(trace))[-1][0], {}
+def _condition(error: BaseException) -> str:
+    """Return the line of source that failed without a word, and the values of what it compares."""
+    if error.__traceback__ is None:
+        return ""
+    frame, values = list(traceback.walk_tb(error.__traceback__))[-1][0], {}
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
 
     def named(found: re.Match[str]) -> str:
         of, name = found.groups()
@@ -155,6 +166,12 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._negative_number_matcher = _NEGATIVE_NUMBER
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # A variable of a shell that is not set. What follows the name of a command is its parser's.
+        if arg_string == "" and action.default != "" and not isinstance(action, argparse._SubParsersAction):
+            raise argparse.ArgumentError(action, "is empty: give it a value or leave it out")
+        return super()._get_value(action, arg_string)  # type: ignore[misc]
 
     def error(self, message: str) -> NoReturn:
         """End the program with what is wrong."""

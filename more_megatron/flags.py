@@ -153,16 +153,14 @@ class MoREFlags:
         self._check_range()
 
     def without_effect(self, given: Set[str]) -> Iterator[str]:
-        """Yield the fields that were given and that these settings never read, with the reason.
-
-        Args:
-            given: Names of the fields that the user set.
-        """
+        """Yield those of the given fields that these settings never read, with the reason."""
         fixed = "--recurrence-sampling is fixed: give uniform or poisson-lognormal"
+        shallow = f"it is above the {self.max_steps} steps of the deepest training step: lower it"
         for name, is_read, reason in (
             ("recurrence_min_steps", self.recurrence_sampling != "fixed", fixed),
             ("recurrence_max_steps", self.recurrence_sampling != "fixed", fixed),
             ("recurrence_sampling_unit", self.recurrence_sampling != "fixed", fixed),
+            ("recurrence_backprop_steps", (self.recurrence_backprop_steps or 1) <= self.max_steps, shallow),
             ("router_min_entropy_coeff", self.router_min_entropy > 0.0, "--router-min-entropy is 0: raise it"),
         ):
             if name in given and not is_read:
@@ -195,11 +193,7 @@ class MoREFlags:
         return max(self.evaluation_steps, *(self.recurrence_eval_depths or [1]))
 
     def step_range(self, mean: int) -> tuple[int, int]:
-        """Return the smallest and the largest number of steps that are drawn.
-
-        Args:
-            mean: Mean number of steps where training stands.
-        """
+        """Return the smallest and the largest number of steps that are drawn where training stands at a mean."""
         if self.recurrence_sampling == "fixed":
             return mean, mean
         low = min(self._lowest_step, mean)

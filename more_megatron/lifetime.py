@@ -24,7 +24,7 @@ __all__ = [
     "how_to_continue",
     "receive_at_end_of_parent",
     "say_at_sigterm",
-    "starting_deaf",
+    "sigterm_blocked",
 ]
 
 _SECONDS = 0.5
@@ -147,7 +147,7 @@ def end_with_starter() -> None:
 
 
 @contextlib.contextmanager
-def starting_deaf() -> Iterator[None]:
+def sigterm_blocked() -> Iterator[None]:
     """Keep SIGTERM from processes that are started in the block until `end_with_starter` has them ignore it."""
     resource_tracker.ensure_running()  # It would lift the mask when it starts.
     former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -104,10 +104,7 @@ class _Pickle:
 
 
 def load(content: bytes) -> Any:
-    """Return the object that `torch.save` wrote.
-
-    Args:
-        content: The whole file.
+    """Return the object that `torch.save` wrote, given the whole file.
 
     Raises:
         MoREError: If it is a program of TorchScript, which no pickle module is asked about.
@@ -118,10 +115,7 @@ def load(content: bytes) -> Any:
 
 
 def load_strictly(content: Any) -> Any:
-    """Return the object that `torch.save` wrote, with its types, if these hold nothing but data.
-
-    Args:
-        content: The whole file, open.
+    """Return the object that `torch.save` wrote into an open file, with its types, if these hold nothing but data.
 
     Raises:
         MoREError: If it names anything else; nothing of it is run.
@@ -136,11 +130,7 @@ def load_strictly(content: Any) -> Any:
 
 
 def read_metadata(checkpoint: Path, name: str = ".metadata") -> Metadata:
-    """Return the index of a checkpoint.
-
-    Args:
-        checkpoint: Its folder.
-        name: File of the index.
+    """Return the index in the folder of a checkpoint.
 
     Raises:
         MoREError: If it names what could run code, or a file outside of the checkpoint's folder, or is no index.

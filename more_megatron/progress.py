@@ -12,11 +12,7 @@ __all__ = ["progress_bar"]
 def progress_bar(total: int | None, unit: str, name: str, show: bool) -> tqdm:
     """Return a bar that is redrawn rarely where nobody watches.
 
-    Args:
-        total: What is to be done; None if that is not known.
-        unit: In which unit; bytes are scaled.
-        name: What is being done.
-        show: Whether to draw it.
+    A total of None is one that is not known; bytes, unit B, are scaled.
     """
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(total=total, unit=unit, unit_scale=unit == "B", desc=name, mininterval=interval, disable=not show)

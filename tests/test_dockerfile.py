@@ -29,17 +29,11 @@ _MEGATRON_REQUIRES = ("torch>=2.6.0", "numpy", "packaging>=24.2")
 
 @dataclass(frozen=True)
 class _Image:
-    """What the `RUN` lines run in: a Python environment without packages but for those that are put there.
+    """What the `RUN` lines run in: a Python environment without packages but for those that are put there."""
 
-    Attributes:
-        folder: Stands for `/opt`.
-        python: Its Python.
-        index: Folder of wheels that stands for PyPI.
-    """
-
-    folder: Path
-    python: Path
-    index: Path
+    folder: Path  # stands for `/opt`
+    python: Path  # its Python
+    index: Path  # folder of wheels that stands for PyPI
 
     def run(self, command: str) -> subprocess.CompletedProcess[str]:
         """Run a line as the Dockerfile's shell does."""

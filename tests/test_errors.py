@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from more_megatron.errors import OneLineParser
 
 _ROOT = Path(__file__).parents[1]
 
@@ -51,6 +57,26 @@ def test_what_nobody_foresaw_is_one_line_with_its_source_and_a_remedy() -> None:
         "Traceback"
         not in _raise("raise RuntimeError('a\\nTraceback (most recent call last):\\n b\\nKeyError: 1')").stderr
     )
+
+
+def test_content_that_is_wrong_is_named_after_its_file(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b"{\xff")
+    for read in ("Path(file).read_text()", "json.load(open(file, errors='replace'))"):
+        ended = _raise(f"from pathlib import Path; import json; file = '{tmp_path}/text'; {read}")
+        assert ended.stderr.startswith(f"program: error: {tmp_path}/text: ")
+        assert ended.stderr.count("\n") == 1
+
+
+def test_values_that_are_empty() -> None:
+    parser = OneLineParser(prog="program")
+    command = parser.add_subparsers().add_parser("command")
+    command.add_argument("--prefix", type=Path)
+    command.add_argument("--flags", default="")
+    assert parser.parse_args(["command", "--flags", ""]).flags == ""
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(io.StringIO()) as said:
+        parser.parse_args(["command", "--prefix", ""])
+    assert ended.value.code == 2
+    assert "program command: error: argument --prefix: is empty: give it a value or leave it out" in said.getvalue()
 
 
 def test_a_full_disk_is_named_after_the_file(tmp_path: Path) -> None:

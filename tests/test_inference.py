@@ -40,8 +40,20 @@ def test_the_benchmark(tmp_path: Path, capsys: Any) -> None:
     export, text = _export("huginn", tmp_path / "model"), tmp_path / "text.txt"
     text.write_text(" ".join(str(number % 37) for number in range(2000)))
     sizes = ["--windows", "2", "--length", "24", "--batch-size", "2", "--new-tokens", "4", "--num-steps", "4"]
-    assert benchmark_inference.main([str(export), str(text), *sizes]) == 0
-    tables = dict(part.split("\n\n", 1) for part in capsys.readouterr().out.split("\n## ")[1:])
+    tables = _tables(export, text, sizes, capsys)
     assert list(tables) == ["Steps", "Adaptive exit", "Cache", "Warm start", "Self-speculation"]
     sizes_by_steps = {row.split(" | ")[0]: float(row.split(" | ")[1]) for row in tables["Cache"].split("\n| ")[1:]}
     assert sizes_by_steps["1"] * 4 == pytest.approx(sizes_by_steps["4"], rel=1e-3)
+
+
+def test_the_benchmark_of_a_system_without_states_of_its_own(tmp_path: Path, capsys: Any) -> None:
+    export, text = _export("recurrent_moe", tmp_path / "model"), tmp_path / "text.txt"
+    text.write_text(" ".join(str(number % 37) for number in range(200)))
+    sizes = ["--windows", "1", "--length", "18", "--batch-size", "1", "--new-tokens", "2", "--num-steps", "2"]
+    tables = _tables(export, text, sizes, capsys)
+    assert tables["Cache"] == tables["Warm start"] == "This system has none.\n"
+
+
+def _tables(export: Path, text: Path, sizes: list[str], capsys: Any) -> dict[str, str]:
+    assert benchmark_inference.main([str(export), str(text), *sizes]) == 0
+    return dict(part.split("\n\n", 1) for part in capsys.readouterr().out.split("\n## ")[1:])

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
+from more_megatron.evaluation.exported_model import ExportedModel, open_model
 from more_megatron.flags import check_ranges
 
 _PROMPT = 16
@@ -33,13 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8, help="sequences of a batch")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens to generate")
     parser.add_argument("--draft-tokens", type=int, default=4, help="tokens of a draft")
+    parser.set_defaults(load=None, dtype=None, device=None, trust_remote_code=False)
     args = parser.parse_args(arguments)
     import torch
 
     with one_line_errors(Path(__file__).name), torch.no_grad():
-        numbers = ("num_steps", "windows", "length", "batch_size", "new_tokens", "draft_tokens")
-        check_ranges(args, dict.fromkeys(numbers, "[1, inf)"))
-        bench = _Benchmark(args)
+        numbers = dict.fromkeys(("num_steps", "windows", "batch_size", "draft_tokens"), "[1, inf)")
+        check_ranges(args, numbers | {"length": f"[{_PROMPT + 1}, inf)", "new_tokens": "[2, inf)"})
+        with open_model(args) as exported:
+            bench = _Benchmark(args, exported)
         for title, header, rows in (
             ("Steps", "steps | loss | tokens/s", bench.depths),
             (
@@ -51,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
             ("Warm start", "steps | loss behind the prompt | with a warm start", bench.warm_starts),
             ("Self-speculation", "draft_steps | accepted | tokens a verification | tokens/s", bench.drafts),
         ):
-            _table(title, header, rows())
+            if title in bench.absent:
+                print(f"\n## {title}\n\nThis system has none.", flush=True)
+            else:
+                _table(title, header, rows())
     return 0
 
 
@@ -68,23 +74,21 @@ def _table(title: str, header: str, rows: Iterator[tuple]) -> None:
 class _Benchmark:
     """A model, windows of a text, and what is measured of them."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, exported: ExportedModel) -> None:
         import torch
 
-        from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
-        from more_megatron.hf.exported.modeling_more import MoREForCausalLM
-
-        self.args, self.torch = args, torch
-        self.model: Any = MoREForCausalLM.from_pretrained(args.model).eval()
-        tokenizer = open_tokenizer(args.model)
-        ids = tokenizer(args.text.read_text(), return_tensors="pt").input_ids[0]
+        if not exported.recurrent:
+            raise MoREError(f"{args.model} has no recurrence, which all of this is about: name another model")
+        self.args, self.torch, self.model = args, torch, exported.model
+        ids = exported.tokenizer(args.text.read_text(), return_tensors="pt").input_ids[0]
         wanted = args.windows * args.length
         if len(ids) < wanted:
             raise MoREError(f"{args.text} has {len(ids)} tokens, not {wanted}: give a longer text or fewer --windows")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model.to(device)
-        self.windows = ids[:wanted].view(args.windows, args.length).to(device)
-        self.steps = args.num_steps or self.model.config.mean_recurrence
+        self.windows = ids[:wanted].view(args.windows, args.length).to(self.model.device)
+        config, system = self.model.config, self.model.system
+        self.steps = args.num_steps or config.mean_recurrence
+        has = {"Cache": system.caches_steps(config), "Warm start": system.num_states(config) > 0}
+        self.absent = {title for title, there in has.items() if not there}
 
     def depths(self) -> Iterator[tuple]:
         """Yield steps, loss and speed without any of the abilities."""

@@ -165,7 +165,7 @@ def main() -> None:
     """Run the benchmark."""
     flags = parse_flags()
     with one_line_errors("benchmark_step.py"):
-        check_ranges(flags, {"rounds": "[1, inf)", "warmup": "[0, inf)"})
+        check_ranges(flags, {"rounds": "[1, inf)", "warmup": "[0, inf)", "backprop_steps": "[1, inf)"})
         benchmarks = build(flags)
         figures = {"comparison": compare(flags, benchmarks)}
         if flags.depths:

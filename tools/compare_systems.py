@@ -24,7 +24,7 @@ from more_megatron.evaluation.command_lines import parse_flags
 from more_megatron.evaluation.comparison import planning, timing
 from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment
 from more_megatron.evaluation.comparison.report import check_packages, write_report
-from more_megatron.evaluation.comparison.runner import Runner, apart
+from more_megatron.evaluation.comparison.runner import Runner, in_own_process
 from more_megatron.evaluation.comparison.tasks import evaluation
 from more_megatron.flags import check_ranges
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not args.report:
             finished = _runner(args, plan.experiment).make(runs)
             if args.time and args.run is None:
-                apart(timing.save_timings, plan, args.folder / "timings.json", log=args.folder / "timing.log")
+                in_own_process(timing.save_timings, plan, args.folder / "timings.json", log=args.folder / "timing.log")
         if args.run is not None:
             return 0 if finished else 1
         return _report(args, plan)
@@ -93,7 +93,7 @@ def _plan(args: argparse.Namespace) -> planning.Plan:
         defaults = {"tasks": {}, "problems": Experiment.problems}
         if defaults | plan.experiment == json.loads(json.dumps(asdict(experiment))):
             return plan
-    plan = apart(planning.plan, experiment, log=args.folder / "planning.log")
+    plan = in_own_process(planning.plan, experiment, log=args.folder / "planning.log")
     if all(arm.refusal for arm in plan.arms):
         raise MoREError(f"{args.experiment}: no arm can be trained; {plan.arms[0].name}: {plan.arms[0].refusal}")
     plan.save(path)

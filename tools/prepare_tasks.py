@@ -18,6 +18,7 @@ from more_megatron.data.tokenizers import TokenizerOptions, TokenizerType, load
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.evaluation.tasks import GENERATED, Problem, Split, generate, read_problems, write_problems
 from more_megatron.evaluation.tasks.babi import TASKS, fetch_babi, read_babi
+from more_megatron.flags import flag
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -68,8 +69,9 @@ def _problems(args: argparse.Namespace) -> dict[Split, list[Problem]]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.tokenizer_type is None and args.tokenizer_model is not None:
-        raise MoREError("--tokenizer-model without --tokenizer-type: give both to write datasets")
+    for name in ("tokenizer_model", "vocab_file", "merge_file", "vocab_size"):
+        if args.tokenizer_type is None and getattr(args, name) is not None:
+            raise MoREError(f"{flag(name)} without --tokenizer-type: give both to write datasets")
     tokenizer = None if args.tokenizer_type is None else load(TokenizerOptions.from_args(args))
     Path(args.output_prefix).parent.mkdir(parents=True, exist_ok=True)
     for split, problems in _problems(args).items():

@@ -15,6 +15,7 @@ from more_megatron.data.preprocess import Job, preprocess, verify
 from more_megatron.data.sources import Source, expand_inputs, open_source
 from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions, TokenizerType, load
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
+from more_megatron.flags import check_ranges
 
 # Seconds between two looks of the progress bar; a log needs few.
 _PAUSE = 0.2 if sys.stderr.isatty() else 10.0
@@ -26,7 +27,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_data(parser.add_argument_group("input and output"))
     _add_tokenizer(parser.add_argument_group("tokenizer (Megatron's flags)"))
     group = parser.add_argument_group("run")
-    group.add_argument("--workers", type=_positive, default=_cores(), help="processes (default: the cores there are)")
+    group.add_argument("--workers", type=int, default=_cores(), help="processes (default: the cores there are)")
     group.add_argument("--resume", action="store_true", help="use the finished parts of an interrupted run")
     group.add_argument("--verify", action="store_true", help="read the result back with Megatron and compare samples")
     group.add_argument(
@@ -143,6 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
     args = parse_arguments(arguments)
     with one_line_errors(Path(__file__).name):
+        check_ranges(args, {"workers": "[1, 1000]"})
         try:
             _run(args)
         except KeyboardInterrupt:

@@ -34,19 +34,12 @@ _LINE = 110
 
 @dataclass(frozen=True)
 class Step:
-    """A command of the tour.
+    """A command of the tour."""
 
-    Attributes:
-        title: What it does.
-        command: Program and arguments.
-        log: Where its whole output goes.
-        environment: Variables it needs set.
-    """
-
-    title: str
-    command: list[str]
-    log: Path
-    environment: dict[str, str] = field(default_factory=dict)
+    title: str  # what it does
+    command: list[str]  # program and arguments
+    log: Path  # where its whole output goes
+    environment: dict[str, str] = field(default_factory=dict)  # variables it needs set
 
     def written_out(self, *more: str) -> str:
         """Return the command as one would type it, a flag and its values on the same line.

@@ -67,14 +67,11 @@ class ProjectionExperts(Experts):
         self.proj_out = grouped_linear_weights(config, self.placement, shape)
         self.dropout = torch.nn.Dropout(config.projection_dropout)
 
-    def initialize(self, layer_number: int) -> None:
-        if not self.config.perform_initialization:
-            return
-        initializer, shape = BlockInitializer(self.config, layer_number), (self.config.hidden_size,) * 2
-
+    def draw(self, initializer: BlockInitializer) -> None:
         def draw(name: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
             return initializer.orthogonal(shape, f"{name}/{group}")
 
+        shape = (self.config.hidden_size, self.config.hidden_size)
         draw_parameters(self, dict.fromkeys(("proj_in", "proj_out"), shape), self.placement, draw)
 
     def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth, block: RecurrentBlock) -> torch.Tensor:
@@ -99,7 +96,7 @@ class ProjectionExperts(Experts):
         """Record how far projections are from orthogonal, and from those of other experts. All expert ranks call it.
 
         The divergence of two is one minus the cosine of the angle between them; its mean over all pairs follows from
-        the sum of the weights at unit length. `share`: one part in as many as there are ranks with the same experts.
+        the sum of the weights at unit length. `share` is 1 over the number of ranks with the same experts.
         """
         watch.add_mean(Key("system", "projection orthogonality", place), self.orthogonality_penalty(), share=share)
         number, group = self.placement.num_groups, parallel_state.get_expert_model_parallel_group()
@@ -121,10 +118,7 @@ class LightExperts(RoutedExperts):
         self.fc2 = grouped_linear_weights(self.config, self.placement, self._shapes["fc2"], split_dim=1)
         self.dropout = torch.nn.Dropout(self.config.hidden_dropout)
 
-    def initialize(self, layer_number: int) -> None:
-        if not self.config.perform_initialization:
-            return
-        initializer = BlockInitializer(self.config, layer_number)
+    def draw(self, initializer: BlockInitializer) -> None:
         # What they compute is the input of a block, not added to the stream: nothing is to keep it small.
         stds = {"fc1": initializer.in_std, "fc2": initializer.in_std / _routed_length(self.config)}
 

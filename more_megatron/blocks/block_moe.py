@@ -75,7 +75,6 @@ class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
     def set_layer_number(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1; experts and block draw their weights."""
         super().set_layer_number(layer_number)
-        self.experts.initialize(layer_number)
         self.recurrent_block.initialize(layer_number)
 
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:

@@ -55,7 +55,6 @@ __all__ = [
 class CellExperts(RoutedExperts):
     """Experts that iterate on each token: what they have in common."""
 
-    layer_number = 0
     _depth: Depth | None = None
 
     @contextlib.contextmanager
@@ -90,22 +89,8 @@ class CellMoELayer(CapacityInTrainingMoELayer):
 
     experts: CellExperts
 
-    def set_layer_number(self, layer_number: int) -> None:
-        """Learn the number of the layer, from 1; the experts draw their weights."""
-        super().set_layer_number(layer_number)
-        self.experts.layer_number = layer_number
-        self.experts.initialize(layer_number)
-
     def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
-        """Route, compute and combine.
-
-        Args:
-            hidden_states: [s, b, h].
-            inputs: What the layer knows about the micro-batch.
-
-        Returns:
-            The sum of routed and shared experts, [s, b, h], and no bias.
-        """
+        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
         with self.experts.to_depth(inputs.micro_batch.depth):
             output, _ = super().forward(hidden_states, padding_mask=inputs.padding_mask)
         return output, None
@@ -118,21 +103,15 @@ class GRUExperts(CellExperts):
     """
 
     def build(self) -> None:
-        """Create the weights."""
         width = self.config.moe_ffn_hidden_size
         self.ffn = ExpertFeedForward(self.config, self.placement)
         self.gru = ExpertLinear(self.config, self.placement, (4, width, width), split_dim=1)
 
-    def initialize(self, layer_number: int) -> None:
-        """Draw the initial weights, which depend on the number of the layer."""
-        if self.config.perform_initialization:
-            initializer = BlockInitializer(self.config, layer_number)
-            self.ffn.draw(initializer)
-            draw = initializer.gru_of_its_state
-            self.gru.draw("gru", draw, draw)
+    def draw(self, initializer: BlockInitializer) -> None:
+        self.ffn.draw(initializer)
+        self.gru.draw("gru", initializer.gru_of_its_state, initializer.gru_of_its_state)
 
     def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
-        """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
         groups = padding.groups
         bias = self.gru.row_bias(x, groups)
 
@@ -151,22 +130,17 @@ class SequentialExperts(CellExperts):
     """
 
     def build(self) -> None:
-        """Create the weights."""
         hidden = self.config.hidden_size
         self.ffn = ExpertFeedForward(self.config, self.placement)
         self.lstm = ExpertLinear(self.config, self.placement, (4, hidden, hidden), split_dim=1)
         self.gate = _TokenGate(self.config, self.placement)
 
-    def initialize(self, layer_number: int) -> None:
-        """Draw the initial weights, which depend on the number of the layer."""
-        if self.config.perform_initialization:
-            initializer = BlockInitializer(self.config, layer_number)
-            self.ffn.draw(initializer)
-            self.lstm.draw("lstm", initializer.recurrent_sum, initializer.recurrent_sum)
-            self.gate.draw(initializer)
+    def draw(self, initializer: BlockInitializer) -> None:
+        self.ffn.draw(initializer)
+        self.lstm.draw("lstm", initializer.recurrent_sum, initializer.recurrent_sum)
+        self.gate.draw(initializer)
 
     def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
-        """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
         groups = padding.groups
         bias, gate_of = self.lstm.row_bias(x, groups), self.gate.for_rows(x, groups)
         # A pass that is recomputed runs without gradient first.
@@ -202,12 +176,7 @@ class SequentialExperts(CellExperts):
 
 
 class _TokenGate(torch.nn.Module):
-    """One number from 0 to 1 for each row: `sigma(v . q + b)`, with weights of its expert.
-
-    Args:
-        config: Model configuration.
-        placement: Which experts, and which part of each, are here.
-    """
+    """One number from 0 to 1 for each row: `sigma(v . q + b)`, with weights of its expert."""
 
     def __init__(self, config: MoREConfig, placement: Placement) -> None:
         super().__init__()

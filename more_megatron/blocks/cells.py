@@ -21,24 +21,14 @@ class ExpertBias:
 
     It reaches its rows by a product with zeros and ones, which adds in place to what is there; the gradient goes back
     by another, which sums the rows of each group in float32.
-
-    Attributes:
-        bias: [groups, n].
-        members: 1 where a row is one of a group's, [rows, groups].
     """
 
-    bias: torch.Tensor
-    members: torch.Tensor
+    bias: torch.Tensor  # [groups, n]
+    members: torch.Tensor  # 1 where a row is one of a group's, [rows, groups]
 
     @classmethod
     def of(cls, bias: torch.Tensor, groups: RowGroups, number: int) -> ExpertBias:
-        """Return the bias laid out for its rows.
-
-        Args:
-            bias: [groups * n] or [groups, n].
-            groups: Where the groups are.
-            number: Number of rows.
-        """
+        """Return a bias, [groups * n] or [groups, n], laid out for so many rows."""
         return cls(bias.view(len(groups.ends), -1), groups.members(number).to(bias.dtype))
 
     def add_to(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,7 +40,8 @@ class ExpertBias:
         return self.members @ self.bias
 
 
-# The functions below take products that nobody else reads, and write over them: large tensors are slow to come by.
+# The functions below write over the products that they are given, which nobody else reads: large tensors are slow to
+# allocate.
 
 
 class _GELU(torch.autograd.Function):
@@ -138,35 +129,18 @@ class _LSTMStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor, grad_next: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gates, cell, shown, members = ctx.saved_tensors
-        grads, grad_cell = lstm_gate_gradients(gates, cell, shown, grad, grad_next)
+        write, keep, new, read = gates.split(cell.size(1), dim=1)
+        grads = torch.empty_like(gates)
+        grad_write, grad_keep, grad_new, grad_read = grads.split(cell.size(1), dim=1)
+        grad_shown = grad * read
+        torch.mul(grad_shown, shown, out=grad_read).mul_(1 - read)
+        grad_next = torch.addcmul(grad_next, grad_shown, torch.addcmul(_one(shown), shown, shown, value=-1))
+        through_new = grad_next * write
+        torch.mul(through_new, new, out=grad_write).mul_(1 - write)
+        torch.mul(through_new, torch.addcmul(_one(new), new, new, value=-1), out=grad_new)
+        grad_cell = grad_next * keep
+        torch.mul(grad_cell, cell, out=grad_keep).mul_(1 - keep)
         return grads, members.t() @ grads, None, grad_cell
-
-
-def lstm_gate_gradients(
-    gates: torch.Tensor, cell: torch.Tensor, shown: torch.Tensor, grad: torch.Tensor, grad_next: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of an LSTM cell's gates, before their activations, and of its former cell state.
-
-    Args:
-        gates: Input, forget, new and output gate after their activations, [..., 4n].
-        cell: Former cell state, [..., n].
-        shown: tanh of the new cell state, [..., n].
-        grad: Gradient of the new hidden state, [..., n].
-        grad_next: Gradient of the new cell state, [..., n].
-    """
-    size = cell.size(-1)
-    write, keep, new, read = gates.split(size, dim=-1)
-    grads = torch.empty_like(gates)
-    grad_write, grad_keep, grad_new, grad_read = grads.split(size, dim=-1)
-    grad_shown = grad * read
-    torch.mul(grad_shown, shown, out=grad_read).mul_(1 - read)
-    grad_next = torch.addcmul(grad_next, grad_shown, torch.addcmul(_one(shown), shown, shown, value=-1))
-    through_new = grad_next * write
-    torch.mul(through_new, new, out=grad_write).mul_(1 - write)
-    torch.mul(through_new, torch.addcmul(_one(new), new, new, value=-1), out=grad_new)
-    grad_cell = grad_next * keep
-    torch.mul(grad_cell, cell, out=grad_keep).mul_(1 - keep)
-    return grads, grad_cell
 
 
 def lstm_step(products: torch.Tensor, bias: ExpertBias, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

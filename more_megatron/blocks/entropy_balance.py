@@ -55,7 +55,8 @@ class EntropyBalance:
         positions = activation.size(0) * self._shards
         loss = self._loss(sums, positions * current.micro_batch.depth.steps)
         if current.is_counted():
-            self._record(loss, layer_number)
+            layers, ranks = self._config.num_layers, self._groups.tp_dp_cp
+            get_moe_metrics_tracker().record(self._name, loss, layer_number, layers, avg_group=ranks)
         weight = self._coefficient
         if weight == 0.0:
             return activation
@@ -70,8 +71,3 @@ class EntropyBalance:
             sums = reduce_from_tensor_model_parallel_region(sums, group=self._groups.tp)
         mean = (sums / count).clamp(min=torch.finfo(sums.dtype).tiny)
         return (mean * mean.log()).sum(dim=-1).mean()
-
-    def _record(self, loss: torch.Tensor, layer_number: int) -> None:
-        get_moe_metrics_tracker().record(
-            self._name, loss, layer_number, self._config.num_layers, avg_group=self._groups.tp_dp_cp
-        )

@@ -27,8 +27,6 @@ class ExpertLinear(torch.nn.Module):
     """A linear map with bias for each expert on this rank.
 
     Args:
-        config: Model configuration.
-        placement: Which experts, and which part of each, are here.
         shape: Shape of an expert's whole weight; the last dimension is the input, the others are the output.
         split_dim: Dimension that is split over ranks; None if every rank holds all of it. If it is the input, the
             outputs of the ranks are parts of a sum.
@@ -45,13 +43,7 @@ class ExpertLinear(torch.nn.Module):
         self.bias = grouped_bias(config, placement, shape[:-1], None if self._is_summed else split_dim)
 
     def draw(self, name: str, weight: Draw, bias: Draw) -> None:
-        """Draw the initial weights.
-
-        Args:
-            name: Name of the map, unique within the layer.
-            weight: Draws the whole weight of an expert.
-            bias: Draws its whole bias.
-        """
+        """Draw whole weights and biases of experts; the name of the map is unique within the layer."""
         draw_parameter(self.weight, self._placement, lambda group: weight(self._shape, f"{name}/{group}/weight"))
         draw_parameter(self.bias, self._placement, lambda group: bias(self._shape[:-1], f"{name}/{group}/bias"))
 
@@ -70,13 +62,9 @@ class ExpertLinear(torch.nn.Module):
 
 
 class ExpertFeedForward(torch.nn.Module):
-    """A feed-forward network for each expert: linear, GELU, linear.
+    """A feed-forward network for each expert: linear, GELU, linear; `moe_ffn_hidden_size` is its width.
 
     Its inner layer is split over the ranks that split an expert; the outputs of the ranks are parts of a sum.
-
-    Args:
-        config: Model configuration; `moe_ffn_hidden_size` is the width.
-        placement: Which experts, and which part of each, are here.
     """
 
     def __init__(self, config: MoREConfig, placement: Placement) -> None:

@@ -14,6 +14,7 @@ from more_megatron.blocks.backends import RowGroups, backend_of
 from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, sharded_parameters
 from more_megatron.config import MoREConfig
+from more_megatron.model.initialization import BlockInitializer
 
 __all__ = ["Experts", "RoutedExperts"]
 
@@ -25,6 +26,7 @@ class Experts(MegatronModule):
     """
 
     config: MoREConfig
+    layer_number = 0
 
     def __init__(
         self,
@@ -49,9 +51,15 @@ class Experts(MegatronModule):
     def build(self) -> None:
         """Create the weights."""
 
-    @abstractmethod
     def initialize(self, layer_number: int) -> None:
         """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
+        self.layer_number = layer_number
+        if self.config.perform_initialization:
+            self.draw(BlockInitializer(self.config, layer_number))
+
+    @abstractmethod
+    def draw(self, initializer: BlockInitializer) -> None:
+        """Draw the initial weights."""
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """Return the weights of all experts as slices of one tensor each."""
@@ -64,15 +72,12 @@ class RoutedExperts(Experts):
     def forward(
         self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Compute all local experts.
+        """Return the weighed outputs of all local experts, [rows, h], and no bias.
 
         Args:
             hidden_states: Rows grouped by expert, [rows, h].
             tokens_per_expert: Number of rows of each local expert, [local experts].
             probs: Routing weight of each row, [rows].
-
-        Returns:
-            Weighed outputs, [rows, h], and no bias.
         """
         groups = RowGroups.of_counts(torch.as_tensor(tokens_per_expert), hidden_states.device)
         padding = RowPadding.of(groups, self.backend.row_multiple(self.config))

@@ -15,7 +15,7 @@ from more_megatron.blocks.padding import RowPadding
 from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_linear_weights, sharded_parameters
 from more_megatron.blocks.statistics import routing_entropy
 from more_megatron.config import MoREConfig
-from more_megatron.model.initialization import DepthScaledInitializer, replicated_parameter
+from more_megatron.model.initialization import BlockInitializer, replicated_parameter
 from more_megatron.monitoring.figures import record_figure
 
 __all__ = ["Choice", "HeadExperts", "HeadRouter", "head_figures", "record_use"]
@@ -39,7 +39,7 @@ def _sum_of_rows(rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, 
 
 
 class _Copy(torch.autograd.Function):
-    """Each item as often as it has rows, in the order of the rows. Backward: the sum over an item's rows."""
+    """A copy of an item for each of its rows, in the order of the rows. Backward: the sum over an item's rows."""
 
     @staticmethod
     def forward(ctx, items: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over an item's rows. Backward: its gradient as often as it has rows."""
+    """The sum over an item's rows. Backward: a copy of its gradient for each of them."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
@@ -74,18 +74,12 @@ class Choice:
 
     Before sorting, choices are in the order of tokens, then heads: those of one head of one token are consecutive, and
     so are those of one token. `copy` and `sum` go from either to rows and back.
-
-    Attributes:
-        order: For each row which choice it is, int64 [rows].
-        places: For each choice its row, int64 [rows].
-        weights: Weight of each row, float32 [rows].
-        groups: Rows of each expert.
     """
 
-    order: torch.Tensor
-    places: torch.Tensor
-    weights: torch.Tensor
-    groups: RowGroups
+    order: torch.Tensor  # for each row which choice it is, int64 [rows]
+    places: torch.Tensor  # for each choice its row, int64 [rows]
+    weights: torch.Tensor  # weight of each row, float32 [rows]
+    groups: RowGroups  # rows of each expert
 
     @classmethod
     def of(cls, logits: torch.Tensor, topk: int, dropout: float = 0.0) -> Choice:
@@ -138,13 +132,13 @@ def record_use(kind: str, index: int, logits: torch.Tensor, loads: torch.Tensor)
 
 
 class HeadRouter(MegatronModule):
-    """Scores the experts of all heads. Ranks hold all of it; under sequence parallelism each sees its positions."""
+    """Scores the experts of all heads. Every rank holds all weights; sequence parallelism splits the positions."""
 
     def __init__(self, config: MoREConfig, num_experts: int, layer_number: int, name: str) -> None:
         super().__init__(config=config)
         self._num_experts = num_experts
         shape = (config.num_attention_heads * num_experts, config.hidden_size)
-        initializer = DepthScaledInitializer(config, layer_number)
+        initializer = BlockInitializer(config, layer_number)
         self.weight = replicated_parameter(
             config, shape, lambda: initializer.scaled_normal(shape, f"switchhead/{name}_router", config.hidden_size)
         )
@@ -187,7 +181,7 @@ class HeadExperts(MegatronModule):
             setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
             setattr(parameter, "partition_dim", 0)  # noqa: B010
         if config.perform_initialization:
-            initializer = DepthScaledInitializer(config, layer_number)
+            initializer = BlockInitializer(config, layer_number)
 
             def draw(group: int) -> torch.Tensor:
                 return initializer.scaled_normal((outputs, inputs), f"switchhead/{group}/{name}", fan_in)

@@ -15,29 +15,22 @@ from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
 from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
+from more_megatron.model.loops import TokenGrid
 from more_megatron.model.micro_batch import MicroBatch, Pass
-from more_megatron.model.noise import local_coordinates
 
 __all__ = ["LayerInputs", "MicroBatchTransformerLayer", "RowMoELayer"]
 
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What a layer passes to its MoE part besides the hidden states.
+    """What a layer passes to its MoE part besides the hidden states."""
 
-    Attributes:
-        micro_batch: Depth and sample ids.
-        padding_mask: True for padding tokens, [b, s].
-        rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
-        attention_mask: True where attention is forbidden, [b, 1, s, s]; None for plain causal attention.
-        current_pass: The pass, in a layer of a group that is repeated; others do not ask.
-    """
-
-    micro_batch: MicroBatch
-    padding_mask: torch.Tensor | None = None
-    rotary_pos_emb: torch.Tensor | None = None
+    micro_batch: MicroBatch  # depth and sample ids
+    padding_mask: torch.Tensor | None = None  # True for padding tokens, [b, s]
+    rotary_pos_emb: torch.Tensor | None = None  # angles of the rotary embedding, [s, 1, 1, d]; None without one
+    # True where attention is forbidden, [b, 1, s, s]; None for plain causal attention
     attention_mask: torch.Tensor | None = None
-    current_pass: Any = None
+    current_pass: Any = None  # the pass, in a layer of a group that is repeated; others do not ask
 
     @property
     def token_padding_mask(self) -> torch.Tensor | None:
@@ -134,26 +127,16 @@ class RowMoELayer(CapacityInTrainingMoELayer):
         """Return the output of the local experts, [rows, h], given the sorted rows."""
         return self.experts(hidden_states, rows, depth)
 
-    def set_layer_number(self, layer_number: int) -> None:
-        """Learn the number of the layer, from 1; the experts draw their weights."""
-        super().set_layer_number(layer_number)
-        self.experts.initialize(layer_number)
-
     def _sort(
         self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, inputs: LayerInputs
     ) -> tuple[Rows, torch.Tensor]:
         (length, batch), config = hidden_states.shape[:2], self.config
         replica = parallel_state.get_data_parallel_rank() % self._replicas
-        coordinates = local_coordinates(
-            hidden_states.shape,
-            inputs.micro_batch.sample_ids,
-            first_sequence=replica * batch,
-            sequence_shard=self.attn_tp_group.rank() if config.sequence_parallel else 0,
-            device=hidden_states.device,
-            starts=inputs.micro_batch.starts,
+        grid = TokenGrid.of(
+            hidden_states, inputs.micro_batch, config, self.attn_tp_group, first_sequence=replica * batch
         )
         return Rows.sort(
-            self.token_dispatcher.dispatch_coordinates(coordinates),
+            self.token_dispatcher.dispatch_coordinates(grid.coordinates),
             tokens_per_expert,
             num_sequences=self._replicas * batch * inputs.micro_batch.parts,
             seq_length=length * self.attn_tp_group.size() if config.sequence_parallel else length,

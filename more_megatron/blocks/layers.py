@@ -27,7 +27,6 @@ __all__ = [
     "decoder_stack",
     "dense_layer",
     "expert_stack",
-    "ffn_experts_cost",
     "moe_layer",
     "plain_layers",
     "repeated_layers",
@@ -127,7 +126,11 @@ def moe_layer(
     spec = ModuleSpec(module=layer, submodules=dataclasses.replace(submodules, mlp=mlp))
 
     def cost(seq_length: int) -> Cost:
-        experts = ffn_experts_cost(config) if experts_cost is None else experts_cost(seq_length)
+        if experts_cost is not None:
+            experts = experts_cost(seq_length)
+        else:
+            expert = mlp_cost(config, config.moe_ffn_hidden_size)
+            experts = expert.routed(config.num_moe_experts, config.moe_router_topk)
         part = experts + beside_experts_cost(config)
         return _attention_part_cost(config, seq_length) + (part.in_every_step() if repeated else part)
 
@@ -137,11 +140,6 @@ def moe_layer(
 def _repeated(moe: Callable[..., MoELayer], *, config: MoREConfig, **kwargs: Any) -> MoELayer:
     """Build a layer whose parts, Megatron's own among them, run in every step of a recurrence."""
     return moe(config=backend_of(config).looped(config), **kwargs)
-
-
-def ffn_experts_cost(config: MoREConfig) -> Cost:
-    """Return the cost of Megatron's routed experts."""
-    return mlp_cost(config, config.moe_ffn_hidden_size).routed(config.num_moe_experts, config.moe_router_topk)
 
 
 def beside_experts_cost(config: MoREConfig) -> Cost:

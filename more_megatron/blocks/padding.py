@@ -14,19 +14,12 @@ __all__ = ["RowPadding"]
 
 @dataclass(frozen=True)
 class RowPadding:
-    """Where the rows of each group lie once padding follows them. Padding rows are zero and are dropped again.
+    """Where the rows of each group lie once padding follows them. Padding rows are zero and are dropped again."""
 
-    Attributes:
-        groups: Where the groups are, with padding.
-        places: For each row its place among all rows, int64 [rows]; None without padding.
-        shifts: How far the rows of each group moved, int32 [groups].
-        longest: Largest number of padding rows of a group.
-    """
-
-    groups: RowGroups
-    places: torch.Tensor | None = None
-    shifts: torch.Tensor | None = None
-    longest: int = 0
+    groups: RowGroups  # where the groups are, with padding
+    places: torch.Tensor | None = None  # for each row its place among all rows, int64 [rows]; None without padding
+    shifts: torch.Tensor | None = None  # how far the rows of each group moved, int32 [groups]
+    longest: int = 0  # largest number of padding rows of a group
 
     @classmethod
     def of(cls, groups: RowGroups, multiple: int | None) -> RowPadding:

@@ -44,29 +44,19 @@ class ParallelExperts(Experts):
     """
 
     def build(self) -> None:
-        """Create the weights."""
         hidden = self.config.hidden_size
         self.ffn = ExpertFeedForward(self.config, self.placement)
         self.lstm = _SegmentLSTM(self.config, self.placement, hidden)
         self.gate = _BranchGate(self.config, self.placement)
 
-    def initialize(self, layer_number: int) -> None:
-        """Draw the initial weights, which depend on the number of the layer."""
-        if self.config.perform_initialization:
-            initializer = BlockInitializer(self.config, layer_number)
-            for part in (self.ffn, self.lstm, self.gate):
-                part.draw(initializer)
+    def draw(self, initializer: BlockInitializer) -> None:
+        for part in (self.ffn, self.lstm, self.gate):
+            part.draw(initializer)
 
     def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
-        """Compute all local experts on the rows that were sent to them.
+        """Return the mixed branches, [rows, h], of the rows that were sent to the local experts.
 
-        Args:
-            hidden_states: [rows, h].
-            rows: Which rows they are.
-            depth: Without effect: nothing is repeated.
-
-        Returns:
-            Mixed branches, [rows, h]. Over the ranks that split an expert they add up.
+        Over the ranks that split an expert they add up. The depth has no effect: nothing is repeated.
         """
         padded, padding = rows.padded(self.backend.row_multiple(self.config))
         x = padding.pad(hidden_states)
@@ -82,13 +72,7 @@ class ParallelExperts(Experts):
 
 
 class _SegmentLSTM(torch.nn.Module):
-    """An LSTM for each expert. Over the ranks that split an expert its weights are split by channel.
-
-    Args:
-        config: Model configuration.
-        placement: Which experts, and which part of each, are here.
-        size: Of the hidden state.
-    """
+    """An LSTM of a size for each expert. Over the ranks that split an expert its weights are split by channel."""
 
     def __init__(self, config: MoREConfig, placement: Placement, size: int) -> None:
         super().__init__()
@@ -125,12 +109,7 @@ class _SegmentLSTM(torch.nn.Module):
 
 
 class _BranchGate(torch.nn.Module):
-    """Two weights for each row that add up to 1: a small network of its expert. Every rank holds all of it.
-
-    Args:
-        config: Model configuration.
-        placement: Which experts are here.
-    """
+    """Two weights for each row that add up to 1: a small network of its expert. Every rank holds all of it."""
 
     def __init__(self, config: MoREConfig, placement: Placement) -> None:
         super().__init__()

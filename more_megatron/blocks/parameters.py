@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import get_pg_rank, get_pg_size
 
-from more_megatron.blocks.backends import Piece, Weights, backend_of
+from more_megatron.blocks.backends import Weights, backend_of
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.initialization import parameter_device
@@ -42,18 +42,13 @@ class Placement:
     """Which part of the groups' weights this rank holds.
 
     A group is an expert, or the one block that experts share.
-
-    Attributes:
-        groups: Global numbers of the groups on this rank, consecutive.
-        num_groups: Number of groups in the layer.
-        split_group: Process group over whose ranks the weights of one group are split.
-        replica_rank: Rank among those that hold the same part.
     """
 
-    groups: Sequence[int]
-    num_groups: int
+    groups: Sequence[int]  # global numbers of the groups on this rank, consecutive
+    num_groups: int  # number of groups in the layer
+    # Process group over whose ranks the weights of one group are split
     split_group: torch.distributed.ProcessGroup | None
-    replica_rank: int
+    replica_rank: int  # rank among those that hold the same part
 
     @property
     def split_size(self) -> int:
@@ -66,31 +61,22 @@ class Placement:
         return get_pg_rank(self.split_group)
 
 
-# Attributes of a parameter: what it holds, and the dimension of it that is split over ranks, or None.
-_CONTENT, _SPLIT_DIM = "content_of_groups", "split_dim"
+# Attribute of a parameter: what it holds.
+_CONTENT = "content_of_groups"
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What a parameter holds of a weight that each group has.
+    """What a parameter holds of a weight that each group has."""
 
-    Attributes:
-        shape: Shape of what it holds of one group, as in checkpoints.
-        split_dim: Dimension of a group's weight that is split over ranks; None if it is not.
-        group: Number of the group among those of the rank; None if it holds all, stacked.
-        column: Which part of the last dimension it holds.
-        columns: Number of these parts.
-        tail: What follows the name of the weight in the parameter's name.
-        has_group_axis: Whether checkpoints have an axis for the groups that a parameter of one dimension has not.
-    """
-
-    shape: tuple[int, ...]
-    split_dim: int | None
-    group: int | None
-    column: int
-    columns: int
-    tail: str
-    has_group_axis: bool
+    shape: tuple[int, ...]  # shape of what it holds of one group, as in checkpoints
+    split_dim: int | None  # dimension of a group's weight that is split over ranks; None if it is not
+    group: int | None = None  # number of the group among those of the rank; None if it holds all, stacked
+    column: int = 0  # which part of the last dimension it holds
+    columns: int = 1  # number of these parts
+    tail: str = ""  # what follows the name of the weight in the parameter's name
+    # Whether checkpoints have an axis for the groups that a parameter of one dimension has not
+    has_group_axis: bool = False
 
     def of_whole(self, weight: torch.Tensor, placement: Placement) -> torch.Tensor:
         """Return what is here of a group's whole weight."""
@@ -115,7 +101,7 @@ def grouped_parameter(
     """
     local, split_dim = _local_shape(placement, shape, split_dim)
     groups = len(placement.groups)
-    return _new(config, (groups * local[0],) if len(local) == 1 else (groups, *local), local, split_dim)
+    return _new(config, (groups * local[0],) if len(local) == 1 else (groups, *local), _Content(local, split_dim))
 
 
 def grouped_bias(
@@ -127,7 +113,8 @@ def grouped_bias(
     weights are: [groups, ...].
     """
     local, split_dim = _local_shape(placement, shape, split_dim)
-    return _new(config, (len(placement.groups) * math.prod(local),), local, split_dim, has_group_axis=True)
+    size = len(placement.groups) * math.prod(local)
+    return _new(config, (size,), _Content(local, split_dim, has_group_axis=True))
 
 
 def grouped_linear_weights(
@@ -144,7 +131,8 @@ def grouped_linear_weights(
     names = _names(weights)
     for piece in backend.pieces(weights):
         held = (*local[:-1], local[-1] // piece.columns)
-        _mark(piece, held, split_dim, tail=names[piece.parameter])
+        part = (piece.group, piece.column, piece.columns)
+        _mark(piece.parameter, _Content(held, split_dim, *part, tail=names[piece.parameter]))
     return weights
 
 
@@ -155,19 +143,13 @@ def grouped_norm_weight(config: MoREConfig, placement: Placement) -> Weights:
     if norm is None:
         return grouped_parameter(config, placement, shape)
     for parameter, tail in _names(norm).items():
-        _mark(Piece(parameter), shape, None, tail)
+        _mark(parameter, _Content(shape, None, tail=tail))
     return norm
 
 
-def _new(
-    config: MoREConfig,
-    size: tuple[int, ...],
-    shape: tuple[int, ...],
-    split_dim: int | None,
-    has_group_axis: bool = False,
-) -> torch.nn.Parameter:
+def _new(config: MoREConfig, size: tuple[int, ...], content: _Content) -> torch.nn.Parameter:
     parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
-    _mark(Piece(parameter), shape, split_dim, has_group_axis=has_group_axis)
+    _mark(parameter, content)
     return parameter
 
 
@@ -194,19 +176,16 @@ def _names(weights: Weights) -> dict[torch.nn.Parameter, str]:
     return {parameter: f".{name}" for name, parameter in weights.named_parameters()}
 
 
-def _mark(
-    piece: Piece, shape: tuple[int, ...], split_dim: int | None, tail: str = "", has_group_axis: bool = False
-) -> None:
+def _mark(parameter: torch.nn.Parameter, content: _Content) -> None:
     """Note on a parameter what it holds, and mark it as Megatron marks weights that are split over ranks."""
-    content = _Content(shape, split_dim, piece.group, piece.column, piece.columns, tail, has_group_axis)
-    setattr(piece.parameter, _CONTENT, content)
+    setattr(parameter, _CONTENT, content)
     for name in ("tensor_model_parallel", "partition_dim", "partition_stride"):
-        if hasattr(piece.parameter, name):
-            delattr(piece.parameter, name)
-    dim = None if split_dim is None else split_dim + (piece.group is None)
-    dim = 0 if dim is not None and has_group_axis else dim
-    setattr(piece.parameter, _SPLIT_DIM, dim)
-    set_tensor_model_parallel_attributes(piece.parameter, dim is not None, -1 if dim is None else dim, 1)
+        if hasattr(parameter, name):
+            delattr(parameter, name)
+    dim = -1
+    if content.split_dim is not None:
+        dim = 0 if content.has_group_axis else content.split_dim + (content.group is None)
+    set_tensor_model_parallel_attributes(parameter, dim >= 0, dim, 1)
 
 
 @torch.no_grad()
@@ -228,13 +207,9 @@ def draw_parameters(
     placement: Placement,
     draw: Callable[[str, tuple[int, ...], int], torch.Tensor],
 ) -> None:
-    """Fill several weights of a module.
+    """Fill several weights of a module, given the shape of a group's whole weight by their names.
 
-    Args:
-        module: Has the weights as attributes.
-        shapes: Their names, and the shape of a group's whole weight.
-        placement: Which part of the weights it holds.
-        draw: Returns the whole weight of a group, given the weight's name, its shape and the group's global number.
+    `draw` returns the whole weight of a group, given the weight's name, its shape and the group's global number.
     """
     for name, shape in shapes.items():
         draw_parameter(getattr(module, name), placement, functools.partial(draw, name, shape))

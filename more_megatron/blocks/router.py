@@ -20,26 +20,18 @@ __all__ = ["IteratedRouter", "RouterStep"]
 
 @dataclass
 class RouterStep:
-    """One call of the router within an iteration: what it is told, and what it leaves.
+    """One call of the router within an iteration: what it is told, and what it leaves."""
 
-    Attributes:
-        index: Number of the step, from 0.
-        loss_weight: Factor on the losses of this step.
-        counted: Whether the step enters the statistics: once, however often it is recomputed.
-        former_logits: Logits that routed the step before, [s, b, experts]; None at the first.
-        former_map: Where the tokens went in the step before, [tokens, experts]; None if it was not kept.
-        logits: Left: logits that the next step averages with, [s, b, experts]; None if it does not.
-        routing_map: Left: where the tokens go, [tokens, experts].
-        sums: Left by routers that balance over a sequence: their distributions summed over positions, [b, experts].
-    """
-
-    index: int = 0
-    loss_weight: float = 1.0
-    counted: bool = True
-    former_logits: torch.Tensor | None = None
+    index: int = 0  # number of the step, from 0
+    loss_weight: float = 1.0  # factor on the losses of this step
+    counted: bool = True  # whether the step enters the statistics: once, however often it is recomputed
+    former_logits: torch.Tensor | None = None  # logits that routed the step before, [s, b, experts]; None at the first
+    # Where the tokens went in the step before, [tokens, experts]; None if it was not kept
     former_map: torch.Tensor | None = None
+    # Left: logits that the next step averages with, [s, b, experts]; None if it does not
     logits: torch.Tensor | None = None
-    routing_map: torch.Tensor | None = None
+    routing_map: torch.Tensor | None = None  # left: where the tokens go, [tokens, experts]
+    # Left by routers that balance over a sequence: their distributions summed over positions, [b, experts]
     sums: torch.Tensor | None = None
 
 

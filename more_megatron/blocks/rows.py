@@ -17,23 +17,14 @@ __all__ = ["Rows"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Which rows there are. Their hidden states, [rows, h], are passed beside them.
+    """Which rows there are. Their hidden states, [rows, h], are passed beside them."""
 
-    Attributes:
-        groups: Where the rows of each group are: of each local expert, or of the one block that experts share.
-        segments: Rows that belong to one sequence and group, in ascending position.
-        positions: Position of each row in its sequence, int64 [rows].
-        sample_ids: Position of each row's sequence in the stream of samples, int64 [rows]; 0 in evaluation.
-        rotary_pos_emb: Angles of the rotary embedding, [s, 1, 1, d]; None without one.
-        is_padding: True for padding rows, bool [rows, 1]; None without padding.
-    """
-
-    groups: RowGroups
-    segments: Segments
-    positions: torch.Tensor
-    sample_ids: torch.Tensor
-    rotary_pos_emb: torch.Tensor | None = None
-    is_padding: torch.Tensor | None = None
+    groups: RowGroups  # where the rows of each group are: of each local expert, or of the one block that experts share
+    segments: Segments  # rows that belong to one sequence and group, in ascending position
+    positions: torch.Tensor  # position of each row in its sequence, int64 [rows]
+    sample_ids: torch.Tensor  # position of each row's sequence in the stream of samples, int64 [rows]; 0 in evaluation
+    rotary_pos_emb: torch.Tensor | None = None  # angles of the rotary embedding, [s, 1, 1, d]; None without one
+    is_padding: torch.Tensor | None = None  # True for padding rows, bool [rows, 1]; None without padding
 
     @classmethod
     def sort(

@@ -24,7 +24,7 @@ __all__ = ["RepeatedMoESandwichLayer", "RepeatedSandwichLayer", "SandwichLayer",
 
 
 class SandwichLayer(TransformerLayer):
-    """Megatron's layer with two norms more. A bias of the attention's input is one of queries and keys."""
+    """Megatron's layer with two norms more. A bias of the QKV projection acts on queries and keys only."""
 
     def __init__(self, config: MoREConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -80,5 +80,5 @@ def sandwich_layers(config: MoREConfig) -> tuple[list[Layer], list[Layer]]:
 
 
 def _viewless(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what is no view, as Megatron's norms of Transformer Engine return: its checkpoints take no views."""
+    """Return the tensor as no view of another: Megatron's checkpoints take no views, and norms may return some."""
     return make_viewless_tensor(inp=tensor, requires_grad=tensor.requires_grad, keep_graph=True)

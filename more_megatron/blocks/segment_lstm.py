@@ -20,23 +20,14 @@ __all__ = ["TimeSteps", "segment_lstm"]
 
 @dataclass(frozen=True)
 class TimeSteps:
-    """Where the rows of segments lie when they are laid out by time step, the rectangles of the steps end to end.
+    """Where the rows of segments lie when they are laid out by time step, the rectangles of the steps end to end."""
 
-    Attributes:
-        groups: Number of groups that are not over at each step, descending.
-        segments: Largest number of a group's segments that are not over at each step, descending.
-        order: Group in each line of the rectangles, int64 [groups].
-        rows: Rows that are laid out, int64 [rows here]; None if all are.
-        places: Place of each of these rows, int64 [rows here].
-        former: For each place the one of the step before, int64 [places]; -1 in the first step.
-    """
-
-    groups: list[int]
-    segments: list[int]
-    order: torch.Tensor
-    rows: torch.Tensor | None
-    places: torch.Tensor
-    former: torch.Tensor
+    groups: list[int]  # number of groups that are not over at each step, descending
+    segments: list[int]  # largest number of a group's segments that are not over at each step, descending
+    order: torch.Tensor  # group in each line of the rectangles, int64 [groups]
+    rows: torch.Tensor | None  # rows that are laid out, int64 [rows here]; None if all are
+    places: torch.Tensor  # place of each of these rows, int64 [rows here]
+    former: torch.Tensor  # for each place the one of the step before, int64 [places]; -1 in the first step
 
     @classmethod
     def of(cls, segments: Segments, groups: int, part: int = 0, parts: int = 1) -> TimeSteps:
@@ -45,7 +36,7 @@ class TimeSteps:
         Args:
             segments: The same number for each group, sorted by group. The device is waited for.
             groups: Number of groups.
-            part: Which of the parts that a group's segments are dealt out to, the longest first.
+            part: Number of the part wanted; a group's segments are dealt out to the parts, the longest first.
             parts: Number of parts.
         """
         device = segments.offsets.device
@@ -207,11 +198,12 @@ def _run_back(
 
 
 def _factors(gates: torch.Tensor, cells: torch.Tensor, former_cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what gradients are multiplied with on their way, for all steps at once.
+    """Return what gradients are multiplied with on their way back, for all steps at once.
 
     Returns:
-        Of the gates before their activations, [places, 4n]: of i, f and g to the gradient of the new cell state, of o
-        to that of the hidden state. And of the cell state to that of the hidden state, [places, n].
+        Factors [places, 4n], which times the gradient of the new cell state (i, f and g) or of the hidden state (o) are
+        the gradients of the gates before their activations; and factors [places, n], which times the gradient of the
+        hidden state are that of the cell state.
     """
     write, keep, new, read = gates.chunk(4, dim=1)
     shown = cells.tanh()

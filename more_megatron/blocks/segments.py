@@ -17,15 +17,11 @@ _RECTANGLES = 4
 
 @dataclass(frozen=True)
 class Segments:
-    """Where attention is confined: consecutive rows that belong together, in ascending position.
+    """Where attention is confined: consecutive rows that belong together, in ascending position."""
 
-    Attributes:
-        offsets: First row of each segment and the end of the last, int32 [segments + 1]. Segments may be empty.
-        longest: Upper bound of the length of a segment.
-    """
-
+    # First row of each segment and the end of the last, int32 [segments + 1]. Segments may be empty
     offsets: torch.Tensor
-    longest: int
+    longest: int  # upper bound of the length of a segment
 
     def pad(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return [rows, heads, d] as rectangles [segments, heads, longest, d], zeros behind the rows of a segment.

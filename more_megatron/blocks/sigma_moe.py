@@ -21,7 +21,7 @@ from more_megatron.blocks.parameters import draw_parameters, grouped_linear_weig
 from more_megatron.blocks.router import IteratedRouter, RouterStep
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
-from more_megatron.model.initialization import DepthScaledInitializer
+from more_megatron.model.initialization import BlockInitializer
 
 __all__ = ["SigmaExperts", "SigmaMoELayer", "SigmaRouter", "sigma_experts_cost"]
 
@@ -37,7 +37,7 @@ class SigmaRouter(IteratedRouter):
         """Learn the number of the layer, from 1, and draw the weight, which depends on it."""
         super().set_layer_number(layer_number)
         if self.config.perform_initialization:
-            initializer = DepthScaledInitializer(self.config, layer_number)
+            initializer = BlockInitializer(self.config, layer_number)
             self.weight.data.copy_(initializer.rows_of_equal_norm(tuple(self.weight.shape), "sigma/router"))
 
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
@@ -65,10 +65,7 @@ class SigmaExperts(RoutedExperts):
         self.keys = grouped_linear_weights(self.config, self.placement, self._shapes["keys"], split_dim=0)
         self.values = grouped_linear_weights(self.config, self.placement, self._shapes["values"], split_dim=1)
 
-    def initialize(self, layer_number: int) -> None:
-        if not self.config.perform_initialization:
-            return
-        initializer = DepthScaledInitializer(self.config, layer_number)
+    def draw(self, initializer: BlockInitializer) -> None:
         hidden, width = self.config.hidden_size, self.config.moe_ffn_hidden_size
         # The values of all experts together are one matrix.
         inputs = {"keys": hidden, "values": self.config.num_moe_experts * width}
@@ -89,11 +86,6 @@ class SigmaMoELayer(CapacityInTrainingMoELayer):
     """Megatron's MoE layer whose router reads a norm of what the experts read."""
 
     router: SigmaRouter
-
-    def set_layer_number(self, layer_number: int) -> None:
-        """Learn the number of the layer, from 1; router and experts draw their weights."""
-        super().set_layer_number(layer_number)
-        self.experts.initialize(layer_number)
 
     def forward(
         self, normed: torch.Tensor, stream: torch.Tensor, inputs: LayerInputs, step: RouterStep

@@ -17,6 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
+from more_megatron.monitoring.figures import write_scalars
+
 __all__ = ["IterationTracker", "record_loss", "record_routing", "routing_entropy"]
 
 _FIGURES = ("router entropy", "expert load cv", "expert change")
@@ -81,7 +83,7 @@ class IterationTracker(MoEMetricsTracker):
         return torch.zeros(2, len(_FIGURES), self._max_steps, device=torch.cuda.current_device())
 
     def record_step(self, step: int, figures: torch.Tensor) -> None:
-        """Add the figures of one routing decision, the first ones of those there are."""
+        """Add the figures of one routing decision, in their order; the last of them may be missing."""
         self._steps[0, : len(figures), step] += figures
         self._steps[1, : len(figures), step] += 1
 
@@ -105,12 +107,10 @@ class IterationTracker(MoEMetricsTracker):
         torch.distributed.all_reduce(
             self._steps, group=parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         )
-        for name, means in self.means().items():
-            for step, mean in enumerate(means.tolist(), start=1):
-                if math.isnan(mean):
-                    continue
-                if writer:
-                    writer.add_scalar(f"{name}/step {step}", mean, iteration)
-                if wandb_writer:
-                    wandb_writer.log({f"{name}/step {step}": mean}, iteration)
+        by_step = (
+            (f"{name}/step {step}", mean)
+            for name, means in self.means().items()
+            for step, mean in enumerate(means.tolist(), start=1)
+        )
+        write_scalars({name: mean for name, mean in by_step if not math.isnan(mean)}, iteration, writer, wandb_writer)
         self._steps.zero_()

@@ -31,7 +31,7 @@ from more_megatron.blocks.entropy_balance import EntropyBalance, sum_over_positi
 from more_megatron.blocks.head_experts import Choice, HeadExperts, HeadRouter, record_use
 from more_megatron.blocks.row_ops import rotate, rotation_of
 from more_megatron.model.costs import Cost, linear_cost
-from more_megatron.model.initialization import DepthScaledInitializer
+from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.micro_batch import Pass
 from more_megatron.monitoring.figures import is_reported
 
@@ -85,7 +85,7 @@ class SwitchHeadAttention(MegatronModule):
         self.output = experts(name="output", inputs=head_dim, outputs=hidden, fan_in=heads)
 
     def _linear(self, kind: Any, inputs: int, outputs: int, **options: Any) -> torch.nn.Module:
-        std = DepthScaledInitializer(self.config, self.layer_number).std(inputs)
+        std = BlockInitializer(self.config, self.layer_number).scaled_std(inputs)
         return kind(
             inputs,
             outputs,

@@ -32,39 +32,25 @@ __all__ = ["Counts", "Encoded", "Encoder", "EncoderPlan", "encode_blocks", "plan
 
 @dataclass(frozen=True)
 class Encoded:
-    """Tokens of consecutive documents.
+    """Tokens of consecutive documents."""
 
-    Attributes:
-        tokens: Ids of all documents, end to end [tokens].
-        lengths: Tokens of each document with its end-of-document token, int32 [documents]; 0 for a document that has
-            no token of its own, which then has no end-of-document token either, as in Megatron's tool.
-    """
-
-    tokens: NDArray[np.generic]
+    tokens: NDArray[np.generic]  # ids of all documents, end to end [tokens]
+    # Tokens of each document with its end-of-document token, int32 [documents]; 0 for a document that has no token
+    # of its own, which then has no end-of-document token either, as in Megatron's tool
     lengths: NDArray[np.int32]
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of one block, or of several added up.
+    """Counts of one block, or of several added up."""
 
-    Attributes:
-        documents: Documents, empty ones included.
-        tokens: Tokens, those that end documents included.
-        text_bytes: Bytes of the documents' text as UTF-8.
-        words: Runs of bytes between ASCII white space in that text.
-        skipped: Lines of the inputs that were left out.
-        blocks: Blocks of the inputs.
-        read: Bytes of the inputs, decompressed.
-    """
-
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    words: int = 0
-    skipped: int = 0
-    blocks: int = 0
-    read: int = 0
+    documents: int = 0  # documents, empty ones included
+    tokens: int = 0  # tokens, those that end documents included
+    text_bytes: int = 0  # bytes of the documents' text as UTF-8
+    words: int = 0  # runs of bytes between ASCII white space in that text
+    skipped: int = 0  # lines of the inputs that were left out
+    blocks: int = 0  # blocks of the inputs
+    read: int = 0  # bytes of the inputs, decompressed
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -72,21 +58,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """An encoder that has been decided on, small enough to hand to every worker.
-
-    Attributes:
-        tokenizer: The tokenizer.
-        append_eod: Whether documents end with the end-of-document token.
-        recipe: How gigatoken encodes; None for the reference.
-        name: The library, with its version: parts of a dataset by two of them are not mixed.
-        reason: Why it is this one.
-    """
+    """An encoder that has been decided on, small enough to hand to every worker."""
 
     tokenizer: Tokenizer
-    append_eod: bool
-    recipe: Recipe | None
-    name: str
-    reason: str
+    append_eod: bool  # whether documents end with the end-of-document token
+    recipe: Recipe | None  # how gigatoken encodes; None for the reference
+    name: str  # the library, with its version: parts of a dataset by two of them are not mixed
+    reason: str  # why it is this one
 
 
 def plan_encoder(

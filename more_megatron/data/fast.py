@@ -39,17 +39,11 @@ _HOSTILE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How gigatoken encodes as another tokenizer does.
+    """How gigatoken encodes as another tokenizer does."""
 
-    Attributes:
-        settings: Contents of a `tokenizer.json`.
-        prefix: Ids before each document.
-        suffix: Ids after each document.
-    """
-
-    settings: str
-    prefix: tuple[int, ...] = ()
-    suffix: tuple[int, ...] = ()
+    settings: str  # contents of a `tokenizer.json`
+    prefix: tuple[int, ...] = ()  # ids before each document
+    suffix: tuple[int, ...] = ()  # ids after each document
 
 
 class FastEncode:

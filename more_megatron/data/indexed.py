@@ -73,19 +73,12 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 @dataclass(frozen=True)
 class IndexFile:
-    """The contents of an `.idx` file, memory-mapped.
+    """The contents of an `.idx` file, memory-mapped."""
 
-    Attributes:
-        dtype: dtype of the tokens in the `.bin` file.
-        lengths: Tokens of each sequence, int32 [S].
-        pointers: Byte offset of each sequence in the `.bin` file, int64 [S].
-        documents: First sequence of each document and a closing entry, int64 [D + 1].
-    """
-
-    dtype: np.dtype
-    lengths: NDArray[np.int32]
-    pointers: NDArray[np.int64]
-    documents: NDArray[np.int64]
+    dtype: np.dtype  # dtype of the tokens in the `.bin` file
+    lengths: NDArray[np.int32]  # tokens of each sequence, int32 [S]
+    pointers: NDArray[np.int64]  # byte offset of each sequence in the `.bin` file, int64 [S]
+    documents: NDArray[np.int64]  # first sequence of each document and a closing entry, int64 [D + 1]
 
     @property
     def sequence_count(self) -> int:

@@ -29,23 +29,14 @@ Report = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What is made of what.
+    """What is made of what."""
 
-    Attributes:
-        sources: The inputs, in order.
-        tokenizer: The tokenizer.
-        append_eod: Whether documents end with the end-of-document token.
-        workers: Processes to use.
-        resume: Whether to go on where an interrupted run was.
-        allow_fast: Whether gigatoken may encode.
-    """
-
-    sources: Sequence[Source]
+    sources: Sequence[Source]  # in order
     tokenizer: Tokenizer
-    append_eod: bool = True
-    workers: int = 1
-    resume: bool = False
-    allow_fast: bool = True
+    append_eod: bool = True  # whether documents end with the end-of-document token
+    workers: int = 1  # processes to use
+    resume: bool = False  # whether to go on where an interrupted run was
+    allow_fast: bool = True  # whether gigatoken may encode
 
 
 def preprocess(job: Job, output: Output, say: Callable[[str], None], report: Report) -> dict[str, Any]:

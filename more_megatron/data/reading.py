@@ -23,19 +23,12 @@ _DECODER = json.JSONDecoder(parse_int=float)
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive whole documents of one input, as they stand in it.
+    """Consecutive whole documents of one input, as they stand in it."""
 
-    Attributes:
-        source: The input.
-        origin: Bytes of text before the block.
-        line: Lines before the block.
-        data: The text.
-    """
-
-    source: Source
-    origin: int
-    line: int
-    data: bytes
+    source: Source  # the input
+    origin: int  # bytes of text before the block
+    line: int  # lines before the block
+    data: bytes  # the text
 
 
 def read_blocks(sources: Iterable[Source]) -> Iterator[Block]:

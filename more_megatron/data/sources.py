@@ -29,23 +29,14 @@ _PARQUET = re.compile(r"\.(parquet|pq)$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Source:
-    """One input file, and how it is read.
-
-    Attributes:
-        path: The file.
-        size: Its size in bytes, as stored.
-        layout: How it is divided into documents.
-        key: Field or column that holds the text, for JSON lines and Parquet.
-        detokenize: How WikiText's spelling is undone.
-        skip_bad_lines: Whether JSON lines without a text are left out and counted.
-    """
+    """One input file, and how it is read."""
 
     path: str
-    size: int
-    layout: Layout
-    key: str
-    detokenize: Detokenize
-    skip_bad_lines: bool
+    size: int  # in bytes, as stored
+    layout: Layout  # how it is divided into documents
+    key: str  # field or column that holds the text, for JSON lines and Parquet
+    detokenize: Detokenize  # how WikiText's spelling is undone
+    skip_bad_lines: bool  # whether JSON lines without a text are left out and counted
 
     @property
     def is_parquet(self) -> bool:
@@ -78,6 +69,8 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
             raise DataError(f"input {pattern} {reason}")
         paths.update(dict.fromkeys(matches))
     for path in paths:
+        if not os.path.isfile(path):
+            raise DataError(f"input {path} is a pipe or a device: write its text into a file first")
         if os.path.getsize(path) == 0:
             raise DataError(f"input {path} is empty")
         if not os.access(path, os.R_OK):

@@ -90,21 +90,13 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """What a run needs to know of its tokenizer, small enough to hand to every worker.
+    """What a run needs to know of its tokenizer, small enough to hand to every worker."""
 
-    Attributes:
-        options: The flags it was built from.
-        vocab_size: Number of ids, before Megatron's padding.
-        eod: The id that Megatron's tokenizer answers as `.eod`.
-        sha256: Hash of its files, None for a tokenizer without files.
-        backend: Serialized Hugging Face tokenizer, where one is used directly.
-    """
-
-    options: TokenizerOptions
-    vocab_size: int
-    eod: int | None
-    sha256: str | None
-    backend: str | None = None
+    options: TokenizerOptions  # the flags it was built from
+    vocab_size: int  # number of ids, before Megatron's padding
+    eod: int | None  # the id that Megatron's tokenizer answers as `.eod`
+    sha256: str | None  # hash of its files, None for a tokenizer without files
+    backend: str | None = None  # serialized Hugging Face tokenizer, where one is used directly
 
     def __post_init__(self) -> None:
         """Check that ids fit what they are stored in.
@@ -138,13 +130,7 @@ def load(options: TokenizerOptions) -> Tokenizer:
     Raises:
         DataError: A flag is missing, or the tokenizer's files are missing or damaged.
     """
-    kind = options.tokenizer_type
-    if kind not in TokenizerType:
-        raise DataError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
-    if kind in _TYPES_OF_FILES and not options.tokenizer_model:
-        raise DataError(f"--tokenizer-type {kind} needs --tokenizer-model")
-    if kind in (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL) and not options.vocab_size:
-        raise DataError(f"--tokenizer-type {kind} needs --vocab-size, the number of its ids")
+    _check(options)
     sha256 = tokenizer_sha256(options)
     if is_direct_sentencepiece(options):
         processor = open_sentencepiece(options)
@@ -160,6 +146,17 @@ def load(options: TokenizerOptions) -> Tokenizer:
     with contextlib.suppress(AttributeError, NotImplementedError):
         eod = megatron.eod
     return Tokenizer(options, int(megatron.vocab_size), eod, sha256, _serialized(inner) if direct else None)
+
+
+def _check(options: TokenizerOptions) -> None:
+    """Check that the flags that a type of tokenizer needs are there."""
+    kind = options.tokenizer_type
+    if kind not in TokenizerType:
+        raise DataError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
+    if kind in _TYPES_OF_FILES and not options.tokenizer_model:
+        raise DataError(f"--tokenizer-type {kind} needs --tokenizer-model")
+    if kind in (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL) and not options.vocab_size:
+        raise DataError(f"--tokenizer-type {kind} needs --vocab-size, the number of its ids")
 
 
 def _generic_huggingface(options: TokenizerOptions) -> Any | None:
@@ -201,6 +198,7 @@ def _serialized(tokenizer: Any) -> str | None:
 
 def build_megatron(options: TokenizerOptions) -> Any:
     """Build Megatron's own tokenizer, as the trainer does."""
+    _check(options)
     # Megatron's remarks on absent GPU libraries say nothing about text.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     absent = ("chat_template", "null_tokenizer_pad_id", "tokenizer_prompt_format", "image_tag_type")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.errors import MoREError, last_line
-from more_megatron.flags import check_ranges
+from more_megatron.flags import check_ranges, flag
 
 __all__ = ["ExportedModel", "add_model_arguments", "open_model"]
 
@@ -101,6 +101,9 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
     """
     check_ranges(args, {"batch_size": "[1, inf)", "num_steps": "(-inf, 10000]"})
     if args.model is not None:
+        for name in ("ckpt_step", "tokenizer_model"):
+            if getattr(args, name, None) is not None:
+                raise MoREError(f"{flag(name)} is of checkpoints: give --load, or leave it out")
         yield _load(args, args.model)
         return
     from more_megatron.hf.conversion.export import ToHF, to_hf

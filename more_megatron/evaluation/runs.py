@@ -15,7 +15,6 @@ from collections.abc import Iterator
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -23,19 +22,18 @@ from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDAT
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.training import checkpointing, global_vars, pretrain, training
-from megatron.training.argument_utils import ArgumentGroupFactory, pretrain_cfg_container_from_args
+from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.evaluation.training_log import Iteration, read_log
+from more_megatron.model.builder import MoREModelConfig
 from more_megatron.monitoring.figures import report_to
 from more_megatron.platform import Platform, initialize_platform
 from more_megatron.platform.repairs.finite import Tracer, trace_reruns
 from more_megatron.training.arguments import parse_arguments
-from more_megatron.training.datasets import DatasetsProvider
-from more_megatron.training.forward import forward_step
-from more_megatron.training.model import model_config_from_args
+from more_megatron.training.model import model_config_from_args, pretrain_arguments
 
-__all__ = ["configure", "forget_run", "fresh_model", "read_each_docstring_once", "train"]
+__all__ = ["configure", "forget_run", "fresh_model", "read_each_docstring_once", "started_with", "train"]
 
 
 def configure(command_line: str) -> tuple[Namespace, GPTModelConfig]:
@@ -43,9 +41,8 @@ def configure(command_line: str) -> tuple[Namespace, GPTModelConfig]:
     global_vars.destroy_global_vars()
     unset_num_microbatches_calculator()
     _free()
-    with _command_line(f"{command_line} --train-iters 1"), contextlib.redirect_stdout(io.StringIO()):
-        args = parse_arguments(initialize_platform())
-    return args, model_config_from_args(args)
+    with contextlib.redirect_stdout(io.StringIO()), started_with(f"--train-iters 1 {command_line}") as described:
+        return described
 
 
 def fresh_model(model_config: GPTModelConfig, seed: int = 1234) -> GPTModel:
@@ -74,16 +71,9 @@ def train(command_line: str) -> list[Iteration]:
     read_each_docstring_once()
     forget_run()
     output = io.StringIO()
-    with _command_line(command_line), contextlib.redirect_stdout(output):
-        args = parse_arguments(initialize_platform())
-        model_config = model_config_from_args(args)
+    with contextlib.redirect_stdout(output), started_with(command_line) as (args, model_config):
         try:
-            pretrain(
-                pretrain_cfg_container_from_args(args, model_config),
-                DatasetsProvider(model_config.transformer),
-                ModelType.encoder_or_decoder,
-                forward_step,
-            )
+            pretrain(*pretrain_arguments(args, model_config))
         except SystemExit as leaving:
             if leaving.code:  # None: --exit-interval among others
                 is_loss = leaving.code == EXIT_CODE_FAILED_ON_RESULT_VALIDATION
@@ -96,11 +86,13 @@ def train(command_line: str) -> list[Iteration]:
 
 
 @contextlib.contextmanager
-def _command_line(flags: str) -> Iterator[None]:
+def started_with(command_line: str) -> Iterator[tuple[Namespace, MoREModelConfig]]:
+    """Inside the block, be `pretrain_more.py` with these flags, and yield arguments and model configuration."""
     former = sys.argv
-    sys.argv = ["pretrain_more.py", *shlex.split(flags)]
+    sys.argv = ["pretrain_more.py", *shlex.split(command_line)]
     try:
-        yield
+        args = parse_arguments(initialize_platform())
+        yield args, model_config_from_args(args)
     finally:
         sys.argv = former
 

@@ -114,14 +114,10 @@ def forward(
     depth: Depth | None,
     sample_ids: tuple[int, ...] = (),
 ) -> torch.Tensor:
-    """Return the loss of each token, [b, s], or without labels the logits, [b, s, vocabulary].
+    """Return the loss of each token, [b, s], or without labels the logits, [b, s, vocabulary], of a whole model.
 
-    Args:
-        model: Whole model.
-        tokens: [b, s].
-        labels: [b, s] or None.
-        depth: Recurrence steps; None: those of evaluation.
-        sample_ids: Position of each sequence in the stream of samples.
+    Given are tokens and labels, [b, s], and the position of each sequence in the stream of samples; without a depth the
+    steps are those of evaluation.
     """
     positions = torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
     extra = {} if depth is None else {"extra_block_kwargs": MicroBatch(depth, sample_ids).block_kwargs()}

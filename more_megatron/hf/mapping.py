@@ -28,29 +28,17 @@ LAYERS = "decoder.layers."
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter of a model, in both worlds.
+    """One parameter of a model, in both worlds."""
 
-    Attributes:
-        key: Megatron's key; `decoder.layers.` is followed by the rest of the name, without the number of the layer.
-        layer: Number of the layer, from 0; None outside of layers.
-        shape: Megatron's shape, of one layer.
-        names: Names in the Hugging Face model.
-        shapes: Shape under each name.
-        layout: How the tensors under these names are put together.
-        groups: Number of query groups.
-        qkv: Rows of queries, keys and values.
-        fp32: Whether it stays in float32, whatever the rest is cast to.
-    """
-
-    key: str
-    layer: int | None
-    shape: Shape
-    names: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    layout: Layout
-    groups: int
-    qkv: tuple[int, int, int]
-    fp32: bool
+    key: str  # Megatron's key; `decoder.layers.` is followed by the rest of the name, without the number of the layer
+    layer: int | None  # number of the layer, from 0; None outside of layers
+    shape: Shape  # Megatron's shape, of one layer
+    names: tuple[str, ...]  # names in the Hugging Face model
+    shapes: tuple[Shape, ...]  # shape under each name
+    layout: Layout  # how the tensors under these names are put together
+    groups: int  # number of query groups
+    qkv: tuple[int, int, int]  # rows of queries, keys and values
+    fp32: bool  # whether it stays in float32, whatever the rest is cast to
 
     def split(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Return the Hugging Face tensors of Megatron's, in the order of `names`.

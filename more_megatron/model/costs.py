@@ -21,19 +21,12 @@ __all__ = ["Cost", "attention_cost", "gated_mlp_cost", "linear_cost", "mlp_cost"
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of a part of a model.
+    """Cost of a part of a model."""
 
-    Attributes:
-        parameters: Weights that are stored.
-        active_parameters: Weights that one token meets.
-        once: Operations a token, independent of recurrence.
-        per_step: Operations a token and recurrence step.
-    """
-
-    parameters: int = 0
-    active_parameters: int = 0
-    once: float = 0.0
-    per_step: float = 0.0
+    parameters: int = 0  # weights that are stored
+    active_parameters: int = 0  # weights that one token meets
+    once: float = 0.0  # operations a token, independent of recurrence
+    per_step: float = 0.0  # operations a token and recurrence step
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))

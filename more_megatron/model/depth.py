@@ -17,15 +17,10 @@ _LOG_RATE_STD = 0.5
 
 @dataclass(frozen=True)
 class Depth:
-    """Recurrence steps of one micro-batch.
+    """Recurrence steps of one micro-batch."""
 
-    Attributes:
-        no_grad_steps: Steps n taken first, without gradient.
-        grad_steps: Steps b taken then, with gradient.
-    """
-
-    no_grad_steps: int
-    grad_steps: int
+    no_grad_steps: int  # steps n taken first, without gradient
+    grad_steps: int  # steps b taken then, with gradient
 
     @property
     def steps(self) -> int:

@@ -34,25 +34,15 @@ StateInPass = Callable[[torch.Tensor, int], torch.Tensor]
 
 @dataclass(frozen=True)
 class _Progress:
-    """Where each position stands.
+    """Where each position stands."""
 
-    Attributes:
-        state: State, [s, b, h].
-        output: Output so far, [s, b, h].
-        entered: How much of the output is the input that the states were increments to, float32 [s, b, 1].
-        probability: Sum of the probabilities of the passes before it halted, float32 [s, b, 1].
-        remainder: Weight of the pass in which it halted, float32 [s, b, 1]; 0 before.
-        steps: Passes until it halted, that one included, float32 [s, b, 1].
-        halted: Whether it has, [s, b, 1].
-    """
-
-    state: torch.Tensor
-    output: torch.Tensor
-    entered: torch.Tensor
-    probability: torch.Tensor
-    remainder: torch.Tensor
-    steps: torch.Tensor
-    halted: torch.Tensor
+    state: torch.Tensor  # [s, b, h]
+    output: torch.Tensor  # output so far, [s, b, h]
+    entered: torch.Tensor  # how much of the output is the input that the states were increments to, float32 [s, b, 1]
+    probability: torch.Tensor  # sum of the probabilities of the passes before it halted, float32 [s, b, 1]
+    remainder: torch.Tensor  # weight of the pass in which it halted, float32 [s, b, 1]; 0 before
+    steps: torch.Tensor  # passes until it halted, that one included, float32 [s, b, 1]
+    halted: torch.Tensor  # whether it has, [s, b, 1]
 
     @classmethod
     def start(cls, inputs: torch.Tensor) -> _Progress:

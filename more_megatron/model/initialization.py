@@ -21,7 +21,6 @@ from more_megatron.config import MoREConfig
 
 __all__ = [
     "BlockInitializer",
-    "DepthScaledInitializer",
     "Initialization",
     "parameter_device",
     "replicated_parameter",
@@ -48,17 +47,11 @@ def replicated_parameter(
 
 @dataclass(frozen=True)
 class Initialization:
-    """How Megatron's modules draw their weights: functions that fill a tensor.
+    """How Megatron's modules draw their weights: functions that fill a tensor."""
 
-    Attributes:
-        inward: Of projections out of the stream, an output layer of its own among them.
-        outward: Of projections back into the stream.
-        embedding: Of embeddings; None: as inward.
-    """
-
-    inward: Callable[[torch.Tensor], Any]
-    outward: Callable[[torch.Tensor], Any]
-    embedding: Callable[[torch.Tensor], Any] | None = None
+    inward: Callable[[torch.Tensor], Any]  # of projections out of the stream, an output layer of its own among them
+    outward: Callable[[torch.Tensor], Any]  # of projections back into the stream
+    embedding: Callable[[torch.Tensor], Any] | None = None  # of embeddings; None: as inward
 
     def apply(self, config: MoREConfig) -> None:
         """Make modules that are built from the configuration draw so."""
@@ -89,7 +82,7 @@ def _normal(std: float) -> Callable[[torch.Tensor], Any]:
 
 @dataclass(frozen=True)
 class BlockInitializer:
-    """Draws the weights of one layer's recurrent blocks.
+    """Draws the weights of one layer, or of one loop.
 
     Each weight has a generator of its own, seeded by its name: a model starts with the same weights under any layout.
     """
@@ -138,6 +131,20 @@ class BlockInitializer:
         """Return a projection back into the stream as wide as Megatron draws it."""
         return self.truncated_normal(shape, name, self.config.init_method_std / math.sqrt(2.0 * self.config.num_layers))
 
+    def scaled_std(self, inputs: int) -> float:
+        """Return the standard deviation that MoEUT gives a map of so many inputs."""
+        return math.sqrt(2.0 / (self.config.num_layers * self.config.mean_steps)) / math.sqrt(inputs)
+
+    def scaled_normal(self, shape: tuple[int, ...], name: str, inputs: int) -> torch.Tensor:
+        """Return a weight in float32, as narrow as MoEUT has a map of so many inputs."""
+        return self.normal(shape, name, self.scaled_std(inputs))
+
+    def rows_of_equal_norm(self, shape: tuple[int, int], name: str) -> torch.Tensor:
+        """Return a weight in float32 whose rows have one norm: no expert is preferred at the start."""
+        weight = self.scaled_normal(shape, name, inputs=shape[1])
+        rows = weight / weight.norm(dim=1, keepdim=True)
+        return rows * (weight.std() / rows.std())
+
     def zeros(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return zeros."""
         return torch.zeros(shape, device=torch.cuda.current_device())
@@ -167,22 +174,3 @@ class BlockInitializer:
         key = f"{self.config.seed}/{self.layer_number}/{name}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
         return fill(weight, generator=torch.Generator(device=weight.device).manual_seed(seed), **options)
-
-
-@dataclass(frozen=True)
-class DepthScaledInitializer(BlockInitializer):
-    """Draws the weights of one layer as MoEUT does."""
-
-    def std(self, inputs: int) -> float:
-        """Return the standard deviation of a map of so many inputs."""
-        return math.sqrt(2.0 / (self.config.num_layers * self.config.mean_steps)) / math.sqrt(inputs)
-
-    def scaled_normal(self, shape: tuple[int, ...], name: str, inputs: int) -> torch.Tensor:
-        """Return a weight in float32, as narrow as a map of so many inputs has it."""
-        return self.normal(shape, name, self.std(inputs))
-
-    def rows_of_equal_norm(self, shape: tuple[int, int], name: str) -> torch.Tensor:
-        """Return a weight in float32 whose rows have one norm: no expert is preferred at the start."""
-        weight = self.scaled_normal(shape, name, inputs=shape[1])
-        rows = weight / weight.norm(dim=1, keepdim=True)
-        return rows * (weight.std() / rows.std())

@@ -32,19 +32,12 @@ __all__ = ["InjectedLoop", "ResidualLoop", "TokenGrid", "injected_loop"]
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Where the tokens of this rank stand.
+    """Where the tokens of this rank stand."""
 
-    Attributes:
-        shape: Of the hidden states, [s, b, h]; s is this rank's part of the sequence.
-        coordinates: Sequence, position and sample id of each token, int64 [s * b, 3].
-        seed: Seed of the run.
-        place: Where in the model they are, in words.
-    """
-
-    shape: torch.Size
-    coordinates: torch.Tensor
-    seed: int
-    place: str = ""
+    shape: torch.Size  # of the hidden states, [s, b, h]; s is this rank's part of the sequence
+    coordinates: torch.Tensor  # sequence, position and sample id of each token, int64 [s * b, 3]
+    seed: int  # seed of the run
+    place: str = ""  # where in the model they are, in words
 
     @classmethod
     def of(
@@ -54,12 +47,16 @@ class TokenGrid:
         config: MoREConfig,
         tp_group: torch.distributed.ProcessGroup,
         place: str = "",
+        first_sequence: int = 0,
     ) -> TokenGrid:
-        """Return the grid of this rank's hidden states, [s, b, h]; sequence parallelism splits s over `tp_group`."""
+        """Return the grid of this rank's hidden states, [s, b, h]; sequence parallelism splits s over `tp_group`.
+
+        Sequences are counted from `first_sequence`.
+        """
         coordinates = local_coordinates(
             hidden_states.shape,
             micro_batch.sample_ids,
-            first_sequence=0,
+            first_sequence=first_sequence,
             sequence_shard=tp_group.rank() if config.sequence_parallel else 0,
             device=hidden_states.device,
             starts=micro_batch.starts,

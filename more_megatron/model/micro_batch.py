@@ -27,17 +27,12 @@ CARRIER = "context_mask"
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The depth of a micro-batch and who its sequences are.
+    """The depth of a micro-batch and who its sequences are."""
 
-    Attributes:
-        depth: Recurrence steps to take.
-        sample_ids: Position of each of the b sequences in the stream of training samples.
-        starts: Where the problems of each row begin, in ascending order and filled up with the length of a row, int64
-            [b, problems] in host memory; the first is 0. None: a row is one sequence.
-    """
-
-    depth: Depth
-    sample_ids: tuple[int, ...] = ()
+    depth: Depth  # recurrence steps to take
+    sample_ids: tuple[int, ...] = ()  # position of each of the b sequences in the stream of training samples
+    # Where the problems of each row begin, in ascending order and filled up with the length of a row, int64
+    # [b, problems] in host memory; the first is 0. None: a row is one sequence
     starts: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -84,22 +79,15 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass through a group of layers that is repeated, as a decoder hands it to them in the place of the record.
-
-    Attributes:
-        index: Number of the pass, from 0.
-        former: What parts of layers left in the pass before, by who they are: numbers of layers, or more.
-        left: Where they leave it in this one.
-        in_graph: Whether the decoder itself was called with gradient.
-        is_replay: Whether the pass was computed before and is recomputed.
-    """
+    """One pass through a group of layers that is repeated, as a decoder hands it to them in the place of the record."""
 
     micro_batch: MicroBatch
-    index: int
+    index: int  # number of the pass, from 0
+    # What parts of layers left in the pass before, by who they are: numbers of layers, or more
     former: dict[Hashable, torch.Tensor]
-    left: dict[Hashable, torch.Tensor]
-    in_graph: bool
-    is_replay: bool = False
+    left: dict[Hashable, torch.Tensor]  # where they leave it in this one
+    in_graph: bool  # whether the decoder itself was called with gradient
+    is_replay: bool = False  # whether the pass was computed before and is recomputed
 
     @classmethod
     def of_layer(cls, kwargs: dict[str, Any]) -> Pass | None:

@@ -50,7 +50,7 @@ class Signals(MegatronModule):
     def forward(self, state: torch.Tensor, of_positions: torch.Tensor, index: int) -> torch.Tensor:
         """Return a state, [s, b, h], with both signals of a pass of a number.
 
-        A call, in front of which an overlapped gathering of parameters waits for the table.
+        It is a call of a module because the overlapped gathering of parameters waits for the table in front of one.
         """
         return state + of_positions + self._time(index, state)
 

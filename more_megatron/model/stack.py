@@ -40,16 +40,12 @@ class Layer:
 
 @dataclass(frozen=True)
 class Loop:
-    """How a group of layers is repeated: what is injected, and when it ends.
+    """How a group of layers is repeated: what is injected, and when it ends."""
 
-    Attributes:
-        module: Builds the module that repeats the group, given the model configuration, the number of the group in the
-            stack, from 0, and the process groups; see `more_megatron.model.loops`.
-        cost: Cost of what is not part of the layers.
-    """
-
+    # Builds the module that repeats the group, given the model configuration, the number of the group in the stack,
+    # from 0, and the process groups; see `more_megatron.model.loops`
     module: Callable[[MoREConfig, int, ProcessGroupCollection], torch.nn.Module]
-    cost: Cost = field(default_factory=Cost)
+    cost: Cost = field(default_factory=Cost)  # cost of what is not part of the layers
 
 
 @dataclass(frozen=True)
@@ -62,24 +58,16 @@ class Group:
 
 @dataclass(frozen=True)
 class Stack:
-    """The layers of a whole model.
-
-    Attributes:
-        groups: Groups of layers, in order.
-        norm: Builder of the norm after the last layer; None: there is none.
-        norms_core_output: Whether that norm is applied, with the same weight, behind the last looped group as well.
-        embedding_scale: Factor on the embeddings.
-        head_bias: Whether the output layer has a bias.
-        initialization: How weights are drawn; None: as Megatron's flags say.
-    """
+    """The layers of a whole model."""
 
     config: MoREConfig
-    groups: tuple[Group, ...]
-    norm: LayerNormBuilder | None
+    groups: tuple[Group, ...]  # groups of layers, in order
+    norm: LayerNormBuilder | None  # builder of the norm after the last layer; None: there is none
+    # Whether that norm is applied, with the same weight, behind the last looped group as well
     norms_core_output: bool = False
-    embedding_scale: float = 1.0
-    head_bias: bool = False
-    initialization: Initialization | None = None
+    embedding_scale: float = 1.0  # factor on the embeddings
+    head_bias: bool = False  # whether the output layer has a bias
+    initialization: Initialization | None = None  # how weights are drawn; None: as Megatron's flags say
 
     @property
     def is_plain(self) -> bool:
@@ -102,13 +90,6 @@ class Stack:
         """Return the numbers of the layers of a pipeline stage, from 0. Default: those of this rank."""
         first = get_transformer_layer_offset(self.config, vp_stage, pp_rank)
         return range(first, first + get_num_layers_to_build(self.config, vp_stage, pp_rank))
-
-    def submodules(self, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        """Return the layers of this rank's pipeline stage, as Megatron's decoder takes them."""
-        layers = self.layers
-        return TransformerBlockSubmodules(
-            layer_specs=[layers[number].spec for number in self.stage(vp_stage)], layer_norm=self.norm
-        )
 
     def cut_group(self) -> str | None:
         """Return what is wrong with a pipeline layout that cuts what must lie on one stage; None if it cuts nothing."""
@@ -154,8 +135,11 @@ class Stack:
         return total
 
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-        """Return the layers of a stage: what Megatron calls a layer specification."""
-        return self.submodules(vp_stage)
+        """Return the layers of this rank's pipeline stage: what Megatron calls a layer specification."""
+        layers = self.layers
+        return TransformerBlockSubmodules(
+            layer_specs=[layers[number].spec for number in self.stage(vp_stage)], layer_norm=self.norm
+        )
 
 
 def _is_within(layers: range, stage: range) -> bool:

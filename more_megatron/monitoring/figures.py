@@ -9,13 +9,14 @@ Weights & Biases only, all others also to the log line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
+from typing import Any
 
 import torch
 
 from more_megatron.monitoring.watch import Key, watch_of_step
 
-__all__ = ["Figures", "is_reported", "record_figure", "report_to"]
+__all__ = ["Figures", "is_reported", "record_figure", "report_to", "write_scalars"]
 
 
 class Figures:
@@ -69,6 +70,15 @@ class Figures:
             self._sums.zero_()
 
 
+def write_scalars(values: Mapping[str, float], iteration: int, board: Any, wandb: Any) -> None:
+    """Write values by name to TensorBoard and to Weights & Biases, to those of them that a rank has."""
+    for name, value in values.items():
+        if board:
+            board.add_scalar(name, value, iteration)
+        if wandb:
+            wandb.log({name: value}, iteration)
+
+
 _figures: Figures | None = None
 
 
@@ -79,7 +89,7 @@ def report_to(figures: Figures | None) -> None:
 
 
 def is_reported(name: str) -> bool:
-    """Return whether a run reports a figure: what is only worked out for it need not be otherwise."""
+    """Return whether a run reports a figure; what is computed for it alone can be left out if not."""
     return _figures is not None and name in _figures.names
 
 

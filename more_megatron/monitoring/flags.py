@@ -1,6 +1,5 @@
 """Flags of what is watched while training: each field is a flag, its docstring the help."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +22,3 @@ class HealthFlags:
 
     health_ranges: str | None = None
     """YAML file with ranges that replace those of docs/health.md: `routing/load cv: [0, 0.5]`, null for an open end."""
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Return the names of the flags."""
-        return tuple(field.name for field in dataclasses.fields(cls))

@@ -86,7 +86,8 @@ class States:
     def _see_directions(self, state: torch.Tensor) -> None:
         """Add up unit vectors: their mean pairwise product is the square of their sum, but for each with itself."""
         centred = state - self._over_channels(state.mean(1)).unsqueeze(1)
-        length = self._over_channels(centred.square().mean(1)).mul(self._width(state)).sqrt()
+        width = state.size(1) * (1 if self._split is None else self._split.size())
+        length = self._over_channels(centred.square().mean(1)).mul(width).sqrt()
         total = (centred / length.clamp(min=_EPS).unsqueeze(1)).double().sum(0)
         if self._split is None:
             total = total * self._share
@@ -95,9 +96,6 @@ class States:
             total = torch.nn.functional.pad(total, (rank * len(total), (ranks - 1 - rank) * len(total)))
         self.watch.add(self._key("directions"), total)
         self.watch.add(self._key("tokens"), self._share * torch.full((1,), len(state), device=state.device))
-
-    def _width(self, state: torch.Tensor) -> int:
-        return state.size(1) * (1 if self._split is None else self._split.size())
 
     def _over_channels(self, means: torch.Tensor) -> torch.Tensor:
         """Return means over all channels, given those over this rank's."""
@@ -123,7 +121,7 @@ def watch_states(place: str, steps: int, inputs: torch.Tensor | None = None, **l
 def record_adapter(watch: Watch, place: str, halves: tuple[torch.Tensor, torch.Tensor], share: float) -> None:
     """Record the spectral norms of the two halves of adapters, of the state and of the input: means over adapters.
 
-    Halves are [..., h, h] each; `share` is one part in as many as there are ranks that hold the same ones.
+    Halves are [..., h, h] each; `share` is 1 over the number of ranks that hold the same ones.
     """
     for name, half in zip(("adapter state norm", "adapter input norm"), halves, strict=True):
         norms = _spectral_norms(half.detach().float().flatten(0, -3) if half.dim() > 2 else half.detach().float()[None])

@@ -54,7 +54,7 @@ class Watch:
             key: The figure.
             values: Of any shape, one of each token.
             weights: How much each of them counts, of the same shape. Default: 1.
-            share: One part in as many as there are ranks that add the same.
+            share: 1 over the number of ranks that add the same.
         """
         values = values.detach().double()
         weights = torch.ones_like(values) if weights is None else weights.double()

@@ -17,23 +17,14 @@ __all__ = ["StandIn", "Table", "install"]
 
 @dataclass(frozen=True)
 class StandIn:
-    """One replaced attribute.
+    """One replaced attribute."""
 
-    Attributes:
-        target: Module or class that holds the attribute, as `package.module` or `package.module:Class`.
-        name: Attribute that is replaced.
-        replacement: What takes its place.
-        why: Why the original does not do, in one line.
-        text: Text in the wheel that needs the stand-in.
-        file: The file that it is in, below `megatron/`; empty: that of the target.
-    """
-
-    target: str
-    name: str
-    replacement: Any
-    why: str
-    text: str
-    file: str = ""
+    target: str  # module or class that holds the attribute, as `package.module` or `package.module:Class`
+    name: str  # attribute that is replaced
+    replacement: Any  # what takes its place
+    why: str  # why the original does not do, in one line
+    text: str  # text in the wheel that needs the stand-in
+    file: str = ""  # the file that it is in, below `megatron/`; empty: that of the target
 
     @property
     def source(self) -> str:

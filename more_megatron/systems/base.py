@@ -41,48 +41,29 @@ MEGATRONS_INITIALIZATION = frozenset(("init_method_std", "init_method_xavier_uni
 class System:
     """One system: what it is made of, what it refuses, what it costs and what its weights are called outside."""
 
-    name: ClassVar[str]
-    """Its name, that of its file."""
-
-    summary: ClassVar[str]
-    """What it is, in one line."""
-
-    is_default: ClassVar[bool] = False
-    """Whether it is the one that is trained if none is named."""
-
+    name: ClassVar[str]  # its name, that of its file
+    summary: ClassVar[str]  # what it is, in one line
+    is_default: ClassVar[bool] = False  # whether it is the one that is trained if none is named
+    # Fields of `MoREFlags` that have an effect on it, `more_variant` aside
     reads: ClassVar[frozenset[str]] = frozenset()
-    """Fields of `MoREFlags` that have an effect on it, `more_variant` aside."""
-
+    # Dataclass of the flags that it alone reads: a field is a flag, its docstring the help. `check` refuses values
     Flags: ClassVar[type | None] = None
-    """Dataclass of the flags that it alone reads: a field is a flag, its docstring the help. `check` refuses values."""
-
-    defaults: ClassVar[Mapping[str, Any]] = {}
-    """Arguments whose default differs from what systems share."""
-
+    defaults: ClassVar[Mapping[str, Any]] = {}  # arguments whose default differs from what systems share
+    # Default width of the MLP in its recurrent block, in hidden sizes; None without such a block
     block_width: ClassVar[int | None] = None
-    """Default width of the MLP in its recurrent block, in hidden sizes; None without such a block."""
-
+    # Flags, by name, that let its depth be drawn as that of others and be any in evaluation
     comparable: ClassVar[Mapping[str, str]] = {}
-    """Flags, by name, that let its depth be drawn as that of others and be any in evaluation."""
-
+    # Flags, by name, with which it is Megatron's dense model; None where there are none
     plain: ClassVar[Mapping[str, Any] | None] = None
-    """Flags, by name, with which it is Megatron's dense model; None where there are none."""
-
+    # Activation function, by its name in transformers, where no flag of Megatron's names another
     activation: ClassVar[str] = "gelu"
-    """Activation function, by its name in transformers, where no flag of Megatron's names another."""
-
-    mixes_tokens: ClassVar[bool] = False
-    """Whether the tokens that were sent to an expert depend on each other."""
-
-    expert_rows: ClassVar[tuple[Row, ...]] = FEED_FORWARD
-    """Rows of its routed experts, and of what they share."""
-
+    mixes_tokens: ClassVar[bool] = False  # whether the tokens that were sent to an expert depend on each other
+    expert_rows: ClassVar[tuple[Row, ...]] = FEED_FORWARD  # rows of its routed experts, and of what they share
+    # Fields of config.json that it alone has, and the flags, by name, that they are made from
     fields: ClassVar[Mapping[str, str]] = {}
-    """Fields of config.json that it alone has, and the flags, by name, that they are made from."""
-
+    # Parameters of its experts that a run with `--finetune` finds in Megatron's experts, and their keys there. Of a
+    # gated expansion the half that the gate lets through is taken; what is not named is drawn anew
     former_keys: ClassVar[Mapping[str, str]] = {}
-    """Parameters of its experts that a run with `--finetune` finds in Megatron's experts, and their keys there. Of a
-    gated expansion the half that the gate lets through is taken; what is not named is drawn anew."""
 
     @property
     def recurrent(self) -> bool:
@@ -161,7 +142,7 @@ class System:
     def record_health(self, watch: Watch, module: Any, share: float) -> None:
         """Record what is to be known of a module's parameters when a step is watched. Asked for every module.
 
-        `share`: one part in as many as there are ranks that hold the same experts.
+        `share` is 1 over the number of ranks that hold the same experts.
         """
 
     def ffn_hidden_size(self, sizes: Any) -> int:

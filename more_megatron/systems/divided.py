@@ -22,9 +22,7 @@ __all__ = ["DividedSystem"]
 class DividedSystem(System):
     """Layers of which some are repeated, with or without their input injected."""
 
-    injection: ClassVar[str]
-    """How the input of a group enters its passes if no flag says it."""
-
+    injection: ClassVar[str]  # how the input of a group enters its passes if no flag says it
     fields: ClassVar[Mapping[str, str]] = {
         "prelude_layers": "recurrence_prelude_layers",
         "coda_layers": "recurrence_coda_layers",

@@ -33,46 +33,27 @@ __all__ = [
 
 
 class Layout(Enum):
-    """How one tensor of Megatron's is made of tensors of the Hugging Face model.
+    """How one tensor of Megatron's is made of tensors of the Hugging Face model."""
 
-    Attributes:
-        WHOLE: One tensor; the shapes may differ by a view.
-        HALVES: Two tensors below each other: a gate and what it gates.
-        QKV: Three tensors interleaved: for each query group its queries, then its key, then its value.
-        QKV_IN_ONE: One tensor: all queries, then all keys, then all values.
-        QK_BIAS: One tensor, [2, 1, heads, d]: the biases of queries and of keys; those of values are zero.
-        TWICE: The same tensor under each name; to read, one of them is enough.
-    """
-
-    WHOLE = auto()
-    HALVES = auto()
-    QKV = auto()
-    QKV_IN_ONE = auto()
-    QK_BIAS = auto()
-    TWICE = auto()
+    WHOLE = auto()  # one tensor; the shapes may differ by a view
+    HALVES = auto()  # two tensors below each other: a gate and what it gates
+    QKV = auto()  # three tensors interleaved: for each query group its queries, then its key, then its value
+    QKV_IN_ONE = auto()  # one tensor: all queries, then all keys, then all values
+    QK_BIAS = auto()  # one tensor, [2, 1, heads, d]: the biases of queries and of keys; those of values are zero
+    TWICE = auto()  # the same tensor under each name; to read, one of them is enough
 
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter.
+    """One parameter."""
 
-    Attributes:
-        megatron: Its key in a checkpoint, within the layer or the model.
-        hf: Its name within the layer or the model; `{a,b}` names several that Megatron keeps in one.
-        shape: Megatron's, of sizes from the list above: `2*f h` has two dimensions.
-        view: Shape in the Hugging Face model where it is another view of a whole tensor.
-        layout: How the tensors of several names are put together.
-        when: Features a model must have for the row to apply; `!` before one that it must not have.
-        fp32: Whether it stays in float32, whatever the rest is cast to.
-    """
-
-    megatron: str
-    hf: str
-    shape: str
-    view: str = ""
-    layout: Layout = Layout.WHOLE
-    when: str = ""
-    fp32: bool = False
+    megatron: str  # its key in a checkpoint, within the layer or the model
+    hf: str  # its name within the layer or the model; `{a,b}` names several that Megatron keeps in one
+    shape: str  # Megatron's, of sizes from the list above: `2*f h` has two dimensions
+    view: str = ""  # shape in the Hugging Face model where it is another view of a whole tensor
+    layout: Layout = Layout.WHOLE  # how the tensors of several names are put together
+    when: str = ""  # features a model must have for the row to apply; `!` before one that it must not have
+    fp32: bool = False  # whether it stays in float32, whatever the rest is cast to
 
 
 MODEL = (

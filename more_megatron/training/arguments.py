@@ -74,13 +74,9 @@ _WAYS_BACK: dict[str, tuple[str, bool]] = {
 
 
 def parse_arguments(platform: Platform) -> argparse.Namespace:
-    """Parse and check the command line and set Megatron's globals.
+    """Parse and check the command line, set Megatron's globals, and return its namespace with the MoRE fields in it.
 
-    Args:
-        platform: Where the run takes place; decides some defaults.
-
-    Returns:
-        Megatron's argument namespace with the MoRE fields in it.
+    The platform decides some defaults.
 
     Raises:
         MoREError: If a flag is wrong in a way that Megatron does not check.

@@ -29,25 +29,16 @@ __all__ = ["Batch", "next_batch", "reads_boundaries", "stage_needs_data"]
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch. Pipeline stages in the middle hold None everywhere but in `packed_seq_params`.
+    """A micro-batch. Pipeline stages in the middle hold None everywhere but in `packed_seq_params`."""
 
-    Attributes:
-        tokens: [b, s], on the first stage.
-        position_ids: [b, s], on the first stage.
-        attention_mask: True where attention is forbidden, [b, 1, s, s]; None for plain causal attention.
-        labels: [b, s], on the last stage.
-        loss_mask: [b, s], on the last stage.
-        packed_seq_params: Document boundaries, with `--dataloader-inter-document-masking`.
-        problems: The problems of the rows, on every stage, with `--loss-on-answers`.
-    """
-
-    tokens: torch.Tensor | None = None
-    position_ids: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None  # [b, s], on the first stage
+    position_ids: torch.Tensor | None = None  # [b, s], on the first stage
+    # True where attention is forbidden, [b, 1, s, s]; None for plain causal attention
     attention_mask: torch.Tensor | None = None
-    labels: torch.Tensor | None = None
-    loss_mask: torch.Tensor | None = None
-    packed_seq_params: PackedSeqParams | None = None
-    problems: Problems | None = None
+    labels: torch.Tensor | None = None  # [b, s], on the last stage
+    loss_mask: torch.Tensor | None = None  # [b, s], on the last stage
+    packed_seq_params: PackedSeqParams | None = None  # document boundaries, with `--dataloader-inter-document-masking`
+    problems: Problems | None = None  # the problems of the rows, on every stage, with `--loss-on-answers`
 
     def cut(self, length: int) -> Batch:
         """Return the batch with rows of this length, which divides that of its rows."""
@@ -79,10 +70,7 @@ def stage_needs_data(config: MoREConfig, vp_stage: int | None) -> bool:
 def next_batch(data_iterator: Iterator, config: MoREConfig, vp_stage: int | None) -> Batch:
     """Read the next micro-batch and share it within the tensor- and context-parallel groups.
 
-    Args:
-        data_iterator: Yields dictionaries of tensors; read on tensor-parallel rank 0 only.
-        config: Model configuration.
-        vp_stage: Virtual pipeline stage, None without interleaving.
+    The iterator yields dictionaries of tensors; it is read on tensor-parallel rank 0 only.
 
     Raises:
         MoREError: If a token id is not in the vocabulary.

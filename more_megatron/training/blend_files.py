@@ -19,9 +19,6 @@ _DEFAULT_SPLIT = "969, 30, 1"
 def read_blend_files(args: argparse.Namespace) -> None:
     """Put what `--per-split-data-args-path` says where the flags for each split would, and check `--data-args-path`.
 
-    Args:
-        args: Parsed arguments, which change.
-
     Raises:
         MoREError: If a file cannot be read or says something else.
     """

@@ -64,10 +64,8 @@ def check_checkpoint(args: argparse.Namespace) -> None:
     """Check the checkpoint that `--load` names, or else `--pretrained-checkpoint`, if there is one.
 
     Rank 0 checks that all of it is there and that it is of this run. Each rank checks the content of some files. A
-    tracker file that a kill left empty or unwritten is mended.
-
-    Args:
-        args: Validated arguments. They get the tokenizer's hash and size, which checkpoints hold from now on.
+    tracker file that a kill left empty or unwritten is mended. The arguments get the tokenizer's hash and size, which
+    checkpoints hold from now on.
 
     Raises:
         MoREError: If the checkpoint is damaged or incomplete, or is one of another architecture or tokenizer; or if

@@ -27,8 +27,7 @@ _REMOTE = ("s3://", "msc://")
 def check_data(args: argparse.Namespace) -> None:
     """Check the data sets that the data flags name, and that each split has data. One rank of each node checks.
 
-    Args:
-        args: Validated arguments; Megatron's tokenizer is built.
+    Megatron's tokenizer is built.
 
     Raises:
         MoREError: If there are no data, files are missing or damaged, were made with another tokenizer, or do not

@@ -33,11 +33,7 @@ _INDEX_BYTES = 12
 
 
 class DatasetsProvider:
-    """Builds the three data sets; `pretrain` calls it on every rank.
-
-    Args:
-        config: Model configuration.
-    """
+    """Builds the three data sets; `pretrain` calls it on every rank."""
 
     # Tells `pretrain` that the builder distributes the work over the ranks itself.
     is_distributed = True
@@ -48,9 +44,7 @@ class DatasetsProvider:
     def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
         """Return the training, validation and test data sets, None where this rank reads no data.
 
-        Args:
-            num_samples: Samples wanted of each; None for one epoch.
-            vp_stage: Virtual pipeline stage, None without interleaving.
+        `num_samples` are those wanted of each; None for one epoch. `vp_stage` is None without interleaving.
         """
         args = get_args()
         most = max(samples or 0 for samples in num_samples)

@@ -14,6 +14,7 @@ import torch
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last
 
 from more_megatron.config import MoREConfig
+from more_megatron.monitoring.figures import write_scalars
 from more_megatron.monitoring.loss import record_depth_losses
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
@@ -34,22 +35,14 @@ def evaluated_steps() -> int | None:
 
 
 def evaluate_at_depths(config: MoREConfig) -> None:
-    """Let Megatron's training loop evaluate at the depths of the configuration, and report answers by task.
-
-    Args:
-        config: Model configuration.
-    """
+    """Let Megatron's training loop evaluate at the depths of the configuration, and report answers by task."""
     evaluation = DepthEvaluation(config)
     surround("evaluate_and_print_results", evaluation.report)
     surround("evaluate", evaluation.evaluate)
 
 
 class DepthEvaluation:
-    """Takes the place of two functions of Megatron's training loop, of which the one calls the other.
-
-    Args:
-        config: Model configuration.
-    """
+    """Takes the place of two functions of Megatron's training loop, of which the one calls the other."""
 
     def __init__(self, config: MoREConfig) -> None:
         self._own = config.evaluation_steps
@@ -108,22 +101,12 @@ def _write(suffix: str, steps: int, values: dict[str, float], iteration: int, is
     series = {f"{name}{suffix}/r{steps}": value for name, value in values.items() if name != LOSS}
     if is_asked and LOSS in values:
         series[f"val_loss_r{steps}{suffix}"] = values[LOSS]
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    for name, value in series.items():
-        if math.isnan(value):
-            continue
-        if writer:
-            writer.add_scalar(name, value, iteration)
-        if wandb_writer:
-            wandb_writer.log({name: value}, iteration)
+    known = {name: value for name, value in series.items() if not math.isnan(value)}
+    write_scalars(known, iteration, get_tensorboard_writer(), get_wandb_writer())
 
 
 class _Replay:
-    """An iterator that keeps what it yields, to yield it again.
-
-    Args:
-        source: Where it comes from; None where a rank reads no data.
-    """
+    """An iterator that keeps what it yields, to yield it again; without a source where a rank reads no data."""
 
     def __init__(self, source: Iterator[dict[str, torch.Tensor]] | None) -> None:
         self._source = source

@@ -17,11 +17,7 @@ __all__ = ["check_flags", "convert"]
 
 
 def check_flags(args: Namespace, given: Set[str]) -> None:
-    """Check parsed flags, before Megatron does.
-
-    Args:
-        args: Megatron's namespace, parsed and not yet validated.
-        given: Names of the arguments that the command line sets.
+    """Check parsed flags, before Megatron does, given the names of those that the command line sets.
 
     Raises:
         MoREError: If a flag is wrong; the message names it and says how to mend it.
@@ -38,9 +34,10 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
             raise MoREError(f"{flag(name)} is empty: give it a value or leave it out")
         if name not in flag_names():  # Those of ours are checked where a configuration is built of them.
             check_ranges(args, {name: next(interval for interval, names in RANGES if re.fullmatch(names, name))})
-    for name, other in NEEDS.items():
-        if name in given and not getattr(args, other):
-            raise MoREError(f"{flag(name)} needs {flag(other)}: give both, or leave it out")
+    for name, others in NEEDS.items():
+        if name in given and not any(getattr(args, other) for other in others.split("|")):
+            needed = " or ".join(map(flag, others.split("|")))
+            raise MoREError(f"{flag(name)} needs {needed}: give both, or leave it out")
     for is_broken, text in RULES:
         if is_broken(args):
             raise MoREError(re.sub(r"\{(\w+)\}", lambda found: f"{flag(found[1])} {getattr(args, found[1])}", text))
@@ -51,10 +48,7 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
 def convert(of_megatron: Callable[[str], object], choices: Iterable[enum.Enum], text: str) -> object:
     """Convert the text of a flag as Megatron does, by evaluation or a member's name, or refuse it as the parser does.
 
-    Args:
-        of_megatron: Megatron's type of the flag.
-        choices: Members that may be named, if any.
-        text: What the command line says.
+    `choices` are the members that may be named, if any.
 
     Raises:
         ArgumentTypeError: If it is nothing of the kind.

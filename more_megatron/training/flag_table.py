@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from more_megatron.flags import flag
-from more_megatron.platform.packages import imports
+from more_megatron.platform.packages import has_package, imports
 
 __all__ = ["NEEDS", "RANGES", "RULES"]
 
@@ -26,6 +27,7 @@ RANGES = (
     ("[1, 10000]", r"num_layers|num_attention_heads|num_query_groups"),
     ("[1, 1000000]", r"num_experts|moe_router_topk"),
     ("[0, 1000]", r"num_workers"),
+    ("[0, 65535]", r"\w+_port"),
     ("[1, 1000]", r"num_dataset_builder_threads|dist_ckpt_workers"),
     ("[1, 1000000000]", r"train_iters|eval_interval|(\w+_)?(seq_length|batch_size)"),
     # Megatron adds to it by rank; NumPy takes 32 bits.
@@ -35,21 +37,16 @@ RANGES = (
     ("(0, 1]", r"rotary_percent|sample_rate"),
     ("(0, inf)", r"(adam_|layernorm_)eps(ilon)?|moe_expert\w*_capacity_factor|\w*loss_scale|loss_scale_window"),
     ("(0, inf)", r"rotary_base|\w+_scaling_factor|mup_(width|embedding|output)_mult|inprocess_\w+_(interval|timeout)"),
-    (
-        "[0, inf)",
-        r"\w+_freq|(manual_gc|health)_interval|moe_shared_expert_intermediate_size|delta_offload\w+|min_offloaded\w+",
-    ),
+    ("[0, inf)", r"\w+_freq|(manual_gc|health)_interval|moe_shared_expert_intermediate_size"),
+    ("[0, inf)", r"delta_offload\w+|min_offloaded\w+"),
     ("[1, inf)", r"\w+_(interval|size|multiple|divisible_by|instances|granularity|buckets|minutes|mins|jump)"),
     ("[1, inf)", r"hysteresis|kv_channels|train_samples|lr_(wsd_)?decay_\w+|recompute_num_layers|\w+_after_init"),
-    (
-        "[1, inf)",
-        r"moe_router_(num_groups|group_topk)|\w+_interpolation_factor|max_position_embeddings|\w*replication_factor|num_virtual\w+",
-    ),
-    ("[1, inf)", r"(de|en)coder_(first_pipeline_|last_pipeline_)?num_layers|num_\w+_per_virtual\w+"),
+    ("[1, inf)", r"moe_router_(num_groups|group_topk)|\w+_interpolation_factor|max_position_embeddings|num_virtual\w+"),
+    ("[1, inf)", r"\w*replication_factor|(de|en)coder_((first|last)_pipeline_)?num_layers|num_\w+_per_virtual\w+"),
     ("[0, inf)", r".*"),
 )
 
-# A flag, and the one that it needs.
+# A flag, and the one that it needs, or several of which it needs one.
 NEEDS = {
     "save": "save_interval",
     "valid_data_path": "train_data_path",
@@ -59,6 +56,10 @@ NEEDS = {
     "recompute_method": "recompute_granularity",
     "recompute_num_layers": "recompute_granularity",
     "rope_scaling_factor": "use_rope_scaling",
+    "log_progress": "save",
+    "use_pytorch_profiler": "tensorboard_dir",
+    "ckpt_step": "load|pretrained_checkpoint",
+    "finetune": "load|pretrained_checkpoint",
 }
 
 _FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", "TikTokenizer")
@@ -99,9 +100,13 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size")
     ),
     (lambda a: a.tokenizer_type is None, "--tokenizer-type is missing: give it as in preprocessing"),
+    (lambda a: a.skip_train and a.eval_iters == 0, "--skip-train with {eval_iters} does nothing: raise it"),
     (lambda a: not (a.train_iters or a.train_samples), "--train-iters is missing: give it, or --train-samples"),
     (lambda a: a.train_iters and a.train_samples, "{train_iters} and {train_samples} exclude each other"),
     (lambda a: a.lr is None and not a.skip_train, "--lr is missing: give it a value"),
+    (lambda a: (a.lr_warmup_init or 0) > (a.lr or math.inf), "{lr_warmup_init} is above {lr}: lower it"),
+    (lambda a: (a.decoupled_min_lr or 0) > (a.decoupled_lr or math.inf), "{decoupled_min_lr} is above {decoupled_lr}"),
+    (lambda a: a.exit_signal.name in ("SIGKILL", "SIGSTOP"), "--exit-signal SIGKILL cannot be handled: name another"),
     (_has_no_wsd, "--lr-decay-style WSD needs --lr-wsd-decay-iters, at most --lr-decay-iters or --train-iters"),
     # Shapes
     (_has_odd_heads, "rotary positions need heads of an even width: change --kv-channels or {rotary_percent}"),
@@ -119,6 +124,10 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         "--reset-attention-mask needs --pipeline-model-parallel-size 1: middle pipeline stages do not receive the mask",
     ),
     # Experts
+    (
+        lambda a: a.moe_shared_expert_gate and a.moe_shared_expert_intermediate_size == 0,
+        "--moe-shared-expert-gate, but {moe_shared_expert_intermediate_size} means no shared expert: drop one of them",
+    ),
     (lambda a: a.num_experts and a.moe_router_topk > a.num_experts, "{moe_router_topk} is above {num_experts}"),
     (lambda a: a.router_min_entropy > math.log(a.num_experts or 1), "{router_min_entropy} is above ln --num-experts"),
     (
@@ -134,10 +143,6 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         "{moe_aux_loss_coeff} has more numbers than there are values of {moe_router_load_balancing_type}",
     ),
     (lambda a: a.window_size and len(a.window_size) != 2, "{window_size} must be two numbers, as in 128,0"),
-    (
-        lambda a: a.init_method_xavier_uniform,
-        "--init-method-xavier-uniform sets what no configuration of this Megatron has: leave it out",
-    ),
     # Schedule and data
     (
         lambda a: (a.lr_warmup_iters or 0) >= (a.lr_decay_iters or a.train_iters or math.inf),
@@ -161,6 +166,18 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
         lambda a: a.transformer_impl == "transformer_engine" and not imports("transformer_engine.pytorch"),
         "--transformer-impl transformer_engine, but Transformer Engine is not installed, or not for this PyTorch: "
         "install the extra `te` or give --transformer-impl local",
+    ),
+    (
+        lambda a: a.transformer_impl == "local" and a.attention_backend.name in ("flash", "fused"),
+        "--attention-backend flash and fused need --transformer-impl transformer_engine: local layers know neither",
+    ),
+    (
+        lambda a: a.profile and not (a.use_pytorch_profiler or torch.cuda.is_available()),
+        "--profile needs a GPU, or --use-pytorch-profiler",
+    ),
+    (
+        lambda a: a.inprocess_restart and not has_package("nvidia_resiliency_ext"),
+        "--inprocess-restart needs nvidia_resiliency_ext",
     ),
     *(
         (
@@ -193,14 +210,9 @@ RULES: tuple[tuple[Callable[..., object], str], ...] = (
     *(
         (lambda a, name=name: getattr(a, name), f"{flag(name)} is not supported: leave it out")
         for name in (
-            "multi_latent_attention",
-            "experimental_attention_variant",
-            "heterogeneous_layers_config_path",
-            "heterogeneous_layers_config_encoded_json",
-            "hybrid_layer_pattern",
-            "fim_data",
-            "adlr_autoresume",
-            "init_model_with_meta_device",
+            *("multi_latent_attention", "experimental_attention_variant", "heterogeneous_layers_config_path"),
+            *("heterogeneous_layers_config_encoded_json", "hybrid_layer_pattern", "fim_data", "adlr_autoresume"),
+            *("init_method_xavier_uniform", "init_model_with_meta_device"),
         )
     ),
 )

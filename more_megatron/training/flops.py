@@ -34,13 +34,7 @@ def count_recurrence(config: MoREConfig) -> None:
 
 
 def step_flops(config: MoREConfig, args: argparse.Namespace, batch_size: int) -> float:
-    """Return the operations of the training step that is under way.
-
-    Args:
-        config: Model configuration.
-        args: Megatron's arguments; `curr_iteration` says which step it is.
-        batch_size: Sequences of the step.
-    """
+    """Return the operations of the training step that is under way, of so many sequences."""
     step = getattr(args, "curr_iteration", 0)
     no_grad_steps, grad_steps = DepthSampler(config).means(step, get_num_microbatches())
     return batch_size * args.seq_length * _cost(config, args).training_flops(no_grad_steps, grad_steps)

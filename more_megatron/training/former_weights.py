@@ -32,12 +32,8 @@ __all__ = ["ask_for_former_weights"]
 def ask_for_former_weights(args: argparse.Namespace, model: list[MegatronModule]) -> list[MegatronModule]:
     """Let a model that starts from a checkpoint of another system ask it for what it has of the model's weights.
 
-    Args:
-        args: Arguments of the run.
-        model: The stage's chunks, before they are wrapped.
-
-    Returns:
-        The same chunks. What they ask for is another in their first call only, which is that of loading.
+    The stage's chunks, before they are wrapped, are returned as they are. What they ask for is another in their first
+    call only, which is that of loading.
     """
     source = checkpoint_source(args) if args.finetune and args.ckpt_format == "torch_dist" else None
     saved = None if source is None else stored_arguments(source[1])

@@ -32,11 +32,7 @@ _straggler_timer = StragglerDetector()
 
 
 def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor, Callable]:
-    """Run one micro-batch through this pipeline stage.
-
-    Args:
-        data_iterator: Yields batches.
-        model: The stage's model, possibly wrapped.
+    """Run one micro-batch through this pipeline stage, whose model may be wrapped.
 
     Returns:
         The stage's output, [s, b, h], on the last stage the token losses, [b, s]; and the loss function to apply to it.

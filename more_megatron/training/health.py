@@ -41,10 +41,6 @@ _OF_CONCERNS = (recurrence_figures, routing_figures)
 def watch_health(config: MoREConfig, args: argparse.Namespace) -> None:
     """Watch the training that follows, as `--health-interval` says.
 
-    Args:
-        config: Model configuration.
-        args: Validated arguments.
-
     Raises:
         MoREError: If the file of ranges cannot be read.
     """

@@ -29,10 +29,8 @@ def cache_folder(prefix: str) -> Path:
 def only_writer(folders: Iterable[Path]) -> Iterator[None]:
     """Keep other runs out of cache folders, and wait for one that is writing: its indices look like those of a kill.
 
-    The lock ends with the process that holds it. Where a file system has no locks, nothing is kept out.
-
-    Args:
-        folders: Cache folders; they are created.
+    The folders are created. The lock ends with the process that holds it. Where a file system has no locks, nothing is
+    kept out.
     """
     with contextlib.ExitStack() as held:
         # In one order for all runs, so that no two wait for each other.
@@ -52,13 +50,10 @@ def _lock(file: IO[str], folder: Path) -> None:
 
 
 def remove_unusable_indices(folders: Iterable[Path]) -> None:
-    """Remove cached indices that are incomplete or older than their data.
+    """Remove cached indices that are incomplete or older than their data, from folders that need not exist.
 
     Megatron writes an index in place and takes any file of the right name for a whole one. Its name says which dataset
     it is of, not what was in it: data that were preprocessed again would be read with the old index.
-
-    Args:
-        folders: Cache folders, not all of which need exist.
     """
     for folder in folders:
         for description in sorted(folder.glob(f"*-{_DESCRIPTION}")):

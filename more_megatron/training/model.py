@@ -1,23 +1,36 @@
-"""The model configuration that `pretrain` builds from."""
+"""What `pretrain` is handed: the model configuration that it builds from, data and forward step."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+from typing import Any
 
+from megatron.core.enums import ModelType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.training.argument_utils import core_transformer_config_from_args, gpt_config_from_args
+from megatron.training.argument_utils import (
+    core_transformer_config_from_args,
+    gpt_config_from_args,
+    pretrain_cfg_container_from_args,
+)
 
 from more_megatron.config import MoREConfig, config_class
 from more_megatron.errors import MoREError
 from more_megatron.model.attached_loss import weigh_attached_losses
 from more_megatron.model.builder import MoREModelConfig
 from more_megatron.systems import get_system
-from more_megatron.training.datasets import counted_share
+from more_megatron.training.datasets import DatasetsProvider, counted_share
 from more_megatron.training.former_weights import ask_for_former_weights
+from more_megatron.training.forward import forward_step
 
-__all__ = ["check_system", "model_config_from_args"]
+__all__ = ["check_system", "model_config_from_args", "pretrain_arguments"]
+
+
+def pretrain_arguments(args: argparse.Namespace, model_config: MoREModelConfig) -> tuple[Any, ...]:
+    """Return the arguments of Megatron's `pretrain`."""
+    data = DatasetsProvider(model_config.transformer)
+    return pretrain_cfg_container_from_args(args, model_config), data, ModelType.encoder_or_decoder, forward_step
 
 
 def model_config_from_args(args: argparse.Namespace) -> MoREModelConfig:

@@ -33,11 +33,7 @@ _OF_ONE_EXPERT = re.compile(r"local_experts\.(\d+)\.|\.weight(\d+)$")
 
 
 def parameter_owners(chunks: Iterable[torch.nn.Module]) -> dict[torch.nn.Parameter, Owner]:
-    """Return whom each parameter of a model belongs to.
-
-    Args:
-        chunks: Chunks of the model on this rank, without Megatron's wrappers.
-    """
+    """Return whom each parameter belongs to, given a model's chunks on this rank, without Megatron's wrappers."""
     owners = {}
     for chunk in chunks:
         layers = {name: module for name, module in chunk.named_modules() if hasattr(module, "mlp")}

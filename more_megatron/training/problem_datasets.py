@@ -22,11 +22,7 @@ __all__ = ["AnswerDatasets", "ProblemDataset"]
 
 
 class AnswerDatasets:
-    """Stands where Megatron's builder takes a class: each dataset of a blend is of the kind that its files are of.
-
-    Args:
-        tasks: All tasks of the run.
-    """
+    """Stands where Megatron's builder takes a class: each dataset of a blend is of the kind that its files are of."""
 
     __name__ = "AnswerDatasets"
     build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)

@@ -28,15 +28,10 @@ def slots(seq_length: int) -> int:
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks of a run.
+    """The tasks of a run."""
 
-    Attributes:
-        names: Their names; a task's number is its place among them.
-        texts: Names of those that are text, which is not to be answered.
-    """
-
-    names: tuple[str, ...]
-    texts: frozenset[str]
+    names: tuple[str, ...]  # their names; a task's number is its place among them
+    texts: frozenset[str]  # names of those that are text, which is not to be answered
 
     @classmethod
     @functools.cache
@@ -49,27 +44,15 @@ class Tasks:
 
 @dataclass(frozen=True)
 class Problems:
-    """The problems of a micro-batch.
+    """The problems of a micro-batch."""
 
-    Attributes:
-        starts: Where they begin, int64 [b, problems].
-        tasks: Numbers of their tasks, int64 [b, problems].
-        seq_length: Length of a row.
-    """
-
-    starts: torch.Tensor
-    tasks: torch.Tensor
-    seq_length: int
+    starts: torch.Tensor  # where they begin, int64 [b, problems]
+    tasks: torch.Tensor  # numbers of their tasks, int64 [b, problems]
+    seq_length: int  # length of a row
 
     @classmethod
     def share(cls, table: torch.Tensor | None, rows: int, seq_length: int) -> Problems:
-        """Give the table that the first tensor-parallel rank has read to the others.
-
-        Args:
-            table: [b, problems, 2]; None on other ranks.
-            rows: Rows b of the micro-batch.
-            seq_length: Length of a row.
-        """
+        """Give the others the table that the first tensor-parallel rank has read, [b, problems, 2]."""
         device = torch.cuda.current_device()
         if table is None:
             table = torch.empty(rows, slots(seq_length), 2, dtype=torch.int64)

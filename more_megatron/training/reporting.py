@@ -13,7 +13,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from more_megatron.blocks.statistics import IterationTracker
 from more_megatron.config import MoREConfig
-from more_megatron.monitoring.figures import Figures, report_to
+from more_megatron.monitoring.figures import Figures, report_to, write_scalars
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.evaluation import evaluate_at_depths
@@ -25,12 +25,7 @@ __all__ = ["extend_loop", "prepare_reports", "report_figures"]
 
 
 def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Print what the model costs, and let Megatron's log count recurrence and report our losses, figures and health.
-
-    Args:
-        config: Model configuration.
-        args: Validated arguments.
-    """
+    """Print what the model costs, and let Megatron's log count recurrence and report our losses, figures and health."""
     print_cost(config, args)
     count_recurrence(config)
     system = get_system(config.more_variant)
@@ -40,12 +35,7 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
-    """Let Megatron's training loop do what it cannot by itself: figures, depths in evaluation, short rows, health.
-
-    Args:
-        config: Model configuration.
-        args: Validated arguments.
-    """
+    """Let Megatron's training loop do what it cannot by itself: figures, depths in evaluation, short rows, health."""
     report_figures(get_system(config.more_variant).figures(config))
     if config.recurrence_eval_depths or args.loss_on_answers:
         evaluate_at_depths(config)
@@ -55,11 +45,7 @@ def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def report_figures(names: tuple[str, ...]) -> None:
-    """Let Megatron's log report figures of these names, whenever a log line is due.
-
-    Args:
-        names: The figures there are.
-    """
+    """Let Megatron's log report figures of these names, whenever a log line is due."""
     figures = Figures(names)
     report_to(figures)
     if names:
@@ -80,7 +66,7 @@ def _log_with_figures(
     is_first = kwargs.get("is_first_iteration", False)
     if is_first or iteration % get_args().log_interval == 0:
         means = figures.means()
-        _write(means, iteration)
+        write_scalars(means, iteration, get_tensorboard_writer(), get_wandb_writer())
         # The log line has the sum of each entry over the steps since the line before, divided by their number. The
         # step under way is not counted yet; if it was skipped, Megatron's third argument after these says so.
         _, _, skipped = args[:3]
@@ -92,12 +78,3 @@ def _log_with_figures(
         if not is_first:
             figures.clear()
     return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)
-
-
-def _write(means: dict[str, float], iteration: int) -> None:
-    writer, wandb_writer = get_tensorboard_writer(), get_wandb_writer()
-    for name, mean in means.items():
-        if writer:
-            writer.add_scalar(name, mean, iteration)
-        if wandb_writer:
-            wandb_writer.log({name: mean}, iteration)

@@ -42,10 +42,6 @@ def take_stored_flags(args: argparse.Namespace, given: set[str]) -> None:
     They change what a model computes, mostly without changing a shape. With `--use-checkpoint-args` Megatron takes its
     own arguments as well.
 
-    Args:
-        args: Parsed arguments, which change.
-        given: Names of arguments that the command line sets.
-
     Raises:
         MoREError: If the arguments of the checkpoint cannot be read.
     """

@@ -30,12 +30,7 @@ UNREAD = {
 
 
 def unread_flags(parser: argparse.ArgumentParser, given: set[str]) -> Iterator[str]:
-    """Yield for each flag that is given in vain one line that says so.
-
-    Args:
-        parser: Megatron's.
-        given: Names of arguments that the command line sets.
-    """
+    """Yield for each flag that is given in vain one line that says so."""
     for group in parser._action_groups:
         for action in group._group_actions:
             if action.dest not in given or action.dest.endswith("_deprecated"):

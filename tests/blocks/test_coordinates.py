@@ -54,24 +54,15 @@ _DROPPING: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Arrival:
-    """What reached the experts of a rank.
+    """What reached the experts of a rank."""
 
-    Attributes:
-        hidden_states: Rows, [rows, h]: a token's first channels are the place it has in the world.
-        coordinates: As they came with the rows, [rows, 3].
-        rows: The rows, sorted.
-        sent: Rows that this rank's tokens were sent to.
-        group: Number of the group of ranks that hold the experts together.
-        experts: First of the local experts.
-    """
-
-    hidden_states: torch.Tensor
-    coordinates: torch.Tensor
-    rows: Rows
+    hidden_states: torch.Tensor  # rows, [rows, h]: a token's first channels are the place it has in the world
+    coordinates: torch.Tensor  # as they came with the rows, [rows, 3]
+    rows: Rows  # the rows, sorted
     order: torch.Tensor
-    sent: int
-    group: int
-    experts: int
+    sent: int  # rows that this rank's tokens were sent to
+    group: int  # number of the group of ranks that hold the experts together
+    experts: int  # first of the local experts
 
 
 def _layer(layout: Layout, dispatcher: str, dropping: str) -> RowMoELayer:

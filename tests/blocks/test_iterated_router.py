@@ -35,17 +35,11 @@ def _embeddings() -> torch.Tensor:
 
 @dataclass
 class Calls:
-    """What a router saw and decided, call by call.
+    """What a router saw and decided, call by call."""
 
-    Attributes:
-        states: Its inputs, [s, b, h].
-        logits: Logits that it routed by, [s, b, experts].
-        maps: Routing maps, [tokens, experts].
-    """
-
-    states: list[torch.Tensor] = field(default_factory=list)
-    logits: list[torch.Tensor] = field(default_factory=list)
-    maps: list[torch.Tensor] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)  # its inputs, [s, b, h]
+    logits: list[torch.Tensor] = field(default_factory=list)  # logits that it routed by, [s, b, experts]
+    maps: list[torch.Tensor] = field(default_factory=list)  # routing maps, [tokens, experts]
 
     @classmethod
     def of(cls, router: IteratedRouter) -> Calls:

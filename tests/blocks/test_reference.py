@@ -30,23 +30,14 @@ _CASES = list(itertools.product((1, 2), (4, 2), (True, False)))
 
 @dataclass
 class Case:
-    """A layer's MoE part, what goes into it, and how the tokens are routed.
+    """A layer's MoE part, what goes into it, and how the tokens are routed."""
 
-    Attributes:
-        config: Model configuration.
-        model: Model whose only layer is tested.
-        hidden_states: [s, b, h].
-        probs: Weight of each expert for each token, [s * b, experts], zero where a token does not go.
-        depth: Recurrence steps.
-        samples: Sample ids; empty as in evaluation.
-    """
-
-    config: MoREConfig
-    model: GPTModel
-    hidden_states: torch.Tensor
-    probs: torch.Tensor
-    depth: Depth
-    samples: tuple[int, ...]
+    config: MoREConfig  # model configuration
+    model: GPTModel  # model whose only layer is tested
+    hidden_states: torch.Tensor  # [s, b, h]
+    probs: torch.Tensor  # weight of each expert for each token, [s * b, experts], zero where a token does not go
+    depth: Depth  # recurrence steps
+    samples: tuple[int, ...]  # sample ids; empty as in evaluation
 
     @property
     def moe(self) -> nn.Module:

@@ -183,6 +183,10 @@ def test_bad_arguments_end_in_one_line(tmp_path: Path, model: str, corpus: list[
     assert_one_line(run_tool(*usual, "--train-tokenizer", "--vocab-size", 90000), "90000 is too large", "or less")
     inside = ["--input", data, "--output-prefix", data / "x", "--no-progress", "--tokenizer-model", model]
     assert_one_line(run_tool(*inside), "cannot write", "Not a directory")
+    os.mkfifo(tmp_path / "pipe")
+    assert_one_line(run_tool("--input", tmp_path / "pipe", *out, "--tokenizer-model", model), "is a pipe or a device")
+    assert_one_line(run_tool(*usual, "--tokenizer-model", model, "--workers", 10**6), "at most 1000")
+    assert run_tool("--input", data, "--output-prefix", "", "--tokenizer-model", model).returncode == 2
     assert run_tool(*usual, "--tokenizer-type", "Nonsense").returncode == 2
     assert run_tool(*usual, "--train-tokenizer").returncode == 2
     assert not list(tmp_path.glob("out*"))

@@ -17,6 +17,7 @@ import pytest
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import arguments_of, parse_flags
+from more_megatron.evaluation.comparison import planning
 from more_megatron.evaluation.comparison.experiment import Experiment
 from more_megatron.evaluation.comparison.health import entropy_by_step, loads
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, by_arm, collect, difference
@@ -87,6 +88,17 @@ def test_a_file_may_extend_another(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("extends: more.yaml\n")
     with pytest.raises(MoREError, match="extends itself"):
         Experiment.read(tmp_path / "more.yaml")
+    (tmp_path / "base.yaml").write_text("flags: [lr]\n")
+    with pytest.raises(MoREError, match="flags must be a table"):
+        Experiment.read(tmp_path / "more.yaml")
+
+
+def test_flags_that_an_experiment_decides_are_refused() -> None:
+    experiment = _experiment(flags={"seed": 3})
+    with pytest.raises(MoREError, match="--seed has no effect beside seeds"):
+        experiment.flags_of(experiment.arms[0], {})
+    with pytest.raises(MoREError, match="nothing says how long to train"):
+        planning._matched(experiment, experiment.arms[0], 0, argparse.Namespace(flags={}), {})
 
 
 @pytest.mark.parametrize("path", _EXPERIMENTS, ids=lambda path: path.stem)
@@ -110,6 +122,9 @@ def test_the_experiments_that_come_with_it_can_be_read(path: Path) -> None:
         ({"tokens": math.inf}, "tokens inf must be a number above 0"),
         ({"tokens": 1, "total_flops": 1}, "total_flops"),
         ({"tasks": ["chains"]}, "tasks"),
+        ({"problems": 1.5}, "problems 1.5 must be a number above 0"),
+        ({"deep": "moe", "arms": ["moe"]}, "two arms are named moe"),
+        ({"seeds": [0]}, "--seeds 0 must be at least 1"),
         ({"problems": 0}, "problems 0 must be a number above 0"),
         ({"depths": [1, -1]}, "--depths -1 must be at least 1"),
         ({"finetune": "yes please"}, "finetune must be a table"),
@@ -135,7 +150,7 @@ def test_an_experiment_without_an_arm_that_can_be_trained_is_refused(
 ) -> None:
     (tmp_path / "e.yaml").write_text("arms: [moe]")
     plan = Plan({}, ({},), (PlannedArm("moe", 0, {}, "--num-layers is missing"),))
-    monkeypatch.setattr(compare_systems, "apart", lambda *_, **__: plan)
+    monkeypatch.setattr(compare_systems, "in_own_process", lambda *_, **__: plan)
     args = compare_systems._parse([str(tmp_path / "e.yaml"), "--folder", str(tmp_path)])
     with pytest.raises(MoREError, match="no arm can be trained; moe: --num-layers is missing"):
         compare_systems._plan(args)

@@ -38,17 +38,11 @@ _WINDOWS = 8
 
 @dataclass(frozen=True)
 class _Run:
-    """What a run left and said.
+    """What a run left and said."""
 
-    Attributes:
-        folder: Its files: `checkpoint`, `text`, `P_test.jsonl`.
-        text_loss: Validation loss on the text, in nats.
-        answers: Validation figures of the problems by depth and name.
-    """
-
-    folder: Path
-    text_loss: float
-    answers: dict[int, dict[str, float]]
+    folder: Path  # its files: `checkpoint`, `text`, `P_test.jsonl`
+    text_loss: float  # validation loss on the text, in nats
+    answers: dict[int, dict[str, float]]  # validation figures of the problems by depth and name
 
 
 def _problems(first: int, last: int) -> list[Problem]:
@@ -260,6 +254,7 @@ def test_hellaswag_from_a_file(run: _Run, tmp_path: Path) -> None:
             r"is not TASK=FILE with a task of --tasks that reads one \(babi",
         ),
         ("--tasks babi --data babi=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON"),
+        ("--tasks babi --data babi=FOLDER/long.jsonl babi=FOLDER/long.jsonl", "and two are long: rename one"),
         ("--tasks hellaswag --data hellaswag=FOLDER/broken.jsonl", "broken.jsonl: line 1 is no JSON object with"),
         ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 0", "--num-steps 0 cannot be taken by"),
         ("--tasks wikitext --data wikitext=FOLDER/long.jsonl --num-steps 99999", "--num-steps 99999 must be at most"),
@@ -308,6 +303,8 @@ def test_damaged_models(run: _Run, tmp_path: Path) -> None:
     with pytest.raises(MoREError, match=f"the model {tmp_path} cannot be loaded: ValueError"):
         opened(f"--model {tmp_path}")
     folder = opened(f"--load {run.folder}/checkpoint")
+    with pytest.raises(MoREError, match="--ckpt-step is of checkpoints: give --load"):
+        opened(f"--model {folder} --ckpt-step 2")
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})

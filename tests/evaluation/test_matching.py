@@ -16,25 +16,16 @@ _STEPS, _TOLERANCE = 2, 0.03
 
 @dataclass(frozen=True)
 class Counted:
-    """What a matched model costs: by formula, and as built.
+    """What a matched model costs: by formula, and as built."""
 
-    Attributes:
-        target: Operations a token that were asked for.
-        by_formula: Those of the widths that were found.
-        counted: Those that PyTorch counts.
-        parameters: By formula.
-        built: As built.
-        ratios: Operations and parameters over what was asked for, where both were; None without a second width.
-        parameter_ratio: Parameters over what was asked for, where they alone were.
-    """
-
-    target: float
-    by_formula: float
-    counted: float
-    parameters: int
-    built: int
+    target: float  # operations a token that were asked for
+    by_formula: float  # those of the widths that were found
+    counted: float  # those that PyTorch counts
+    parameters: int  # by formula
+    built: int  # as built
+    # Operations and parameters over what was asked for, where both were; None without a second width
     ratios: tuple[float, float] | None
-    parameter_ratio: float
+    parameter_ratio: float  # parameters over what was asked for, where they alone were
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +55,11 @@ def test_parameters_are_matched_alone_and_where_widths_allow_together_with_opera
         assert matched[name].ratios == pytest.approx((1.0, 1.0), rel=_TOLERANCE)
 
 
-def test_what_no_width_meets_is_refused_in_one_line() -> None:
-    (message,) = run_ranks(1, _refusal, names()[0])
-    assert "at the least" in message
-    assert "\n" not in message
+def test_what_no_width_meets_and_wrong_flags_are_refused_in_one_line() -> None:
+    (messages,) = run_ranks(1, _refusals, names()[0])
+    for message, words in zip(messages, ("at the least", "--train-iters -4 must be at least 1"), strict=True):
+        assert words in message
+        assert "\n" not in message
 
 
 def test_memory_that_was_freed_and_is_taken_again_is_seen() -> None:
@@ -92,16 +84,18 @@ def _risen() -> int:
     return risen[-1]
 
 
-def _refusal(name: str) -> str:
+def _refusals(name: str) -> tuple[str, str]:
     from more_megatron.errors import MoREError
     from more_megatron.evaluation.comparison.matching import match
     from more_megatron.evaluation.runs import configure
     from more_megatron.model.depth import Depth
 
     args, model = configure(command_line(name, DRY.speed, _SIZES))
-    with pytest.raises(MoREError) as refusal:
+    with pytest.raises(MoREError) as of_width:
         match(model, Depth(0, _STEPS), args.seq_length, flops=1.0)
-    return str(refusal.value)
+    with pytest.raises(MoREError) as of_flag:
+        configure(f"{command_line(name, DRY.speed, _SIZES)} --train-iters -4")
+    return str(of_width.value), str(of_flag.value)
 
 
 def _matched(systems: list[str]) -> dict[str, Counted]:

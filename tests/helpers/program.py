@@ -31,17 +31,11 @@ _LOSS = "lm loss: "
 
 @dataclass(frozen=True)
 class Ended:
-    """How one rank ended.
+    """How one rank ended."""
 
-    Attributes:
-        code: Exit code; minus the signal where one ended it.
-        stdout: What it wrote to standard output.
-        stderr: What it wrote to standard error.
-    """
-
-    code: int
-    stdout: str
-    stderr: str
+    code: int  # exit code; minus the signal where one ended it
+    stdout: str  # what it wrote to standard output
+    stderr: str  # what it wrote to standard error
 
 
 class Program:

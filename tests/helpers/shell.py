@@ -50,15 +50,10 @@ _NEED_CHECKPOINTS = ("convert_checkpoint", "evaluate", "analyze")
 
 @dataclass(frozen=True)
 class Call:
-    """How a script called a program.
+    """How a script called a program."""
 
-    Attributes:
-        program: `torchrun`, `make`, `sbatch` or a tool that needs a checkpoint.
-        arguments: Its arguments.
-    """
-
-    program: str
-    arguments: list[str]
+    program: str  # `torchrun`, `make`, `sbatch` or a tool that needs a checkpoint
+    arguments: list[str]  # its arguments
 
     @property
     def flags(self) -> list[str]:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron.core.enums import ModelType
 from megatron.training import pretrain, training
-from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from more_megatron.platform import initialize_platform
+from more_megatron.evaluation.runs import started_with
+from more_megatron.platform.training_loop import SURROUNDED
 from more_megatron.systems import get_system
-from more_megatron.training.arguments import parse_arguments
-from more_megatron.training.datasets import DatasetsProvider
-from more_megatron.training.forward import forward_step
-from more_megatron.training.model import model_config_from_args
+from more_megatron.training.model import pretrain_arguments
 from more_megatron.training.reporting import extend_loop
 from tests.helpers.corpus import shared_corpus
 
@@ -37,13 +31,6 @@ TINY_ON_FILES = (
 TINY = f"{TINY_ON_FILES} --data-path {shared_corpus()} --split 90,10,0"
 
 
-# What `extend_loop` puts others in the place of.
-_REPLACED = (
-    *("training_log", "evaluate", "evaluate_and_print_results", "get_forward_backward_func"),
-    *("train_step", "checkpoint_and_decide_exit"),
-)
-
-
 def dense(command_line: str) -> str:
     """Return a command line without the flags of experts."""
     return re.sub(r"--(num-experts|moe-\S+) \S+ ?", "", command_line)
@@ -51,30 +38,21 @@ def dense(command_line: str) -> str:
 
 @dataclass
 class History:
-    """What a run reported.
+    """What a run reported."""
 
-    Attributes:
-        losses: Loss of each training step in nats; empty on ranks before the last pipeline stage.
-        grad_norms: Norm of the whole gradient before clipping, of each step.
-        steps: Recurrence steps of each training step.
-        figures: The system's own figures, of each training step; the first two are averaged, as Megatron's log does.
-    """
-
+    # Loss of each training step in nats; empty on ranks before the last pipeline stage
     losses: list[float] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)  # norm of the whole gradient before clipping, of each step
+    steps: list[float] = field(default_factory=list)  # recurrence steps of each training step
+    # The system's own figures, of each training step; the first two are averaged, as Megatron's log does
     figures: list[dict[str, float]] = field(default_factory=list)
 
 
 def train(command_line: str) -> History:
-    """Train as `pretrain_more.py` does and return what each step reported on this rank.
-
-    Args:
-        command_line: Flags, separated by blanks.
-    """
+    """Train as `pretrain_more.py` does with these flags, and return what each step reported on this rank."""
     history = History()
     original = training.training_log
-    replaced = {name: getattr(training, name) for name in _REPLACED}
+    replaced = {name: getattr(training, name) for name in SURROUNDED}
 
     def record(loss_dict: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # The arguments of `training_log` up to the gradient norm, which Megatron passes by position.
@@ -88,23 +66,16 @@ def train(command_line: str) -> History:
         history.figures.append({name: float(sums[name]) / steps for name in names if name in sums})
         return original(loss_dict, *args, **kwargs)
 
-    sys.argv = ["pretrain_more.py", *shlex.split(command_line)]
-    args = parse_arguments(initialize_platform())
-    model_config = model_config_from_args(args)
-    names = get_system(args.more_variant).figures(model_config.transformer)
-    training.training_log = record
-    extend_loop(model_config.transformer, args)
-    try:
-        pretrain(
-            pretrain_cfg_container_from_args(args, model_config),
-            DatasetsProvider(model_config.transformer),
-            ModelType.encoder_or_decoder,
-            forward_step,
-        )
-    except SystemExit as leaving:  # --exit-interval
-        if leaving.code:
-            raise
-    finally:
-        for name, function in replaced.items():
-            setattr(training, name, function)
+    with started_with(command_line) as (args, model_config):
+        names = get_system(args.more_variant).figures(model_config.transformer)
+        training.training_log = record
+        extend_loop(model_config.transformer, args)
+        try:
+            pretrain(*pretrain_arguments(args, model_config))
+        except SystemExit as leaving:  # --exit-interval
+            if leaving.code:
+                raise
+        finally:
+            for name, function in replaced.items():
+                setattr(training, name, function)
     return history

@@ -90,15 +90,10 @@ _COMMON = f"{TINY_ON_FILES} --train-iters 2 --save-interval 2 --eval-iters 2"
 
 @dataclass(frozen=True)
 class Reported:
-    """What one run reported.
+    """What one run reported."""
 
-    Attributes:
-        losses: Loss of each training step.
-        validation: Loss of the last evaluation, over all sequences of the validation file.
-    """
-
-    losses: list[float]
-    validation: float
+    losses: list[float]  # loss of each training step
+    validation: float  # loss of the last evaluation, over all sequences of the validation file
 
 
 def write_data(folder: Path) -> None:

@@ -48,21 +48,13 @@ Result = tuple[dict[str, np.ndarray], dict[int, np.ndarray]]
 
 @dataclass(frozen=True)
 class Case:
-    """One model.
+    """One model."""
 
-    Attributes:
-        name: What is special about it.
-        variant: Name of the system.
-        megatron: Fields of the training code's configuration.
-        gpt: Arguments of Megatron's `GPTModel`.
-        hf: Fields of the configuration in transformers.
-    """
-
-    name: str
-    variant: str
-    megatron: dict[str, Any] = field(default_factory=dict)
-    gpt: dict[str, Any] = field(default_factory=dict)
-    hf: dict[str, Any] = field(default_factory=dict)
+    name: str  # what is special about it
+    variant: str  # name of the system
+    megatron: dict[str, Any] = field(default_factory=dict)  # fields of the training code's configuration
+    gpt: dict[str, Any] = field(default_factory=dict)  # arguments of Megatron's `GPTModel`
+    hf: dict[str, Any] = field(default_factory=dict)  # fields of the configuration in transformers
 
 
 def _top1(variant: str) -> Case:

@@ -90,8 +90,8 @@ def _weights_do_not_depend_on_the_placement() -> None:
                 expected = parameter.view(EXPERTS, -1) if parameter.dim() == 1 else parameter
                 expected = expected[first : first + experts].view(-1, *parameter.shape[1:])
                 pieces = [part.get_parameter(name) for part in parts]
-                dim = pieces[0].split_dim
-                joined = torch.cat(pieces, dim=dim) if dim is not None and split > 1 else pieces[0]
+                is_split = pieces[0].tensor_model_parallel
+                joined = torch.cat(pieces, dim=pieces[0].partition_dim) if is_split else pieces[0]
                 assert torch.equal(joined, expected), (name, experts, split)
 
 

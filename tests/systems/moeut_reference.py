@@ -15,25 +15,15 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of a model.
+    """Sizes of a model."""
 
-    Attributes:
-        layers: Layers of the group.
-        heads: Attention heads.
-        head_dim: Channels of a head.
-        rotary: Channels of a head that are rotated.
-        head_experts: Experts of a head.
-        head_topk: Experts that a head uses.
-        topk: Experts that a token uses.
-    """
-
-    layers: int
-    heads: int
-    head_dim: int
-    rotary: int
-    head_experts: int
-    head_topk: int
-    topk: int
+    layers: int  # layers of the group
+    heads: int  # attention heads
+    head_dim: int  # channels of a head
+    rotary: int  # channels of a head that are rotated
+    head_experts: int  # experts of a head
+    head_topk: int  # experts that a head uses
+    topk: int  # experts that a token uses
 
 
 class ReferenceMoEUT:

@@ -18,19 +18,12 @@ _EPS = 1e-6
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a forward pass gives.
+    """What a forward pass gives."""
 
-    Attributes:
-        logits: [b, s, vocabulary].
-        steps: Passes until a position halts, [s, b].
-        remainder: Weight of the last of them, 0 if it never halts, [s, b].
-        halted: Whether it halts, [s, b].
-    """
-
-    logits: torch.Tensor
-    steps: torch.Tensor
-    remainder: torch.Tensor
-    halted: torch.Tensor
+    logits: torch.Tensor  # [b, s, vocabulary]
+    steps: torch.Tensor  # passes until a position halts, [s, b]
+    remainder: torch.Tensor  # weight of the last of them, 0 if it never halts, [s, b]
+    halted: torch.Tensor  # whether it halts, [s, b]
 
     def ponder_cost(self) -> torch.Tensor:
         """Return the mean of steps and remainder."""
@@ -39,27 +32,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Universal:
-    """One model.
+    """One model."""
 
-    Attributes:
-        weights: Parameters by Megatron's names.
-        heads: Attention heads.
-        layers: Layers of the group.
-        topk: Experts of a token; 0: the feed-forward part is dense.
-        post_norm: Norms behind the residual sums.
-        sinusoid_time: Whether the time signal is the sinusoid.
-        halting: "accumulated", "basic" or "none".
-        epsilon: Of halting.
-    """
-
-    weights: dict[str, torch.Tensor]
-    heads: int
-    layers: int = 1
-    topk: int = 0
-    post_norm: bool = False
-    sinusoid_time: bool = False
-    halting: str = "accumulated"
-    epsilon: float = 0.01
+    weights: dict[str, torch.Tensor]  # parameters by Megatron's names
+    heads: int  # attention heads
+    layers: int = 1  # layers of the group
+    topk: int = 0  # experts of a token; 0: the feed-forward part is dense
+    post_norm: bool = False  # norms behind the residual sums
+    sinusoid_time: bool = False  # whether the time signal is the sinusoid
+    halting: str = "accumulated"  # "accumulated", "basic" or "none"
+    epsilon: float = 0.01  # of halting
 
     def __call__(self, embeddings: torch.Tensor, no_grad_steps: int, grad_steps: int) -> Outcome:
         """Compute the logits of embeddings, [s, b, h]."""

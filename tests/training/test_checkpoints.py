@@ -129,7 +129,7 @@ def test_complete_checkpoints_have_no_fault(saved: Path) -> None:
     assert checkpoint_to_load(saved, 2) == saved / "iter_0000002"
 
 
-@pytest.mark.parametrize("content", ["", "x", None])
+@pytest.mark.parametrize("content", ["", "x", "9" * 5000, None])
 def test_tracker_is_mended(folder: Path, content: str | None) -> None:
     (folder / _TRACKER).unlink()
     if content is not None:
@@ -137,6 +137,13 @@ def test_tracker_is_mended(folder: Path, content: str | None) -> None:
     _unfinish(folder)
     repair_tracker(folder)
     assert (folder / _TRACKER).read_text() == "2"
+
+
+def test_tracker_that_is_no_file(folder: Path) -> None:
+    (folder / _TRACKER).unlink()
+    (folder / _TRACKER).mkdir()
+    with pytest.raises(MoREError, match=rf"{_TRACKER} cannot be read \(Is a directory\): name another folder"):
+        repair_tracker(folder)
 
 
 def test_whole_tracker_is_left_alone(folder: Path) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, Weights
+from more_megatron.blocks.backends.interface import Backend, RowGroups, Weights
 from more_megatron.blocks.backends.local import (
     LocalAttention,
     LocalBackend,
@@ -19,7 +19,6 @@ __all__ = [
     "Backend",
     "LocalAttention",
     "LocalNorm",
-    "Piece",
     "RowGroups",
     "Weights",
     "backend_of",

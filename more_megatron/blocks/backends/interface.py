@@ -53,7 +53,7 @@ class RowGroups:
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
     def members(self, number: int) -> torch.Tensor:
-        """Return which rows are which group's, bool [rows, groups], given their number, which only the device knows."""
+        """Return whether each row is of each group, bool [rows, groups], given how many rows there are in all."""
         if "_members" not in self.__dict__:
             rows = torch.arange(number, device=self.ends.device).unsqueeze(1)
             starts = torch.nn.functional.pad(self.ends[:-1], (1, 0))
@@ -67,19 +67,13 @@ class RowGroups:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one parameter holds of the weights of all groups.
-
-    Attributes:
-        parameter: The parameter.
-        group: Number of the group among those on this rank; None if it holds all, stacked along the first dimension.
-        column: Which part of the input dimension it holds.
-        columns: Number of these parts.
-    """
+    """What one parameter holds of the weights of all groups."""
 
     parameter: torch.nn.Parameter
+    # Number of the group among those on this rank; None if it holds all, stacked along the first dimension
     group: int | None = None
-    column: int = 0
-    columns: int = 1
+    column: int = 0  # which part of the input dimension it holds
+    columns: int = 1  # number of these parts
 
 
 class Backend(ABC):
@@ -89,8 +83,7 @@ class Backend(ABC):
     def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
         """Return the submodules of one transformer layer; its feed-forward part is a mixture of experts, or not."""
 
-    core_attention: ClassVar[Any]
-    """Attention between queries, keys and values."""
+    core_attention: ClassVar[Any]  # attention between queries, keys and values
 
     @abstractmethod
     def linears(self) -> tuple[Any, Any]:

@@ -103,12 +103,9 @@ class LocalAttention(DotProductAttention):
 
 
 def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Apply to each group of rows a linear map of its own, [rows, in] to [rows, out], all groups in one kernel.
+    """Apply to each group of rows, [rows, in] sorted by group, its map of [groups, out, in], all groups in one kernel.
 
-    Args:
-        rows: [rows, in], sorted by group.
-        weight: [groups, out, in].
-        ends: End of each group's rows, int32 [groups].
+    `ends` is the end of each group's rows, int32 [groups].
     """
     if weight.size(0) == 1:
         return torch.nn.functional.linear(rows, weight[0])

@@ -40,19 +40,12 @@ def short_segment_attention(
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Heads of rows in rectangles of segments, [heads * segments, length, head_dim], one after the other.
+    """Heads of rows in rectangles of segments, [heads * segments, length, head_dim], one after the other."""
 
-    Attributes:
-        shapes: Segments times heads, and length, of each rectangle.
-        places: Place of each head of each row, int64 [rows * heads].
-        query_heads: The head of a row that is at each place, int64 [places]; any where there is padding.
-        key_heads: Likewise among the heads of keys and values.
-    """
-
-    shapes: list[tuple[int, int]]
-    places: torch.Tensor
-    query_heads: torch.Tensor
-    key_heads: torch.Tensor
+    shapes: list[tuple[int, int]]  # segments times heads, and length, of each rectangle
+    places: torch.Tensor  # place of each head of each row, int64 [rows * heads]
+    query_heads: torch.Tensor  # the head of a row that is at each place, int64 [places]; any where there is padding
+    key_heads: torch.Tensor  # likewise among the heads of keys and values
 
     @classmethod
     def of(cls, segments: Segments, heads: int, groups: int) -> _Tiles:

@@ -27,8 +27,7 @@ _FREQUENT = 30
 def analyze_experts(args: argparse.Namespace) -> list[str]:
     """Read a text with a model, write which experts its tokens go to, and return what was found, in lines.
 
-    Args:
-        args: Flags of `tools/analyze.py experts`.
+    The arguments are the flags of `tools/analyze.py experts`.
 
     Raises:
         MoREError: If the model has no experts, or model or text cannot be read.

@@ -28,13 +28,12 @@ _DEPTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 def analyze_recurrence(args: argparse.Namespace) -> list[str]:
     """Read the beginning of a text with a model, write what its states do, and return what was found, in lines.
 
-    Args:
-        args: Flags of `tools/analyze.py recurrence`.
+    The arguments are the flags of `tools/analyze.py recurrence`.
 
     Raises:
         MoREError: If the model has no recurrence, or model or text cannot be read.
     """
-    check_ranges(args, {"max_tokens": "[2, inf)", "initial_states": "[1, inf)"})
+    check_ranges(args, {"max_tokens": "[2, inf)", "initial_states": "[1, 1000]"})
     texts = read_texts(args.text)
     with open_model(args) as exported:
         if not exported.recurrent:

@@ -110,6 +110,8 @@ class Experiment:
 
     def _check(self) -> None:
         names = [arm.name for arm in self.arms]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise MoREError(f"two arms are named {twice[0]}: give deep another name")
         for key, value in (("baseline", self.baseline), ("target", self.target)):
             if value is not None and value not in names:
                 raise MoREError(f"{key} {value} is none of the arms: {', '.join(names)}")
@@ -117,13 +119,13 @@ class Experiment:
             raise MoREError(f"match {self.match} does not exist: choose one of {', '.join(MATCHES)}")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise MoREError(f"seeds {list(self.seeds)} must be one or more, each once")
-        for key in ("tokens", "total_flops", "problems"):
+        for key, kind in (("tokens", int | float), ("total_flops", int | float), ("problems", int)):
             number = getattr(self, key)
-            if number is not None and not (isinstance(number, int | float) and 0 < number < math.inf):
+            if number is not None and not (isinstance(number, kind) and 0 < number < math.inf):
                 raise MoREError(f"{key} {number!r} must be a number above 0")
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
-        check_ranges(self, {"seeds": "[0, inf)", "depths": "[1, 10000]"})
+        check_ranges(self, {"seeds": "[1, 4000000000]", "depths": "[1, 10000]"})
         for key in ("flags", "finetune"):
             if not isinstance(getattr(self, key), dict | None):
                 raise MoREError(f"{key} must be a table, not {getattr(self, key)!r}")
@@ -168,6 +170,8 @@ class Experiment:
         if not arm.has_experts:
             flags = {name: value for name, value in flags.items() if not _OF_EXPERTS.match(name)}
         flags = {"more-variant": arm.system} | flags | arm.flags
+        if "seed" in flags:
+            raise MoREError("--seed has no effect beside seeds: leave it out")
         return {name: value for name, value in flags.items() if value is not None}
 
 
@@ -195,7 +199,9 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     if (other := content.pop("extends", None)) is None:
         return content
     base = _content(path.parent / str(other), (*extending, path.resolve()))
-    return base | content | {"flags": base.get("flags", {}) | content.get("flags", {})}
+    flags = [keys.get("flags") or {} for keys in (base, content)]
+    wrong = [value for value in flags if not isinstance(value, dict)]
+    return base | content | {"flags": wrong[0] if wrong else flags[0] | flags[1]}
 
 
 def _arms(given: Any) -> Iterator[Arm]:

@@ -162,6 +162,8 @@ class _Model:
 
 
 def _matched(experiment: Experiment, arm: Arm, number: int, model: _Model, goal: dict[str, float]) -> PlannedArm:
+    if experiment.tokens is None and experiment.total_flops is None and "train-iters" not in model.flags:
+        raise MoREError("nothing says how long to train: give tokens, total_flops, or train-iters among the flags")
     model.match(experiment.match, goal)
     step_tokens = model.args.global_batch_size * model.args.seq_length
     tokens = experiment.tokens if experiment.total_flops is None else experiment.total_flops / model.flops

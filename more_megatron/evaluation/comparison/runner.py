@@ -29,7 +29,7 @@ from more_megatron.evaluation.comparison.planning import Run
 from more_megatron.lifetime import receive_at_end_of_parent
 from more_megatron.unfinished import write_whole
 
-__all__ = ["CHECKPOINT", "EVALUATION", "FINETUNE_LOG", "LOG", "Record", "Runner", "apart", "read_record"]
+__all__ = ["CHECKPOINT", "EVALUATION", "FINETUNE_LOG", "LOG", "Record", "Runner", "in_own_process", "read_record"]
 
 _PROJECT = Path(__file__).resolve().parents[3]
 LOG, FINETUNE_LOG = "log.txt", "finetune.txt"
@@ -237,16 +237,16 @@ def _gpus() -> list[str]:
     return [str(index) for index, _ in enumerate(listed.splitlines())]
 
 
-def apart(function: Callable[..., Any], *arguments: Any, log: Path) -> Any:
+def in_own_process(function: Callable[..., Any], *arguments: Any, log: Path) -> Any:
     """Return what a function returns, called in a process of its own, which may import Megatron and set its globals.
 
     The function must be importable by name; what the process says goes into the log.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin_apart, initargs=(str(log),)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=_begin, initargs=(str(log),)) as pool:
         return pool.submit(function, *arguments).result()
 
 
-def _begin_apart(log: str) -> None:
+def _begin(log: str) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

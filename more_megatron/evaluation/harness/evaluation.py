@@ -29,8 +29,7 @@ __all__ = ["evaluate"]
 def evaluate(args: argparse.Namespace) -> list[str]:
     """Evaluate a model, write results, table and figures, and return the table, and what was written, in lines.
 
-    Args:
-        args: Flags of `tools/evaluate.py`.
+    The arguments are the flags of `tools/evaluate.py`.
 
     Raises:
         MoREError: If model, tasks or data are not as they must be, or the folder has results of other settings.

@@ -53,6 +53,8 @@ def plan_tasks(tasks: Sequence[str], data: Sequence[str]) -> list[PlannedTask]:
             raise MoREError(f"--data {entry} is not TASK=FILE with a task of --tasks that reads one ({wanted})")
         if not Path(name).is_file():
             raise MoREError(f"--data {entry}: there is no such file; tools/prepare_tasks.py writes those of tasks")
+        if Path(name).stem in (path.stem for path in files[task]):
+            raise MoREError(f"--data {entry}: results are named after files, and two are {Path(name).stem}: rename one")
         files[task].append(Path(name))
     for task, paths in files.items():
         if task in OURS and task not in _ON_THE_HUB and not paths:

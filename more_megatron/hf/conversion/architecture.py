@@ -85,9 +85,7 @@ _OF_THE_CODE = {
 def config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
     """Return the content of `config.json` for a model that Megatron trained, without token ids and dtype.
 
-    Args:
-        args: Arguments from the checkpoint.
-        vocab_size: Rows of the embedding, with padding.
+    Given are the arguments from its checkpoint, and the rows of the embedding, with padding.
 
     Raises:
         MoREError: If there is no such system, the Hugging Face model cannot express what the flags ask for, or they are

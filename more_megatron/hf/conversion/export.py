@@ -32,33 +32,19 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 @dataclass(frozen=True)
 class ToHF:
-    """What is exported, where to and how.
+    """What is exported, where to and how."""
 
-    Attributes:
-        load: Folder that a run saved to.
-        save: Folder of the Hugging Face model.
-        step: Iteration of the checkpoint; None: the newest.
-        dtype: Name of the dtype of the weights; None: that of the checkpoint.
-        max_shard_size: Largest size of a weights file in bytes.
-        tokenizer: Whether the tokenizer is exported.
-        tokenizer_model: Where the tokenizer is now; None: where it was.
-        trust_remote_code: Whether the tokenizer may run code of its own.
-        verify: Whether what was written is read again and compared.
-        progress: Whether to draw a progress bar.
-        form: Name of the published form to write; None: ours.
-    """
-
-    load: Path
-    save: Path
-    step: int | None = None
-    dtype: str | None = None
-    max_shard_size: int = 5 * 10**9
-    tokenizer: bool = True
-    tokenizer_model: str | None = None
-    trust_remote_code: bool = False
-    verify: bool = False
-    progress: bool = True
-    form: str | None = None
+    load: Path  # folder that a run saved to
+    save: Path  # folder of the Hugging Face model
+    step: int | None = None  # iteration of the checkpoint; None: the newest
+    dtype: str | None = None  # name of the dtype of the weights; None: that of the checkpoint
+    max_shard_size: int = 5 * 10**9  # largest size of a weights file in bytes
+    tokenizer: bool = True  # whether the tokenizer is exported
+    tokenizer_model: str | None = None  # where the tokenizer is now; None: where it was
+    trust_remote_code: bool = False  # whether the tokenizer may run code of its own
+    verify: bool = False  # whether what was written is read again and compared
+    progress: bool = True  # whether to draw a progress bar
+    form: str | None = None  # name of the published form to write; None: ours
 
 
 def to_hf(job: ToHF) -> list[str]:

@@ -42,21 +42,13 @@ _DEFAULTS = {"quick_geglu": False, "squared_relu": False, "moe_router_load_balan
 
 @dataclass(frozen=True)
 class FromHF:
-    """What is imported, where to and how.
+    """What is imported, where to and how."""
 
-    Attributes:
-        load: Folder of the Hugging Face model.
-        save: Folder that runs will name with `--load`.
-        dtype: Name of the dtype of the weights; None: that of the files.
-        verify: Whether what was written is read again and compared.
-        progress: Whether to draw a progress bar.
-    """
-
-    load: Path
-    save: Path
-    dtype: str | None = None
-    verify: bool = False
-    progress: bool = True
+    load: Path  # folder of the Hugging Face model
+    save: Path  # folder that runs will name with `--load`
+    dtype: str | None = None  # name of the dtype of the weights; None: that of the files
+    verify: bool = False  # whether what was written is read again and compared
+    progress: bool = True  # whether to draw a progress bar
 
 
 def from_hf(job: FromHF) -> list[str]:

@@ -32,13 +32,7 @@ _HASHES = "sha256"
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that are written together.
-
-    Attributes:
-        names: Their names.
-        shapes: Their shapes.
-        dtype: Their dtype.
-    """
+    """Tensors that are written together."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -51,12 +45,7 @@ class Group:
 
 
 def plan_files(groups: Sequence[Group], limit: int) -> list[list[Group]]:
-    """Divide groups into files, in order.
-
-    Args:
-        groups: What is to be written.
-        limit: Largest size of a file in bytes; a larger group has a file of its own.
-    """
+    """Divide groups into files, in order; a group that is larger than the limit, in bytes, has a file of its own."""
     files: list[list[Group]] = [[]]
     for group in groups:
         if files[-1] and sum(part.size for part in files[-1]) + group.size > limit:
@@ -136,10 +125,7 @@ class _Stored:
 
 
 class SafetensorsFolder:
-    """The weights of a Hugging Face folder.
-
-    Args:
-        folder: With one file `model.safetensors`, or several and their index.
+    """The weights of a Hugging Face folder, in one file `model.safetensors` or in several with their index.
 
     Raises:
         MoREError: If there are no weights, or they are damaged.

@@ -55,20 +55,13 @@ _SEED = 1
 
 @dataclass(frozen=True)
 class ExportedTokenizer:
-    """What a model's configuration says of its tokenizer, and how its files are written.
+    """What a model's configuration says of its tokenizer, and how its files are written."""
 
-    Attributes:
-        vocab_size: Number of tokens, without padding of the vocabulary.
-        bos: Token before a text.
-        eos: Token that ends a text.
-        pad: Token that fills up a batch.
-        write: Writes the files into a folder and checks that they encode as training did; None if there are none.
-    """
-
-    vocab_size: int
-    bos: int | None
-    eos: int | None
-    pad: int | None
+    vocab_size: int  # number of tokens, without padding of the vocabulary
+    bos: int | None  # token before a text
+    eos: int | None  # token that ends a text
+    pad: int | None  # token that fills up a batch
+    # Writes the files into a folder and checks that they encode as training did; None if there are none
     write: Callable[[Path], None] | None
 
 

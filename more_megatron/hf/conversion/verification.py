@@ -39,11 +39,7 @@ def compare_tensors(
 ) -> str:
     """Compare the SHA-256 of every tensor in both layouts, and return what was compared, in words.
 
-    Args:
-        folder: The Hugging Face model.
-        entries: Its parameters.
-        read: Returns a parameter of Megatron's side.
-        progress: Whether to draw a progress bar.
+    `read` returns a parameter of Megatron's side.
 
     Raises:
         MoREError: If two tensors differ.

@@ -19,15 +19,10 @@ Rotation = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class RowMask:
-    """The keys that each row sees.
+    """The keys that each row sees."""
 
-    Attributes:
-        visible: True for these, [rows, keys].
-        sequence: The sequence that each row is of, [rows].
-    """
-
-    visible: Tensor
-    sequence: Tensor
+    visible: Tensor  # True for these, [rows, keys]
+    sequence: Tensor  # the sequence that each row is of, [rows]
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | RowMask | None) -> Tensor:

@@ -47,25 +47,15 @@ class _Place(DynamicLayer):
 
 @dataclass(frozen=True)
 class Memory:
-    """A part of a cache.
+    """A part of a cache."""
 
-    Attributes:
-        cache: The whole cache; None without one.
-        past: Number of tokens in it before the call.
-        slots: Steps of which it keeps keys and values, later ones writing over earlier ones; None: all.
-        path: What all names of this part begin with.
-        before: What the names of the step before begin with; None if this is no step, or the first.
-        shape: (b, s) of the call where tokens may have stopped, else None.
-        places: Which of the tokens, b s in number, are written; None: all.
-    """
-
-    cache: Cache | None
-    past: int = 0
-    slots: int | None = None
-    path: str = ""
-    before: str | None = None
-    shape: tuple[int, int] | None = None
-    places: Tensor | None = None
+    cache: Cache | None  # the whole cache; None without one
+    past: int = 0  # number of tokens in it before the call
+    slots: int | None = None  # steps of which it keeps keys and values, later ones writing over earlier ones; None: all
+    path: str = ""  # what all names of this part begin with
+    before: str | None = None  # what the names of the step before begin with; None if this is no step, or the first
+    shape: tuple[int, int] | None = None  # (b, s) of the call where tokens may have stopped, else None
+    places: Tensor | None = None  # which of the tokens, b s in number, are written; None: all
 
     def at(self, name: str) -> Memory:
         """Return the part of a layer or block."""

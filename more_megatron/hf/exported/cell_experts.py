@@ -19,9 +19,7 @@ __all__ = ["CellExperts", "lstm_cell"]
 class CellExperts(nn.Module):
     """A feed-forward network for each expert, linear, GELU, linear, and what a subclass has beside it.
 
-    Args:
-        config: Model configuration.
-        shapes: Shape of each further weight of one expert, by name. Those of cells have an axis for their gates.
+    `shapes` are those of each further weight of one expert, by name. Weights of cells have an axis for their gates.
     """
 
     def __init__(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:

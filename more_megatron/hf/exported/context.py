@@ -24,22 +24,17 @@ __all__ = ["CallContext", "Records", "find_documents", "find_padding"]
 
 @dataclass
 class Records:
-    """What a call keeps; of recurrences by their place: a layer may be computed again for its gradients.
+    """What a call keeps; of recurrences by their place: a layer may be computed again for its gradients."""
 
-    Attributes:
-        keep_states: Whether states of recurrences are kept.
-        hidden_states: What each layer was given, in every pass, [b, s, h]; None: not kept.
-        decisions: Router logits, [b s, N] or [b s, heads, N], with layer, step and router; None: not kept.
-        losses: What is to be added to the loss in training, by loops alone.
-        steps: Steps that each token took, [b, s], by recurrence, where tokens stop by themselves.
-        states: State behind each step of each recurrence, [b, s, h], by recurrence and step.
-    """
-
-    keep_states: bool = False
-    hidden_states: list[Tensor] | None = None
+    keep_states: bool = False  # whether states of recurrences are kept
+    hidden_states: list[Tensor] | None = None  # what each layer was given, in every pass, [b, s, h]; None: not kept
+    # Router logits, [b s, N] or [b s, heads, N], with layer, step and router; None: not kept
     decisions: list[tuple[Tensor, int, int, str]] | None = None
+    # What is to be added to the loss in training, by loops alone
     losses: list[Tensor] = dataclasses.field(default_factory=list)
+    # Steps that each token took, [b, s], by recurrence, where tokens stop by themselves
     steps: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    # State behind each step of each recurrence, [b, s, h], by recurrence and step
     states: dict[tuple[int, int], Tensor] = dataclasses.field(default_factory=dict)
 
     def see_states(self, states: Tensor) -> None:
@@ -73,38 +68,25 @@ class Records:
 
 @dataclass(frozen=True)
 class CallContext:
-    """What every layer and loop knows about one call of the model.
-
-    Attributes:
-        config: Model configuration.
-        positions: Position of each token, [b or 1, s].
-        padding: True for padding, [b, T]; None without any.
-        documents: Number of each token's document in its row, [b, T]; None if a row is one document.
-        past: Number of tokens in the cache.
-        options: What the call says of its recurrences.
-        shape: (b, s) of the call.
-        records: What the call keeps.
-        exits: How tokens stop by themselves; None: all take `num_steps`.
-        warm: Where the last states of tokens are kept, from which the tokens behind them start; None: nowhere.
-        stream: What the result of a recurrence inside a layer is added to, [b, s, h], where `exits` reads logits.
-        places: Which tokens of the call these are where others have stopped, n of b s; None: all. Then the first two
-            dimensions of what a token has are [1, n] in the place of [b, s].
-        whole: The context of all tokens where others have stopped.
-    """
+    """What every layer and loop knows about one call of the model."""
 
     config: Config
-    positions: Tensor
-    padding: Tensor | None
-    documents: Tensor | None
-    past: int
+    positions: Tensor  # position of each token, [b or 1, s]
+    padding: Tensor | None  # True for padding, [b, T]; None without any
+    documents: Tensor | None  # number of each token's document in its row, [b, T]; None if a row is one document
+    past: int  # number of tokens in the cache
     options: CallOptions
-    shape: tuple[int, int]
-    records: Records
-    exits: Exits | None = None
+    shape: tuple[int, int]  # (b, s) of the call
+    records: Records  # what the call keeps
+    exits: Exits | None = None  # how tokens stop by themselves; None: all take `num_steps`
+    # Where the last states of tokens are kept, from which the tokens behind them start; None: nowhere
     warm: Memory | None = None
+    # What the result of a recurrence inside a layer is added to, [b, s, h], where `exits` reads logits
     stream: Tensor | None = None
+    # Which tokens of the call these are where others have stopped, n of b s; None: all. Then the first two
+    # dimensions of what a token has are [1, n] in the place of [b, s]
     places: Tensor | None = None
-    whole: CallContext | None = None
+    whole: CallContext | None = None  # the context of all tokens where others have stopped
 
     @functools.cached_property
     def rotation(self) -> Rotation | None:

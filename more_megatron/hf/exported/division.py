@@ -28,13 +28,9 @@ class _Adapter(nn.Linear):
 
 
 class InjectedLoop(Loop):
-    """A loop whose input may enter every pass: through a matrix, or as a summand.
+    """A loop whose input may enter every pass: through a matrix, or as a summand."""
 
-    Attributes:
-        adds_at_first: Whether the summand enters the first pass, too.
-    """
-
-    adds_at_first = False
+    adds_at_first = False  # whether the summand enters the first pass, too
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -59,14 +55,10 @@ def division_fields(injection: str) -> dict[str, Field]:
 
 
 class DividedSystem(System):
-    """A stack with a prelude, groups of layers that are repeated, and a coda.
+    """A stack with a prelude, groups of layers that are repeated, and a coda."""
 
-    Attributes:
-        loop_class: What repeats a group.
-        norms_coda_input: Whether the final norm stands in front of the coda, too, even if that has no layers.
-    """
-
-    loop_class: type[Loop] = InjectedLoop
+    loop_class: type[Loop] = InjectedLoop  # what repeats a group
+    # Whether the final norm stands in front of the coda, too, even if that has no layers
     norms_coda_input: bool = False
 
     def check(self, values: Mapping[str, Any]) -> None:

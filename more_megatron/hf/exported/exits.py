@@ -123,16 +123,9 @@ CRITERIA: dict[str, type[Criterion]] = {
 
 @dataclass(frozen=True)
 class Exits:
-    """How the tokens of a call stop.
+    """How the tokens of a call stop."""
 
-    Attributes:
-        criterion: What is compared.
-        threshold: What it is compared with.
-        min_steps: Steps that every token takes.
-        read: Returns logits, given what the output layer and its norm are applied to.
-    """
-
-    criterion: Criterion
-    threshold: float
-    min_steps: int
-    read: Callable[[Tensor], Tensor] | None
+    criterion: Criterion  # what is compared
+    threshold: float  # what it is compared with
+    min_steps: int  # steps that every token takes
+    read: Callable[[Tensor], Tensor] | None  # returns logits, given what the output layer and its norm are applied to

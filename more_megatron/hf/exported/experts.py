@@ -49,11 +49,7 @@ class FeedForwardExperts(nn.Module):
 
 
 class MoREMoE(nn.Module):
-    """Router, routed experts and shared expert of a layer, counted from 0. Subclasses have other experts.
-
-    Attributes:
-        router_class: The router.
-    """
+    """Router, routed experts and shared expert of a layer, counted from 0. Subclasses have other experts."""
 
     router_class: type[MoRERouter] = MoRERouter
 
@@ -94,21 +90,17 @@ class MoREMoE(nn.Module):
 
 
 class RecurringMoE(MoREMoE):
-    """Experts with a recurrence inside them. Subclasses say how it runs, and what follows from its last states."""
+    """Experts with a recurrence inside them, which are called with the rows and what rows they are."""
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
-        return self.output(self.last_states(x, routing, context, memory), routing)
-
-    def last_states(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
-        """Return the last states, [rows, any], of experts that are called with the rows and what rows they are."""
         rows = Rows(context, memory, self.layer_idx, self.stream, routing)
-        return self.experts(routing.dispatch(x), rows)
+        return routing.weigh(self.experts(routing.dispatch(x), rows))
 
-    def output(self, state: Tensor, routing: Routing) -> Tensor:
-        """Return the weighted outputs that follow from last states, [rows, h]."""
-        return routing.weigh(state)
+    def contract(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return what experts make of their last states, [rows, h]; for criteria also of others, while they run."""
+        return state
 
     def stream(self, state: Tensor, rows: Rows) -> Tensor:
         """Return what the next layer would be given if the recurrence ended now, shaped as tokens."""
         stream: Any = rows.context.stream
-        return stream + rows.routing.combine(self.output(state, rows.routing))
+        return stream + rows.routing.combine(rows.routing.weigh(self.contract(state, rows.routing)))

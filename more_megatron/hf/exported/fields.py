@@ -27,29 +27,17 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Field:
-    """One field.
+    """One field."""
 
-    Attributes:
-        kind: bool, int, float, str, or list for one of booleans.
-        default: Its value if none is given, or a function of the fields before it.
-        meaning: What it is.
-        low: Smallest number allowed.
-        high: Largest number allowed.
-        above: Number that it must exceed.
-        choices: Words allowed; empty: all.
-        optional: Whether it may be None.
-        of_calls: Whether it is about calls of the model, and not about the model.
-    """
-
-    kind: type
-    default: Any
-    meaning: str
-    low: float | None = None
-    high: float | None = None
-    above: float | None = None
-    choices: tuple[str, ...] = ()
-    optional: bool = False
-    of_calls: bool = False
+    kind: type  # bool, int, float, str, or list for one of booleans
+    default: Any  # its value if none is given, or a function of the fields before it
+    meaning: str  # what it is
+    low: float | None = None  # smallest number allowed
+    high: float | None = None  # largest number allowed
+    above: float | None = None  # number that it must exceed
+    choices: tuple[str, ...] = ()  # words allowed; empty: all
+    optional: bool = False  # whether it may be None
+    of_calls: bool = False  # whether it is about calls of the model, and not about the model
 
     def fault(self, value: Any) -> str | None:
         """Return what is wrong with a value, None if nothing is."""

@@ -32,24 +32,27 @@ class GRUExperts(CellExperts):
         weight.uniform_(-bound, bound)
         weight[:, :2] += torch.empty_like(weight[:, :2]).uniform_(-bound, bound)
 
-    def forward(self, x: Tensor, rows: Rows | Routing) -> Tensor:
-        """Return the last states, [rows, m], given [rows, h]; or what states contract to, given their routing."""
-        if isinstance(rows, Routing):
-            return self.linear(x, "fc2", rows)
+    def forward(self, x: Tensor, rows: Rows) -> Tensor:
+        """Return what the last states contract to, [rows, h], given [rows, h]."""
 
         def step(number: int, rows: Rows, state: Tensor) -> State:
             reset, update, new, hidden = self.linear(state, "gru", rows.routing).chunk(4, dim=-1)
             new = torch.tanh(new + reset.sigmoid() * hidden)
             return (torch.lerp(new, state.to(new.dtype), update.sigmoid()),)
 
-        return recur(step, (self.expand(x, rows.routing),), rows)[0]
+        return self.contract(recur(step, (self.expand(x, rows.routing),), rows)[0], rows.routing)
+
+    def contract(self, state: Tensor, routing: Routing) -> Tensor:
+        """Return [rows, h] for [rows, m]."""
+        return self.linear(state, "fc2", routing)
 
 
 class GRUExpertsMoE(RecurringMoE):
     """A layer of them."""
 
-    def output(self, state: Tensor, routing: Routing) -> Tensor:
-        return routing.weigh(self.experts(state, routing))
+    def contract(self, state: Tensor, routing: Routing) -> Tensor:
+        # No call of the module, inside which this is asked for: its weights are here for the one that is under way.
+        return self.experts.contract(state, routing)
 
 
 SYSTEM = System(moe_class=GRUExpertsMoE, experts_class=GRUExperts)

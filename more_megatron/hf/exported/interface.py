@@ -75,43 +75,25 @@ class Loop(nn.Module):
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that stand next to each other.
+    """Layers that stand next to each other."""
 
-    Attributes:
-        layers: Their indices.
-        loop: What repeats them; None if they run once.
-        norm_first: Whether the model's final norm stands before them, too.
-    """
-
-    layers: range
-    loop: type[Loop] | None = None
-    norm_first: bool = False
+    layers: range  # their indices
+    loop: type[Loop] | None = None  # what repeats them; None if they run once
+    norm_first: bool = False  # whether the model's final norm stands before them, too
 
 
 class System:
-    """Megatron's mixture of experts. Attributes that differ are given by their names, or by a subclass.
+    """Megatron's mixture of experts. Attributes that differ are given by their names, or by a subclass."""
 
-    Attributes:
-        moe_class: Feed-forward part of layers with experts.
-        experts_class: The routed experts in it.
-        layer_class: Layer.
-        recurrent: Whether the number of steps means anything.
-        traceable: Whether `torch.export` can follow it: no loop is as long as the data say.
-        head_bias: Whether the output layer has a bias.
-        fields: Fields of `config.json` beside those of every model.
-        defaults: Defaults of the others where they differ.
-        fixed: Fields of the others that have one value, or one that follows from the rest.
-    """
-
-    moe_class: type[MoREMoE] = MoREMoE
-    experts_class: Callable[[Config], nn.Module] = FeedForwardExperts
+    moe_class: type[MoREMoE] = MoREMoE  # feed-forward part of layers with experts
+    experts_class: Callable[[Config], nn.Module] = FeedForwardExperts  # the routed experts in it
     layer_class: type[MoRELayer] = MoRELayer
-    recurrent: bool = True
-    traceable: bool = True
-    head_bias: bool = False
-    fields: Mapping[str, Field] = {}
-    defaults: Mapping[str, Any] = {}
-    fixed: Mapping[str, Any] = {}
+    recurrent: bool = True  # whether the number of steps means anything
+    traceable: bool = True  # whether `torch.export` can follow it: no loop is as long as the data say
+    head_bias: bool = False  # whether the output layer has a bias
+    fields: Mapping[str, Field] = {}  # fields of `config.json` beside those of every model
+    defaults: Mapping[str, Any] = {}  # defaults of the others where they differ
+    fixed: Mapping[str, Any] = {}  # fields of the others that have one value, or one that follows from the rest
 
     def __init__(self, **own: Any) -> None:
         vars(self).update(own)

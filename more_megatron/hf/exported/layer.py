@@ -45,19 +45,10 @@ class MoREAttention(nn.Module):
 
 
 class MoRELayer(GradientCheckpointingLayer):
-    """Megatron's layer. Subclasses have other parts, norms or residuals.
+    """Megatron's layer, counted from 0, with an MLP or experts. Subclasses have other parts, norms or residuals."""
 
-    Args:
-        config: Model configuration.
-        layer_idx: Index of the layer, from 0.
-        mlp: What stands in the place of the MLP.
-
-    Attributes:
-        routers: Names of the routers of which one call returns logits, in their order; if it returns more, the list
-            begins anew with the next step.
-        attention_class: The attention.
-    """
-
+    # Names of the routers of which one call returns logits, in their order; if it returns more, the list begins
+    # anew with the next step
     routers: tuple[str, ...] = ("router",)
     attention_class: type[nn.Module] = MoREAttention
 

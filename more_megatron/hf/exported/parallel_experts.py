@@ -25,20 +25,13 @@ class TimeOrder:
     """The rows that LSTMs run along, sorted by step, and within a step by expert.
 
     A segment is what one LSTM runs along: the tokens of one document that were sent to one expert.
-
-    Attributes:
-        rows: The rows, as `Routing` sorts them, [rows here].
-        segments: Number of each row's segment, [rows here].
-        sizes: Number of rows of each step.
-        ends: End of each expert's rows within each step, int32 [steps, N].
-        firsts: First row of each segment, as `Routing` sorts them, [segments].
     """
 
-    rows: Tensor
-    segments: Tensor
-    sizes: list[int]
-    ends: Tensor
-    firsts: Tensor
+    rows: Tensor  # the rows, as `Routing` sorts them, [rows here]
+    segments: Tensor  # number of each row's segment, [rows here]
+    sizes: list[int]  # number of rows of each step
+    ends: Tensor  # end of each expert's rows within each step, int32 [steps, N]
+    firsts: Tensor  # first row of each segment, as `Routing` sorts them, [segments]
 
     @classmethod
     def of(cls, routing: Routing, document: Tensor) -> TimeOrder:

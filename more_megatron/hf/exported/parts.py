@@ -41,10 +41,7 @@ def build_norm(config: Config, size: int | None = None) -> nn.Module:
 class MoREMLP(nn.Module):
     """Feed-forward network of a layer without experts, or shared expert; gated or not.
 
-    Args:
-        config: Model configuration.
-        width: Width between the two maps.
-        bias: Whether they have biases. Default: as all linear maps of the model.
+    It has biases if all linear maps of the model have them, or if `bias` says so.
     """
 
     def __init__(self, config: Config, width: int, bias: bool | None = None) -> None:

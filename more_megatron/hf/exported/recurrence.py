@@ -26,27 +26,20 @@ State = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a state.
+    """The rows of a state."""
 
-    Attributes:
-        context: What is known about the call.
-        memory: Where keys and values are kept.
-        index: Which of the model's recurrences this is: the number of its loop or of its layer, from 0.
-        stream: Returns what the last norm would be given, shaped as tokens, if the recurrence ended with a state of
-            these rows, given both; for criteria that read logits.
-        routing: The `Routing` where rows are tokens that were sent to experts, [rows, h]; None where they are tokens,
-            [b, s, h].
-        visible: Where rows that were sent to experts attend: the keys that each sees, [b, 1, k s, k T] or a `RowMask`.
-        chosen: Where tokens have stopped: which of all rows these are.
-    """
-
-    context: CallContext
-    memory: Memory
-    index: int
+    context: CallContext  # what is known about the call
+    memory: Memory  # where keys and values are kept
+    index: int  # which of the model's recurrences this is: the number of its loop or of its layer, from 0
+    # Returns what the last norm would be given, shaped as tokens, if the recurrence ended with a state of these
+    # rows, given both; for criteria that read logits
     stream: Any = None
+    # The `Routing` where rows are tokens that were sent to experts, [rows, h]; None where they are tokens themselves,
+    # [b, s, h]
     routing: Any = None
+    # Where rows that were sent to experts attend: the keys that each sees, [b, 1, k s, k T] or a `RowMask`
     visible: Tensor | RowMask | None = None
-    chosen: Tensor | None = None
+    chosen: Tensor | None = None  # where tokens have stopped: which of all rows these are
 
     @property
     def mask(self) -> Tensor | RowMask | None:

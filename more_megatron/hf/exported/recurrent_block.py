@@ -33,7 +33,6 @@ class RecurrentBlock(nn.Module):
         u <- Adapter([s; x]),   u <- N2(u + Attn(N1(u))),   s <- N4(u + MLP(N3(u)))
 
     Args:
-        config: Model configuration.
         experts: Number of blocks; None: one for all rows.
         follows_layers: Whether norms and biases are those of the layers around it.
     """
@@ -126,7 +125,7 @@ class RecurrentBlock(nn.Module):
 class MixingMoE(RecurringMoE):
     """Experts whose blocks let the tokens of a sequence that were sent to them attend to each other, causally."""
 
-    def last_states(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
+    def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         topk = routing.shape[1]
         chosen, _ = memory.extend("experts", routing.chosen.unsqueeze(1), routing.chosen.unsqueeze(1))
         query, key = routing.chosen.transpose(1, 2).flatten(1), chosen.squeeze(1).transpose(1, 2).flatten(1)
@@ -134,7 +133,7 @@ class MixingMoE(RecurringMoE):
         visible = (query.unsqueeze(2) == key.unsqueeze(1)).unsqueeze(1) & context.visible.repeat(1, 1, topk, topk)
         rows = Rows(context, memory.at("block"), self.layer_idx, self.stream, routing, visible)
         state = routing.dispatch(context.initial_state(self.layer_idx, x))
-        return self.run_block(routing.dispatch(x), state, rows)
+        return routing.weigh(self.contract(self.run_block(routing.dispatch(x), state, rows), routing))
 
     def run_block(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
         """Return the last states, [rows, h], given the rows and the first states."""

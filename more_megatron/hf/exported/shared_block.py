@@ -41,8 +41,8 @@ class SharedBlockMoE(MixingMoE):
     def run_block(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
         return self.recurrent_block(self.experts(x, "proj_in", rows.routing.ends), state, rows)
 
-    def output(self, state: Tensor, routing: Routing) -> Tensor:
-        return routing.weigh(self.experts(state, "proj_out", routing.ends))
+    def contract(self, state: Tensor, routing: Routing) -> Tensor:
+        return self.experts(state, "proj_out", routing.ends)
 
 
 SYSTEM = BlockSystem(moe_class=SharedBlockMoE, experts_class=ProjectionExperts, fields=block_fields(4))

@@ -45,32 +45,18 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 @dataclass
 class _Speculation:
-    """One generation.
-
-    Attributes:
-        model: The model.
-        texts: Prompts, [s], which grow.
-        process: Turns logits, [b, V], into scores, given the tokens before, [b, any].
-        stopping: Says whether a sequence is complete, given its tokens, [1, any].
-        sample: Whether tokens are drawn; else the best is taken.
-        draft_steps: Steps of a draft.
-        draft_tokens: Tokens of a draft.
-        mask: 0 for padding, [b, s].
-        cache: A cache, empty or with the beginning of the prompts.
-        kwargs: Further arguments of the model's calls.
-        rows: The sequences that go on, in the order of the rows of mask and cache.
-    """
+    """One generation; `rows` are the sequences that go on, in the order of the rows of mask and cache."""
 
     model: Any
-    texts: list[Tensor]
-    process: LogitsProcessorList
-    stopping: StoppingCriteriaList
-    sample: bool
-    draft_steps: int
-    draft_tokens: int
-    mask: Tensor
-    cache: Cache
-    kwargs: dict[str, Any]
+    texts: list[Tensor]  # prompts, [s], which grow
+    process: LogitsProcessorList  # turns logits, [b, V], into scores, given the tokens before, [b, any]
+    stopping: StoppingCriteriaList  # says whether a sequence is complete, given its tokens, [1, any]
+    sample: bool  # whether tokens are drawn; else the best is taken
+    draft_steps: int  # steps of a draft
+    draft_tokens: int  # tokens of a draft
+    mask: Tensor  # 0 for padding, [b, s]
+    cache: Cache  # empty, or with the beginning of the prompts
+    kwargs: dict[str, Any]  # further arguments of the model's calls
     verifications: int = 0
 
     def __post_init__(self) -> None:

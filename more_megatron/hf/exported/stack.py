@@ -18,14 +18,7 @@ __all__ = ["run_stack"]
 
 
 def run_stack(model: Any, hidden_states: Tensor, context: CallContext, memory: Memory) -> Tensor:
-    """Return what the last layer makes of the embeddings, [b, s, h].
-
-    Args:
-        model: The `MoREModel`.
-        hidden_states: Embeddings, [b, s, h].
-        context: What layers are told.
-        memory: The cache.
-    """
+    """Return what the last layer of a `MoREModel` makes of the embeddings, [b, s, h]."""
     groups, loops = model.system.groups(model.config), enumerate(model.loops)
     for number, group in enumerate(groups):
         if group.norm_first:

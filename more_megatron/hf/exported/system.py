@@ -36,15 +36,11 @@ def find_system(name: str) -> System:
 
 
 def write_code(folder: Path, system: str) -> None:
-    """Write the public modules and everything that they and a system import.
+    """Write the public modules and everything that they and a system import into a folder.
 
     The system is found by its name when the model is built, while transformers copies the modules that a file imports
     in its text, before version 5 only those of the public modules themselves. So these import all there are. Where this
     code has itself been copied that way, transformers goes on to copy it.
-
-    Args:
-        folder: Where to.
-        system: Name of the system.
     """
     if not all((_FOLDER / f"{name}.py").is_file() for name in PUBLIC_MODULES):
         return

@@ -11,7 +11,7 @@ import pickle
 from multiprocessing.managers import SyncManager
 from typing import Any
 
-from more_megatron.lifetime import end_with_starter, starting_deaf
+from more_megatron.lifetime import end_with_starter, sigterm_blocked
 from more_megatron.platform.packages import silence_absent_package_warnings
 from more_megatron.platform.selection import Platform, select_platform
 from more_megatron.platform.stand_in import Table, install
@@ -49,7 +49,7 @@ def results_queue(mp_mode: str = "spawn") -> PickledQueue:
     global _queue
     if _queue is None:
         manager = SyncManager(ctx=multiprocessing.get_context(mp_mode))
-        with starting_deaf():
+        with sigterm_blocked():
             manager.start(initializer=end_with_starter)
         # What a manager hands out holds on to it, and with it to its process.
         _queue = PickledQueue(manager.Queue())

@@ -14,7 +14,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_async
 
 from more_megatron.errors import MoREError, one_line_errors
-from more_megatron.lifetime import starting_deaf
+from more_megatron.lifetime import sigterm_blocked
 from more_megatron.platform.stand_in import Table
 
 __all__ = ["CALLERS", "WRITERS"]
@@ -68,7 +68,7 @@ def _get_process(rank: int, mp_mode: str = "spawn", *args: Any, **kwargs: Any) -
     It is a child of this process, not of a server that a SIGTERM to all processes would end.
     """
     is_new = async_utils.PersistentAsyncCaller._persistent_process is None
-    with starting_deaf():
+    with sigterm_blocked():
         process = _GET_PROCESS(rank, "spawn", *args, **kwargs)
     if is_new:
         threading.Thread(target=_end_with, args=(process,), name="end with writer", daemon=True).start()

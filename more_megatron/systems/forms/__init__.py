@@ -23,17 +23,10 @@ class Form:
     Wherever a method takes `config`, it is the content of our `config.json`.
     """
 
-    name: ClassVar[str]
-    """Its name, that of its file."""
-
-    system: ClassVar[str]
-    """Name of the system."""
-
-    model_type: ClassVar[str]
-    """What `config.json` says."""
-
-    note: ClassVar[str]
-    """What a reader of an export must know of it, in Markdown."""
+    name: ClassVar[str]  # its name, that of its file
+    system: ClassVar[str]  # name of the system
+    model_type: ClassVar[str]  # what `config.json` says
+    note: ClassVar[str]  # what a reader of an export must know of it, in Markdown
 
     def faults(self, config: Mapping[str, Any]) -> Iterator[str]:
         """Yield what the form cannot hold of a model, each one line."""

@@ -33,21 +33,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Call:
-    """Forward pass of a module.
+    """Forward pass of a module."""
 
-    Attributes:
-        kind: Name of the class.
-        rows: Number of rows, of each group where there are groups.
-        fp8: Whether it ran in FP8.
-        first: What the caller said about the first pass.
-        arguments: What else there is to know.
-    """
-
-    kind: str
-    rows: list[int]
-    fp8: bool
-    first: bool | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    kind: str  # name of the class
+    rows: list[int]  # number of rows, of each group where there are groups
+    fp8: bool  # whether it ran in FP8
+    first: bool | None = None  # what the caller said about the first pass
+    arguments: dict[str, Any] = field(default_factory=dict)  # what else there is to know
 
 
 REQUESTS: list[Request] = []
