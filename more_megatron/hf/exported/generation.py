@@ -81,9 +81,9 @@ class MoREGenerationMixin(GenerationMixin):
         tokens = positive("lookahead_for_draft", DRAFT_TOKENS if tokens is None else tokens)
         return {"draft_steps": steps, "draft_tokens": tokens}
 
-    def _prepare_generation_config(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_generation_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Take the options out again: transformers puts arguments there where these are stored, and calls read none."""
-        prepared, others = super()._prepare_generation_config(*args, **kwargs)
+        prepared, others = GenerationMixin._prepare_generation_config(self, *args, **kwargs)
         for name in OPTIONS & vars(prepared).keys():
             others[name] = vars(prepared).pop(name)
         return prepared, others
