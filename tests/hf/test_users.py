@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload
-from transformers import DataCollatorWithFlattening, DynamicCache, Trainer, TrainingArguments
+from transformers import DataCollatorWithFlattening, DynamicCache, GenerationConfig, Trainer, TrainingArguments
 
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 from more_megatron.hf.exported.routing import RouterLogits
@@ -163,6 +163,47 @@ def test_balance_loss_counts_once_a_batch(batch_size: int, tmp_path: Path) -> No
     torch.testing.assert_close(norms[0], ratio * expected, rtol=1e-3, atol=1e-5)
 
 
+@torch.no_grad()
+def test_labels_are_shifted_under_label_smoothing(tmp_path: Path) -> None:
+    model, ids = random_model("moe"), tokens()
+    labels = ids.clone()
+    labels[:, :5] = -100
+    trainer = _trainer(model, tmp_path, label_smoothing_factor=0.1)
+    found = trainer.compute_loss(model, {"input_ids": ids, "labels": labels})
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(found, expected)
+
+
+def test_caches_and_gradient_checkpointing() -> None:
+    model, ids = random_model("recurrent_moe"), tokens()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    expected, cache = model.generate(ids, **settings), model(ids).past_key_values
+    model.train()
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(ids, **settings), expected)
+    with pytest.raises(ValueError, match="what a cache holds cannot be read in training"):
+        model(ids, past_key_values=cache)
+
+
+def test_what_cannot_be_given_is_refused() -> None:
+    model, ids, cache = random_model("recurrent_moe"), tokens(), DynamicCache()
+    with pytest.raises(ValueError, match="output_attentions has no effect"):
+        model(ids, output_attentions=True)
+    cache.update(torch.zeros(2, 4, 1, 8), torch.zeros(2, 4, 1, 8), 0)
+    with pytest.raises(ValueError, match="the cache was filled by another kind of model"):
+        model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="a tuple cannot hold the states of a MoRE model: use a DynamicCache"):
+        model(ids, past_key_values=())
+    with pytest.raises(ValueError, match=r"position_ids has shape \(1, 1\), and not \(b, s\) = \(2, 24\)"):
+        model(ids, position_ids=torch.zeros(1, 1, dtype=torch.long))
+    with pytest.raises(ValueError, match="packed rows need position_ids"):
+        model(ids[:1], cu_seq_lens_q=torch.tensor([0, 9, LENGTH]))
+    model.config.mean_recurrence = 0
+    with pytest.raises(ValueError, match="num_steps 0 must be at least 1"):
+        model(ids)
+
+
 @pytest.mark.parametrize("name", in_two_tiers(name for name in SYSTEMS if find_system(name).traceable))
 def test_one_graph(name: str) -> None:
     model, ids = random_model(name), tokens()
@@ -189,6 +230,17 @@ def test_exported_program(name: str) -> None:
     program = torch.export.export(model, (), kwargs, strict=False)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(**kwargs).logits, model(**kwargs).logits, atol=1e-5, rtol=0)
+
+
+def test_exported_program_of_any_size() -> None:
+    model, ids = random_model("recurrent_moe"), tokens()
+    sizes = {0: torch.export.Dim("b", min=2, max=64), 1: torch.export.Dim("s", min=2, max=64)}
+    kwargs, shapes = {"input_ids": ids, "use_cache": False}, {"input_ids": sizes, "use_cache": None}
+    program = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+    other = ids.repeat(2, 1)[:3, :11]
+    with torch.no_grad():
+        found = program.module()(input_ids=other, use_cache=False).logits
+        torch.testing.assert_close(found, model(other).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("num_steps", [2.7, "3", True, torch.tensor(2.0), [2]])
@@ -228,6 +280,41 @@ def test_generation_from_embeddings(name: str) -> None:
     embeddings = model.get_input_embeddings()(ids)
     assert torch.equal(model.generate(inputs_embeds=embeddings, **settings), plain[:, LENGTH:])
     assert torch.equal(model.generate(inputs_embeds=embeddings, use_cache=False, **settings), plain[:, LENGTH:])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("num_experts_per_tok", 99, "num_experts_per_tok 99 must be at most 4"),
+        ("rope_theta", "5e5", "rope_theta '5e5' must be a finite number"),
+        ("num_hidden_layers", 1, "moe_layers names 2 layers of 1"),
+        ("rope_scaling", {"rope_type": "linear", "factor": 4.0}, "has no effect: rope_theta and rope_scaling_factor"),
+        ("attention_dropout", 0.1, "attention_dropout 0.1 has no effect"),
+    ],
+)
+def test_changed_configurations_are_checked(name: str, value: Any, message: str, tmp_path: Path) -> None:
+    random_model("moe").save_pretrained(tmp_path)
+    config = MoREForCausalLM.config_class.from_pretrained(tmp_path)
+    setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        MoREForCausalLM.from_pretrained(tmp_path, config=config)
+
+
+def test_options_in_a_generation_configuration(tmp_path: Path) -> None:
+    model, ids = random_model("recurrent_moe"), tokens()
+    settings: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "output_logits": True}
+    settings["return_dict_in_generate"] = True
+    expected = {steps: torch.stack(model.generate(ids, num_steps=steps, **settings).logits) for steps in (1, 2)}
+    found = model.generate(ids, GenerationConfig(num_steps=1, **settings)).logits
+    assert torch.equal(torch.stack(found), expected[1])
+    model.generation_config = GenerationConfig(num_steps=1)
+    model.save_pretrained(tmp_path)
+    model = MoREForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(torch.stack(model.generate(ids, **settings).logits), expected[1])
+    # Arguments stand over the configuration.
+    assert torch.equal(torch.stack(model.generate(ids, num_steps=2, **settings).logits), expected[2])
+    drafted = model.generate(ids, GenerationConfig(num_steps=2, draft_steps=1, **settings))
+    assert drafted.verifications > 0
 
 
 def test_states_without_effect_are_refused() -> None:

@@ -36,7 +36,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | RowMask | N
             own, sequence = (mask.sequence == number).nonzero().flatten(), slice(number, number + 1)
             output[:, :, own] = attend(query[:, :, own], key[sequence], value[sequence], mask.visible[own][None, None])
         return output
-    is_causal, is_grouped = mask is None and query.size(2) > 1, query.size(1) != key.size(1)
+    # In this order: of a size that a tracer does not know, `>` is no bool, which the kernel wants.
+    is_causal, is_grouped = query.size(2) > 1 and mask is None, query.size(1) != key.size(1)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
 
 

@@ -146,15 +146,19 @@ def prepare_cache(cache: Cache, num_steps: int | None, slots: int | None) -> Non
     `num_steps` is None if the model has no recurrence, `slots` if the keys and values of all steps are kept.
 
     Raises:
-        ValueError: If the cache cannot grow, or was filled with other numbers of steps.
+        ValueError: If the cache cannot grow, or was filled by another kind of model or with other numbers of steps.
     """
-    if not all(isinstance(layer, _Place) or type(layer) is DynamicLayer for layer in cache.layers):
+    if not isinstance(cache, Cache) or not all(
+        isinstance(layer, _Place) or type(layer) is DynamicLayer for layer in cache.layers
+    ):
         raise ValueError(f"a {type(cache).__name__} cannot hold the states of a MoRE model: use a DynamicCache")
     asked = {"num_steps": num_steps, "cache_steps": slots}
     if cache.get_seq_length() == 0:
         cache.layers.clear()
         _places(cache).clear()
     else:
+        if "more_steps" not in vars(cache):
+            raise ValueError("the cache was filled by another kind of model: start with an empty one")
         for (name, wanted), filled in zip(asked.items(), vars(cache)["more_steps"], strict=True):
             if filled != wanted:
                 raise ValueError(

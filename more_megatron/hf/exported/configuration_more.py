@@ -13,6 +13,13 @@ from .system import find_system, system_names, write_code
 
 __all__ = ["MoREConfig"]
 
+# What users of other models set, and no code here reads.
+_WITHOUT_EFFECT = {
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), "rope_theta and rope_scaling_factor rotate positions"),
+    "attention_dropout": "attention has no dropout",
+    "sliding_window": "attention has no window",
+}
+
 
 class MoREConfig(PretrainedConfig):
     """What a MoRE model is made of, and how its recurrence runs.
@@ -42,13 +49,27 @@ class MoREConfig(PretrainedConfig):
         self.variant = variant
         known = {**FIELDS, **system.fields}
         values = complete_fields(known, {**system.defaults, **fields})
-        check_fields(known, values)
-        system.check(values)
         for name, value in values.items():
             setattr(self, name, value)
         others = {name: value for name, value in fields.items() if name not in known}
         others["tie_word_embeddings"] = values["tie_word_embeddings"]
         super().__init__(**others)
+        self.check()
+
+    def check(self) -> None:
+        """Check the fields as they are now.
+
+        Raises:
+            ValueError: As above, or if something is set that has no effect.
+        """
+        system = find_system(self.variant)
+        known = {**FIELDS, **system.fields}
+        values = {name: getattr(self, name) for name in known}
+        check_fields(known, values)
+        system.check(values)
+        for name, reason in _WITHOUT_EFFECT.items():
+            if getattr(self, name, None):
+                raise ValueError(f"{name} {getattr(self, name)!r} has no effect: {reason}")
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Return all fields: what `config.json` does not say would follow from the defaults of whoever reads it."""

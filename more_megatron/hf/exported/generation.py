@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput
 
 from .options import OPTIONS, WITHOUT_STEPS, CallOptions, positive
@@ -15,18 +15,25 @@ from .speculation import DRAFT_TOKENS, speculate
 
 __all__ = ["MoREGenerationMixin"]
 
+_DRAFT_OPTIONS = ("draft_steps", "lookahead_for_draft", "draft_tokens")
+
 
 class MoREGenerationMixin(GenerationMixin):
     """Generation with the options of calls."""
 
     @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """Generate, with what every model of transformers takes and the options of `CallOptions`.
 
-        With a criterion, and where an object is returned, that has `exit_steps`: the steps that each token took,
-        [recurrences, b, tokens], 0 for padding. The last token was not given to the model. Not with beams.
+        Options may stand in the generation configuration, too. With a criterion, and where an object is returned, that
+        has `exit_steps`: the steps that each token took, [recurrences, b, tokens], 0 for padding. The last token was
+        not given to the model. Not with beams.
 
         Args:
+            inputs: As in transformers.
+            generation_config: As in transformers.
             args: As in transformers.
             kwargs: As in transformers, the options, and for self-speculation:
                 draft_steps: Steps that drafts are made with, fewer than `num_steps`, which verify them.
@@ -38,6 +45,9 @@ class MoREGenerationMixin(GenerationMixin):
         Raises:
             ValueError: If options have no effect, contradict each other or are out of range.
         """
+        settings: Any = self.generation_config if generation_config is None else generation_config
+        stored = {name: value for name, value in vars(settings).items() if name in (*OPTIONS, *_DRAFT_OPTIONS)}
+        args, kwargs = (inputs, generation_config, *args), {**stored, **kwargs}
         draft = self._draft_options(kwargs)
         if draft is not None:
             return super().generate(*args, custom_generate=partial(speculate, **draft), **kwargs)
@@ -53,8 +63,8 @@ class MoREGenerationMixin(GenerationMixin):
 
     def _draft_options(self: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Return steps and tokens of drafts, which are taken from the arguments; None if there are to be none."""
-        steps, names = kwargs.pop("draft_steps", None), ("lookahead_for_draft", "draft_tokens")
-        tokens = next((value for value in [kwargs.pop(name, None) for name in names] if value is not None), None)
+        steps, *counts = (kwargs.pop(name, None) for name in _DRAFT_OPTIONS)
+        tokens = next((value for value in counts if value is not None), None)
         if steps is None:
             if tokens is not None:
                 raise ValueError(f"lookahead_for_draft {tokens!r} has no effect without draft_steps")
@@ -70,6 +80,13 @@ class MoREGenerationMixin(GenerationMixin):
             raise ValueError(f"draft_steps {steps} must be below num_steps {options.num_steps}")
         tokens = positive("lookahead_for_draft", DRAFT_TOKENS if tokens is None else tokens)
         return {"draft_steps": steps, "draft_tokens": tokens}
+
+    def _prepare_generation_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Take the options out again: transformers puts arguments there where these are stored, and calls read none."""
+        prepared, others = GenerationMixin._prepare_generation_config(self, *args, **kwargs)
+        for name in OPTIONS & vars(prepared).keys():
+            others[name] = vars(prepared).pop(name)
+        return prepared, others
 
     def prepare_inputs_for_generation(
         self,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .cache import Memory, prepare_cache
@@ -69,6 +70,8 @@ class MoREPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def __init__(self, config: MoREConfig) -> None:
+        # It may have been changed since it was made.
+        config.check()
         super().__init__(config)
         self.system = find_system(config.variant)
         self._no_split_modules = [self.system.layer_class.__name__]
@@ -159,7 +162,7 @@ class MoREModel(MoREPreTrainedModel):
         fields: dict[str, Any] = {
             "last_hidden_state": hidden_states,
             "hidden_states": None if records.hidden_states is None else tuple(records.hidden_states),
-            "router_logits": records.router_logits(len(hidden_states)),
+            "router_logits": records.router_logits(hidden_states.size(0)),
             "losses": tuple(records.losses) or None,
             "recurrent_states": records.recurrent_states(),
             "exit_steps": records.exit_steps(),
@@ -168,8 +171,13 @@ class MoREModel(MoREPreTrainedModel):
         return MoREModelOutput(**fields)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
-        """Return the cache that a call fills; None without one."""
-        if self.training and self.gradient_checkpointing:
+        """Return the cache that a call fills; None without one.
+
+        A layer that is computed again for its gradients would fill it twice.
+        """
+        if self.training and self.gradient_checkpointing and torch.is_grad_enabled():
+            if given is not None and given.get_seq_length() > 0:
+                raise ValueError("with gradient checkpointing, what a cache holds cannot be read in training")
             return None
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         return DynamicCache() if given is None and wanted else given
@@ -194,6 +202,8 @@ class MoREModel(MoREPreTrainedModel):
         """Return what the layers are told."""
         (batch, length, _), past = embeddings.shape, memory.past
         padding = find_padding(attention_mask, (batch, past + length), embeddings.device)
+        if positions is not None and positions.shape not in ((1, length), (batch, length)):
+            raise ValueError(f"position_ids has shape {tuple(positions.shape)}, and not (b, s) = {(batch, length)}")
         documents = None if positions is None else find_documents(positions.expand(batch, -1), padding, memory)
         if positions is None and padding is not None:
             positions = ((~padding).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
@@ -253,6 +263,8 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
 
         All other arguments are those of `MoREModel`.
         """
+        if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
+            raise ValueError("packed rows need position_ids that begin anew: a collator's return_position_ids=True")
         options = CallOptions.taken_from(kwargs, self.config)
         outputs = self.model(
             input_ids=input_ids,
@@ -299,3 +311,6 @@ def _weight(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:
 
 MoREModel.register_for_auto_class("AutoModel")
 MoREForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# The trainer asks this table whether labels must be shifted under label smoothing, and pipelines whether a model is
+# theirs; that a class is registered tells them nothing.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MoREConfig.model_type] = MoREForCausalLM.__name__

@@ -53,16 +53,19 @@ class CallOptions:
         """Return the options among the arguments of a call, where they are taken away.
 
         Raises:
-            ValueError: If numbers of steps are not integers of at least 1.
+            ValueError: If numbers of steps are not integers of at least 1, or attention weights are wanted.
         """
+        if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+            raise ValueError("output_attentions has no effect: MoRE models do not keep attention weights")
         given = {_OTHER_NAMES.get(name, name): kwargs.pop(name) for name in OPTIONS if name in kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         if given.get("criterion") == "none":
             del given["criterion"]
+        given.setdefault("num_steps", config.mean_recurrence)
         for name in ("num_steps", "cache_steps"):
             if name in given:
                 given[name] = positive(name, given[name])
-        return cls(**{"num_steps": config.mean_recurrence, **given})
+        return cls(**given)
 
     def exits(self, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
         """Return how tokens stop by themselves; None: they do not.

@@ -69,7 +69,7 @@ def grouped_linear(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         rows, weight = rows.to(dtype), weight.to(dtype)
     if _has_grouped_kernel(rows, weight):
         return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
-    group = torch.searchsorted(ends, torch.arange(len(rows), device=rows.device, dtype=ends.dtype), right=True)
+    group = torch.searchsorted(ends, torch.arange(rows.size(0), device=rows.device, dtype=ends.dtype), right=True)
     if not torch.compiler.is_compiling():
         return _padded_linear(rows, weight, ends, group)
     # Every map is applied to all rows: no size depends on how many rows a group has.
@@ -97,7 +97,7 @@ def _padded_linear(rows: Tensor, weight: Tensor, ends: Tensor, group: Tensor) ->
     """Compute `grouped_linear` as a batched product over groups padded to the size of the largest."""
     counts = torch.diff(ends, prepend=ends.new_zeros(1)).long()
     longest = int(counts.max())
-    places = group * longest + torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[group]
+    places = group * longest + torch.arange(rows.size(0), device=rows.device) - (counts.cumsum(0) - counts)[group]
     padded = rows.new_zeros(len(counts) * longest, rows.size(1)).index_copy(0, places, rows)
     return torch.bmm(padded.view(len(counts), longest, -1), weight.transpose(1, 2)).flatten(0, 1)[places]
 
