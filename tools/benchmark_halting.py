@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from more_megatron.errors import OneLineParser, one_line_errors
 from more_megatron.flags import check_ranges
 from more_megatron.systems import systems
+from more_megatron.unfinished import write_whole
 
 
 def parse_flags() -> argparse.Namespace:
@@ -29,7 +31,7 @@ def parse_flags() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--megatron-flags", default="", help="further flags of pretrain_more.py, in one string")
     return parser.parse_args()
 
@@ -108,6 +110,8 @@ def main() -> None:
     flags = parse_flags()
     with one_line_errors("benchmark_halting.py"):
         numbers = ("symbols", "alphabet", "hidden_size", "limit", "train_iters", "batch_size")
+        if flags.json:
+            flags.json.parent.mkdir(parents=True, exist_ok=True)
         check_ranges(flags, dict.fromkeys(numbers, "[1, inf)") | {"lr": "[0, inf)"})
         rows = []
         for number, ponder_coeff in enumerate(flags.ponder_coeffs):
@@ -117,8 +121,7 @@ def main() -> None:
             rows.append(row)
             print("".join(f"{value:18.4g}" for value in row.values()), flush=True)
         if flags.json:
-            with open(flags.json, "w") as file:
-                json.dump(rows, file, indent=2)
+            write_whole(flags.json, json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

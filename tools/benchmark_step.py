@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from pathlib import Path
 
 from more_megatron.errors import OneLineParser, one_line_errors
 from more_megatron.flags import check_ranges
 from more_megatron.systems import get_system, names
+from more_megatron.unfinished import write_whole
 
 
 def parse_flags() -> argparse.Namespace:
@@ -44,7 +46,7 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=7, help="measurements of each system")
     parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there too")
     parser.add_argument("--megatron-flags", default="", help="further flags of pretrain_more.py, in one string")
     return parser.parse_args()
 
@@ -165,14 +167,15 @@ def main() -> None:
     """Run the benchmark."""
     flags = parse_flags()
     with one_line_errors("benchmark_step.py"):
+        if flags.json:
+            flags.json.parent.mkdir(parents=True, exist_ok=True)
         check_ranges(flags, {"rounds": "[1, inf)", "warmup": "[0, inf)", "backprop_steps": "[1, inf)"})
         benchmarks = build(flags)
         figures = {"comparison": compare(flags, benchmarks)}
         if flags.depths:
             figures["by_depth"] = against_depth(flags, benchmarks)
         if flags.json:
-            with open(flags.json, "w") as file:
-                json.dump(figures, file, indent=2)
+            write_whole(flags.json, json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from more_megatron.errors import MoREError
 from more_megatron.monitoring.recurrence import TO_INPUT
 from more_megatron.monitoring.routing import Loads
 from more_megatron.monitoring.watch import Key
+from more_megatron.yaml_tables import read_table
 
 __all__ = ["OF_SOFTMAX", "Ends", "Finding", "Healthy", "Range", "findings", "healthy_ranges"]
 
@@ -132,12 +132,7 @@ def healthy_ranges(
 
 def _read(path: Path, known: Set[str]) -> dict[str, Any]:
     """Return the ranges of a file; names that are nearly those of known figures are slips."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MoREError(f"--health-ranges {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise MoREError(f"--health-ranges {path} holds no mapping: give lines such as `routing/load cv: [0, 0.5]`")
+    content = read_table(path, "--health-ranges", "give lines such as `routing/load cv: [0, 0.5]`")
     for name, ends in content.items():
         if not (isinstance(name, str) and (ends is None or _is_range(ends))):
             raise MoREError(f"--health-ranges {path}: {name} must be [low, high] or null, and is {ends!r}")

@@ -91,6 +91,9 @@ def test_a_file_may_extend_another(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("flags: [lr]\n")
     with pytest.raises(MoREError, match="flags must be a table"):
         Experiment.read(tmp_path / "more.yaml")
+    (tmp_path / "more.yaml").write_text("seeds: [3]\nflags:\n  lr: 2\n  lr: 3\n")
+    with pytest.raises(MoREError, match=r"lr stands there twice.*line 3"):
+        Experiment.read(tmp_path / "more.yaml")
 
 
 def test_flags_that_an_experiment_decides_are_refused() -> None:

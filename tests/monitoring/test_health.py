@@ -234,12 +234,13 @@ def test_ranges_of_a_file(tmp_path: Path) -> None:
     text = "system/gate: null\nrouting/load cv: [null, 0.5]\nloss/trend: [-1, 1]\n"
     assert _warned(_ranges(tmp_path, text), figures) == ["loss/trend"]
     for wrong, part in (
-        ("- 1\n", "holds no mapping"),
+        ("- 1\n", "is no table of keys"),
         ("loss/trend: 3\n", "loss/trend must be"),
         ("loss/trend: [1, -1]\n", "loss/trend must be"),
         ("loss/trend: [.nan, 1]\n", "loss/trend must be"),
         ("routing/lod cv: [0, 1]\n", "did you mean routing/load cv"),
         ("a: [b", "cannot be read"),
+        ("loss/trend: [-1, 1]\nloss/trend: [0, 1]\n", "loss/trend stands there twice"),
     ):
         with pytest.raises(MoREError, match=part):
             _ranges(tmp_path, wrong)

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
-
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import Flags, read_by
 from more_megatron.evaluation.comparison.tasks import fine_tuning
 from more_megatron.flags import MoREFlags, check_ranges
 from more_megatron.systems import flag_names, get_system, systems
+from more_megatron.yaml_tables import read_table
 
 __all__ = ["MATCHES", "Arm", "Experiment", "mean_steps"]
 
@@ -190,12 +189,7 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return the keys of an experiment file and of the one that it extends."""
     if path.resolve() in extending:
         raise MoREError(f"the experiment file {path} extends itself: name another one")
-    try:
-        content = yaml.safe_load(os.path.expandvars(path.read_text()))
-    except (OSError, yaml.YAMLError) as error:
-        raise MoREError(f"the experiment file {path} cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise MoREError(f"the experiment file {path} is no table of keys: see docs/comparison.md")
+    content = read_table(path, "the experiment file", "see docs/comparison.md", os.path.expandvars)
     if (other := content.pop("extends", None)) is None:
         return content
     base = _content(path.parent / str(other), (*extending, path.resolve()))
