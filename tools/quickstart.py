@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.evaluation.training_log import TrainingLog, read_iteration, read_log, read_validation
+from more_megatron.systems import default_name
 from tools.sample_text import obtain_text
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -138,7 +139,7 @@ def _preprocessing(folder: Path) -> list[str]:
 
 def _training(folder: Path, train_iters: int) -> Step:
     flags = f"""
-        --more-variant recurrent_moe
+        --more-variant {default_name()}
         --recurrence-sampling uniform --recurrence-min-steps 2 --recurrence-max-steps 4 --recurrence-backprop-steps 2
         --num-layers 2 --hidden-size 128 --num-attention-heads 4 --ffn-hidden-size 256
         --num-experts 8 --moe-router-topk 1 --moe-aux-loss-coeff 0.001 --moe-z-loss-coeff 0.001
