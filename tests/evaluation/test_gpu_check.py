@@ -105,19 +105,19 @@ def test_a_loss_that_is_not_a_number_fails_training(tmp_path: Path) -> None:
 def training_with_a_nan(folder: str) -> str:
     """Return how training ends whose third loss is no number."""
     from more_megatron.errors import MoREError
-    from more_megatron.evaluation import runs
     from more_megatron.evaluation.gpu_check.work import training
+    from more_megatron.training import model
 
     plan = _plan(folder)
     training.write_corpus(plan)
-    calls, forward_step = [], runs.forward_step
+    calls, forward_step = [], model.forward_step
 
     def with_a_nan(*args: object) -> tuple:
         output, loss = forward_step(*args)
         calls.append(0)
         return (output * torch.nan if len(calls) == 3 else output), loss
 
-    runs.forward_step = with_a_nan
+    model.forward_step = with_a_nan
     try:
         finding = training.learn_and_hand_on(plan, _RECURRENT, "local")
     except MoREError as error:
