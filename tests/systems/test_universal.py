@@ -215,5 +215,6 @@ def _dropout_and_resume(folder: str) -> None:
     assert second.figures[2:] == whole.figures[5:]
 
 
+@pytest.mark.matrix
 def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
     run_ranks(2, _dropout_and_resume, str(tmp_path))

@@ -55,7 +55,7 @@ def _killed(command: str, trap: Callable[[], None]) -> None:
 @pytest.mark.parametrize(
     ("trap", "resumed_after"),
     [
-        (interruptions.kill_in_index_cache, 0),
+        pytest.param(interruptions.kill_in_index_cache, 0, marks=pytest.mark.matrix),
         (interruptions.kill_in_data_file, 2),
         (interruptions.kill_before_checkpoint_is_complete, 2),
         (interruptions.kill_before_tracker, 4),
@@ -71,7 +71,10 @@ def test_goes_on_after_kill(
     assert losses == {i: loss for i, loss in uninterrupted.items() if i > resumed_after}
 
 
-@pytest.mark.parametrize("flags", ["", "--async-save", "--async-save --use-persistent-ckpt-worker"])
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--async-save", pytest.param("--async-save --use-persistent-ckpt-worker", marks=pytest.mark.matrix)],
+)
 def test_goes_on_after_kill_from_outside(
     corpus: Path, tmp_path: Path, uninterrupted: dict[int, str], flags: str
 ) -> None:
@@ -89,7 +92,11 @@ def test_goes_on_after_kill_from_outside(
     ("trap", "flags"),
     [
         (interruptions.terminate_after_step, "--num-workers 1"),
-        (interruptions.terminate_all_after_step, "--async-save --use-persistent-ckpt-worker"),
+        pytest.param(
+            interruptions.terminate_all_after_step,
+            "--async-save --use-persistent-ckpt-worker",
+            marks=pytest.mark.matrix,
+        ),
     ],
 )
 def test_sigterm_saves_first(
