@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_pg_rank, get_pg_size
 
-from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.base_moe import BaseMoELayer
 from more_megatron.blocks.layer import LayerInputs, RowMoELayer
 from more_megatron.blocks.parameters import Placement
 from more_megatron.blocks.recurrent_block import RecurrentBlock, SequenceBlock
@@ -65,7 +65,7 @@ class SharedBlockMoELayer(RowMoELayer):
         return MoEAuxLossAutoScaler.apply(output, penalty * weight)
 
 
-class CombinedBlockMoELayer(CapacityInTrainingMoELayer):
+class CombinedBlockMoELayer(BaseMoELayer):
     """Light experts, combined, and then one recurrent block over the whole sequence, with an MLP of that width."""
 
     def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from more_megatron.blocks.backends import RowGroups
-from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.base_moe import BaseMoELayer
 from more_megatron.blocks.cells import ExpertBias, gru_step, lstm_step
 from more_megatron.blocks.expert_linear import (
     ExpertFeedForward,
@@ -84,7 +84,7 @@ class CellExperts(RoutedExperts):
         """Return this rank's part of the sum that is the output, [rows, h], given rows with padding, [rows, h]."""
 
 
-class CellMoELayer(CapacityInTrainingMoELayer):
+class CellMoELayer(BaseMoELayer):
     """Megatron's MoE layer around experts that iterate."""
 
     experts: CellExperts

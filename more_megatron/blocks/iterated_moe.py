@@ -8,7 +8,7 @@ import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.blocks.backends import backend_of
-from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.base_moe import BaseMoELayer
 from more_megatron.blocks.layer import LayerInputs, MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter, RouterStep
 from more_megatron.config import MoREConfig
@@ -27,7 +27,7 @@ __all__ = [
 _StateAndLogits = tuple[torch.Tensor, torch.Tensor | None]
 
 
-class IteratedMoELayer(CapacityInTrainingMoELayer):
+class IteratedMoELayer(BaseMoELayer):
     """Megatron's MoE layer as one step of an iteration."""
 
     router: IteratedRouter

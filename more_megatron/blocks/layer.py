@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.base_moe import BaseMoELayer
 from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
@@ -84,7 +84,7 @@ class MicroBatchTransformerLayer(TransformerLayer):
         return self._forward_post_mlp(self.mlp(normed, inputs, *more), residual)
 
 
-class RowMoELayer(CapacityInTrainingMoELayer):
+class RowMoELayer(BaseMoELayer):
     """Megatron's MoE layer for experts that mix tokens: they receive coordinates along with the rows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -12,7 +12,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.blocks.backends import backend_of
-from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.base_moe import BaseMoELayer
 from more_megatron.blocks.iterated_moe import IteratedMoELayer, RepeatedMoETransformerLayer, RepeatedTransformerLayer
 from more_megatron.blocks.layer import MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter
@@ -103,7 +103,7 @@ def moe_layer(
     config: MoREConfig,
     *,
     layer: type[TransformerLayer] = TransformerLayer,
-    moe: Callable[..., MoELayer] = CapacityInTrainingMoELayer,
+    moe: Callable[..., MoELayer] = BaseMoELayer,
     parts: dict[str, Any] | None = None,
     experts_cost: Callable[[int], Cost] | None = None,
     repeated: bool = False,

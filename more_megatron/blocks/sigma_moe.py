@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from more_megatron.blocks.capacity import CapacityInTrainingMoELayer
+from more_megatron.blocks.base_moe import BaseMoELayer
 from more_megatron.blocks.entropy_balance import sum_over_positions
 from more_megatron.blocks.experts import RoutedExperts
 from more_megatron.blocks.layer import LayerInputs
@@ -82,7 +82,7 @@ class SigmaExperts(RoutedExperts):
         return padding.unpad(self.backend.linear(weighed.to(inner.dtype), self.values, padding.groups))
 
 
-class SigmaMoELayer(CapacityInTrainingMoELayer):
+class SigmaMoELayer(BaseMoELayer):
     """Megatron's MoE layer whose router reads a norm of what the experts read."""
 
     router: SigmaRouter

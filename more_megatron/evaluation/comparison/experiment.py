@@ -110,7 +110,7 @@ class Experiment:
     def _check(self) -> None:
         names = [arm.name for arm in self.arms]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise MoREError(f"two arms are named {twice[0]}: give deep another name")
+            raise MoREError(f"two arms are named {twice[0]}: give each a name of its own")
         for key, value in (("baseline", self.baseline), ("target", self.target)):
             if value is not None and value not in names:
                 raise MoREError(f"{key} {value} is none of the arms: {', '.join(names)}")

@@ -139,7 +139,7 @@ class _Search:
 
 
 def _nearest_round(measure: Callable[[int], float], target: float, most: int = _MOST) -> int:
-    """Return a number that fast widths have and at which the target is met all but exactly, or else the nearest."""
+    """Return a multiple of the largest of `_COARSER` at which the target is all but met, or else the nearest number."""
     nearest = _nearest(measure, target, most)
     for coarser in _COARSER:
         count = coarser * max(1, round(nearest / coarser))

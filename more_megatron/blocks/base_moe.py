@@ -9,11 +9,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from more_megatron.blocks.experts import Experts
 
-__all__ = ["CapacityInTrainingMoELayer"]
+__all__ = ["BaseMoELayer"]
 
 
-class CapacityInTrainingMoELayer(MoELayer):
-    """Megatron's MoE layer, which keeps all tokens in evaluation.
+class BaseMoELayer(MoELayer):
+    """Megatron's MoE layer, which keeps all tokens in evaluation and lets experts of ours draw their weights.
 
     Which tokens exceed the capacity of an expert depends on tokens that come later: a model that drops is not causal,
     and its losses in evaluation would be those of no model that generates.
