@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.model.costs import model_cost
 from more_megatron.platform import select_platform
 from more_megatron.systems import get_system, systems
 from more_megatron.training.arguments import parse_arguments
@@ -112,7 +111,7 @@ def _parameters(flags: list[str], world_size: int, folder: str) -> int:
     sys.argv = ["pretrain_more.py", *flags]
     config = model_config_from_args(parse_arguments(select_platform())).transformer
     system = get_system(config.more_variant)
-    return model_cost(system.stack(config), system.cost(config, 1024), 8000).parameters
+    return system.model_cost(config, 1024, 8000, tied=False).parameters
 
 
 def _value(flags: list[str], name: str) -> str:

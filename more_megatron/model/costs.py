@@ -73,7 +73,7 @@ def mlp_cost(config: MoREConfig, ffn_hidden_size: int) -> Cost:
     return linear_cost(hidden, ffn_hidden_size) + linear_cost(ffn_hidden_size, hidden)
 
 
-def model_cost(stack: Stack, layers: Cost, vocab_size: int, tied: bool = False) -> Cost:
+def model_cost(stack: Stack, layers: Cost, vocab_size: int, tied: bool) -> Cost:
     """Return the cost of a whole model, given that of its layers; `tied`: input and output embeddings are one."""
     hidden = stack.config.hidden_size
     embedding = linear_cost(hidden, vocab_size)

@@ -118,6 +118,12 @@ class System:
         """Return the cost of the stack, without embeddings, final norm and output layer."""
         return self.stack(config).cost(seq_length)
 
+    def model_cost(self, config: MoREConfig, seq_length: int, vocab_size: int, tied: bool) -> Cost:
+        """Return the cost of a whole model; `tied`: input and output embeddings are one."""
+        from more_megatron.model.costs import model_cost
+
+        return model_cost(self.stack(config), self.cost(config, seq_length), vocab_size, tied)
+
     def width_flag(self, config: MoREConfig) -> str:
         """Return the field that widens what is repeated, by which systems are brought to equal cost."""
         if self.block_width is not None:

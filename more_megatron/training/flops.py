@@ -9,7 +9,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 
 from more_megatron.config import MoREConfig
 from more_megatron.console import say
-from more_megatron.model.costs import Cost, model_cost
+from more_megatron.model.costs import Cost
 from more_megatron.model.depth import DepthSampler
 from more_megatron.platform.memory import check_fits_devices
 from more_megatron.platform.repairs.reports import count_flops_with
@@ -63,6 +63,5 @@ def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def _cost(config: MoREConfig, args: argparse.Namespace) -> Cost:
-    system = get_system(config.more_variant)
-    layers, tied = system.cost(config, args.seq_length), not args.untie_embeddings_and_output_weights
-    return model_cost(system.stack(config), layers, args.padded_vocab_size, tied)
+    tied = not args.untie_embeddings_and_output_weights
+    return get_system(config.more_variant).model_cost(config, args.seq_length, args.padded_vocab_size, tied)

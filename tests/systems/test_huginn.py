@@ -10,7 +10,6 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags
-from more_megatron.model.costs import model_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.loops import TokenGrid
 from more_megatron.model.micro_batch import MicroBatch
@@ -163,7 +162,7 @@ def test_the_cost_of_huginn_0125() -> None:
     sizes = {"hidden_size": hidden, "num_attention_heads": heads, "ffn_hidden_size": width, "num_layers": 8}
     config = small_config("huginn", **{**_HUGINN, **sizes}, num_moe_experts=None)
     system = get_system("huginn")
-    cost = model_cost(system.stack(config), system.cost(config, length), vocabulary, tied=True)
+    cost = system.model_cost(config, length, vocabulary, tied=True)
     # Published: 3,564,976,800; a bias of values that stays zero is stored, too.
     assert cost.parameters == cost.active_parameters == 3_564_976_800 + 8 * hidden
     layer = 2 * (4 * hidden**2 + 3 * hidden * width) + 4 * hidden * length / 2

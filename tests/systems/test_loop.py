@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from more_megatron.errors import MoREError
-from more_megatron.model.costs import model_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
@@ -181,7 +180,7 @@ def _parameters() -> None:
             kept = {name: value for name, value in fields.items() if system.name == "loop" or "group" not in name}
             config = small_config(system.name, **kept, moe_shared_expert_intermediate_size=24)
             built = sum(parameter.numel() for parameter in gpt_model(config, _LENGTH).parameters())
-            cost = model_cost(system.stack(config), system.cost(config, _LENGTH), _VOCABULARY)
+            cost = system.model_cost(config, _LENGTH, _VOCABULARY, tied=False)
             assert cost.parameters == built
 
 

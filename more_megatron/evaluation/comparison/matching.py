@@ -14,7 +14,7 @@ from megatron.training.models.gpt import GPTModelConfig
 
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
-from more_megatron.model.costs import Cost, model_cost
+from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.systems import get_system
 
@@ -31,10 +31,8 @@ _MOST = 1 << 24
 
 def system_cost(model_config: GPTModelConfig, seq_length: int) -> Cost:
     """Return the cost of a whole model, its embeddings included; its vocabulary is padded."""
-    config = model_config.transformer
-    system = get_system(config.more_variant)
-    layers, tied = system.cost(config, seq_length), model_config.share_embeddings_and_output_weights
-    return model_cost(system.stack(config), layers, model_config.vocab_size, tied)
+    config, tied = model_config.transformer, model_config.share_embeddings_and_output_weights
+    return get_system(config.more_variant).model_cost(config, seq_length, model_config.vocab_size, tied)
 
 
 def widths(config: MoREConfig) -> tuple[str, ...]:
