@@ -269,6 +269,7 @@ def test_half_precision_spares_the_router(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_new_models_start_as_in_training(variant: str) -> None:
     config = random_model(variant).config
+    torch.manual_seed(0)
     model = MoREForCausalLM(config)
     weights = dict(model.named_parameters())
     takase = (2 / (5 * HIDDEN)) ** 0.5
