@@ -1,6 +1,7 @@
 """The model configuration: Megatron's, plus the flags that describe recurrence."""
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
@@ -40,6 +41,7 @@ class MoREConfig(MoREFlags, TransformerConfig):
         """Check the flags that one system alone reads; its dataclass of flags overrides this."""
 
 
+@functools.cache
 def config_class(own_flags: type | None) -> type[MoREConfig]:
     """Return the configuration class of a system, given the dataclass of the flags that it alone reads, if any."""
     if own_flags is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from megatron.training import training
+
 from more_megatron.evaluation.runs import forget_run, read_each_docstring_once
 from tests.helpers.training import History, train
 
@@ -15,6 +17,8 @@ def train_all(command_lines: list[str]) -> list[History]:
         command_lines: Flags of each run, separated by blanks.
     """
     read_each_docstring_once()
+    # It would read all flags again, to find that it has nothing to do.
+    training.ft_integration.setup = lambda: None
     histories = []
     for command_line in command_lines:
         histories.append(train(command_line))
