@@ -43,6 +43,8 @@ _LAYOUTS = {
     "tp4 ep4 etp1": Layout(tensor=4, expert=4),
     "ep2 etp2": Layout(expert=2, expert_tensor=2),
 }
+# What only the whole matrix tries: with the others attention is split more than experts are, less, alike, or not.
+_IN_MATRIX = ("ep2", "tp2 ep2 etp2", "tp4 ep2 etp2", "tp4 ep4 etp1")
 
 # Fields of the configuration for each way of dropping tokens; Megatron drops with either dispatcher.
 _DROPPING: dict[str, dict[str, Any]] = {
@@ -178,8 +180,8 @@ def _arrivals(names: list[str]) -> dict[tuple[str, str, str], Arrival]:
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_each_row_that_arrives_is_the_token_that_its_coordinates_name(ranks: int) -> None:
-    names = [name for name in _LAYOUTS if (name == "one") == (ranks == 1)]
+def test_each_row_that_arrives_is_the_token_that_its_coordinates_name(ranks: int, whole_matrix: bool) -> None:
+    names = [name for name in _LAYOUTS if (name == "one") == (ranks == 1) and (whole_matrix or name not in _IN_MATRIX)]
     worlds = run_ranks(ranks, _arrivals, names)
     for case in worlds[0]:
         name, _, dropping = case

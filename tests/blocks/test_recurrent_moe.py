@@ -15,7 +15,7 @@ from more_megatron.model.depth import Depth
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import TINY, History, train
 
-_RUN = f"{TINY} --train-iters 3 --weight-decay 0"
+_RUN = f"{TINY} --num-layers 2 --train-iters 3 --weight-decay 0"
 _RECURRENT = f"{_RUN} --more-variant recurrent_moe"
 
 Parameters = dict[str, torch.Tensor]

@@ -42,7 +42,7 @@ _TOP2 = "--moe-router-topk 2"
 RUNS: dict[str, str] = {
     "moe, dp": "--more-variant moe",
     "moe, tp2, many features": (
-        f"--more-variant moe {_TP2} {_TOP2} --moe-layer-freq [0]+[1]*3 --normalization LayerNorm --qk-layernorm "
+        f"--more-variant moe {_TP2} {_TOP2} --moe-layer-freq [0,1] --normalization LayerNorm --qk-layernorm "
         "--group-query-attention --num-query-groups 2 --add-qkv-bias --tie-embeddings-and-output-weights "
         "--position-embedding-type learned_absolute --no-swiglu --moe-shared-expert-gate "
         "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-topk-scaling-factor 1.5"
@@ -57,15 +57,17 @@ RUNS: dict[str, str] = {
     "moeut, ep2": f"--more-variant moeut {_EP2} {_TOP2} --switchhead-num-experts 1 --normalization LayerNorm",
     "shared_block_ffn, ep2": f"--more-variant shared_block_ffn {_EP2} --moe-shared-expert-intermediate-size 0",
     "loop, pp2": (
-        f"--more-variant loop {_PP2} {_TOP2} --moe-layer-freq [1,0]*2 --router-logit-ema 0.5 "
+        f"--more-variant loop {_PP2} {_TOP2} --num-layers 4 --moe-layer-freq [1,0]*2 --router-logit-ema 0.5 "
         "--recurrence-prelude-layers 1 --recurrence-group-layers 1 --recurrence-injection linear"
     ),
-    "huginn, tp2": f"--more-variant huginn {_TP2}",
-    "huginn, ep2": f"--more-variant huginn {_EP2} {_TOP2} --recurrence-coda-layers 0 --recurrence-injection add",
+    "huginn, tp2": f"--more-variant huginn {_TP2} --num-layers 4",
+    "huginn, ep2": (
+        f"--more-variant huginn {_EP2} {_TOP2} --num-layers 3 --recurrence-coda-layers 0 --recurrence-injection add"
+    ),
     "shared_block_ffn, tp2": f"--more-variant shared_block_ffn {_TP2} {_TOP2} --normalization LayerNorm",
     "universal, tp2": f"--more-variant universal {_TP2} {_TOP2} --halting-output basic --router-logit-ema 0.5",
     "universal, pp2": (
-        f"--more-variant universal {_PP2} --pipeline-model-parallel-layout Etttt|L --moe-layer-freq [0]+[1]*3 "
+        f"--more-variant universal {_PP2} --pipeline-model-parallel-layout Ett|L --moe-layer-freq [0,1] "
         "--universal-post-norm --universal-time-signal sinusoid --halting none"
     ),
     "gru_experts, ep2": f"--more-variant gru_experts {_EP2} {_TOP2}",
@@ -85,7 +87,7 @@ IN_MATRIX = (
 _DENSE = (RUNS["huginn, tp2"],)
 # The run whose arguments do not travel with the model: they are derived from its configuration.
 WITHOUT_ARGUMENTS = "recurrent_moe, ep2"
-_COMMON = f"{TINY_ON_FILES} --train-iters 2 --save-interval 2 --eval-iters 2"
+_COMMON = f"{TINY_ON_FILES} --num-layers 2 --train-iters 2 --save-interval 2 --eval-iters 2"
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,7 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
     said = {}
     for name in names:
         place = folder / name
-        lines = to_hf(ToHF(place / "run", place / "hf", max_shard_size=100_000, verify=True, progress=False))
+        lines = to_hf(ToHF(place / "run", place / "hf", max_shard_size=50_000, verify=True, progress=False))
         if name == WITHOUT_ARGUMENTS:
             (place / "hf" / "megatron_args.json").unlink()
         lines += from_hf(FromHF(place / "hf", place / "back", verify=True, progress=False))
