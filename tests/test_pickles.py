@@ -16,9 +16,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from more_megatron.checkpoint_files import fault, newest_complete_iteration
 from more_megatron.errors import MoREError
 from more_megatron.pickles import load_strictly, read_metadata
-from tests.helpers.program import pretrain_more
+from tests.helpers.program import finished, pretrain_more, refused
 from tests.helpers.training import TINY
-from tests.training.test_refusals import refused
 
 _RUN = f"{TINY} --num-layers 2 --train-iters 4"
 
@@ -37,8 +36,7 @@ class _Code:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the checkpoints of iterations 2 and 4."""
     folder = tmp_path_factory.mktemp("saved")
-    [ended] = pretrain_more(1, f"{_RUN} --save {folder} --save-interval 2")
-    assert ended.code == 0, ended.stderr
+    finished(f"{_RUN} --save {folder} --save-interval 2")
     return folder
 
 

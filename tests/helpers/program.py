@@ -23,7 +23,7 @@ from typing import Any
 
 from tests.helpers.ranks import PRELOADED, alone, free_port, rank_environment
 
-__all__ = ["Ended", "Program", "losses_by_iteration", "pretrain_more"]
+__all__ = ["Ended", "Program", "finished", "losses_by_iteration", "pretrain_more", "refused"]
 
 _ENTRY_POINT = Path(__file__).parents[2] / "pretrain_more.py"
 _LOSS = "lm loss: "
@@ -139,6 +139,28 @@ def pretrain_more(
 ) -> list[Ended]:
     """Run the program to its end; arguments as for `Program`."""
     return Program(ranks, command_line, environment, prepare).wait()
+
+
+def finished(command_line: str, ranks: int = 1, prepare: Callable[[], Any] | None = None) -> str:
+    """Run the program to its end and return what its ranks wrote.
+
+    Raises:
+        AssertionError: If a rank ends with an error.
+    """
+    ended = pretrain_more(ranks, command_line, prepare=prepare)
+    output = "\n".join(rank.stdout + rank.stderr for rank in ended)
+    assert [rank.code for rank in ended] == [0] * ranks, output[-4000:]
+    return output
+
+
+def refused(ended: Ended, *parts: str) -> None:
+    """Assert that a rank ended with one line on standard error which holds `parts`."""
+    assert ended.code == 1, ended.stderr
+    lines = [line for line in ended.stderr.splitlines() if line.startswith("pretrain_more.py: error: ")]
+    assert len(lines) == 1, ended.stderr
+    assert "Traceback" not in ended.stderr
+    for part in parts:
+        assert part in lines[0]
 
 
 def losses_by_iteration(output: str) -> dict[int, str]:

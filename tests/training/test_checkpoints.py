@@ -18,11 +18,10 @@ from more_megatron.checkpoint_files import (
     unnamed_iteration,
 )
 from more_megatron.errors import MoREError
-from tests.helpers.program import pretrain_more
+from tests.helpers.program import finished, pretrain_more, refused
 from tests.helpers.training import TINY
-from tests.training.test_refusals import refused
 
-_RUN = f"{TINY} --train-iters 4"
+_RUN = f"{TINY} --num-layers 2 --train-iters 4"
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -30,8 +29,7 @@ _TRACKER = "latest_checkpointed_iteration.txt"
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with the checkpoints of iterations 2 and 4."""
     folder = tmp_path_factory.mktemp("saved")
-    [ended] = pretrain_more(1, f"{_RUN} --save {folder} --save-interval 2")
-    assert ended.code == 0, ended.stderr
+    finished(f"{_RUN} --save {folder} --save-interval 2")
     return folder
 
 
@@ -100,7 +98,7 @@ def test_damaged_checkpoint(folder: Path, damage: Callable[[Path], None], parts:
     ("flags", "part"),
     [
         ("--more-variant moe", "--more-variant was recurrent_moe and is moe now"),
-        ("--num-layers 2", "--num-layers was 4 and is 2 now"),
+        ("--num-layers 4", "--num-layers was 2 and is 4 now"),
         ("--hidden-size 64", "--hidden-size was 32 and is 64 now"),
         ("--num-experts 8", "--num-experts was 4 and is 8 now"),
         ("--group-query-attention --num-query-groups 2", "--group-query-attention was False and is True now"),
@@ -117,8 +115,7 @@ def test_checkpoint_of_another_run(saved: Path, flags: str, part: str) -> None:
     "flags", ["--no-use-distributed-optimizer --no-load-optim", "--train-iters 6 --override-opt-param-scheduler"]
 )
 def test_what_the_refusal_advises_works(saved: Path, flags: str) -> None:
-    [ended] = pretrain_more(1, f"{_RUN} --load {saved} {flags} --ckpt-step 2")
-    assert ended.code == 0, ended.stderr
+    finished(f"{_RUN} --load {saved} {flags} --ckpt-step 2")
 
 
 def test_complete_checkpoints_have_no_fault(saved: Path) -> None:
@@ -169,10 +166,7 @@ def test_complete_checkpoint_that_the_tracker_does_not_name(folder: Path) -> Non
 
 
 def _goes_on(folder: Path, flags: str = "") -> str:
-    run = f"{_RUN} --train-iters 6 --override-opt-param-scheduler --load {folder}"
-    [ended] = pretrain_more(1, f"{run} {flags}")
-    assert ended.code == 0, ended.stderr
-    return ended.stdout
+    return finished(f"{_RUN} --train-iters 6 --override-opt-param-scheduler --load {folder} {flags}")
 
 
 def test_folder_of_a_conversion_is_saved_into(folder: Path) -> None:

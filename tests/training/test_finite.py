@@ -9,16 +9,15 @@ import pytest
 
 from more_megatron.checkpoint_files import newest_clean_iteration
 from tests.helpers import interruptions
-from tests.helpers.program import pretrain_more
+from tests.helpers.program import Ended, pretrain_more, refused
 from tests.helpers.training import TINY
-from tests.training.test_refusals import refused
 
-_RUN = f"{TINY} --num-layers 2 --train-iters 8 --save-interval 2"
+_RUN = f"{TINY} --num-layers 2 --train-iters 5 --save-interval 2"
 _UNCHECKED = "--no-check-for-nan-in-loss-and-grad"
 _TRACKER = "latest_checkpointed_iteration.txt"
 
 
-def _run(folder: Path, flags: str = "", spoil: Callable[[], None] | None = None, ranks: int = 1) -> list:
+def _run(folder: Path, flags: str = "", spoil: Callable[[], None] | None = None, ranks: int = 1) -> list[Ended]:
     return pretrain_more(ranks, f"{_RUN} --save {folder} --load {folder} {flags}", prepare=spoil)
 
 

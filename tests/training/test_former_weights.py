@@ -16,7 +16,7 @@ from more_megatron.systems import get_system, systems
 from more_megatron.training.former_weights import ask_for_former_weights
 from tests.blocks.backends.compare import lay, sharded
 from tests.helpers.models import HIDDEN, gpt_model, small_config, start_ranks
-from tests.helpers.program import pretrain_more
+from tests.helpers.program import finished
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import TINY
 
@@ -85,10 +85,9 @@ def test_a_model_takes_what_the_former_has(name: str, gated: bool, ranks: int, t
 
 def test_what_is_drawn_anew_is_named_in_one_line(tmp_path: Path) -> None:
     run = f"{TINY} --train-iters 1 --num-layers 2"
-    pretrain_more(1, f"{run} --more-variant moe --save {tmp_path} --save-interval 1")
-    (ended,) = pretrain_more(1, f"{run} --more-variant gru_experts --finetune --load {tmp_path}")
-    assert ended.code == 0, ended.stderr
-    (line,) = [line for line in ended.stdout.splitlines() if "drawn anew" in line]
+    finished(f"{run} --more-variant moe --save {tmp_path} --save-interval 1")
+    output = finished(f"{run} --more-variant gru_experts --finetune --load {tmp_path}")
+    (line,) = [line for line in output.splitlines() if "drawn anew" in line]
     assert line.startswith("> gru_experts starts from moe; drawn anew: ")
     assert "mlp.experts.gru.weight" in line
     assert "fc1.weight" not in line

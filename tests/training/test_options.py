@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
-from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
-from tests.helpers.training import TINY_ON_FILES, History
+from tests.helpers.training import TINY, History
 
-_RUN = f"{TINY_ON_FILES} --num-layers 2 --train-iters 3 --split 90,10,0"
+_RUN = f"{TINY} --num-layers 2 --train-iters 3"
 _BIAS = "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-aux-loss-coeff 0"
 
 OPTIONS = {
@@ -49,15 +47,9 @@ _STEPS = {"exit interval": 2, "skip train": 0}
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the prefix of a dataset."""
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "text")
-
-
-@pytest.fixture(scope="module")
-def histories(corpus: Path) -> dict[str, History]:
+def histories() -> dict[str, History]:
     """Return what a run with each option reported."""
-    lines = [f"{_RUN} --data-path {corpus} {flags}" for flags in OPTIONS.values()]
+    lines = [f"{_RUN} {flags}" for flags in OPTIONS.values()]
     # Of the two flags one may be given.
     lines = [line.replace("--global-batch-size 4 ", "") if "--step-batch-size" in line else line for line in lines]
     return dict(zip(OPTIONS, run_ranks(1, train_all, lines)[0], strict=True))

@@ -21,7 +21,7 @@ from more_megatron.training.data_checks import check_data
 from more_megatron.training.flops import print_cost
 from more_megatron.training.model import model_config_from_args
 from tests.helpers.corpus import write_corpus
-from tests.helpers.program import Ended, pretrain_more
+from tests.helpers.program import Ended, finished, pretrain_more, refused
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import TINY, TINY_ON_FILES
 
@@ -171,16 +171,6 @@ LATE = {
 }
 
 
-def refused(ended: Ended, *parts: str) -> None:
-    """Assert that a rank ended with one line on standard error which holds `parts`."""
-    assert ended.code == 1, ended.stderr
-    lines = [line for line in ended.stderr.splitlines() if line.startswith("pretrain_more.py: error: ")]
-    assert len(lines) == 1, ended.stderr
-    assert "Traceback" not in ended.stderr
-    for part in parts:
-        assert part in lines[0]
-
-
 @pytest.fixture(scope="module")
 def lines() -> dict[str, str | None]:
     """Return what the program says to each of the flags, None where it would train."""
@@ -303,17 +293,15 @@ def test_data_without_validation_are_trained_on(corpus: Path, tmp_path: Path) ->
     file = tmp_path / "blend"
     file.write_text(json.dumps({"train": f"0.3 {corpus} 0.7 {corpus}", "test": [str(corpus)]}))
     run = TINY_ON_FILES.replace("--eval-iters 0 --eval-interval 1000", "--eval-iters 1 --num-layers 1")
-    [ended] = pretrain_more(1, f"{run} --per-split-data-args-path {file}")
-    assert ended.code == 0, ended.stderr
-    assert "> there are no validation data" in ended.stdout
-    assert " test loss at iteration 6 on test set" in ended.stdout
+    output = finished(f"{run} --per-split-data-args-path {file}")
+    assert "> there are no validation data" in output
+    assert " test loss at iteration 6 on test set" in output
     file.write_text(str(corpus))
-    ended = pretrain_more(1, f"{run} --data-args-path {file} --split 100,0,0")[0]
-    assert ended.code == 0, ended.stderr
+    finished(f"{run} --data-args-path {file} --split 100,0,0")
 
 
 def test_bad_ids_where_the_check_at_start_does_not_look(tmp_path: Path) -> None:
-    prefix = write_corpus(tmp_path / "long", documents=20_000)
+    prefix = write_corpus(tmp_path / "long", documents=10_000)
     tokens = np.memmap(f"{prefix}.bin", np.uint16)
     looked_at = np.zeros(len(tokens), bool)
     for start in np.linspace(0, len(tokens) - 4096, 64, dtype=np.int64):
@@ -332,14 +320,11 @@ def test_several_validation_sets_and_a_test(corpus: Path, tmp_path: Path) -> Non
     file.write_text(json.dumps({"train": [str(corpus)], "valid": [str(short), str(long)], "test": [str(short)]}))
     run = TINY_ON_FILES.replace("--eval-iters 0", "--eval-iters 3 --num-layers 1 --recurrence-eval-depths 1 2")
     run += f" --train-iters 1 --full-validation --per-split-data-args-path {file}"
-    [ended] = pretrain_more(1, f"{run} --multiple-validation-sets --validation-set-names short long")
-    assert ended.code == 0, ended.stderr
-    names = re.findall(r"^ (\S+) loss at iteration 1 on (\S+) set", ended.stdout, re.MULTILINE)
+    output = finished(f"{run} --multiple-validation-sets --validation-set-names short long")
+    names = re.findall(r"^ (\S+) loss at iteration 1 on (\S+) set", output, re.MULTILINE)
     assert names == [("validation-short", "validation"), ("validation-long", "validation"), ("test", "test")]
-    assert " evaluation at iteration 1 on test set with 2 recurrence steps | lm loss: " in ended.stdout
-    [ended] = pretrain_more(1, run)
-    assert ended.code == 0, ended.stderr
-    assert " test loss at iteration 1 on test set" in ended.stdout
+    assert " evaluation at iteration 1 on test set with 2 recurrence steps | lm loss: " in output
+    assert " test loss at iteration 1 on test set" in finished(run)
 
 
 def test_tokenizer_of_other_data(corpus: Path, tmp_path: Path) -> None:

@@ -11,19 +11,16 @@ import torch
 
 from more_megatron.pickles import read_metadata
 from more_megatron.training.stored_flags import given_flags
-from tests.helpers.program import losses_by_iteration, pretrain_more
+from tests.helpers.program import finished, losses_by_iteration, pretrain_more, refused
 from tests.helpers.training import TINY
-from tests.training.test_refusals import refused
 
 _FIELDS = "--more-variant shared_block --recurrence-steps 3 --recurrence-state-std 0.5 --projection-dropout 0.1"
 _MODEL = "--moe-router-topk 1 --norm-epsilon 0.001"
 _RUN = f"{TINY} --num-layers 2 --train-iters 6"
 
 
-def _run(flags: str, code: int = 0) -> str:
-    [ended] = pretrain_more(1, f"{_RUN} {flags}")
-    assert ended.code == code, ended.stderr
-    return ended.stdout
+def _run(flags: str) -> str:
+    return finished(f"{_RUN} {flags}")
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +40,7 @@ def continued(saved: Path) -> dict[int, str]:
 @pytest.mark.parametrize("flags", [_MODEL, "--use-checkpoint-args --norm-epsilon 0.001"])
 def test_fields_left_out_come_from_the_checkpoint(saved: Path, continued: dict[int, str], flags: str) -> None:
     run = _RUN.replace("--vocab-size 127", "") if "--use-checkpoint-args" in flags else _RUN
-    [ended] = pretrain_more(1, f"{run} {flags} --load {saved}")
-    assert ended.code == 0, ended.stderr
-    output = ended.stdout
+    output = finished(f"{run} {flags} --load {saved}")
     assert losses_by_iteration(output) == continued
     for flag in ("--more-variant shared_block", "--recurrence-steps 3", "--recurrence-state-std 0.5"):
         assert f"> {flag}, as in {saved / 'iter_0000003'}" in output
