@@ -20,11 +20,14 @@ install Python 3.12, or name it with `make PYTHON=/path/to/python3.12`
 quickstart: $(STAMP)
 	@$(BIN)/python tools/quickstart.py
 
+# Three workers for two cores: there is work while one waits for its turn to start several ranks, or for a process.
+PYTEST = $(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --all
+	$(PYTEST) --all
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
