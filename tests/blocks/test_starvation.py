@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+
 import pytest
 import torch
+from megatron.core import tensor_parallel
 
 from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.blocks.layer import LayerInputs
@@ -18,14 +22,14 @@ _LENGTH, _BATCH = 8, 2
 _OWN_EXPERTS = [name for name, system in systems().items() if system.expert_rows is not FEED_FORWARD]
 
 
-def _all_to_one_expert(
-    variant: str, layout: dict[str, int], dispatcher: str, expert: int
-) -> tuple[torch.Tensor, float, int]:
-    """Return the output, the size of the experts' gradients, and how many gradients of the layer are missing."""
-    start_ranks(**layout)
-    config = small_config(
-        variant, expert_model_parallel_size=layout.get("expert", 1), moe_token_dispatcher_type=dispatcher
-    )
+# The output, the size of the experts' gradients, and how many gradients of the layer are missing.
+Outcome = tuple[torch.Tensor, float, int]
+
+
+def _all_to_one_expert(variant: str, dispatcher: str, expert: int) -> Outcome:
+    tensor_parallel.model_parallel_cuda_manual_seed(1234, force_reset_rng=True)
+    ranks = torch.distributed.get_world_size()
+    config = small_config(variant, expert_model_parallel_size=ranks, moe_token_dispatcher_type=dispatcher)
     model = gpt_model(config, _LENGTH).train()
     moe = model.decoder.layers[0].mlp
     probs = torch.zeros(_LENGTH * _BATCH, EXPERTS)
@@ -43,21 +47,25 @@ def _all_to_one_expert(
     return output.detach(), size, len(gradients) - len(present)
 
 
-def _cases(variant: str, layout: dict[str, int]) -> dict[tuple[str, int], tuple[torch.Tensor, float, int]]:
-    return {
-        (dispatcher, expert): _all_to_one_expert(variant, layout, dispatcher, expert)
-        for dispatcher in DISPATCHERS
-        for expert in (0, EXPERTS - 1)
-    }
+def _outcomes() -> dict[tuple[str, str, int], Outcome]:
+    start_ranks(expert=int(os.environ["WORLD_SIZE"]))
+    cases = itertools.product(_OWN_EXPERTS, DISPATCHERS, (0, EXPERTS - 1))
+    return {case: _all_to_one_expert(*case) for case in cases}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> tuple[dict, dict, dict]:
+    """Return what a single process computes, and what each of two ranks does."""
+    return (*run_ranks(1, _outcomes), *run_ranks(2, _outcomes))
 
 
 @pytest.mark.parametrize("variant", _OWN_EXPERTS)
-def test_a_rank_without_rows_takes_part(variant: str) -> None:
-    (whole,) = run_ranks(1, _cases, variant, {})
-    ranks = run_ranks(2, _cases, variant, {"expert": 2})
-    for case, (expected, _, missing) in whole.items():
+def test_a_rank_without_rows_takes_part(outcomes: tuple[dict, dict, dict], variant: str) -> None:
+    whole, *ranks = outcomes
+    for case in itertools.product([variant], DISPATCHERS, (0, EXPERTS - 1)):
+        expected, _, missing = whole[case]
         assert missing == 0
-        starved, fed = (ranks[1][case], ranks[0][case]) if case[1] == 0 else (ranks[0][case], ranks[1][case])
+        fed, starved = (rank[case] for rank in (ranks if case[-1] == 0 else ranks[::-1]))
         for output, _, missing in (starved, fed):
             # Both replicas work on the same tokens here.
             torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)

@@ -9,13 +9,12 @@ from collections.abc import Callable
 import pytest
 
 from more_megatron.systems import systems
-from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.systems import flags_of
-from tests.helpers.training import TINY_ON_FILES, History
+from tests.helpers.training import TINY, History
 
-_RUN = f"{TINY_ON_FILES} --num-layers 2 --train-iters 2 --split 90,10,0 --attention-dropout 0.2 --hidden-dropout 0.2"
+_RUN = f"{TINY} --num-layers 2 --train-iters 2 --attention-dropout 0.2 --hidden-dropout 0.2"
 _DEPTH = (
     "--recurrence-steps 3 --recurrence-backprop-steps 2 "
     "--recurrence-prelude-layers 1 --recurrence-coda-layers 0 --recurrence-group-layers 1"
@@ -49,15 +48,14 @@ def _is_always(layout: str, system: str, recomputation: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def histories(whole_matrix: bool, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
+def histories(whole_matrix: bool) -> Callable[[str], dict]:
     """Return what gives the runs under a layout, by system and recomputation; they share a world."""
-    run = f"{_RUN} --data-path {write_corpus(tmp_path_factory.mktemp('corpus') / 'text')}"
 
     @functools.cache
     def of(layout: str) -> dict[tuple[str, str], History]:
         ranks, flags = _LAYOUTS[layout]
         lines = {
-            (system, kind): f"{run} {flags_of(system, _DEPTH)} {flags} {recomputation}"
+            (system, kind): f"{_RUN} {flags_of(system, _DEPTH)} {flags} {recomputation}"
             for system in _SYSTEMS
             for kind, recomputation in _RECOMPUTATION.items()
             if whole_matrix or kind == "off" or _is_always(layout, system, kind)

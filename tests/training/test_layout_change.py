@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 
 from more_megatron.systems import names
-from tests.helpers.corpus import write_corpus
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.systems import flags_of, is_one_group
-from tests.helpers.training import TINY_ON_FILES, History
+from tests.helpers.training import TINY, History
 
 _ITERATIONS = 6
-_RUN = f"{TINY_ON_FILES} --train-iters {_ITERATIONS} --split 1,0,0 --save-interval 2"
+_RUN = f"{TINY} --train-iters {_ITERATIONS} --split 1,0,0 --save-interval 2"
 _DEPTH = "--recurrence-steps 3 --recurrence-backprop-steps 2"
 # Two layers, of which each stage must hold a looped group whole.
 _DIVISION = "--recurrence-prelude-layers 1 --recurrence-coda-layers 0 --recurrence-group-layers 1"
@@ -55,7 +54,7 @@ def _is_always(name: str, system: str) -> bool:
 def systems(whole_matrix: bool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, History]]:
     """Return what runs of each system reported, each run but the first continuing from another layout's checkpoint."""
     folder = tmp_path_factory.mktemp("systems")
-    run = f"{_RUN} --num-layers 2 --moe-router-topk 2 --data-path {write_corpus(folder / 'corpus')}"
+    run = f"{_RUN} --num-layers 2 --moe-router-topk 2"
     sources = {source for _, _, source, _, _ in _RUNS.values()}
     histories: dict[str, dict[str, History]] = {system: {} for system in _SYSTEMS}
     for name, (ranks, layout, source, iteration, _) in _RUNS.items():
