@@ -18,7 +18,7 @@ _SYSTEM = "sure_moe"
 
 
 def main() -> None:
-    """Train, resume under another layout, export, and compare."""
+    """Train, resume under another layout, export, compare, and run the example's own test."""
     assert _SYSTEM in names()
     with tempfile.TemporaryDirectory() as folder:
         run = f"{TINY} --num-layers 2 --train-iters 4 --moe-router-topk 2"
@@ -31,6 +31,7 @@ def main() -> None:
         assert resumed.losses == pytest.approx(whole.losses[2:], rel=1e-5)
         (said,) = run_ranks(1, _convert, folder)
         print("\n".join(said))
+    pytest.main(["-q", f"tests/systems/test_{_SYSTEM}.py"])
 
 
 def _convert(folder: str) -> list[str]:
