@@ -13,17 +13,17 @@ from more_megatron.platform import select_platform
 from more_megatron.systems import get_system, systems
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.model import model_config_from_args
+from tests.helpers.corpus import sample_text
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, linter, parse, train_call
 from tests.helpers.systems import in_two_tiers
-from tools.sample_text import write_sample_text
 
-_SCRIPTS = sorted([*PROJECT.glob("examples/**/*.sh"), PROJECT / ".ci" / "run"])
+_SCRIPTS = sorted([*PROJECT.glob("examples/**/*.sh"), *PROJECT.glob("examples/**/*.sbatch"), PROJECT / ".ci" / "run"])
 _ON_TWO_NODES = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node0"}
 _TEXT_BYTES = 120_000
 
 
-@pytest.mark.parametrize("script", _SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("script", _SCRIPTS, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_bash_and_shellcheck_accept(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     found = subprocess.run([linter("shellcheck"), "-x", script], cwd=PROJECT, capture_output=True, text=True)
@@ -53,9 +53,7 @@ def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the reference configuration's preprocessing has run, on small texts."""
     folder = tmp_path_factory.mktemp("wikitext103")
     for split in ("train", "valid", "test"):
-        path = folder / f"wiki.{split}.tokens"
-        write_sample_text(path)
-        path.write_text(path.read_text()[:_TEXT_BYTES])
+        (folder / f"wiki.{split}.tokens").write_text(sample_text(_TEXT_BYTES))
     # From elsewhere, with a folder named from there.
     calls_of("mkdir -p elsewhere && cd elsewhere && bash ../examples/wikitext103/preprocess.sh ..", folder)
     return folder
@@ -64,7 +62,7 @@ def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_reference_preprocessing_writes_what_the_runs_read(preprocessed: Path) -> None:
     (call,) = calls_of("bash examples/wikitext103/single_node.sh", preprocessed)
     for flag in ("--train-data-path", "--valid-data-path", "--test-data-path"):
-        assert (preprocessed / f"{_value(call.flags, flag)}.idx").is_file()
+        assert (preprocessed / f"{call.value(flag)}.idx").is_file()
 
 
 @pytest.mark.parametrize("variant", systems())
@@ -73,8 +71,8 @@ def test_reference_parses_on_one_node_and_on_two(variant: str, preprocessed: Pat
     (one,) = calls_of("bash examples/wikitext103/single_node.sh", preprocessed, variables)
     (two,) = calls_of("bash examples/wikitext103/multi_node.sh", preprocessed, {**variables, **_ON_TWO_NODES})
     assert (one.world_size, two.world_size) == (8, 16)
-    assert _value(one.flags, "--micro-batch-size") == "6"
-    assert _value(two.flags, "--micro-batch-size") == "3"
+    assert one.value("--micro-batch-size") == "6"
+    assert two.value("--micro-batch-size") == "3"
     parse(one, preprocessed)
     parse(two, preprocessed)
 
@@ -84,9 +82,7 @@ def test_reasoning_prepares_what_fine_tuning_reads(tmp_path: Path) -> None:
     for split in ("train", "test"):
         for number in (1, 3):
             (tmp_path / f"qa{number}_facts_{split}.txt").write_text(story)
-    text = tmp_path / "text.txt"
-    write_sample_text(text)
-    text.write_text(text.read_text()[:_TEXT_BYTES])
+    (tmp_path / "text.txt").write_text(sample_text(_TEXT_BYTES))
     tokenizer = "python tools/preprocess_wikitext.py --input text.txt --output-prefix text --train-tokenizer"
     script = f"""
         {tokenizer} --vocab-size 400 --tokenizer-model quickstart/data/tokenizer.model --no-progress
@@ -100,7 +96,7 @@ def test_reasoning_prepares_what_fine_tuning_reads(tmp_path: Path) -> None:
         assert call.flags[at + 1 : at + 7 : 2] == ["0.4", "0.3", "0.3"]
         for prefix in call.flags[at + 2 : at + 8 : 2]:
             assert (tmp_path / f"{prefix}_answers.idx").is_file()
-    assert _value(call.flags, "--lr") == "5e-5"
+    assert call.value("--lr") == "5e-5"
     parse(call, tmp_path)
 
 
@@ -112,10 +108,6 @@ def _parameters(flags: list[str], world_size: int, folder: str) -> int:
     config = model_config_from_args(parse_arguments(select_platform())).transformer
     system = get_system(config.more_variant)
     return system.model_cost(config, 1024, 8000, tied=False).parameters
-
-
-def _value(flags: list[str], name: str) -> str:
-    return flags[flags.index(name) + 1]
 
 
 @pytest.mark.parametrize(("profile", "millions"), [("44m", 44.0), ("244m", 244.0), ("1b", 1040.0)])

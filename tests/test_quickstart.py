@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.corpus import sample_text
 from tests.helpers.shell import PROJECT
-from tools.sample_text import write_sample_text
-
-_TEXT_BYTES = 400_000
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +46,7 @@ def test_failed_step_is_one_line_that_names_it_and_its_log(folder: Path) -> None
 @pytest.mark.usefixtures("several_ranks")
 def test_goes_all_the_way_and_what_it_proposes_works(folder: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    write_sample_text(text)
-    text.write_text(text.read_text()[:_TEXT_BYTES])
+    text.write_text(sample_text(400_000))
     ended = _quickstart(folder, text)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     steps = [int(number) for number in re.findall(r"iteration +(\d+)/10 \|", ended.stdout)]

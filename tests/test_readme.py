@@ -22,9 +22,9 @@ from more_megatron.monitoring.flags import HealthFlags
 from more_megatron.systems import systems
 from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
 from more_megatron.training.options import TrainingFlags
+from tests.helpers.corpus import sample_text
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, parse, train_call, use
-from tools.sample_text import write_sample_text
 
 _README = (PROJECT / "README.md").read_text()
 _SMALLER = (
@@ -34,7 +34,6 @@ _SMALLER = (
 )
 _MOST_RANKS = 2
 _SPLITS = ("train", "valid", "test")
-_TEXT_BYTES = 200_000
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     (folder / "quickstart").mkdir()
     for path in (folder / "quickstart" / "text.txt", *(folder / "data" / f"wiki.{x}.tokens" for x in _SPLITS)):
-        write_sample_text(path)
-        path.write_text(path.read_text()[:_TEXT_BYTES])
+        path.write_text(sample_text(200_000))
     return folder
 
 

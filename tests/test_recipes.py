@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.corpus import sample_text
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, calls_of, train_call, use
-from tools.sample_text import write_sample_text
 
 _README = (PROJECT / "README.md").read_text()
 _BEFORE, *_SECTIONS = re.split(r"^## ", (PROJECT / "docs" / "recipes.md").read_text(), flags=re.MULTILINE)
@@ -41,9 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
     for name in ("data", "quickstart"):
         (folder / name).mkdir()
-    text = folder / "quickstart" / "text.txt"
-    write_sample_text(text)
-    text.write_text(text.read_text()[:200_000])
+    (folder / "quickstart" / "text.txt").write_text(sample_text(200_000))
     commands = _blocks(_README.split("## One node")[1].split("## Several nodes")[0], "bash")
     (first,) = (call for call in calls_of(commands, folder) if call.program == "torchrun")
     assert [ended.code for ended in train_call(first, _SMALLER, folder)] == [0, 0]

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import sentencepiece
 
@@ -131,8 +130,3 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> No
     assert len(lines) == 1, result.stderr
     for word in words:
         assert word in lines[0]
-
-
-def read_tokens(prefix: str | os.PathLike[str], dtype: type = np.uint16) -> list[int]:
-    """All tokens of a dataset."""
-    return np.fromfile(f"{os.fspath(prefix)}.bin", dtype=dtype).tolist()

@@ -344,6 +344,7 @@ def test_tampered_library(
         assert not list(tmp_path.glob("x*"))
     else:
         assert "not gigatoken: its ids differ" in result.stderr
+    (tmp_path / "in.txt").write_text("\n\n".join(corpus))
     plain = run_tool(*arguments, "--tokenizer-model", model_path("bpe"), "--encoder", "reference", "--verify")
     assert plain.returncode == 0
     assert "--encoder reference was given" in plain.stderr

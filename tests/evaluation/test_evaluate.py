@@ -21,12 +21,12 @@ from more_megatron.data.answers import Exercise, write_answers
 from more_megatron.data.tokenizers import TokenizerOptions, TokenizerType, load
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.tasks import Problem, write_problems
+from tests.helpers.corpus import sample_text
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY_ON_FILES
 from tests.hf.test_conversion_tokenizers import MODELS, train
 from tools.evaluate import parse_arguments
-from tools.sample_text import write_sample_text
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -54,8 +54,7 @@ def _problems(first: int, last: int) -> list[Problem]:
 
 
 def _write_data(folder: Path) -> None:
-    write_sample_text(folder / "sample")
-    text = (folder / "sample").read_text()[:60_000]
+    text = sample_text(60_000)
     processor = train(text + " yes no 0 1 2 3 4 5 6 7 8 9", folder / "model", **MODELS["ours"])
     tokenizer = load(TokenizerOptions(TokenizerType.SENTENCEPIECE, tokenizer_model=str(folder / "model")))
     for split, problems in (("train", _problems(100, 300)), ("test", _problems(10, 50))):

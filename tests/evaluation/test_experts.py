@@ -15,6 +15,7 @@ from more_megatron.evaluation.analysis.routing import PlaceStatistics, jaccard, 
 from more_megatron.evaluation.analysis.token_kinds import KINDS, TokenKinds
 from more_megatron.evaluation.texts import batches, token_windows
 from more_megatron.hf.exported.routing import MoRERouter
+from tests.helpers.corpus import sample_text
 from tests.hf.reference_models import SYSTEMS, random_model, tokens
 
 _STEPS = 3
@@ -122,10 +123,8 @@ def _export(folder: Path, variant: str, **values: Any) -> None:
     from more_megatron.hf.conversion.export import ToHF, to_hf
     from tests.hf.conversion_sources import make_args, write_source
     from tests.hf.test_conversion_tokenizers import MODELS, train
-    from tools.sample_text import write_sample_text
 
-    write_sample_text(folder / "sample")
-    text = (folder / "sample").read_text()[:40_000]
+    text = sample_text(40_000)
     train(text, folder / "model", **MODELS["ours"])
     (folder / "text").write_text(text[:3_000])
     args = make_args(more_variant=variant, tokenizer_model=str(folder / "model"), init_method_std=0.2, **values)

@@ -1,8 +1,9 @@
-"""A dataset of a few hundred random documents, in Megatron's format."""
+"""What tests train on: a dataset of a few hundred random documents, in Megatron's format, and a text."""
 
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import shutil
 import tempfile
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-__all__ = ["shared_corpus", "write_corpus"]
+__all__ = ["sample_text", "shared_corpus", "write_corpus"]
 
 _SHARED = "MORE_TEST_CORPUS"
 
@@ -46,3 +47,18 @@ def shared_corpus() -> Path:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         os.environ[_SHARED] = str(write_corpus(Path(folder, "corpus")))
     return Path(os.environ[_SHARED])
+
+
+def sample_text(size: int) -> str:
+    """Return the first characters of the English that ships with Python."""
+    return _sample_text()[:size]
+
+
+@functools.cache
+def _sample_text() -> str:
+    from tools.sample_text import write_sample_text
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "text")
+        write_sample_text(path)
+        return path.read_text()

@@ -70,6 +70,10 @@ class Call:
         """Ranks on all nodes."""
         return self.ranks_of_node * int(self._launcher_value("--nnodes", "1"))
 
+    def value(self, flag: str) -> str:
+        """Return the value of a flag of the program or its launcher."""
+        return self.arguments[self.arguments.index(flag) + 1]
+
     def _launcher_value(self, flag: str, default: str) -> str:
         launcher = self.arguments[: self.arguments.index(_ENTRY_POINT)]
         return launcher[launcher.index(flag) + 1] if flag in launcher else default

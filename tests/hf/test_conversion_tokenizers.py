@@ -14,9 +14,8 @@ import sentencepiece
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.tokenizer_files import open_tokenizer, plan_tokenizer
-from tools.sample_text import write_sample_text
+from tests.helpers.corpus import sample_text
 
-_TEXT_BYTES = 150_000
 _EXACT = {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 MODELS: dict[str, dict[str, Any]] = {
     # As tools/preprocess_wikitext.py trains.
@@ -30,11 +29,9 @@ _KEEPS_EVERYTHING = ("ours", "bpe, own pieces")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+def text() -> str:
     """Return English, with what WikiText writes for rare words."""
-    path = tmp_path_factory.mktemp("text") / "text"
-    write_sample_text(path)
-    return path.read_text()[:_TEXT_BYTES] + "\n the <unk> of <unk> , and </s> \u00e9\u4e2d\n"
+    return sample_text(150_000) + "\n the <unk> of <unk> , and </s> \u00e9\u4e2d\n"
 
 
 def _args(kind: str, model: Path, **values: Any) -> argparse.Namespace:

@@ -306,7 +306,11 @@ _RECOMPUTED = (
 
 @pytest.mark.parametrize(
     ("ranks", "run"),
-    [(1, dense(_RUN)), (1, _RUN), pytest.param(2, f"{_RUN} {_TP2}", marks=pytest.mark.matrix)],
+    [
+        (1, dense(_RUN)),
+        # With experts every system is tried in tests/training/test_dropout.py.
+        *(pytest.param(ranks, f"{_RUN} {flags}", marks=pytest.mark.matrix) for ranks, flags in ((1, ""), (2, _TP2))),
+    ],
 )
 def test_recomputation_draws_the_same_dropout(ranks: int, run: str) -> None:
     kept, *recomputed = run_ranks(ranks, train_all, [f"{run} {flags}" for flags in ("", *_RECOMPUTED)])[-1]
