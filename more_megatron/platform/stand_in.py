@@ -6,6 +6,7 @@ that makes it necessary, so that a test can tell when a newer wheel no longer ne
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
@@ -45,6 +46,21 @@ class Table(list[StandIn]):
         def enter(replacement: Any) -> Any:
             self.append(StandIn(target, name, replacement, why, text, file))
             return replacement
+
+        return enter
+
+    def surrounds(self, target: str, name: str, **facts: str) -> Callable[[Any], Any]:
+        """Return what does so with a function that calls, and gets as its first argument, what has stood there."""
+
+        def enter(around: Any) -> Any:
+            former = getattr(pkgutil.resolve_name(target), name)
+
+            @functools.wraps(around)
+            def replacement(*args: Any, **kwargs: Any) -> Any:
+                return around(former, *args, **kwargs)
+
+            self.replaces(target, name, **facts)(replacement)
+            return around
 
         return enter
 

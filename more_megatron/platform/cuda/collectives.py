@@ -16,11 +16,9 @@ from more_megatron.platform.stand_in import Table
 __all__ = ["UNEVEN_COLLECTIVES"]
 
 UNEVEN_COLLECTIVES = Table()
-_ALL_GATHER = torch.distributed.all_gather
-_REDUCE_SCATTER = torch.distributed.reduce_scatter
 
 
-@UNEVEN_COLLECTIVES.replaces(
+@UNEVEN_COLLECTIVES.surrounds(
     "torch.distributed",
     "all_gather",
     why="gloo gathers tensors of equal size only",
@@ -28,12 +26,12 @@ _REDUCE_SCATTER = torch.distributed.reduce_scatter
     file="core/tensor_parallel/mappings.py",
 )
 def _all_gather(
-    tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+    former: Any, tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
     """Gather as PyTorch does, and also where the ranks' tensors differ in their first dimension."""
     sizes = [len(part) if part.dim() > 0 else 1 for part in tensor_list]
     if async_op or len(set(sizes)) == 1:
-        return _ALL_GATHER(tensor_list, tensor, group=group, async_op=async_op)
+        return former(tensor_list, tensor, group=group, async_op=async_op)
     gathered = tensor.new_empty(sum(sizes), *tensor.shape[1:])
     copies = tensor.contiguous().repeat(len(sizes), *(1 for _ in tensor.shape[1:]))
     torch.distributed.all_to_all_single(gathered, copies, sizes, [len(tensor)] * len(sizes), group=group)
@@ -42,18 +40,20 @@ def _all_gather(
     return None
 
 
-@UNEVEN_COLLECTIVES.replaces(
+@UNEVEN_COLLECTIVES.surrounds(
     "torch.distributed",
     "reduce_scatter",
     why="gloo scatters parts of equal size only",
     text="torch.distributed.reduce_scatter(output, input_tensor_list, group=group)",
     file="core/tensor_parallel/mappings.py",
 )
-def _reduce_scatter(output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+def _reduce_scatter(
+    former: Any, output: torch.Tensor, input_list: list[torch.Tensor], *args: Any, **kwargs: Any
+) -> Any:
     """Sum and scatter as PyTorch does, and also where the parts differ in their first dimension."""
     sizes = [len(part) for part in input_list]
     if args or kwargs.keys() - {"group"} or len(set(sizes)) == 1:
-        return _REDUCE_SCATTER(output, input_list, *args, **kwargs)
+        return former(output, input_list, *args, **kwargs)
     received = output.new_empty(len(sizes) * len(output), *output.shape[1:])
     torch.distributed.all_to_all_single(
         received, torch.cat(input_list), [len(output)] * len(sizes), sizes, group=kwargs.get("group")

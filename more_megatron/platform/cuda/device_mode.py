@@ -42,20 +42,19 @@ class CpuInPlaceOfCuda(TorchFunctionMode):
 
 
 _MODE = CpuInPlaceOfCuda()
-_RUN_BACKWARD = torch.autograd._engine_run_backward
 
 
 # PyTorch takes a mode off while it handles a function, and `torch.autograd.backward` is such a function.
-@BACKWARD_IN_MODE.replaces(
+@BACKWARD_IN_MODE.surrounds(
     "torch.autograd",
     "_engine_run_backward",
     why="what a backward pass calls, recomputation above all, would run without the device mode",
     text="torch.autograd.backward(",
     file="core/tensor_parallel/random.py",
 )
-def _run_backward_in_mode(*args: Any, **kwargs: Any) -> Any:
+def _run_backward_in_mode(former: Any, *args: Any, **kwargs: Any) -> Any:
     with _MODE:
-        return _RUN_BACKWARD(*args, **kwargs)
+        return former(*args, **kwargs)
 
 
 def enter_for_good() -> None:

@@ -188,18 +188,15 @@ def _cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self
 
 
-_TENSOR_TYPE = torch.Tensor.type
-
-
-@TORCH_CUDA.replaces(
+@TORCH_CUDA.surrounds(
     "torch:Tensor",
     "type",
     why="the optimizer and gradient clipping compare type names",
     text="== 'torch.cuda.FloatTensor'",
     file="core/optimizer/clip_grads.py",
 )
-def _type(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _type(former: Any, self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
     if dtype is None:  # Under the device mode the original calls back here, hence the check.
-        name = _TENSOR_TYPE(self)
+        name = former(self)
         return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
-    return _TENSOR_TYPE(self, dtype, *args, **kwargs)
+    return former(self, dtype, *args, **kwargs)
