@@ -14,12 +14,10 @@ from more_megatron.platform.stand_in import Table
 __all__ = ["MEGATRON_ON_CPU"]
 
 MEGATRON_ON_CPU = Table()
-_RANDOM = "megatron.core.tensor_parallel.random"
 
 
 @MEGATRON_ON_CPU.surrounds(
-    "megatron.training.training",
-    "initialize_megatron",
+    "megatron.training.training:initialize_megatron",
     why="`pretrain` has no argument that lets a run start without CUDA",
     text='assert torch.cuda.is_available(), "Megatron requires CUDA."',
     file="training/initialize.py",
@@ -29,8 +27,7 @@ def _initialize_megatron(former: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @MEGATRON_ON_CPU.replaces(
-    _RANDOM,
-    "_get_cuda_rng_state",
+    "megatron.core.tensor_parallel.random:_get_cuda_rng_state",
     why="tracked random states are read from the GPU's generator",
     text="torch.cuda.random.get_rng_state(device=device)",
 )
@@ -39,8 +36,7 @@ def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool =
 
 
 @MEGATRON_ON_CPU.replaces(
-    _RANDOM,
-    "_set_cuda_rng_state",
+    "megatron.core.tensor_parallel.random:_set_cuda_rng_state",
     why="tracked random states are set on the GPU's generator",
     text="_lazy_call(cb)",
 )
@@ -49,8 +45,7 @@ def _set_rng_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool =
 
 
 @MEGATRON_ON_CPU.replaces(
-    "megatron.core.transformer.moe.token_dispatcher",
-    "maybe_move_tensor_to_cpu",
+    "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
     why="the split sizes of the all-to-all stay tensors where no copy from a GPU turns them into numpy",
     text="if torch.is_tensor(tensor) and tensor.is_cuda:",
     file="core/transformer/moe/moe_utils.py",
@@ -60,8 +55,7 @@ def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
 
 
 @MEGATRON_ON_CPU.surrounds(
-    "torch.utils.data.dataloader:_BaseDataLoaderIter",
-    "__init__",
+    "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
     why="it draws from the CPU's generator, which is the one for dropout here: a resumed run would drop others",
     text="torch.utils.data.DataLoader(",
     file="training/datasets/data_samplers.py",

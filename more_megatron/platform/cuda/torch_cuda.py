@@ -27,12 +27,11 @@ _COMPUTE_CAPABILITY = (8, 0)
 
 
 def _torch_cuda(name: str, reason: str, file: str) -> Callable[[Any], Any]:
-    return TORCH_CUDA.replaces("torch.cuda", name, why=reason, text=f"torch.cuda.{name}(", file=file)
+    return TORCH_CUDA.replaces(f"torch.cuda:{name}", why=reason, text=f"torch.cuda.{name}(", file=file)
 
 
 @NO_COMPILER.replaces(
-    "torch",
-    "compile",
+    "torch:compile",
     why="disabled here, it would still import the compiler with each decorator: seconds at every start",
     text="jit_fuser = torch.compile",
     file="core/jit.py",
@@ -142,8 +141,7 @@ def _device_properties(device: Any = None) -> SimpleNamespace:
     "training/training.py",
 )
 @TORCH_CUDA.replaces(
-    "torch.cuda.memory",
-    "memory_stats",
+    "torch.cuda.memory:memory_stats",
     why="as above, for memory_allocated and its kin",
     text="torch.cuda.memory_allocated()",
     file="training/utils/common_utils.py",
@@ -178,8 +176,7 @@ def _set_rng_state(state: torch.Tensor, device: Any = None) -> None:
 
 
 @TORCH_CUDA.replaces(
-    "torch:Tensor",
-    "cuda",
+    "torch:Tensor.cuda",
     why="batches and the loss scale are moved to the GPU",
     text=".cuda(torch.cuda.current_device())",
     file="core/optimizer/grad_scaler.py",
@@ -189,8 +186,7 @@ def _cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 
 @TORCH_CUDA.surrounds(
-    "torch:Tensor",
-    "type",
+    "torch:Tensor.type",
     why="the optimizer and gradient clipping compare type names",
     text="== 'torch.cuda.FloatTensor'",
     file="core/optimizer/clip_grads.py",

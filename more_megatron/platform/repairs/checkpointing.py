@@ -30,8 +30,7 @@ CHECKPOINTING = Table()
 
 
 @CHECKPOINTING.replaces(
-    "torch.distributed.checkpoint:FileSystemReader",
-    "read_metadata",
+    "torch.distributed.checkpoint:FileSystemReader.read_metadata",
     why="it runs whatever a pickle names, and believes the file names in it",
     text="return FileSystemReader(checkpoint_dir)",
     file="core/dist_checkpointing/strategies/torch.py",
@@ -47,8 +46,7 @@ def _read_metadata(self: FileSystemReader, *args: Any, rank: int | None = None, 
 
 
 @CHECKPOINTING.replaces(
-    "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner",
-    "load_bytes",
+    "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes",
     why="it runs whatever a pickle names",
     text="class MCoreLoadPlanner(DefaultLoadPlanner):",
     file="core/dist_checkpointing/strategies/torch.py",
@@ -67,8 +65,7 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
 
 
 @CHECKPOINTING.surrounds(
-    "megatron.training.checkpointing",
-    "read_metadata",
+    "megatron.training.checkpointing:read_metadata",
     why="where the tracker file names a release, --ckpt-step is read and not obeyed",
     text="checkpoint_name = get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)",
 )
@@ -80,8 +77,7 @@ def _tracker_entry(former: Any, tracker_filename: str) -> tuple[int, bool]:
 
 
 @CHECKPOINTING.surrounds(
-    "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler",
-    "load_state_dict",
+    "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict",
     why="it counts samples: with another batch size or schedule the learning rate jumps without a word",
     text="lr_decay_steps = args.lr_decay_iters * args.global_batch_size",
     file="training/training.py",
@@ -96,8 +92,7 @@ def _load_schedule(former: Any, self: OptimizerParamScheduler, state_dict: dict[
 
 
 @CHECKPOINTING.surrounds(
-    "megatron.training.training",
-    "load_checkpoint",
+    "megatron.training.training:load_checkpoint",
     why="errors of reading are tracebacks of all ranks, and parameters that are not finite are taken",
     text="module.load_state_dict(state_dict, strict=strict)",
     file="training/checkpointing.py",
@@ -133,8 +128,7 @@ def _withhold_interval(arguments: Any) -> None:
 
 
 @CHECKPOINTING.surrounds(
-    "megatron.training.training",
-    "save_checkpoint",
+    "megatron.training.training:save_checkpoint",
     why="it writes into what an older run or a kill left, and parameters that are not finite",
     text="# TODO Handle non-empty directories (e.g., after a crash during saving).",
     file="training/checkpointing.py",
@@ -153,8 +147,7 @@ def _save_checkpoint(former: Any, iteration: int, model: Any, *args: Any, **kwar
 
 
 @CHECKPOINTING.surrounds(
-    "megatron.training.training",
-    "maybe_finalize_async_save",
+    "megatron.training.training:maybe_finalize_async_save",
     why="errors of writing are tracebacks of all ranks",
     text="maybe_finalize_async_save(blocking=True, terminate=True)",
 )

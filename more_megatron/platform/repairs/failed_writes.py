@@ -27,8 +27,7 @@ _LOGGER = logging.getLogger(filesystem_async.__name__)
 
 
 @WRITERS.replaces(
-    "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync",
-    "write_preloaded_data_multithread",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data_multithread",
     why="where a thread cannot write, the process ends before it has said so, and the run waits for it",
     text="assert isinstance(local_results_or_exc, list), type(local_results_or_exc)",
 )
@@ -54,8 +53,7 @@ def _write(transforms: list, use_msc: bool, rank: int, write_buckets: list, resu
 
 
 @CALLERS.surrounds(
-    "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
-    "_get_process",
+    "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller._get_process",
     why="where it ends, as for lack of memory, the run waits without end; and a SIGTERM ends the server it comes from",
     text="self._persistent_preload_q.join()",
 )

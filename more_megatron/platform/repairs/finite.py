@@ -17,7 +17,6 @@ from more_megatron.platform.stand_in import Table
 __all__ = ["FINITE", "Tracer", "check_parameters", "non_finite_stop", "trace_reruns"]
 
 FINITE = Table()
-_MACHINE = "megatron.core.rerun_state_machine:RerunStateMachine"
 
 
 def check_parameters(model: Sequence[torch.nn.Module], where: str) -> None:
@@ -70,8 +69,7 @@ def trace_reruns(tracer: Tracer) -> None:
 
 
 @FINITE.surrounds(
-    _MACHINE,
-    "should_run_forward_backward",
+    "megatron.core.rerun_state_machine:RerunStateMachine.should_run_forward_backward",
     why="nobody can look where the numbers came from when it computes a step that failed a second time",
     text="self.state = RerunState.RERUNNING_IN_PLACE",
 )
@@ -83,8 +81,7 @@ def _should_run_forward_backward(former: Any, self: RerunStateMachine, *args: An
 
 
 @FINITE.surrounds(
-    _MACHINE,
-    "validate_result",
+    "megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
     why="the first step of every start is not checked, and parameters that are not finite are stepped with",
     text="# Do not validate results on the first iteration",
 )
@@ -106,8 +103,7 @@ def _validate_result(
 
 
 @FINITE.surrounds(
-    _MACHINE,
-    "should_checkpoint_and_exit",
+    "megatron.core.rerun_state_machine:RerunStateMachine.should_checkpoint_and_exit",
     why="it saves the iteration that failed and names it in the tracker, from where the same command fails again",
     text="return True, True, EXIT_CODE_RESUME_TO_DISAMBIGUATE",
 )

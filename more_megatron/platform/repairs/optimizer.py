@@ -18,13 +18,11 @@ from more_megatron.platform.stand_in import Table
 __all__ = ["OPTIMIZER"]
 
 OPTIMIZER = Table()
-_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 @OPTIMIZER.surrounds(
-    _DISTRIBUTED,
-    "state_dict",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
     why="without Transformer Engine and apex it asserts a step count before any step, so no checkpoint can be loaded",
     text='steps = list(set([s["step"].item() for s in inner_state_dict["state"].values()]))',
 )
@@ -50,8 +48,7 @@ def _state_dict_with_steps(former: Any, self: DistributedOptimizer) -> dict[str,
 
 
 @OPTIMIZER.surrounds(
-    _DISTRIBUTED,
-    "load_state_dict",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
     why="without Transformer Engine and apex all parameters share one step tensor, and each counts it up",
     text='s["step"] = step',
 )
@@ -67,8 +64,7 @@ def _load_state_dict_with_own_steps(former: Any, self: DistributedOptimizer, sta
 
 
 @OPTIMIZER.surrounds(
-    _DISTRIBUTED,
-    "_set_main_param_and_optimizer_states",
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
     why="without Transformer Engine and apex it looks for a step among tensors that are loaded without one",
     text="if not isinstance(tensors[key], torch.Tensor):",
 )
@@ -80,8 +76,7 @@ def _set_states_but_step(
 
 
 @OPTIMIZER.surrounds(
-    "megatron.core.optimizer.optimizer:MegatronOptimizer",
-    "_filter_and_reorder_param_groups",
+    "megatron.core.optimizer.optimizer:MegatronOptimizer._filter_and_reorder_param_groups",
     why="parameters keep the numbers of the rank that saved, and groups are matched by their learning rates",
     text="group['params'] = params",
 )

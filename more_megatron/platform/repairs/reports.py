@@ -15,7 +15,6 @@ from more_megatron.platform.stand_in import Table, install
 __all__ = ["REPORTS", "TEST_SPLIT", "count_flops_with"]
 
 REPORTS = Table()
-_TRAINING = "megatron.training.training"
 _count_flops: Callable[..., float] | None = None
 
 
@@ -26,8 +25,7 @@ def count_flops_with(count: Callable[..., float] | None) -> None:
 
 
 @REPORTS.surrounds(
-    _TRAINING,
-    "num_floating_point_operations",
+    "megatron.training.training:num_floating_point_operations",
     why="it knows Megatron's architectures only, and no recurrence",
     text="num_floating_point_operations(",
 )
@@ -36,8 +34,7 @@ def _num_floating_point_operations(former: Any, *args: Any, **kwargs: Any) -> fl
 
 
 @REPORTS.surrounds(
-    _TRAINING,
-    "training_log",
+    "megatron.training.training:training_log",
     why="losses of the first line are averaged into the second: a resumed run prints others than an uninterrupted one",
     text="should_reset = not is_first_iteration",
 )
@@ -50,8 +47,7 @@ def _training_log(former: Any, *args: Any, is_first_iteration: bool = False, **k
 
 
 @REPORTS.replaces(
-    _TRAINING,
-    "report_theoretical_memory",
+    "megatron.training.training:report_theoretical_memory",
     why="it knows plain models in bf16 only: no recurrent state, no repeated activations, no other experts",
     text="report_theoretical_memory(args, num_microbatches=num_microbatches, verbose=True)",
 )
@@ -60,8 +56,7 @@ def _no_theoretical_memory(*args: Any, **kwargs: Any) -> None:
 
 
 @REPORTS.surrounds(
-    _TRAINING,
-    "evaluate_and_print_results",
+    "megatron.training.training:evaluate_and_print_results",
     why="the test set is reported as validation, and full validation takes a number of iterations for a list",
     text="args.eval_iters = eval_iters[0] if not args.multiple_validation_sets else eval_iters",
 )
@@ -94,8 +89,7 @@ _test_iterations = 0
 
 
 @REPORTS.surrounds(
-    _TRAINING,
-    "build_train_valid_test_data_loaders",
+    "megatron.training.training:build_train_valid_test_data_loaders",
     why="a list with no validation set in it passes for one",
     text="do_valid = valid_dataloaders is not None and (args.full_validation or args.eval_iters > 0)",
 )
@@ -141,13 +135,14 @@ _NAMED = "every evaluation is named after the validation set, that of the test s
 
 
 @TEST_SPLIT.surrounds(
-    _TRAINING,
-    "get_wandb_writer",
+    "megatron.training.training:get_wandb_writer",
     why=_NAMED,
     text="{'{} validation{}'.format(key, suffix): total_loss_dict[key].item()}, iteration",
 )
 @TEST_SPLIT.surrounds(
-    _TRAINING, "get_tensorboard_writer", why=_NAMED, text="writer.add_scalar('{} validation{}'.format(key, suffix)"
+    "megatron.training.training:get_tensorboard_writer",
+    why=_NAMED,
+    text="writer.add_scalar('{} validation{}'.format(key, suffix)",
 )
 def _writer(former: Any) -> Any:
     writer = former()
@@ -155,7 +150,7 @@ def _writer(former: Any) -> Any:
 
 
 @TEST_SPLIT.surrounds(
-    _TRAINING, "print_rank_last", why=_NAMED, text="string = f' validation{suffix} loss at {prefix} | '"
+    "megatron.training.training:print_rank_last", why=_NAMED, text="string = f' validation{suffix} loss at {prefix} | '"
 )
 def _print_rank_last(former: Any, text: str) -> None:
     former(_of_the_test(text))

@@ -18,8 +18,7 @@ WHEEL_REPAIRS = Table((*OPTIMIZER, *REPORTS, *CHECKPOINT_WRITER, *CHECKPOINTING,
 
 
 @WHEEL_REPAIRS.surrounds(
-    "megatron.core.datasets.utils",
-    "compile_helpers",
+    "megatron.core.datasets.utils:compile_helpers",
     why="it runs make in a folder that has no Makefile, although the compiled helper is shipped",
     text='command = ["make", "-C"',
 )
