@@ -52,9 +52,9 @@ class World:
                 variables["CUDA_VISIBLE_DEVICES"] = ""  # What asks PyTorch for a GPU gets the answer of a CPU.
             log = str(Path(self._folder.name, f"rank{rank}.log"))
             self._ranks.append(ProcessPoolExecutor(1, context, _begin, (variables, log)))
-        self._processes = [rank.submit(os.getpid) for rank in self._ranks]
-        for rank in self._ranks:
-            rank.submit(_import_all)
+        self._processes = [pool.submit(os.getpid) for pool in self._ranks]
+        for pool in self._ranks:
+            pool.submit(_import_all)
 
     def call(self, function: str, *args: Any, timeout: float) -> list[Any]:
         """Return what a function, `module:name`, returned on each rank for the same arguments.
@@ -63,7 +63,7 @@ class World:
             WorldError: If a rank raised, ended or did not finish in time. The world cannot be used again.
         """
         try:
-            answers = [rank.submit(_call, function, *args) for rank in self._ranks]
+            answers = [pool.submit(_call, function, *args) for pool in self._ranks]
         except BrokenProcessPool as error:
             raise WorldError("the process has ended", self._output()) from error
         done, late = wait(answers, timeout, FIRST_EXCEPTION)
@@ -77,8 +77,8 @@ class World:
         for process in self._processes:
             with contextlib.suppress(BrokenProcessPool, ProcessLookupError):
                 os.killpg(process.result(), signal.SIGKILL)
-        for rank in self._ranks:
-            rank.shutdown()
+        for pool in self._ranks:
+            pool.shutdown()
         self._folder.cleanup()
 
     def _result(self, rank: int, answer: Future) -> Any:
