@@ -10,7 +10,8 @@ from typing import Any
 from more_megatron.errors import MoREError
 from more_megatron.hf.exported.fields import FIELDS, Field, check_fields, complete_fields
 from more_megatron.hf.exported.system import find_system, system_names
-from more_megatron.systems.forms import Form, forms
+from more_megatron.systems.forms import Form, find_form, form_of_type
+from more_megatron.systems.forms import names as form_names
 
 __all__ = ["check_config", "check_links", "known_fields", "read_config"]
 
@@ -75,9 +76,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Form | None]:
     except (ValueError, RecursionError) as error:
         raise MoREError(f"{path} is damaged: export the model again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
-    form = next((form for form in forms().values() if form.model_type == kind), None)
+    form = form_of_type(kind)
     if kind != "more" and form is None:
-        known = ", ".join(("more", *(form.model_type for form in forms().values())))
+        known = ", ".join(("more", *(find_form(name).model_type for name in form_names())))
         raise MoREError(f"--load {folder} is a model of type {kind}, not {known}")
     try:
         if form is not None:

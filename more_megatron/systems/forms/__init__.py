@@ -14,7 +14,7 @@ from more_megatron.systems.export import Row
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Form", "find_form", "forms"]
+__all__ = ["Form", "find_form", "form_of_type", "names"]
 
 
 class Form:
@@ -62,14 +62,19 @@ class Form:
 
 
 @functools.cache
-def forms() -> dict[str, Form]:
-    """Return all forms by name."""
-    found = (importlib.import_module(f"{__name__}.{module.name}").FORM for module in pkgutil.iter_modules(__path__))
-    return {form.name: form for form in found}
+def names() -> tuple[str, ...]:
+    """Return the names of all forms, in alphabetical order."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
 
 
 def find_form(name: str) -> Form:
     """Return a form by name, or raise a `MoREError` that lists those there are."""
-    if name not in forms():
-        raise MoREError(f"--format {name} does not exist: choose one of more, {', '.join(forms())}")
-    return forms()[name]
+    if name not in names():
+        raise MoREError(f"--format {name} does not exist: choose one of more, {', '.join(names())}")
+    form: Form = importlib.import_module(f"{__name__}.{name}").FORM
+    return form
+
+
+def form_of_type(model_type: str | None) -> Form | None:
+    """Return the form whose `config.json` names this type of model; None if there is none."""
+    return next((form for form in map(find_form, names()) if form.model_type == model_type), None)
