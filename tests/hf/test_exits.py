@@ -205,6 +205,16 @@ def test_generation_with_a_batch_equals_each_sequence_alone(name: str) -> None:
     assert torch.equal(drafted.sequences, model.generate(text, **kwargs).sequences)
 
 
+@torch.no_grad()
+def test_tokens_stop_under_autocast() -> None:
+    """Where norms return float32 and products bfloat16."""
+    for name in ("shared_block_ffn", "universal"):
+        model, (ids, mask) = random_model(name, norm_type="layernorm"), _batch()
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(ids, attention_mask=mask, criterion="latent-diff", exit_threshold=0.2)
+        assert len(output.exit_steps[:, mask == 1].unique()) > 1
+
+
 class _AtTwo(Criterion):
     """A criterion of a user: stops all tokens behind the second step."""
 
