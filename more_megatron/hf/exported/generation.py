@@ -70,8 +70,11 @@ class MoREGenerationMixin(GenerationMixin):
                 raise ValueError(f"lookahead_for_draft {tokens!r} has no effect without draft_steps")
             return None
         options = CallOptions.taken_from(dict(kwargs), self.config)
-        for name in ("criterion", "cache_steps", "warm_start", "num_beams", "assistant_model", "streamer"):
-            if kwargs.get(name, getattr(options, name, None)) not in (None, False, 1):
+        others = {name: getattr(options, name) for name in ("criterion", "cache_steps", "warm_start")}
+        others |= {name: kwargs.get(name) for name in ("assistant_model", "streamer")}
+        others["num_beams"] = kwargs.get("num_beams") not in (None, 1)
+        for name, value in others.items():
+            if value is not None and value is not False:
                 raise ValueError(f"draft_steps does not go together with {name}: leave one of them out")
         if not self.system.recurrent:
             raise ValueError(f"draft_steps has no effect: {WITHOUT_STEPS}")
