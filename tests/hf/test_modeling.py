@@ -387,10 +387,10 @@ def test_entropy_loss_is_pooled_over_the_tokens_and_passes_of_a_sequence() -> No
     expected = 0.0
     for layer in range(LAYERS):
         for router, coefficient in (("router", 0.5), ("value", 0.25), ("output", 0.25)):
-            passes = [output.router_logits.at(layer, step, router).softmax(-1) for step in range(2)]
+            passes = output.router_logits.by_layer(router)[layer].softmax(-1)
             entropies = []
             for row, length in enumerate((24, 20)):
-                mean = sum(probs.unflatten(0, ids.shape)[row, :length].mean(0) for probs in passes) / 2
+                mean = passes[:, row, :length].mean((0, 1))
                 entropies.append(-(mean * mean.log()).sum(-1).mean())
             expected -= coefficient * sum(entropies) / 2
     assert output.aux_loss.item() == pytest.approx(float(expected), abs=1e-5)

@@ -9,26 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .experts import Experts
 from .fields import Config
-from .parts import grouped_linear
 from .routing import Routing
 
 __all__ = ["CellExperts", "lstm_cell"]
 
 
-class CellExperts(nn.Module):
+class CellExperts(Experts):
     """A feed-forward network for each expert, linear, GELU, linear, and what a subclass has beside it.
 
-    `shapes` are those of each further weight of one expert, by name. Weights of cells have an axis for their gates.
+    `shapes` are those of each further weight of one expert, by name.
     """
 
     def __init__(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        super().__init__()
-        self.config = config
         hidden, width = config.hidden_size, config.moe_intermediate_size
         feed_forward = {"fc1": (width, hidden), "fc1_bias": (width,), "fc2": (hidden, width), "fc2_bias": (hidden,)}
-        for name, shape in {**feed_forward, **shapes}.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(config.num_experts, *shape)))
+        super().__init__(config, {**feed_forward, **shapes})
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
         """Draw a new weight as the training code does."""
@@ -45,12 +42,6 @@ class CellExperts(nn.Module):
         """Draw a weight or bias of a cell, [N, gates, n, ...]: the sum of the two that PyTorch's cells have."""
         bound = 1.0 / math.sqrt(weight.size(2))
         weight.uniform_(-bound, bound).add_(torch.empty_like(weight).uniform_(-bound, bound))
-
-    def linear(self, rows: Tensor, name: str, routing: Routing) -> Tensor:
-        """Return the linear map of a name with its bias, [rows, out]; gates are laid side by side."""
-        weight, bias = getattr(self, name), getattr(self, f"{name}_bias")
-        product = grouped_linear(rows, weight.flatten(1, -2), routing.ends)
-        return product + bias.flatten(1)[routing.experts]
 
     def expand(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return the inner layer of the feed-forward network, [rows, m], given [rows, h]."""

@@ -51,13 +51,12 @@ class MoREGenerationMixin(GenerationMixin):
         draft = self._draft_options(kwargs)
         if draft is not None:
             return super().generate(*args, custom_generate=partial(speculate, **draft), **kwargs)
-        steps: list[Tensor] | None = None
-        if kwargs.get("criterion", kwargs.get("exit_criterion")) is not None:
-            steps = kwargs["exit_log"] = []
-        output = super().generate(*args, **kwargs)
-        if steps and not isinstance(output, Tensor):
-            found = torch.cat(steps, dim=-1) if len({part.shape[:2] for part in steps}) == 1 else steps[0]
-            if found.shape[1:] == output.sequences[:, 1:].shape and getattr(output, "beam_indices", None) is None:
+        steps: list[Tensor] = []
+        output = super().generate(*args, exit_log=steps, **kwargs)
+        is_whole = len({part.shape[:2] for part in steps}) == 1 and getattr(output, "beam_indices", None) is None
+        if is_whole and not isinstance(output, Tensor):
+            found = torch.cat(steps, dim=-1)
+            if found.shape[1:] == output.sequences[:, 1:].shape:
                 output["exit_steps"] = found
         return output
 

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from .attention import attend
 from .cache import Memory
 from .context import CallContext
-from .experts import MoREMoE
+from .experts import Experts, MoREMoE
 from .fields import Config, Field
-from .interface import Group, Loop, System
+from .interface import System
 from .layer import LayerOutput, MoRELayer
 from .parts import grouped_linear
 from .routing import MoRERouter, RouterLogits, Routing, load_balancing_loss
+from .stack import Loop
 
 
 def _normal(config: Config, weight: Tensor, inputs: int) -> None:
@@ -45,15 +46,12 @@ class SigmaRouter(MoRERouter):
             weight *= std / weight.std()
 
 
-class SigmaExperts(nn.Module):
+class SigmaExperts(Experts):
     """Expert j computes `relu(x K_j) V_j`."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.keys = nn.Parameter(torch.empty(experts, width, hidden))
-        self.values = nn.Parameter(torch.empty(experts, hidden, width))
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        super().__init__(config, {"keys": (width, hidden), "values": (hidden, width)})
 
     def draw_weight(self, name: str, weight: Tensor) -> None:
         # The values of all experts together are one matrix.
@@ -62,21 +60,14 @@ class SigmaExperts(nn.Module):
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h]."""
-        inner = torch.relu(grouped_linear(rows, self.keys, routing.ends))
-        return grouped_linear(routing.weigh(inner), self.values, routing.ends)
+        inner = torch.relu(self.linear(rows, "keys", routing))
+        return self.linear(routing.weigh(inner), "values", routing)
 
 
 class SigmaMoE(MoREMoE):
-    """Many small experts. Router and shared expert read a norm of what they read."""
+    """Many small experts, which read the stream; router and shared expert read its norm."""
 
     router_class = SigmaRouter
-
-    def forward(self, normed: Tensor, context: CallContext, memory: Memory, *stream: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.gate(normed)
-        routing = Routing(*self.gate.choose(logits), self.config.num_experts)
-        output = routing.combine(self.apply_experts(stream[0], routing, context, memory))
-        shared = self.shared_output(normed)
-        return output if shared is None else output + shared, logits
 
 
 class HeadWeight(nn.Module):
@@ -165,7 +156,8 @@ class PeriLayer(MoRELayer):
         output, *of_heads = self.self_attn(normed, hidden_states, context, memory)
         hidden_states = hidden_states + output
         normed = self.post_attention_layernorm(hidden_states)
-        output, logits = self.mlp(normed, context, memory, hidden_states)
+        logits = self.mlp.gate(normed)
+        output = self.mlp.mix(normed, logits, context, memory, hidden_states)
         return (hidden_states + output, logits, *of_heads)
 
 
@@ -185,6 +177,7 @@ class MoEUT(System):
     moe_class = SigmaMoE
     experts_class = SigmaExperts
     layer_class = PeriLayer
+    loop_class = Loop
     head_bias = True
     fields = {  # noqa: RUF012
         "num_head_experts": Field(int, 8, "Experts of a head for values, and for outputs; 1: gated heads.", low=1),
@@ -212,9 +205,6 @@ class MoEUT(System):
         experts, topk = values["num_head_experts"], values["num_head_experts_per_tok"]
         if 1 < experts < topk:
             raise ValueError(f"num_head_experts_per_tok {topk} must be at most num_head_experts {experts}")
-
-    def groups(self, config: Config) -> Sequence[Group]:
-        return (Group(range(config.num_hidden_layers), Loop),)
 
     def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sum of the entropy losses, twice; Megatron's balance loss is in it if its coefficient is not 0."""

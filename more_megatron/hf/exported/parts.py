@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 
 from .fields import Config
 
-__all__ = ["MoREMLP", "MoRERMSNorm", "build_norm", "grouped_linear", "layers_passed", "rms_norm", "takase_normal"]
+__all__ = ["MoREMLP", "MoRERMSNorm", "build_norm", "grouped_linear", "rms_norm", "takase_normal"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -50,6 +50,7 @@ class MoREMLP(nn.Module):
         self.gate_proj = nn.Linear(hidden, width, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj.adds_to_stream = True  # Initial weights may depend on it.
         self.activation = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,11 +101,6 @@ def _padded_linear(rows: Tensor, weight: Tensor, ends: Tensor, group: Tensor) ->
     places = group * longest + torch.arange(rows.size(0), device=rows.device) - (counts.cumsum(0) - counts)[group]
     padded = rows.new_zeros(len(counts) * longest, rows.size(1)).index_copy(0, places, rows)
     return torch.bmm(padded.view(len(counts), longest, -1), weight.transpose(1, 2)).flatten(0, 1)[places]
-
-
-def layers_passed(config: Config) -> int:
-    """Return the number of layers that a token passes if each is repeated."""
-    return config.num_hidden_layers * config.mean_recurrence
 
 
 def takase_normal(config: Config, weight: Tensor, depth: int | None) -> None:

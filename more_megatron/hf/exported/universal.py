@@ -6,17 +6,17 @@ Dehghani et al., arXiv 1807.03819, as Tensor2Tensor computes it, as a causal lan
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .fields import LOGIT_EMA, Config, Field
-from .interface import Group, Loop, RunPass, System
+from .interface import System
 from .layer import SandwichLayer
-from .parts import MoREMLP
 from .recurrence import Rows, State, recur
+from .stack import Loop, RunPass
 
 _LONGEST = 1e4
 _EPSILON = "A position halts when the sum of its probabilities exceeds one minus this."
@@ -105,7 +105,7 @@ class UniversalLoop(Loop):
             if padding is None:
                 cost = cost.mean()
             else:
-                counted = ~padding[:, rows.context.past :].unsqueeze(-1)
+                counted = ~padding[:, rows.memory.past :].unsqueeze(-1)
                 cost = (cost * counted).sum() / counted.sum().clamp(min=1)
             rows.context.records.losses.append(self.config.ponder_coef * cost)
         return output
@@ -128,6 +128,9 @@ class UniversalTransformer(System):
     """One group of layers of the original transformer."""
 
     layer_class = UniversalLayer
+    loop_class = UniversalLoop
+    scales_embeddings = True
+    dense_bias = True
     fields = {  # noqa: RUF012
         "halting": Field(str, "act", "How positions end: each by itself, or none.", choices=("act", "none")),
         "halting_epsilon": Field(float, 0.01, _EPSILON, low=0.0, high=1.0),
@@ -143,15 +146,6 @@ class UniversalTransformer(System):
         steps, learned = values["mean_recurrence"], values["training_steps"]
         if values["time_signal"] == "learned" and steps > learned:
             raise ValueError(f"mean_recurrence {steps} is above training_steps {learned}, which have a time signal")
-
-    def groups(self, config: Config) -> Sequence[Group]:
-        return (Group(range(config.num_hidden_layers), UniversalLoop),)
-
-    def embedding_scale(self, config: Config) -> float:
-        return math.sqrt(config.hidden_size)
-
-    def build_dense(self, config: Config) -> nn.Module:
-        return MoREMLP(config, config.intermediate_size, bias=True)
 
     def build_final_norm(self, config: Config) -> nn.Module:
         # A layer of the paper ends with its own.
