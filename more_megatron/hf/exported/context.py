@@ -167,11 +167,11 @@ class CallContext:
 
     def to(self, device: torch.device, **kwargs: Any) -> CallContext:
         """Return a copy on another device, which is how accelerate hands arguments to layers that live there."""
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {
-            name: part.to(device, **kwargs) for name, part in parts.items() if isinstance(part, Tensor | CallContext)
-        }
-        return dataclasses.replace(self, **moved)
+        parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, part in parts.items():
+            if isinstance(part, Tensor | CallContext):
+                parts[name] = part.to(device, **kwargs)
+        return CallContext(**parts)
 
 
 def find_places(
