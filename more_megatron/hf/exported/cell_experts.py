@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .experts import Experts
@@ -26,22 +24,6 @@ class CellExperts(Experts):
         hidden, width = config.hidden_size, config.moe_intermediate_size
         feed_forward = {"fc1": (width, hidden), "fc1_bias": (width,), "fc2": (hidden, width), "fc2_bias": (hidden,)}
         super().__init__(config, {**feed_forward, **shapes})
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw a new weight as the training code does."""
-        if name.startswith(("gru", "lstm")):
-            self.draw_recurrent(name, weight)
-        elif name.endswith("bias"):
-            weight.zero_()
-        else:
-            std = self.config.initializer_range
-            std = std / math.sqrt(2.0 * self.config.num_hidden_layers) if name == "fc2" else std
-            nn.init.trunc_normal_(weight, std=std, a=-3.0 * std, b=3.0 * std)
-
-    def draw_recurrent(self, name: str, weight: Tensor) -> None:
-        """Draw a weight or bias of a cell, [N, gates, n, ...]: the sum of the two that PyTorch's cells have."""
-        bound = 1.0 / math.sqrt(weight.size(2))
-        weight.uniform_(-bound, bound).add_(torch.empty_like(weight).uniform_(-bound, bound))
 
     def expand(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return the inner layer of the feed-forward network, [rows, m], given [rows, h]."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -25,12 +23,6 @@ class GRUExperts(CellExperts):
     def __init__(self, config: Config) -> None:
         width = config.moe_intermediate_size
         super().__init__(config, {"gru": (4, width, width), "gru_bias": (4, width)})
-
-    def draw_recurrent(self, name: str, weight: Tensor) -> None:
-        # Where one gate sees two weights, their sum.
-        bound = 1.0 / math.sqrt(weight.size(2))
-        weight.uniform_(-bound, bound)
-        weight[:, :2] += torch.empty_like(weight[:, :2]).uniform_(-bound, bound)
 
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """Return what the last states contract to, [rows, h], given [rows, h]."""

@@ -5,13 +5,12 @@ a <- N2(x + Attn(N1(x))),   out <- N4(a + MLP(N3(a)))   in each layer; one norm 
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .context import CallContext
 from .fields import Config
 from .interface import DividedSystem
 from .layer import SandwichLayer
-from .parts import MoRERMSNorm, takase_normal
 from .stack import InjectedLoop, division_fields
 
 
@@ -38,16 +37,6 @@ class Huginn(DividedSystem):
 
     def num_states(self, config: Config) -> int:
         return 0 if config.injection == "none" else 1
-
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Draw all matrices by the unrolled depth."""
-        if name.endswith("bias") or isinstance(module, MoRERMSNorm | nn.LayerNorm):
-            super().draw_weight(config, module, name, weight)
-        else:
-            around = config.prelude_layers + config.coda_layers
-            depth = around + (config.num_hidden_layers - around) * config.mean_recurrence
-            adds_to_stream = name == "down_proj" or getattr(module, "adds_to_stream", False)
-            takase_normal(config, weight, depth if adds_to_stream else None)
 
 
 SYSTEM = Huginn()

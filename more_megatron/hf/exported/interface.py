@@ -19,7 +19,6 @@ files by such lines, and an export has exactly those that its system leads to. N
   are free, `memory.at(name)` makes a room. Anything kept elsewhere breaks generation with a cache.
 - Padding and documents of packed rows: `context.mask` for attention, `context.padding` and `context.documents` for what
   runs along a sequence.
-- Weights: a module with a method `draw_weight(name, weight)` draws its own; `System.draw_weight` may draw any.
 - Fields of `config.json`: `System.fields` for its own, `System.defaults` where it differs from all others.
 - Losses: loops append to `context.records.losses`; `System.router_loss` makes a loss of router logits.
 
@@ -37,7 +36,7 @@ from .experts import FeedForwardExperts, MoREMoE
 from .fields import Config, Field
 from .layer import MoRELayer
 from .options import WITHOUT_STEPS, CallOptions
-from .parts import MoREMLP, MoRERMSNorm, build_norm
+from .parts import MoREMLP, build_norm
 from .routing import RouterLogits, load_balancing_loss
 from .stack import Group, InjectedLoop, Loop
 
@@ -111,18 +110,6 @@ class System:
     def build_final_norm(self, config: Config) -> nn.Module:
         """Return the norm before the output layer."""
         return build_norm(config)
-
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Draw a new weight that a module itself holds: as the module does, if it has a `draw_weight`."""
-        draw: Any = getattr(module, "draw_weight", None)
-        if draw is not None:
-            draw(name, weight)
-        elif name.endswith("bias"):
-            weight.zero_()
-        elif isinstance(module, MoRERMSNorm | nn.LayerNorm):
-            weight.fill_(1.0)
-        else:
-            weight.normal_(0.0, config.initializer_range)
 
     def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the loss of routers as it is reported, and what is added of it; the mask is 0 for padding, [b, T]."""

@@ -30,7 +30,6 @@ class MoREAttention(nn.Module):
         self.k_proj = nn.Linear(hidden, keys, bias=config.attention_bias)
         self.v_proj = nn.Linear(hidden, keys, bias=config.attention_bias)
         self.o_proj = nn.Linear(queries, hidden, bias=config.linear_bias)
-        self.o_proj.adds_to_stream = True  # Initial weights may depend on it.
         self.q_norm = build_norm(config, size) if config.qk_norm else nn.Identity()
         self.k_norm = build_norm(config, size) if config.qk_norm else nn.Identity()
 

@@ -28,6 +28,7 @@ from .configuration_more import MoREConfig
 from .context import CallContext, Records, find_places
 from .generation import MoREGenerationMixin
 from .options import CallOptions
+from .parts import MoRERMSNorm
 from .stack import run_stack
 from .system import find_system
 
@@ -80,10 +81,16 @@ class MoREPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw the weights a module itself holds that were not loaded."""
+        """Draw the weights a module itself holds that were not loaded. (Pretraining draws its own, in Megatron.)"""
         for name, weight in module.named_parameters(recurse=False):
-            if not getattr(weight, "_is_hf_initialized", False):
-                self.system.draw_weight(self.config, module, name, weight)
+            if getattr(weight, "_is_hf_initialized", False):
+                continue
+            if name.endswith("bias"):
+                weight.zero_()
+            elif name.startswith("norm") or isinstance(module, MoRERMSNorm | nn.LayerNorm):
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, self.config.initializer_range)
 
 
 class MoREModel(MoREPreTrainedModel):

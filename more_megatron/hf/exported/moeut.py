@@ -6,7 +6,6 @@ stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,25 +24,12 @@ from .routing import MoRERouter, RouterLogits, Routing, load_balancing_loss
 from .stack import Loop
 
 
-def _normal(config: Config, weight: Tensor, inputs: int) -> None:
-    """Draw a weight as the training code does: by its inputs and the depth, counting repetitions."""
-    weight.normal_(0.0, math.sqrt(2.0 / (config.num_hidden_layers * config.mean_recurrence * inputs)))
-
-
 class SigmaRouter(MoRERouter):
     """Weighs the chosen experts by their sigmoids, as they are."""
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         probs, experts = self.best(logits.float().sigmoid())
         return self.scaled(probs, logits), experts
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        # Rows of one norm: no expert is preferred at the start.
-        if name == "weight":
-            _normal(self.config, weight, self.config.hidden_size)
-            std = weight.std()
-            weight /= weight.norm(dim=1, keepdim=True)
-            weight *= std / weight.std()
 
 
 class SigmaExperts(Experts):
@@ -52,11 +38,6 @@ class SigmaExperts(Experts):
     def __init__(self, config: Config) -> None:
         hidden, width = config.hidden_size, config.moe_intermediate_size
         super().__init__(config, {"keys": (width, hidden), "values": (hidden, width)})
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        # The values of all experts together are one matrix.
-        all_channels = self.config.num_experts * self.config.moe_intermediate_size
-        _normal(self.config, weight, self.config.hidden_size if name == "keys" else all_channels)
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h]."""
@@ -73,13 +54,9 @@ class SigmaMoE(MoREMoE):
 class HeadWeight(nn.Module):
     """A matrix for each expert of each head, or one for all heads."""
 
-    def __init__(self, config: Config, shape: tuple[int, ...], inputs: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.config, self.inputs = config, inputs
         self.weight = nn.Parameter(torch.empty(shape))
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        _normal(self.config, weight, self.inputs)
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         """Return `x` times the one matrix, or each group of rows that ends there times its own."""
@@ -95,11 +72,11 @@ class SwitchHead(nn.Module):
         hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
         experts, width = config.num_head_experts, heads * size
         is_dense = experts == 1
-        self.query_key = HeadWeight(config, (2 * width, hidden), hidden)
-        self.output_router = HeadWeight(config, (heads * experts, hidden), hidden)
-        self.value_router = None if is_dense else HeadWeight(config, (heads * experts, hidden), hidden)
-        self.value = HeadWeight(config, (width, hidden) if is_dense else (heads * experts, size, hidden), hidden)
-        self.output = HeadWeight(config, (hidden, width) if is_dense else (heads * experts, hidden, size), width)
+        self.query_key = HeadWeight(2 * width, hidden)
+        self.output_router = HeadWeight(heads * experts, hidden)
+        self.value_router = None if is_dense else HeadWeight(heads * experts, hidden)
+        self.value = HeadWeight(width, hidden) if is_dense else HeadWeight(heads * experts, size, hidden)
+        self.output = HeadWeight(hidden, width) if is_dense else HeadWeight(heads * experts, hidden, size)
 
     def forward(self, normed: Tensor, stream: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, ...]:
         """Return what each token gathers, [b, s, h], and the logits of the routers, [b, s, heads, experts] each.
@@ -217,16 +194,6 @@ class MoEUT(System):
             coefficient = config.balance_coef if router == "router" else config.head_balance_coef
             total = total + coefficient * _minus_entropy(passes, router_logits.batch, mask).to(total.device)
         return total, total
-
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Draw embeddings of variance 1/h and a uniform output layer, as the training code does."""
-        bound = config.hidden_size**-0.5
-        if isinstance(module, nn.Embedding):
-            weight.normal_(0.0, bound)
-        elif isinstance(module, nn.Linear) and module.bias is not None:
-            weight.uniform_(-bound, bound)
-        else:
-            super().draw_weight(config, module, name, weight)
 
 
 SYSTEM = MoEUT()

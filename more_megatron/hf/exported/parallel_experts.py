@@ -63,13 +63,6 @@ class ParallelExperts(CellExperts):
         gate = {"gate_fc1": (_GATE_WIDTH, hidden), "gate_fc1_bias": (_GATE_WIDTH,)}
         super().__init__(config, {**cell, **gate, "gate_fc2": (2, _GATE_WIDTH), "gate_fc2_bias": (2,)})
 
-    def draw_recurrent(self, name: str, weight: Tensor) -> None:
-        # As PyTorch's LSTM, whose two biases are one here.
-        if name.endswith("bias"):
-            super().draw_recurrent(name, weight)
-        else:
-            weight.uniform_(-(weight.size(2) ** -0.5), weight.size(2) ** -0.5)
-
     def forward(self, rows: Tensor, routing: Routing, order: TimeOrder, states: States) -> tuple[Tensor, States]:
         """Return outputs, [rows, h], and hidden and cell state behind each row, [rows, h] each."""
         states = self.run(rows, routing, order, states)

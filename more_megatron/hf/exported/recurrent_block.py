@@ -14,7 +14,7 @@ from .context import CallContext
 from .experts import RecurringMoE
 from .fields import Config, Field
 from .interface import System
-from .parts import grouped_linear, rms_norm, takase_normal
+from .parts import grouped_linear, rms_norm
 from .recurrence import Rows, State, recur
 from .routing import Routing
 
@@ -61,15 +61,6 @@ class RecurrentBlock(nn.Module):
         for name, shape in shapes.items():
             shape = shape if experts is None else (experts, *shape)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        if name.endswith("bias"):
-            weight.zero_()
-        elif name.startswith("norm"):
-            weight.fill_(1.0)
-        else:
-            depth = self.config.num_hidden_layers * self.config.mean_recurrence
-            takase_normal(self.config, weight, depth if name in ("proj", "fc2") else None)
 
     def forward(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
         """Return the last state, given what is injected in every step and the first, [rows, h] or [b, s, h] each."""

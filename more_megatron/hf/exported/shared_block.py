@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .experts import Experts
 from .fields import Config
@@ -20,10 +19,6 @@ class ProjectionExperts(Experts):
     def __init__(self, config: Config) -> None:
         shape = (config.hidden_size, config.hidden_size)
         super().__init__(config, {"proj_in": shape, "proj_out": shape})
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        for matrix in weight:
-            matrix.copy_(nn.init.orthogonal_(torch.empty_like(matrix, dtype=torch.float32)))
 
     def forward(self, rows: Tensor, name: str, routing: Routing) -> Tensor:
         """Return [rows, h] times the matrices of a name."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,6 @@ from .cache import Memory
 from .context import CallContext
 from .experts import Experts, MoREMoE
 from .fields import Config
-from .parts import takase_normal
 from .recurrence import Rows
 from .recurrent_block import BlockSystem, RecurrentBlock
 from .routing import Routing
@@ -24,14 +22,6 @@ class LightExperts(Experts):
     def __init__(self, config: Config) -> None:
         hidden = config.hidden_size
         super().__init__(config, {"fc1": (2 * hidden, hidden), "fc2": (hidden, 2 * hidden)})
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        config, chosen = self.config, self.config.num_experts_per_tok
-        takase_normal(config, weight, depth=None)
-        if name == "fc2":
-            # Their weighted sum, which a block reads, is as long as one of them, if routers know nothing yet.
-            is_share_of_all = config.router_score_function == "softmax" and config.router_pre_softmax
-            weight *= (config.num_experts if is_share_of_all else chosen) / math.sqrt(chosen)
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h]."""
@@ -45,8 +35,10 @@ class CombinedBlockMoE(MoREMoE):
         super().__init__(config, *args)
         self.recurrent_block = RecurrentBlock(config, follows_layers=True)
 
-    def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
-        output = super().mix(x, logits, context, memory)
+    def mix(
+        self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory, stream: Tensor | None = None
+    ) -> Tensor:
+        output = super().mix(x, logits, context, memory, stream)
         rows = Rows(context, memory.at("block"), self.layer_idx)
         return self.recurrent_block(output, context.initial_state(self.layer_idx, output), rows)
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from .cache import Memory
 from .context import CallContext
 from .fields import LOGIT_EMA, Config, Field
-from .parts import takase_normal
 from .recurrence import Rows, State, recur
 
 __all__ = ["Group", "InjectedLoop", "Loop", "RunPass", "division_fields", "run_stack"]
@@ -47,17 +46,6 @@ class Loop(nn.Module):
         return state
 
 
-class _Adapter(nn.Linear):
-    """Maps the state beside the input of a group, 2h -> h."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(2 * config.hidden_size, config.hidden_size, bias=False)
-        self.config = config
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        takase_normal(self.config, weight, depth=None)
-
-
 class InjectedLoop(Loop):
     """A loop whose input may enter every pass: through a matrix, or as a summand."""
 
@@ -65,7 +53,9 @@ class InjectedLoop(Loop):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.adapter = _Adapter(config) if config.injection == "linear" else None
+        self.adapter = None
+        if config.injection == "linear":
+            self.adapter = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def enter(self, state: Tensor, hidden_states: Tensor, step: int, rows: Rows) -> Tensor:
         if self.adapter is not None:
@@ -128,9 +118,10 @@ def _run_pass(
         hidden_states, *logits = layer(hidden_states, rows.context, place, *map(rows.take, whole))
         if group.loop is not None and getattr(layer.config, "router_logit_ema", 0.0) > 0.0:
             former[index] = [rows.put(old, new) for old, new in zip_longest(whole, logits)]
-        for number, part in enumerate(logits if records.decisions is not None else ()):
-            further, router = divmod(number, len(layer.routers))
-            records.decisions.append((part.flatten(0, 1), index, step + further, layer.routers[router]))
+        if records.decisions is not None:
+            for number, part in enumerate(logits):
+                further, router = divmod(number, len(layer.routers))
+                records.decisions.append((part.flatten(0, 1), index, step + further, layer.routers[router]))
     return hidden_states
 
 

@@ -37,13 +37,6 @@ class _HaltingProbability(nn.Linear):
     def __init__(self, config: Config) -> None:
         super().__init__(config.hidden_size, 1)
 
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw a new weight; positions would rather halt early at first."""
-        if name == "bias":
-            weight.fill_(1.0)
-        else:
-            nn.init.xavier_uniform_(weight)
-
     def forward(self, state: Tensor) -> Tensor:
         return nn.functional.linear(state.float(), self.weight.float(), self.bias.float()).sigmoid()
 
@@ -56,9 +49,6 @@ class UniversalLoop(Loop):
         shape = (config.training_steps, config.hidden_size)
         self.time = nn.Parameter(torch.empty(shape)) if config.time_signal == "learned" else None
         self.halting = _HaltingProbability(config) if config.halting == "act" else None
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        weight.normal_(0.0, self.config.hidden_size**-0.5)
 
     def forward(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows) -> Tensor:
         steps = rows.context.options.num_steps
@@ -120,8 +110,6 @@ class UniversalLayer(SandwichLayer):
             self.input_layernorm = self.post_attention_layernorm = nn.Identity()
         else:
             self.attention_output_norm = self.mlp_output_norm = nn.Identity()
-        for part in self.modules():
-            setattr(part, "is_drawn_by_size", True)  # noqa: B010
 
 
 class UniversalTransformer(System):
@@ -150,16 +138,6 @@ class UniversalTransformer(System):
     def build_final_norm(self, config: Config) -> nn.Module:
         # A layer of the paper ends with its own.
         return nn.Identity() if config.post_norm else super().build_final_norm(config)
-
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Draw the matrices of layers as Glorot and Bengio do (AISTATS 2010)."""
-        if isinstance(module, nn.Embedding):
-            weight.normal_(0.0, config.hidden_size**-0.5)
-        elif weight.dim() >= 2 and getattr(module, "is_drawn_by_size", False):
-            bound = math.sqrt(6.0 / (weight.size(-1) + weight.size(-2)))
-            weight.uniform_(-bound, bound)
-        else:
-            super().draw_weight(config, module, name, weight)
 
 
 SYSTEM = UniversalTransformer()
