@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from more_megatron.hf.exported.cell_experts import CellExperts
 from more_megatron.hf.exported.exits import CRITERIA, Criterion
+from more_megatron.hf.exported.experts import CellExperts
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM, MoREModel
 from more_megatron.hf.exported.recurrent_block import RecurrentBlock
 from more_megatron.hf.exported.system import find_system

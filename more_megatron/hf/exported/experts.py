@@ -1,4 +1,4 @@
-"""Layers with experts: router, routed experts and shared expert. Megatron's experts, which are MLPs."""
+"""Layers with experts: router, routed experts and shared expert; kinds of experts that more than one system has."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .cache import Memory
@@ -16,7 +17,7 @@ from .parts import MoREMLP, grouped_linear
 from .recurrence import Rows
 from .routing import MoRERouter, Routing, averaged_logits
 
-__all__ = ["Experts", "FeedForwardExperts", "MoREMoE", "RecurringMoE"]
+__all__ = ["CellExperts", "Experts", "FeedForwardExperts", "MoREMoE", "RecurringMoE", "lstm_cell"]
 
 
 class Experts(nn.Module):
@@ -67,6 +68,33 @@ class FeedForwardExperts(Experts):
         if self.config.linear_bias:
             output = output + routing.weigh(self.down_proj_bias[routing.experts])
         return output
+
+
+class CellExperts(Experts):
+    """A feed-forward network with biases, linear, GELU, linear, and a cell that a subclass has beside it.
+
+    `shapes` are those of each further weight of one expert, by name.
+    """
+
+    def __init__(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        feed_forward = {"fc1": (width, hidden), "fc1_bias": (width,), "fc2": (hidden, width), "fc2_bias": (hidden,)}
+        super().__init__(config, {**feed_forward, **shapes})
+
+    def expand(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Return the inner layer of the feed-forward network, [rows, m], given [rows, h]."""
+        return F.gelu(self.linear(rows, "fc1", routing))
+
+    def feed_forward(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Return what the feed-forward network makes of [rows, h]."""
+        return self.linear(self.expand(rows, routing), "fc2", routing)
+
+
+def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the next hidden and cell state, [rows, n] each, given i, f, g and o before their activations."""
+    write, keep, new, read = gates.chunk(4, dim=-1)
+    cell = keep.sigmoid() * cell + write.sigmoid() * new.tanh()
+    return read.sigmoid() * cell.tanh(), cell
 
 
 class MoREMoE(nn.Module):

@@ -32,9 +32,7 @@ class MoREGenerationMixin(GenerationMixin):
         not given to the model. Not with beams.
 
         Args:
-            inputs: As in transformers.
-            generation_config: As in transformers.
-            args: As in transformers.
+            inputs, generation_config, args: As in transformers.
             kwargs: As in transformers, the options, and for self-speculation:
                 draft_steps: Steps that drafts are made with, fewer than `num_steps`, which verify them.
                 lookahead_for_draft: Tokens of a draft, `draft_tokens` is the same. Default: 4.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cell_experts import CellExperts
-from .experts import RecurringMoE
+from .experts import CellExperts, RecurringMoE
 from .fields import Config
 from .interface import System
 from .recurrence import Rows, State, recur
@@ -40,8 +39,6 @@ class GRUExperts(CellExperts):
 
 
 class GRUExpertsMoE(RecurringMoE):
-    """A layer of them."""
-
     def contract(self, state: Tensor, routing: Routing) -> Tensor:
         # No call of the module, inside which this is asked for: its weights are here for the one that is under way.
         return self.experts.contract(state, routing)

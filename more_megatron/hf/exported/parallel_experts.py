@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .cache import Memory
-from .cell_experts import CellExperts, lstm_cell
 from .context import CallContext
-from .experts import MoREMoE
+from .experts import CellExperts, MoREMoE, lstm_cell
 from .fields import Config
 from .interface import System
 from .parts import grouped_linear
