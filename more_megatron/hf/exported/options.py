@@ -74,7 +74,7 @@ class CallOptions:
 def _settle_exit(given: dict[str, Any]) -> None:
     """Put the criterion and its threshold in the place of their names."""
     criterion, names = given.pop("criterion", "none"), ", ".join(CRITERIA)
-    if isinstance(criterion, str) and criterion == "none":
+    if criterion == "none":
         for name in ("exit_threshold", "min_steps"):
             if name in given:
                 raise ValueError(f"{name} {given[name]!r} has no effect without a criterion: choose one of {names}")
