@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,21 +266,24 @@ def test_kill_then_start_clean(tmp_path: Path, model: str, corpus: list[str]) ->
     assert sorted(path.suffix for path in tmp_path.glob("x*")) == [".bin", ".idx", ".json"]
 
 
-@pytest.mark.parametrize("name", ["tokens", "lengths", "done.json", "plan.json"])
-def test_resume_without_a_whole_state_starts_clean(name: str, tmp_path: Path, model: str, corpus: list[str]) -> None:
+def test_resume_without_a_whole_state_starts_clean(tmp_path: Path, model: str, corpus: list[str]) -> None:
     data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=10)
     usual = ["--input", data, "--tokenizer-model", model, "--no-progress", "--encoder", "reference"]
-    command = [*usual, "--output-prefix", tmp_path / "x"]
-    kill_when_written([TOOL, *command], tmp_path / "x_text_document.partial", 2)
-    path = tmp_path / "x_text_document.partial" / name
-    path.write_bytes(path.read_bytes()[:10])
-    assert run_tool(*command, "--resume").returncode == 0
+    command, dataset = [*usual, "--output-prefix", tmp_path / "x"], tmp_path / "x_text_document"
+    kill_when_written([TOOL, *command], Path(f"{dataset}.partial"), 2)
+    killed = shutil.copytree(f"{dataset}.partial", tmp_path / "killed")
     assert run_tool(*usual, "--output-prefix", tmp_path / "y").returncode == 0
-    assert same_files(tmp_path / "x_text_document", tmp_path / "y_text_document")
+    for name in ("tokens", "lengths", "done.json", "plan.json"):
+        partial = shutil.copytree(killed, Path(f"{dataset}.partial"), dirs_exist_ok=True)
+        (partial / name).write_bytes((killed / name).read_bytes()[:10])
+        assert run_tool(*command, "--resume").returncode == 0, name
+        assert same_files(dataset, tmp_path / "y_text_document"), name
+        for end in (".bin", ".idx", ".json"):
+            Path(f"{dataset}{end}").unlink()
 
 
 def test_two_runs_on_one_prefix(tmp_path: Path, model: str, corpus: list[str]) -> None:
-    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=30)
+    data = write_jsonl(tmp_path / "in.jsonl", corpus, copies=10)
     command = ["--input", data, "--output-prefix", tmp_path / "x", "--tokenizer-model", model, "--no-progress"]
     first = subprocess.Popen([sys.executable, TOOL, *map(str, command), "--encoder", "reference"])
     while not blocks_done(tmp_path / "x_text_document.partial") and first.poll() is None:
