@@ -88,11 +88,6 @@ def load_documents(path: str, detokenization: str = Detokenize.NONE, **_: Any) -
     return {"test": Dataset.from_list(documents)}
 
 
-def text(document: dict[str, Any]) -> str:
-    """Return what is predicted."""
-    return str(document["text"])
-
-
 def score_document(document: dict[str, Any], results: list[float]) -> dict[str, tuple[float, int]]:
     """Return what each measure adds up."""
     (loglikelihood,) = results
