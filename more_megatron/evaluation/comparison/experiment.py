@@ -24,7 +24,14 @@ from more_megatron.yaml_tables import read_table
 
 __all__ = ["MATCHES", "Arm", "Experiment", "evaluation", "mean_steps"]
 
-MATCHES = ("flops", "parameters", "both", "flags")
+MATCHES = {
+    "flops": "training FLOPs a token at the mean depth",
+    "parameters": "parameters",
+    "both": "training FLOPs a token at the mean depth, and parameters where widths allow",
+    "flags": "nothing but the flags",
+}
+"""What arms may have in common, in words."""
+
 _OF_EXPERTS = re.compile(r"moe-|num-experts$")
 # Section 4.2 of the research guide.
 _FINE_TUNING = {"lr": 5e-5, "min-lr": 0, "weight-decay": 0.01}
@@ -126,9 +133,9 @@ class Experiment:
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
         check_ranges(self, {"seeds": "[1, 4000000000]", "depths": "[1, 10000]"})
-        for key, kind in (("flags", dict), ("finetune", dict | None)):
-            if not isinstance(getattr(self, key), kind):
-                raise MoREError(f"{key} must be a table, not {getattr(self, key)!r}")
+        for key, value in (("flags", self.flags), ("finetune", {} if self.finetune is None else self.finetune)):
+            if not isinstance(value, dict):
+                raise MoREError(f"{key} must be a table, not {value!r}")
         swept = self.sweep.values() if isinstance(self.sweep, dict) else [None]
         if not all(isinstance(values, list) and values for values in swept):
             raise MoREError(f"sweep must be a table of lists of values, not {self.sweep!r}")

@@ -64,7 +64,7 @@ def match(
     measure, goal = (search.parameters, parameters or 0.0) if flops is None else (search.flops, flops)
     if flops is None or parameters is None or not shared:
         search.refuse_below_least(measure, goal, (own,))
-        return search.wide({own: search.nearest_width(own, measure, goal)})
+        return search.wide({own: search.nearest_width(own, measure, goal, {})})
     search.refuse_below_least(measure, goal, (own, *shared))
     return search.wide(search.two_widths(own, shared[0], flops, parameters))
 
@@ -107,12 +107,9 @@ class _Search:
                 "to be met, or give it fewer layers, experts or recurrence steps"
             )
 
-    def nearest_width(
-        self, name: str, measure: Callable[..., float], target: float, others: Mapping[str, int] | None = None
-    ) -> int:
+    def nearest_width(self, name: str, measure: Callable[..., float], target: float, others: Mapping[str, int]) -> int:
         """Return the width at which `measure` is nearest to `target`, given other widths."""
-        fixed = others or {}
-        return self._step * _nearest_round(lambda count: measure({**fixed, name: count * self._step}), target)
+        return self._step * _nearest_round(lambda count: measure({**others, name: count * self._step}), target)
 
     def two_widths(self, own: str, shared: str, flops: float, parameters: float) -> dict[str, int]:
         """Return the width of the shared expert at which the other one serves both goals, or nearly, and that one."""
@@ -140,8 +137,9 @@ def _nearest_round(measure: Callable[[int], float], target: float, most: int = _
     return nearest
 
 
-def _nearest(measure: Callable[[int], float], target: float, most: int = _MOST) -> int:
+def _nearest(measure: Callable[[int], float], target: float, most: int) -> int:
     """Return the number from 1 to `most` at which a measure that rises is nearest to `target`."""
+    # With two widths a measure rises but roughly: another order of the search would end at another number.
     low, high = 0, 1
     while high < most and measure(high) < target:
         low, high = high, min(2 * high, most)

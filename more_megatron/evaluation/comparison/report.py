@@ -17,6 +17,7 @@ from more_megatron.data.indexed import read_manifest
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import Flags, arguments_of
 from more_megatron.evaluation.comparison import health
+from more_megatron.evaluation.comparison.experiment import MATCHES
 from more_megatron.evaluation.comparison.figures import draw_all
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, Spread, by_arm, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan
@@ -26,12 +27,6 @@ from more_megatron.unfinished import write_whole
 
 __all__ = ["check_packages", "write_report"]
 
-_MATCHED = {
-    "flops": "training FLOPs a token at the mean depth",
-    "parameters": "parameters",
-    "both": "training FLOPs a token at the mean depth, and parameters where widths allow",
-    "flags": "nothing but the flags",
-}
 _PACKAGES = ("megatron-core", "torch", "numpy")
 
 
@@ -80,7 +75,7 @@ def _content(plan: Plan, folder: Path) -> dict[str, Any]:
     return {
         "title": experiment["title"],
         "date": datetime.date.today().isoformat(),
-        "matched": _MATCHED[experiment["match"]],
+        "matched": MATCHES[experiment["match"]],
         "match": experiment["match"],
         "seeds": experiment["seeds"],
         "depths": experiment["depths"],
@@ -109,7 +104,7 @@ def _point(
         "depths": sorted({depth for arm in arms for depth in arm.loss_at}),
         "answers": sorted({name for arm in arms for name in arm.answers}),
         "tasks": {task: sorted({each for arm in arms for each in arm.by_difficulty.get(task, {})}) for task in tasks},
-        "figures": draw_all(arms, speeds, _MATCHED[experiment["match"]]),
+        "figures": draw_all(arms, speeds, MATCHES[experiment["match"]]),
     }
 
 
