@@ -88,11 +88,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, required: bool = True) 
     group.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of the checkpoint (default: the newest)")
     group.add_argument("--tokenizer-model", metavar="M", help="where the tokenizer of the run is, if it has moved")
     group.add_argument("--trust-remote-code", action="store_true", help="let the folder run code of its own")
-    group.add_argument(
-        "--dtype",
-        choices=_DTYPES,
-        help="dtype of the computation (default: that of the weights)",
-    )
+    group.add_argument("--dtype", choices=_DTYPES, help="dtype of the computation (default: that of the weights)")
     group.add_argument("--device", default=None, metavar="D", help="cpu, cuda or cuda:N (default: cuda where it is)")
     group.add_argument("--batch-size", type=int, default=8, metavar="B", help="texts at a time (default: 8)")
 

@@ -133,9 +133,9 @@ class Experiment:
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
         check_ranges(self, {"seeds": "[1, 4000000000]", "depths": "[1, 10000]"})
-        for key, value in (("flags", self.flags), ("finetune", {} if self.finetune is None else self.finetune)):
-            if not isinstance(value, dict):
-                raise MoREError(f"{key} must be a table, not {value!r}")
+        for key, table in (("flags", self.flags), ("finetune", {} if self.finetune is None else self.finetune)):
+            if not isinstance(table, dict):
+                raise MoREError(f"{key} must be a table, not {table!r}")
         swept = self.sweep.values() if isinstance(self.sweep, dict) else [None]
         if not all(isinstance(values, list) and values for values in swept):
             raise MoREError(f"sweep must be a table of lists of values, not {self.sweep!r}")
