@@ -15,15 +15,13 @@ from megatron.training.arguments import parse_and_validate_args
 from more_megatron.console import LOG, VERBOSE, say
 from more_megatron.errors import MoREError, speak_in_one_line
 from more_megatron.flags import MoREFlags
-from more_megatron.monitoring.flags import HealthFlags
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
 from more_megatron.systems import default_name, flag_names, get_system, systems
 from more_megatron.training.blend_files import read_blend_files
-from more_megatron.training.flag_checks import check_flags, convert
+from more_megatron.training.flag_checks import check_flags, convert, unread_flags
 from more_megatron.training.options import TrainingFlags
 from more_megatron.training.stored_flags import given_flags, take_stored_flags
-from more_megatron.training.unread_flags import unread_flags
 
 __all__ = ["parse_arguments"]
 
@@ -115,7 +113,6 @@ def _add_group(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that systems share, and those that each alone reads, as one group."""
     group = ArgumentGroupFactory(MoREFlags).build_group(parser, title="MoRE")
     into_group: Any = argparse.Namespace(add_argument_group=lambda **_: group)
-    ArgumentGroupFactory(HealthFlags).build_group(into_group)
     for system in systems().values():
         if system.Flags is not None:
             ArgumentGroupFactory(system.Flags).build_group(into_group)

@@ -19,8 +19,8 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank
 
 from more_megatron.config import MoREConfig
+from more_megatron.monitoring import HEALTH_FILE
 from more_megatron.monitoring.first_non_finite import FirstNonFinite
-from more_megatron.monitoring.flags import HEALTH_FILE
 from more_megatron.monitoring.gradients import gradient_figures, gradients_of_experts, record_gradients
 from more_megatron.monitoring.loss import LossHistory, depth_figures
 from more_megatron.monitoring.ranges import Finding, findings, healthy_ranges

@@ -9,10 +9,16 @@ from typing import Any
 
 from megatron.training import get_args
 
+from more_megatron.curriculum import Curriculum
 from more_megatron.platform.training_loop import surround
-from more_megatron.training.options import length_curriculum
 
-__all__ = ["announce_row_length", "row_length"]
+__all__ = ["announce_row_length", "length_curriculum", "row_length"]
+
+
+def length_curriculum(args: argparse.Namespace) -> Curriculum | None:
+    """Return the curriculum of the length of rows, None if it stays the same."""
+    text = args.seq_length_curriculum
+    return None if text is None else Curriculum(text, "--seq-length-curriculum")
 
 
 def row_length(args: argparse.Namespace) -> int:

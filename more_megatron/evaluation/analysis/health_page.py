@@ -12,7 +12,7 @@ import numpy as np
 
 from more_megatron.errors import MoREError
 from more_megatron.figures import draw_loads, new_figure, save, spread
-from more_megatron.monitoring.flags import HEALTH_FILE
+from more_megatron.monitoring import HEALTH_FILE
 
 __all__ = ["draw_health", "read_health", "warned_figure"]
 
