@@ -18,7 +18,7 @@ from more_megatron.flags import MoREFlags
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
 from more_megatron.systems import default_name, flag_names, get_system, systems
-from more_megatron.training.blend_files import read_blend_files
+from more_megatron.training.data_checks import read_blend_files
 from more_megatron.training.flag_checks import check_flags, convert, unread_flags
 from more_megatron.training.options import TrainingFlags
 from more_megatron.training.stored_flags import given_flags, take_stored_flags

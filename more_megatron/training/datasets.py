@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
+from megatron.training.argument_utils import _default_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.config import MoREConfig
@@ -22,11 +22,12 @@ from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.errors import MoREError
 from more_megatron.platform.memory import check_fits_host
 from more_megatron.training.batch import reads_boundaries, stage_needs_data
+from more_megatron.training.data_checks import data_blends
 from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
 from more_megatron.training.problem_datasets import AnswerDatasets
 from more_megatron.training.problems import Tasks
 
-__all__ = ["DatasetsProvider", "counted_share", "data_blends", "run_tasks"]
+__all__ = ["DatasetsProvider", "counted_share", "run_tasks"]
 
 # Where a sample begins, and its place in the order.
 _INDEX_BYTES = 12
@@ -51,12 +52,8 @@ class DatasetsProvider:
         remedy = "lower --train-iters, --eval-iters or --global-batch-size"
         check_fits_host(_INDEX_BYTES * most, f"an index of {most:,} samples", remedy)
         print_rank_0("> building train, validation, and test datasets for GPT ...")
-        builder = BlendedMegatronDatasetBuilder(
-            _kind(args),
-            num_samples,
-            functools.partial(self._is_built_here, vp_stage),
-            _dataset_config(),
-        )
+        is_built_here = functools.partial(self._is_built_here, vp_stage)
+        builder = BlendedMegatronDatasetBuilder(_kind(args), num_samples, is_built_here, _dataset_config())
         # The builder lets rank 0 go first.
         writes = args.rank == 0 and not args.dataloader_fast_cache_load
         folders = _cache_folders(args) if writes else []
@@ -103,22 +100,6 @@ def _cache_folders(args: argparse.Namespace) -> list[Path]:
     return [cache_folder(prefix) for blend in data_blends(args) for prefix in blend]
 
 
-def data_blends(args: argparse.Namespace) -> list[list[str]]:
-    """Return the prefixes of each blend that the data flags name: one, or one a split.
-
-    Raises:
-        MoREError: If a weight is not a positive number.
-    """
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = list(filter(None, [blend, *(blend_per_split or [])]))
-    for weight in (weight for _, weights in blends for weight in weights or ()):
-        if not 0 < weight < math.inf:
-            raise MoREError(
-                f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
-            )
-    return [prefixes for prefixes, _ in blends]
-
-
 def counted_share(args: argparse.Namespace) -> float:
     """Return the share of the training tokens that count in the loss of a run that trains on answers."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -131,34 +112,21 @@ def counted_share(args: argparse.Namespace) -> float:
 def _dataset_config() -> GPTDatasetConfig:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    sequences_per_dataset = None
-    if args.per_dataset_sequences_path is not None:
-        with open(args.per_dataset_sequences_path) as file:
-            sequences_per_dataset = json.load(file)
-    return GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        fast_cache_load=args.dataloader_fast_cache_load,
-        sequences_per_dataset=sequences_per_dataset,
-        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
-        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
-        inter_document_masking=args.dataloader_inter_document_masking,
-    )
+    sequences = args.per_dataset_sequences_path
+    fields = _default_config_from_args(GPTDatasetConfig, args, return_instance=False)
+    # What the flags call otherwise.
+    fields |= {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "path_to_cache": args.data_cache_path,
+        "tokenizer": build_tokenizer(args),
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "fast_cache_load": args.dataloader_fast_cache_load,
+        "sequences_per_dataset": None if sequences is None else json.loads(Path(sequences).read_text()),
+        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+        "inter_document_masking": args.dataloader_inter_document_masking,
+    }
+    return GPTDatasetConfig(**fields)
