@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron.training.utils import is_last_rank
 
 from more_megatron.config import MoREConfig
 from more_megatron.monitoring import HEALTH_FILE
+from more_megatron.monitoring.figures import system_figures
 from more_megatron.monitoring.first_non_finite import FirstNonFinite
 from more_megatron.monitoring.gradients import gradient_figures, gradients_of_experts, record_gradients
 from more_megatron.monitoring.loss import LossHistory, depth_figures
@@ -34,8 +36,6 @@ from more_megatron.systems import get_system
 from more_megatron.training.parameter_owners import adapters, parameter_owners
 
 __all__ = ["watch_health"]
-
-_OF_CONCERNS = (recurrence_figures, routing_figures)
 
 
 def watch_health(config: MoREConfig, args: argparse.Namespace) -> None:
@@ -79,12 +79,13 @@ class _Health(Tracer):
             self._first = FirstNonFinite(self._chunks, self._owners)
         watch = Watch() if number % self._args.health_interval == 0 else None
         rate = training.get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
-        with self._looking:
+        with self._looking as stack:
             if is_first:
                 # Megatron does not compute the first step of a process again, whatever comes of it.
                 self.begin()
-            with contextlib.nullcontext() if watch is None else self._watched(watch, model, config):
-                result = train_step(*args, iteration=iteration, **kwargs)
+            if watch is not None:
+                stack.enter_context(self._watched(watch, model, config))
+            result = train_step(*args, iteration=iteration, **kwargs)
         loss_dict, _, _, should_exit, _, grad_norm, *_ = result
         if "lm loss" in loss_dict:
             self._history.add(number, loss_dict["lm loss"], grad_norm, rate)
@@ -102,10 +103,10 @@ class _Health(Tracer):
             finalize(*args, **kwargs)
             record_gradients(watch, model, self._owners)
 
-        routers = [module for chunk in self._chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
         with contextlib.ExitStack() as stack:
-            for router in routers:
-                stack.callback(watch_router(router))
+            for module in (module for chunk in self._chunks for module in chunk.modules()):
+                if isinstance(module, TopKRouter):
+                    stack.callback(watch_router(module))
             config.finalize_model_grads_func = finalize_and_record
             stack.callback(setattr, config, "finalize_model_grads_func", finalize)
             stack.enter_context(self._first.looking())
@@ -122,14 +123,9 @@ class _Health(Tracer):
             for module in chunk.modules():
                 self._system.record_health(watch, module, of_experts)
             for name, module, halves in adapters(chunk):
-                share = of_experts if ".experts." in f".{name}." else 1.0 / stage
-                record_adapter(watch, self._place(chunk, name, module), (halves[0], halves[1]), share)
-
-    @staticmethod
-    def _place(chunk: Any, name: str, module: Any) -> str:
-        if hasattr(module, "layer_number"):
-            return f"layer {module.layer_number}"
-        return chunk.decoder.place_of_loop(name.rpartition(".")[2])
+                is_layer = hasattr(module, "layer_number")
+                place = f"layer {module.layer_number}" if is_layer else chunk.decoder.place_of_loop(name.split(".")[-1])
+                record_adapter(watch, place, halves, of_experts if ".experts." in f".{name}." else 1.0 / stage)
 
     # The report.
 
@@ -159,16 +155,16 @@ class _Health(Tracer):
         self._decide(found, bad_step, cause, number)
 
     def _make_report(self, number: int, totals: dict[Key, Any], loss_scale: float) -> Report:
-        figures = dict(self._history.figures())
-        for of_concern in _OF_CONCERNS:
-            figures.update(of_concern(totals))
-        figures.update(gradient_figures(totals, loss_scale))
-        figures.update(depth_figures())
-        figures.update(
-            (key, float(sums[0] / sums[1])) for key, sums in totals.items() if key.concern == "system" and sums[1] > 0
+        concerns = (
+            self._history.figures(),
+            recurrence_figures(totals),
+            routing_figures(totals),
+            gradient_figures(totals, loss_scale),
+            depth_figures(),
+            system_figures(totals),
         )
-        gradients = gradients_of_experts(totals, loss_scale)
-        return Report(number, figures, routing_loads(totals), gradients, [])
+        figures = dict(itertools.chain.from_iterable(concerns))
+        return Report(number, figures, routing_loads(totals), gradients_of_experts(totals, loss_scale), [])
 
     def _warm_up(self) -> int:
         """Return the iterations in which the learning rate rises: figures of them say nothing yet."""
@@ -185,10 +181,9 @@ class _Health(Tracer):
             folder = Path(self._args.save)
             folder.mkdir(parents=True, exist_ok=True)
             report.append_to(folder / HEALTH_FILE)
-        board, wandb = get_tensorboard_writer(), get_wandb_writer()
-        if board:
+        if board := get_tensorboard_writer():
             report.write_to_tensorboard(board)
-        if wandb:
+        if wandb := get_wandb_writer():
             report.write_to_wandb(wandb)
 
     # The end.
@@ -198,8 +193,8 @@ class _Health(Tracer):
         stop = self._args.health_stop
         if stop == "none":
             return
-        flags = [bad_step or 0, any(finding.is_collapse for finding in found), bool(found)]
-        agreed = torch.tensor([int(value) for value in flags], device="cuda")
+        here = (bad_step or 0, any(finding.is_collapse for finding in found), bool(found))
+        agreed = torch.tensor(list(map(int, here)), device="cuda")
         torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
         step, collapsed, unhealthy = agreed.tolist()
         if step > 0 or cause is not None:
@@ -214,8 +209,8 @@ class _Health(Tracer):
         if self._stop is None:
             return False
         model, optimizer, scheduler, iteration, flops, context, data_iterator = args
-        settings = self._args
-        if settings.save and not (settings.save_interval and iteration % settings.save_interval == 0):
+        was_saved = self._args.save_interval and iteration % self._args.save_interval == 0
+        if self._args.save and not was_saved:
             training.save_checkpoint_and_time(
                 iteration, model, optimizer, scheduler, flops, context, train_data_iterator=data_iterator
             )
