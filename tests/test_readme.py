@@ -19,8 +19,7 @@ import pytest
 
 from more_megatron.flags import MoREFlags, flag
 from more_megatron.systems import systems
-from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
-from more_megatron.training.options import TrainingFlags
+from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK, TrainingFlags
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, parse, train_call, use
 from tools.sample_text import write_sample_text

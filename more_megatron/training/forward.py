@@ -1,4 +1,4 @@
-"""The forward step: a micro-batch through the model, with the depth it is to be computed at."""
+"""The forward step: a micro-batch through the model, with the depth it is to be computed at; and its loss."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
@@ -22,11 +23,12 @@ from more_megatron.systems import get_system
 from more_megatron.training.batch import Batch, next_batch
 from more_megatron.training.datasets import run_tasks
 from more_megatron.training.evaluation import evaluated_steps
-from more_megatron.training.loss import language_model_loss
 from more_megatron.training.problems import greedy_tokens
 from more_megatron.training.row_length import row_length
 
 __all__ = ["forward_step"]
+
+_SPIKE_FACTOR = 10
 
 _straggler_timer = StragglerDetector()
 
@@ -61,7 +63,7 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
         figures["recurrence steps"] = _reported_steps(gpt, micro_batch)
     if gpt.training and get_args().seq_length_curriculum is not None:
         figures["sequence length"] = length
-    return output, functools.partial(language_model_loss, batch.loss_mask, figures, _answers(batch, predicted))
+    return output, functools.partial(_loss, batch.loss_mask, figures, _answers(batch, predicted))
 
 
 def _cut(batch: Batch, training: bool) -> tuple[Batch, int]:
@@ -92,6 +94,47 @@ def _answers(batch: Batch, predicted: list[torch.Tensor]) -> Callable[[torch.Ten
     problems, labels, mask = batch.problems, batch.labels, batch.loss_mask
     assert problems is not None and labels is not None and mask is not None  # noqa: PT018
     return lambda losses: problems.report(run_tasks(get_args()), mask, losses, predicted[0] == labels)
+
+
+def _loss(
+    loss_mask: torch.Tensor | None,
+    figures: dict[str, float],
+    answers: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None,
+    losses: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the sum of the losses of tokens, the number of those that count, and sum and weight of what is reported.
+
+    Args:
+        loss_mask: 1 for tokens that count, [b, s]; there on the last pipeline stage, which alone computes losses.
+        figures: What else is reported of the micro-batch, by name.
+        answers: Returns what is reported of answers, sums and weights by name, given the losses; None reports nothing.
+        losses: Cross-entropy of each token in nats, [b, s].
+    """
+    assert loss_mask is not None
+    mask = loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    tokens = mask.sum().detach().to(torch.int)
+    if evaluated_steps() is None:
+        _check(loss)
+    report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
+    for name, value in figures.items():
+        # Made on the host and copied there it would wait for the forward pass.
+        report[name] = torch.cat([loss.new_full((1,), value), loss.new_ones(1)])
+    if answers is not None:
+        report |= answers(losses.detach())
+    return loss, tokens, report
+
+
+def _check(loss: torch.Tensor) -> None:
+    """Hand the loss to Megatron's checks for NaN, infinity and spikes."""
+    args, machine = get_args(), get_rerun_state_machine()
+    check = functools.partial(machine.validate_result, result=loss, tolerance=0.0)
+    if args.check_for_nan_in_loss_and_grad:
+        check(rejection_func=torch.isnan, message="found NaN in local forward loss calculation", fatal=True)
+        check(rejection_func=torch.isinf, message="found Inf in local forward loss calculation", fatal=True)
+    if args.check_for_spiky_loss:
+        is_spike = functools.partial(machine.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss")
+        check(rejection_func=is_spike, message="Spiky loss", fatal=False)
 
 
 def _reported_steps(gpt: GPTModel, micro_batch: MicroBatch) -> float:
