@@ -52,7 +52,7 @@ class FirstNonFinite:
     def describe(self, here: bool = False) -> str | None:
         """Return which module was the first on any rank, which all call, or on this one; None if all was finite."""
         found = self._first()
-        if torch.distributed.is_initialized() and not here:
+        if not here:
             all_found: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(all_found, found)
             found = min((one for one in all_found if one is not None), default=None)

@@ -63,22 +63,19 @@ class Watch:
         Ranks of one pipeline stage have the same keys, other stages have others.
         """
         keys = sorted(self._sums)
-        totals: dict[Key, np.ndarray] = {}
-        if keys:
-            flat = torch.cat([self._sums[key].flatten() for key in keys])
-            if torch.distributed.is_initialized():
-                stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-                torch.distributed.all_reduce(flat, group=stage)
-            parts = np.split(flat.cpu().numpy(), np.cumsum([self._sums[key].numel() for key in keys])[:-1])
-            totals = {key: part.reshape(self._sums[key].shape) for key, part in zip(keys, parts, strict=True)}
-        return _of_all_stages(totals)
+        flat = torch.cat([self._sums[key].flatten() for key in keys])
+        stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(flat, group=stage)
+        parts = np.split(flat.cpu().numpy(), np.cumsum([self._sums[key].numel() for key in keys])[:-1])
+        return _of_all_stages({key: part.reshape(self._sums[key].shape) for key, part in zip(keys, parts, strict=True)})
 
 
 def _of_all_stages(totals: dict[Key, np.ndarray]) -> dict[Key, np.ndarray]:
-    if not torch.distributed.is_initialized() or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
         return totals
-    stages: list[dict[Key, np.ndarray]] = [{}] * parallel_state.get_pipeline_model_parallel_world_size()
-    torch.distributed.all_gather_object(stages, totals, group=parallel_state.get_pipeline_model_parallel_group())
+    stages: list[dict[Key, np.ndarray]] = [{}] * group.size()
+    torch.distributed.all_gather_object(stages, totals, group=group)
     merged: dict[Key, np.ndarray] = {}
     for stage in stages:
         for key, values in stage.items():

@@ -24,7 +24,7 @@ from more_megatron.platform.memory import check_fits_host
 from more_megatron.training.batch import reads_boundaries, stage_needs_data
 from more_megatron.training.data_checks import data_blends
 from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
-from more_megatron.training.problem_datasets import AnswerDatasets
+from more_megatron.training.problem_datasets import AnswerDataset
 from more_megatron.training.problems import Tasks
 
 __all__ = ["DatasetsProvider", "counted_share", "run_tasks"]
@@ -71,7 +71,8 @@ class DatasetsProvider:
 
 def _kind(args: argparse.Namespace) -> Any:
     if args.loss_on_answers:
-        return AnswerDatasets(run_tasks(args))
+        # Megatron's builder makes datasets of a class, and gives it nothing else of the run.
+        return type("AnswerDataset", (AnswerDataset,), {"tasks": run_tasks(args)})
     return MockGPTDataset if args.mock_data else GPTDataset
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ class _Health(Tracer):
 
     def train_step(self, train_step: Callable[..., tuple], *args: Any, iteration: int, **kwargs: Any) -> tuple:
         """Take the place of Megatron's `train_step`; `iteration` counts the steps before it."""
-        _, _, model, optimizer, _, config, *_ = args
+        _, _, model, optimizer, scheduler, config, *_ = args
         number, is_first = iteration + 1, self._first is None
         if is_first:
             self._chunks = unwrap_model(model)
@@ -90,7 +89,8 @@ class _Health(Tracer):
         if "lm loss" in loss_dict:
             self._history.add(number, loss_dict["lm loss"], grad_norm, rate)
         if watch is not None and not should_exit:
-            self._report(number, watch, optimizer.get_loss_scale().item())
+            is_warm = scheduler.num_steps > scheduler.lr_warmup_steps
+            self._report(number, watch, optimizer.get_loss_scale().item(), is_warm)
         return result if self._stop is None else (*result[:4], 1, *result[5:])
 
     @contextlib.contextmanager
@@ -129,7 +129,7 @@ class _Health(Tracer):
 
     # The report.
 
-    def _report(self, number: int, watch: Watch, loss_scale: float) -> None:
+    def _report(self, number: int, watch: Watch, loss_scale: float, is_warm: bool) -> None:
         totals = watch.totals()
         assert self._first is not None
         cause = self._first.describe()
@@ -139,7 +139,8 @@ class _Health(Tracer):
             spikes = self._history.settle()
             bad_step = self._history.first_non_finite()
             report = self._make_report(number, totals, loss_scale)
-            found = findings(report.figures, self._ranges, report.loads) if number > self._warm_up() else []
+            # While the learning rate rises, figures say nothing yet.
+            found = findings(report.figures, self._ranges, report.loads) if is_warm else []
             found += [
                 Finding(
                     f"loss is {spike.loss:.3g} at iteration {spike.iteration}, healthy is at most {spike.limit:.3g}: "
@@ -165,14 +166,6 @@ class _Health(Tracer):
         )
         figures = dict(itertools.chain.from_iterable(concerns))
         return Report(number, figures, routing_loads(totals), gradients_of_experts(totals, loss_scale), [])
-
-    def _warm_up(self) -> int:
-        """Return the iterations in which the learning rate rises: figures of them say nothing yet."""
-        args = self._args
-        # Without a batch size there is a schedule of them; its warm-up is in iterations.
-        samples = (args.lr_warmup_samples or 0) / (args.global_batch_size or 1)
-        share = (args.lr_warmup_fraction or 0.0) * (args.lr_decay_iters or args.train_iters or 0)
-        return math.ceil(max(args.lr_warmup_iters or 0, samples, share))
 
     def _write(self, report: Report) -> None:
         for warning in report.warnings:

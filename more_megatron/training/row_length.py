@@ -29,11 +29,10 @@ def row_length(args: argparse.Namespace) -> int:
 
 def announce_row_length() -> None:
     """Let pipeline stages expect hidden states of the length of rows from each other."""
-    surround("get_forward_backward_func", _schedule)
-
-
-def _schedule(get_schedule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return functools.partial(_run, get_schedule(*args, **kwargs))
+    surround(
+        "get_forward_backward_func",
+        lambda get_schedule, *args, **kwargs: functools.partial(_run, get_schedule(*args, **kwargs)),
+    )
 
 
 def _run(
