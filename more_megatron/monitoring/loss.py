@@ -46,6 +46,12 @@ class Spike(NamedTuple):
     loss: float  # its loss in nats
     limit: float  # what a loss may be there
 
+    def __str__(self) -> str:
+        return (
+            f"loss is {self.loss:.3g} at iteration {self.iteration}, healthy is at most {self.limit:.3g}: "
+            "a spike; look at the data of that step, lower --lr or --clip-grad"
+        )
+
 
 class LossHistory:
     """The last steps of a run. Losses stay on the device until they are asked for."""

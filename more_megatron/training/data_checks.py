@@ -113,10 +113,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 def tokenizer_hash(args: argparse.Namespace) -> str | None:
     """Return the hash of the files of the run's tokenizer, None if it has none."""
-    options = TokenizerOptions(
-        args.tokenizer_type, args.tokenizer_model, vocab_file=args.vocab_file, merge_file=args.merge_file
-    )
-    return tokenizer_sha256(options)
+    return tokenizer_sha256(TokenizerOptions.from_args(args))
 
 
 def _check_split(prefix: str, args: argparse.Namespace) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training import get_args, print_rank_0
+from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.argument_utils import _default_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
@@ -27,46 +26,43 @@ from more_megatron.training.index_cache import cache_folder, only_writer, remove
 from more_megatron.training.problem_datasets import AnswerDataset
 from more_megatron.training.problems import Tasks
 
-__all__ = ["DatasetsProvider", "counted_share", "run_tasks"]
+__all__ = ["counted_share", "datasets_provider", "run_tasks"]
 
 # Where a sample begins, and its place in the order.
 _INDEX_BYTES = 12
 
 
-class DatasetsProvider:
-    """Builds the three data sets; `pretrain` calls it on every rank."""
+def datasets_provider(config: MoREConfig) -> Any:
+    """Return what builds the training, validation and test data sets, which `pretrain` calls on every rank.
 
+    It is given how many samples are wanted of each, None for one epoch, and the stage under interleaving. It returns
+    None for each where the rank reads no data.
+    """
+    provider: Any = functools.partial(_datasets, config)
     # Tells `pretrain` that the builder distributes the work over the ranks itself.
-    is_distributed = True
+    provider.is_distributed = True
+    return provider
 
-    def __init__(self, config: MoREConfig) -> None:
-        self._config = config
 
-    def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
-        """Return the training, validation and test data sets, None where this rank reads no data.
+def _datasets(config: MoREConfig, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
+    args = get_args()
+    most = max(samples or 0 for samples in num_samples)
+    remedy = "lower --train-iters, --eval-iters or --global-batch-size"
+    check_fits_host(_INDEX_BYTES * most, f"an index of {most:,} samples", remedy)
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
 
-        `num_samples` are those wanted of each; None for one epoch. `vp_stage` is None without interleaving.
-        """
-        args = get_args()
-        most = max(samples or 0 for samples in num_samples)
-        remedy = "lower --train-iters, --eval-iters or --global-batch-size"
-        check_fits_host(_INDEX_BYTES * most, f"an index of {most:,} samples", remedy)
-        print_rank_0("> building train, validation, and test datasets for GPT ...")
-        is_built_here = functools.partial(self._is_built_here, vp_stage)
-        builder = BlendedMegatronDatasetBuilder(_kind(args), num_samples, is_built_here, _dataset_config())
-        # The builder lets rank 0 go first.
-        writes = args.rank == 0 and not args.dataloader_fast_cache_load
-        folders = _cache_folders(args) if writes else []
-        with only_writer(folders):
-            remove_unusable_indices(folders)
-            datasets = _build(builder)
-        print_rank_0("> finished creating GPT datasets ...")
-        return datasets
+    def is_built_here() -> bool:
+        reads_data = reads_boundaries() or stage_needs_data(config, vp_stage)
+        return reads_data and mpu.get_tensor_model_parallel_rank() == 0
 
-    def _is_built_here(self, vp_stage: int | None) -> bool:
-        if mpu.get_tensor_model_parallel_rank() != 0:
-            return False
-        return reads_boundaries() or stage_needs_data(self._config, vp_stage)
+    # The builder lets rank 0 go first.
+    writes = args.rank == 0 and not args.dataloader_fast_cache_load
+    folders = _cache_folders(args) if writes else []
+    with only_writer(folders):
+        remove_unusable_indices(folders)
+        datasets = _build(BlendedMegatronDatasetBuilder(_kind(args), num_samples, is_built_here, _dataset_config()))
+    print_rank_0("> finished creating GPT datasets ...")
+    return datasets
 
 
 def _kind(args: argparse.Namespace) -> Any:
@@ -122,7 +118,7 @@ def _dataset_config() -> GPTDatasetConfig:
         "blend": blend,
         "blend_per_split": blend_per_split,
         "path_to_cache": args.data_cache_path,
-        "tokenizer": build_tokenizer(args),
+        "tokenizer": get_tokenizer(),
         "create_attention_mask": args.create_attention_mask_in_dataloader,
         "fast_cache_load": args.dataloader_fast_cache_load,
         "sequences_per_dataset": None if sequences is None else json.loads(Path(sequences).read_text()),

@@ -68,11 +68,11 @@ _FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llam
 
 def broken_rules(a: Namespace) -> Iterator[str]:
     """Yield what is wrong between parsed flags, in the order in which to say it; `{name}` is a flag and its value."""
-    for rules in (_missing, _schedule, _shapes, _experts, _data, _machine, _files, row_faults):
+    for rules in (_basics, _schedule, _shapes, _experts, _data, _machine, _files, row_faults):
         yield from rules(a)
 
 
-def _missing(a: Namespace) -> Iterator[str]:
+def _basics(a: Namespace) -> Iterator[str]:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length", "micro_batch_size"):
         if getattr(a, name) is None:
             yield f"{flag(name)} is missing: give it a value"
