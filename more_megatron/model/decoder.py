@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 from more_megatron.errors import MoREError
 from more_megatron.model.halting import StateInPass
-from more_megatron.model.loops import TokenGrid
 from more_megatron.model.micro_batch import CARRIER, MicroBatch, Pass
+from more_megatron.model.noise import TokenGrid
 from more_megatron.model.stack import Stack
 
 __all__ = ["RepeatingDecoder", "repeat_groups"]

@@ -11,8 +11,8 @@ import torch
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags
 from more_megatron.model.depth import Depth
-from more_megatron.model.loops import TokenGrid
 from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.model.noise import TokenGrid
 from more_megatron.systems import get_system
 from more_megatron.training.model import check_system
 from tests.helpers.models import HIDDEN, gpt_model, small_config, start_ranks
