@@ -126,14 +126,8 @@ class GroupedModule(MegatronModule):
         held = (*content.shape[:-1], content.shape[-1] // columns)
         for index, (name, parameter) in enumerate(module.named_parameters()):
             column, group = divmod(index, groups)
-            part: dict[str, Any] = {
-                "shape": held,
-                "group": group,
-                "column": column,
-                "columns": columns,
-                "tail": f".{name}",
-            }
-            _mark(parameter, dataclasses.replace(content, **part))
+            part = dataclasses.replace(content, shape=held, group=group, column=column, columns=columns)
+            _mark(parameter, dataclasses.replace(part, tail=f".{name}"))
         return module
 
     def norm_weights(self) -> Weights:

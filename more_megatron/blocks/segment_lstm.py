@@ -57,9 +57,10 @@ class TimeSteps:
             segment, within = segment[rows], within[rows]
         line, column = order.argsort()[segment // rank.size(1)], rank.flatten()[segment] // parts
         places = starts[within] + line * columns[within] + column
-        former = cls._former(lines, columns, starts)
-        on_device = (x if x is None else x.to(device, non_blocking=True) for x in (order, rows, places, former))
-        return cls(lines.tolist(), columns.tolist(), *on_device)
+        tensors = (order, places, cls._former(lines, columns, starts))
+        order, places, former = (x.to(device, non_blocking=True) for x in tensors)
+        rows = None if rows is None else rows.to(device, non_blocking=True)
+        return cls(lines.tolist(), columns.tolist(), order, rows, places, former)
 
     @staticmethod
     def _former(lines: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:

@@ -120,7 +120,7 @@ class Halting(MegatronModule):
 
     def _step(self, progress: _Progress, enter: StateInPass, run: StateInPass, index: int) -> _Progress:
         entering = enter(progress.state, index)
-        probability = self._probability(entering)
+        probability = torch.nn.functional.linear(entering.float(), self.weight.float(), self.bias.float()).sigmoid()
         halts = ~progress.halted & (progress.probability + probability > 1.0 - self._epsilon)
         goes_on = ~progress.halted & ~halts
         remainder = 1.0 - progress.probability
@@ -136,10 +136,6 @@ class Halting(MegatronModule):
             steps=progress.steps + ~progress.halted,
             halted=progress.halted | halts,
         )
-
-    def _probability(self, entering: torch.Tensor) -> torch.Tensor:
-        logit = torch.nn.functional.linear(entering.float(), self.weight.float(), self.bias.float())
-        return logit.sigmoid()
 
     def _combined(self, output: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self._accumulates:
