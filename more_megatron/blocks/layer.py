@@ -13,7 +13,7 @@ from megatron.core import tensor_parallel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from more_megatron.model.micro_batch import MicroBatch, Pass
+from more_megatron.model.micro_batch import CARRIER, MicroBatch, Pass
 
 __all__ = ["BaseMoELayer", "LayerInputs", "MicroBatchTransformerLayer"]
 
@@ -54,13 +54,13 @@ class MicroBatchTransformerLayer(TransformerLayer):
         if not self.is_moe_layer:
             return super().forward(*args, **kwargs)
         hidden_states, context = self._forward_attention(*args, **kwargs)
-        rotary_pos_emb = kwargs.get("rotary_pos_emb")
+        rotary_pos_emb, carrier = kwargs.get("rotary_pos_emb"), kwargs.get(CARRIER)
         inputs = LayerInputs(
             micro_batch=MicroBatch.of_layer(kwargs, self.config, self.training),
             padding_mask=kwargs.get("padding_mask"),
             rotary_pos_emb=rotary_pos_emb[0] if isinstance(rotary_pos_emb, tuple) else rotary_pos_emb,
             attention_mask=kwargs.get("attention_mask"),
-            current_pass=Pass.of_layer(kwargs),
+            current_pass=carrier if isinstance(carrier, Pass) else None,
         )
         return self._apply_moe(hidden_states, inputs), context
 
