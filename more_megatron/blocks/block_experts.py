@@ -14,11 +14,11 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_pg_rank, get_pg_size
 
+from more_megatron.blocks.dispatch import RowMoELayer
 from more_megatron.blocks.experts import Experts, RoutedExperts, enter_replicated, leave_replicated
 from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
 from more_megatron.blocks.parameters import Placement, Weight
 from more_megatron.blocks.recurrent_block import RecurrentBlock, SequenceBlock, block_cost
-from more_megatron.blocks.row_moe import RowMoELayer
 from more_megatron.blocks.rows import RowPadding, Rows
 from more_megatron.blocks.statistics import record_loss
 from more_megatron.config import MoREConfig

@@ -84,7 +84,7 @@ def _recomputed_modules(config: MoREConfig) -> set[str]:
 
 def mixing_refusals(config: MoREConfig) -> Iterator[str]:
     """Yield what experts cannot do that let tokens attend to each other."""
-    from more_megatron.blocks.row_moe import DISPATCHERS
+    from more_megatron.blocks.dispatch import DISPATCHERS
 
     expert_ranks = config.expert_model_parallel_size * config.expert_tensor_parallel_size
     tensor_ranks = config.tensor_model_parallel_size

@@ -51,9 +51,9 @@ class ParallelExperts(System):
         return {"system/lstm gate entropy": (0.02, None)}
 
     def stack(self, config: MoREConfig) -> Stack:
+        from more_megatron.blocks.dispatch import RowMoELayer
         from more_megatron.blocks.layers import expert_stack
         from more_megatron.blocks.parallel_experts import ParallelExperts, parallel_experts_cost
-        from more_megatron.blocks.row_moe import RowMoELayer
 
         return expert_stack(config, RowMoELayer, ParallelExperts, functools.partial(parallel_experts_cost, config))
 

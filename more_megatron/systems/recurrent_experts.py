@@ -45,8 +45,8 @@ class RecurrentExperts(System):
 
     def stack(self, config: MoREConfig) -> Stack:
         from more_megatron.blocks.block_experts import BlockExperts, block_experts_cost
+        from more_megatron.blocks.dispatch import RowMoELayer
         from more_megatron.blocks.layers import expert_stack
-        from more_megatron.blocks.row_moe import RowMoELayer
 
         width = self.ffn_hidden_size(config)
         experts = functools.partial(BlockExperts, ffn_hidden_size=width)

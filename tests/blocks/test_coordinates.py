@@ -11,8 +11,8 @@ import pytest
 import torch
 from megatron.core import parallel_state
 
+from more_megatron.blocks.dispatch import DISPATCHERS, RowMoELayer
 from more_megatron.blocks.layer import LayerInputs
-from more_megatron.blocks.row_moe import DISPATCHERS, RowMoELayer
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch

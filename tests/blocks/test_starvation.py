@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from more_megatron.blocks.dispatch import DISPATCHERS
 from more_megatron.blocks.layer import LayerInputs
-from more_megatron.blocks.row_moe import DISPATCHERS
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import systems
