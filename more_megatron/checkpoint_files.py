@@ -19,6 +19,8 @@ from more_megatron.pickles import read_metadata
 from more_megatron.unfinished import write_whole
 
 __all__ = [
+    "RELEASE",
+    "TRACKER",
     "checkpoint_to_load",
     "clear_for_save",
     "content_fault",
@@ -30,8 +32,8 @@ __all__ = [
     "unnamed_iteration",
 ]
 
-_TRACKER = "latest_checkpointed_iteration.txt"
-_RELEASE = "release"
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
 
 
 def checkpoint_to_load(folder: Path, step: int | None) -> Path | None:
@@ -53,7 +55,7 @@ def unnamed_iteration(folder: Path) -> int | None:
         checkpoint = _iteration_folder(folder, iteration)
         if checkpoint == named:
             return None
-        if named is not None and named.name != _RELEASE and checkpoint.name < named.name:
+        if named is not None and named.name != RELEASE and checkpoint.name < named.name:
             return None
         if fault(checkpoint) is None and _completion_time(checkpoint) >= _completion_time(named):
             return iteration
@@ -62,8 +64,8 @@ def unnamed_iteration(folder: Path) -> int | None:
 
 def _named_checkpoint(folder: Path) -> Path | None:
     entry = _read_tracker(folder) or ""
-    if entry == _RELEASE:
-        return folder / _RELEASE
+    if entry == RELEASE:
+        return folder / RELEASE
     return _iteration_folder(folder, int(entry)) if re.fullmatch(r"\d{1,18}", entry) else None
 
 
@@ -119,7 +121,7 @@ def repair_tracker(folder: Path) -> None:
     """
     if _named_checkpoint(folder) is not None:
         return
-    entry, tracker = _read_tracker(folder), folder / _TRACKER
+    entry, tracker = _read_tracker(folder), folder / TRACKER
     complete = newest_complete_iteration(folder)
     if complete is not None:
         say(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
@@ -141,10 +143,10 @@ def clear_for_save(folder: Path, iteration: int) -> None:
     if not checkpoint.exists():
         return
     if _read_tracker(folder) == str(iteration):
-        (folder / _TRACKER).unlink()
+        (folder / TRACKER).unlink()
         earlier = newest_complete_iteration(folder, before=iteration)
         if earlier is not None:
-            write_whole(folder / _TRACKER, str(earlier))
+            write_whole(folder / TRACKER, str(earlier))
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
@@ -231,8 +233,8 @@ def _iterations(folder: Path) -> list[int]:
 
 def _read_tracker(folder: Path) -> str | None:
     try:
-        return (folder / _TRACKER).read_text(errors="replace").strip()
+        return (folder / TRACKER).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise MoREError(f"{folder / _TRACKER} cannot be read ({error.strerror}): name another folder") from error
+        raise MoREError(f"{folder / TRACKER} cannot be read ({error.strerror}): name another folder") from error
