@@ -106,18 +106,16 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
                 raise MoREError(f"{flag(name)} is of checkpoints: give --load, or leave it out")
         yield _load(args, args.model)
         return
-    from more_megatron.hf.conversion.export import ToHF, to_hf
+    from more_megatron.hf.conversion.export import to_hf
 
     with tempfile.TemporaryDirectory(prefix="more-export-") as temporary:
         folder = Path(temporary) / "model"
         to_hf(
-            ToHF(
-                load=args.load,
-                save=folder,
-                step=args.ckpt_step,
-                tokenizer_model=args.tokenizer_model,
-                trust_remote_code=args.trust_remote_code,
-            )
+            args.load,
+            folder,
+            step=args.ckpt_step,
+            tokenizer_model=args.tokenizer_model,
+            trust_remote_code=args.trust_remote_code,
         )
         yield _load(args, folder)
 

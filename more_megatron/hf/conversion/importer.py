@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
 from more_megatron.unfinished import unfinished_folder
 
-__all__ = ["FromHF", "from_hf"]
+__all__ = ["from_hf"]
 
 # The checkpoint holds no optimizer and no random state, and begins a run.
 _OF_A_RELEASE = {
@@ -40,41 +39,39 @@ _OF_A_RELEASE = {
 _DEFAULTS = {"quick_geglu": False, "squared_relu": False, "moe_router_load_balancing_type": "aux_loss"}
 
 
-@dataclass(frozen=True)
-class FromHF:
-    """What is imported, where to and how."""
-
-    load: Path  # folder of the Hugging Face model
-    save: Path  # folder that runs will name with `--load`
-    dtype: str | None = None  # name of the dtype of the weights; None: that of the files
-    verify: bool = False  # whether what was written is read again and compared
-    progress: bool = True  # whether to draw a progress bar
-
-
-def from_hf(job: FromHF) -> list[str]:
+def from_hf(
+    load: Path, save: Path, *, dtype: str | None = None, verify: bool = False, progress: bool = True
+) -> list[str]:
     """Convert a Hugging Face model of ours into a checkpoint that runs of any layout begin from; return what was done.
+
+    Args:
+        load: Folder of the Hugging Face model.
+        save: Folder that runs will name with `--load`.
+        dtype: Name of the dtype of the weights; None: that of the files.
+        verify: Whether what was written is read again and compared.
+        progress: Whether to draw a progress bar.
 
     Raises:
         MoREError: If the model or the place to write to is not as it must be. Nothing is left under the final name.
     """
-    with unfinished_folder(job.save) as folder:
-        config, form = read_config(job.load)
-        files = SafetensorsFolder(job.load)
-        source = Source(files, entries(config, form), job.dtype)
+    with unfinished_folder(save) as folder:
+        config, form = read_config(load)
+        files = SafetensorsFolder(load)
+        source = Source(files, entries(config, form), dtype)
         files.check(source.entries, () if form is None else form.buffers(config))
-        args = argparse.Namespace(**{**_DEFAULTS, **_arguments(job.load, config), **_OF_A_RELEASE})
-        with progress_bar(len(source.entries), "parameter", "weights", job.progress) as bar:
+        args = argparse.Namespace(**{**_DEFAULTS, **_arguments(load, config), **_OF_A_RELEASE})
+        with progress_bar(len(source.entries), "parameter", "weights", progress) as bar:
 
             def read(entry: Entry) -> torch.Tensor:
                 bar.update()
                 return source.read(entry)
 
             write_release(folder, config, args, [(entry, source.dtype(entry)) for entry in source.entries], read)
-        lines = [f"{job.save}: {config['variant']} of {job.load}, {source.parameters:,} parameters"]
-        if job.verify:
+        lines = [f"{save}: {config['variant']} of {load}, {source.parameters:,} parameters"]
+        if verify:
             written = MegatronCheckpoint(folder)
             written.check(source.entries, config["num_hidden_layers"])
-            lines.append(compare_tensors(job.load, source.entries, written.read, job.progress))
+            lines.append(compare_tensors(load, source.entries, written.read, progress))
     return lines
 
 
