@@ -22,30 +22,12 @@ __all__ = ["check_checkpoint"]
 
 # Arguments that decide which tensors a model has, and of which shape.
 _ARCHITECTURE = (
-    "more_variant",
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "group_query_attention",
-    "num_query_groups",
-    "ffn_hidden_size",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_layer_freq",
-    "recurrence_ffn_hidden_size",
-    "normalization",
-    "position_embedding_type",
-    "swiglu",
-    "add_bias_linear",
-    "qk_layernorm",
-    "moe_router_enable_expert_bias",
-    "untie_embeddings_and_output_weights",
-    "vocab_size",
+    *("more_variant", "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "group_query_attention"),
+    *("num_query_groups", "ffn_hidden_size", "num_experts", "moe_ffn_hidden_size"),
+    *("moe_shared_expert_intermediate_size", "moe_layer_freq", "recurrence_ffn_hidden_size", "normalization"),
+    *("position_embedding_type", "swiglu", "add_bias_linear", "qk_layernorm", "moe_router_enable_expert_bias"),
+    *("untie_embeddings_and_output_weights", "vocab_size"),
 )
-
-
 # Fields of Megatron's configuration that say how something is computed, not what.
 _HOW = re.compile(
     r"backend|capacity_factor_c|checkpoint|comm|cuda_graph|deepep|dispatcher|fusi|fuse|gemm|hybridep|impl|inference|log"

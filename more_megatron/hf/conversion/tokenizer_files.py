@@ -24,12 +24,7 @@ from more_megatron.hf.conversion.sentencepiece_tokenizer import write_sentencepi
 
 __all__ = ["ExportedTokenizer", "open_tokenizer", "plan_tokenizer"]
 
-_HUGGINGFACE_TYPES = (
-    TokenizerType.HUGGINGFACE,
-    TokenizerType.GPT2_BPE,
-    TokenizerType.BERT_CASE,
-    TokenizerType.BERT_LOWER,
-)
+_OWN_FILES = (TokenizerType.HUGGINGFACE, TokenizerType.GPT2_BPE, TokenizerType.BERT_CASE, TokenizerType.BERT_LOWER)
 _NULL_TYPES = (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL)
 _REMEDY = "--no-tokenizer leaves the tokenizer out"
 
@@ -88,7 +83,7 @@ def plan_tokenizer(
         tokenizer = load(options)
         _check_size(options, tokenizer.vocab_size, rows)
         return ExportedTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.eod, tokenizer.eod, None)
-    if kind not in (*SENTENCEPIECE_TYPES, *_HUGGINGFACE_TYPES):
+    if kind not in (*SENTENCEPIECE_TYPES, *_OWN_FILES):
         raise MoREError(f"--tokenizer-type {kind} has no files for AutoTokenizer: {_REMEDY}")
     _check_place(options, is_asked=model is not None)
     _check_hash(args, trained, options)
