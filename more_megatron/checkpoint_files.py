@@ -54,10 +54,9 @@ def unnamed_iteration(folder: Path) -> int | None:
     """
     named = _named_checkpoint(folder)
     last = -1 if named is None or named.name == RELEASE else int(named.name.removeprefix("iter_"))
-    later = ((number, _iteration_folder(folder, number)) for number in _iterations(folder) if number > last)
+    later = ((number, path) for number, path in _checkpoints(folder) if number > last)
     since = _completion_time(named)
-    complete = (number for number, path in later if fault(path) is None and _completion_time(path) >= since)
-    return next(complete, None)
+    return next((number for number, path in later if fault(path) is None and _completion_time(path) >= since), None)
 
 
 def _named_checkpoint(folder: Path) -> Path | None:
@@ -80,17 +79,16 @@ def newest_complete_iteration(folder: Path, before: int | None = None) -> int | 
 
     Only those before an iteration count if one is given.
     """
-    earlier = (number for number in _iterations(folder) if before is None or number < before)
-    return next((number for number in earlier if fault(_iteration_folder(folder, number)) is None), None)
+    earlier = ((number, path) for number, path in _checkpoints(folder) if before is None or number < before)
+    return next((number for number, path in earlier if fault(path) is None), None)
 
 
 def newest_clean_iteration(folder: Path) -> int | None:
-    """Return the iteration of the newest complete checkpoint whose parameters are all finite, None if there is none.
+    """Return the iteration of the newest complete checkpoint whose parameters are whole and finite, None without one.
 
     It reads them.
     """
-    checkpoints = ((number, _iteration_folder(folder, number)) for number in _iterations(folder))
-    return next((number for number, path in checkpoints if fault(path) is None and _is_finite(path)), None)
+    return next((number for number, path in _checkpoints(folder) if fault(path) is None and _is_finite(path)), None)
 
 
 def _is_finite(checkpoint: Path) -> bool:
@@ -99,16 +97,19 @@ def _is_finite(checkpoint: Path) -> bool:
         is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
         if not is_tensor or index.fqn.startswith(("optimizer.", "chained_")):
             continue
-        content = io.BytesIO(read_piece(checkpoint, piece))
-        if not bool(torch.load(content, weights_only=True, map_location="cpu").isfinite().all()):
+        content = read_piece(checkpoint, piece)
+        if not is_whole(content):
+            return False
+        tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+        if not bool(tensor.isfinite().all()):
             return False
     return True
 
 
 def damage(folder: Path, checkpoint: Path, found: str) -> MoREError:
     """Return what refuses a checkpoint of a `--save` folder in which a fault was found: it names another one."""
-    others = (number for number in _iterations(folder) if _iteration_folder(folder, number) != checkpoint)
-    complete = next((number for number in others if fault(_iteration_folder(folder, number)) is None), None)
+    others = ((number, path) for number, path in _checkpoints(folder) if path != checkpoint)
+    complete = next((number for number, path in others if fault(path) is None), None)
     remedy = (
         "there is no complete one beside it"
         if complete is None
@@ -130,7 +131,7 @@ def repair_tracker(folder: Path) -> None:
     if complete is not None:
         say(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
         write_whole(tracker, str(complete))
-    elif entry is not None and not _iterations(folder):
+    elif entry is not None and not _checkpoints(folder):
         raise MoREError(f"{tracker} is damaged and there is no checkpoint beside it: load another folder, or remove it")
     elif entry is not None:
         say(f"> {tracker} was left by a save that did not finish, the first one: starting anew")
@@ -233,10 +234,11 @@ def _iteration_folder(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
 
 
-def _iterations(folder: Path) -> list[int]:
-    """Return the iterations that there is a folder of, complete or not, the newest first."""
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return iterations and folders of checkpoints, complete or not, the newest first."""
     names = [path.name.removeprefix("iter_") for path in folder.glob("iter_*") if path.is_dir()]
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    numbers = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    return [(number, _iteration_folder(folder, number)) for number in numbers]
 
 
 def _read_tracker(folder: Path) -> str | None:
