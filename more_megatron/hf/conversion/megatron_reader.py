@@ -82,10 +82,8 @@ class MegatronCheckpoint:
         Raises:
             MoREError: If a parameter is missing, unknown, of another shape or no floating point.
         """
-        expected = []
-        for entry in entries:
-            key, layer = self._place(entry)
-            expected.append((key, entry.shape if layer is None else (num_layers, *entry.shape)))
+        places = ((entry.shape, *self._place(entry)) for entry in entries)
+        expected = [(key, shape if layer is None else (num_layers, *shape)) for shape, key, layer in places]
         check_shapes(f"checkpoint {self.path}", self.shapes(), expected)
         for key, info in self._tensors.items():
             if not info.properties.dtype.is_floating_point:

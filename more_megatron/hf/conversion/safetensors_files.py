@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,14 +116,14 @@ class SafetensorsFolder:
                     part = opened.get_slice(name)
                     self._tensors[name] = _Stored(file, tuple(part.get_shape()), part.get_dtype(), hashes.get(name))
 
-    def check(self, entries: Iterable[Entry], others: Iterable[str]) -> None:
+    def check(self, entries: Sequence[Entry], others: Iterable[str]) -> None:
         """Check that the folder holds exactly these parameters, in their shapes, and nothing else but some others.
 
         Raises:
             MoREError: If not.
         """
-        parts = ((entry, *part) for entry in entries for part in zip(entry.names, entry.shapes, strict=True))
-        expected = [(name, shape) for entry, name, shape in parts if name in self.names(entry)]
+        shapes = {name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
+        expected = [(name, shapes[name]) for entry in entries for name in self.names(entry)]
         found = {name: stored.shape for name, stored in self._tensors.items()}
         check_shapes(self.folder, found, expected, others, ", which its config.json asks for")
 
@@ -188,7 +188,7 @@ class SafetensorsFolder:
     def _written_hashes(self, file: str, text: str) -> dict[str, str]:
         try:
             return dict(json.loads(text))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise MoREError(f"{self.folder / file} is damaged: its hashes cannot be read; copy it again") from error
 
     def _open(self, file: str) -> Any:
