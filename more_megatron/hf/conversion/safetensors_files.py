@@ -108,7 +108,10 @@ class SafetensorsFolder:
         self._tensors: dict[str, _Stored] = {}
         for file in self._files():
             with self._open(file) as opened:
-                hashes = self._written_hashes(file, (opened.metadata() or {}).get(_HASHES, "{}"))
+                try:
+                    hashes = dict(json.loads((opened.metadata() or {}).get(_HASHES, "{}")))
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise MoREError(f"{folder / file} is damaged: its hashes cannot be read; copy it again") from error
                 for name in opened.keys():  # noqa: SIM118
                     if name in self._tensors:
                         both = f"{self._tensors[name].file} and {file}"
@@ -145,8 +148,7 @@ class SafetensorsFolder:
         name = self.names(entry)[0]
         stored = self._tensors[name]
         if stored.dtype not in _DTYPES:
-            path = self.folder / stored.file
-            raise MoREError(f"{path} holds {name} as {stored.dtype}: save it in floating point")
+            raise MoREError(f"{self.folder / stored.file} holds {name} as {stored.dtype}: save it in floating point")
         return _DTYPES[stored.dtype]
 
     def read(self, entry: Entry) -> torch.Tensor:
@@ -184,12 +186,6 @@ class SafetensorsFolder:
         if has_single and _SINGLE not in names:
             raise MoREError(f"{self.folder} holds both {_SINGLE} and {_INDEX}: remove the one that is stale")
         return sorted(names)
-
-    def _written_hashes(self, file: str, text: str) -> dict[str, str]:
-        try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise MoREError(f"{self.folder / file} is damaged: its hashes cannot be read; copy it again") from error
 
     def _open(self, file: str) -> Any:
         path = self.folder / file
