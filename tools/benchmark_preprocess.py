@@ -30,11 +30,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from more_megatron.data.errors import DataError
 from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import open_source
 from more_megatron.data.tokenizers import TokenizerOptions, build_megatron, load
-from more_megatron.errors import OneLineParser, one_line_errors
+from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.flags import check_ranges
 from tools.sample_text import write_sample_text
 
@@ -162,13 +161,13 @@ def measure(command: list[str]) -> Cost:
     """Run a command and return its cost.
 
     Raises:
-        DataError: It failed.
+        MoREError: It failed.
     """
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter() - start
     if result.returncode:
-        raise DataError(f"a measured run failed: {result.stderr.strip().splitlines()[-1:]}")
+        raise MoREError(f"a measured run failed: {result.stderr.strip().splitlines()[-1:]}")
     return Cost(after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime, wall)
 
 
@@ -179,7 +178,7 @@ def compare(corpus: Path, options: TokenizerOptions, folder: Path, workers: int,
         The cost of our tool and of the pool in each of the paired runs.
 
     Raises:
-        DataError: A run failed, or the files differ.
+        MoREError: A run failed, or the files differ.
     """
     model = [options.tokenizer_type, str(options.tokenizer_model)]
     ours = [sys.executable, str(_TOOL), "--input", str(corpus), "--output-prefix", str(folder / "ours")]
@@ -188,7 +187,7 @@ def compare(corpus: Path, options: TokenizerOptions, folder: Path, workers: int,
     costs = [(measure(ours), measure(theirs)) for _ in range(runs)]
     for end in (".bin", ".idx"):
         if len({(folder / f"{side}_text_document{end}").read_bytes() for side in ("ours", "theirs")}) > 1:
-            raise DataError(f"the {end} files of both sides differ; please report this")
+            raise MoREError(f"the {end} files of both sides differ; please report this")
     return costs
 
 

@@ -49,7 +49,7 @@ def describe(
         Lines to print.
 
     Raises:
-        DatasetError: The dataset is missing or damaged.
+        MoREError: The dataset is missing or damaged.
         MoREError: There is no such document.
     """
     check_dataset(prefix)

@@ -14,10 +14,10 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from more_megatron.data.errors import DataError
 from more_megatron.data.hub import download
 from more_megatron.data.output import writing
 from more_megatron.data.sources import expand_inputs, open_source, text_chunks
+from more_megatron.errors import MoREError
 
 __all__ = ["obtain_text", "write_sample_text"]
 
@@ -39,7 +39,7 @@ def obtain_text(path: str | os.PathLike[str], wikitext: str | None = None) -> st
         Which source it was, in words.
 
     Raises:
-        DataError: the user's file is missing or damaged, or `path` cannot be written.
+        MoREError: the user's file is missing or damaged, or `path` cannot be written.
     """
     if wikitext:
         _copy(expand_inputs([wikitext])[0], path)
@@ -47,7 +47,7 @@ def obtain_text(path: str | os.PathLike[str], wikitext: str | None = None) -> st
     try:
         files = download(_DOWNLOAD)
         _copy(files[0], path)
-    except (DataError, ImportError):
+    except (MoREError, ImportError):
         return write_sample_text(path)
     return f"{_DOWNLOAD}, downloaded"
 

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from more_megatron.data.check import check_dataset
 from more_megatron.data.encoding import Counts, Encoded, Encoder, plan_encoder
-from more_megatron.data.errors import DataError, DatasetError
 from more_megatron.data.indexed import MANIFEST_VERSION, bin_path, idx_path, read_index, read_manifest
 from more_megatron.data.output import Output
 from more_megatron.data.tokenizers import Tokenizer
+from more_megatron.errors import MoREError
 
 __all__ = ["Exercise", "answer_density", "check_answers", "has_answers", "mask_prefix", "task_names", "write_answers"]
 
@@ -50,13 +50,13 @@ def write_answers(prefix: str, exercises: Sequence[Exercise], tokenizer: Tokeniz
     """Write a dataset with its mask and return the number of its tokens.
 
     Raises:
-        DataError: The tokenizer has no end-of-document token, there are too many tasks, or a place is not writable.
+        MoREError: The tokenizer has no end-of-document token, there are too many tasks, or a place is not writable.
     """
     if tokenizer.eod is None:
-        raise DataError(f"{tokenizer.options.tokenizer_type} has no end-of-document token, which ends answers")
+        raise MoREError(f"{tokenizer.options.tokenizer_type} has no end-of-document token, which ends answers")
     tasks = sorted({exercise.task for exercise in exercises})
     if len(tasks) > _MOST_TASKS:
-        raise DataError(f"there are {len(tasks)} tasks, and a mask tells {_MOST_TASKS} apart: write several datasets")
+        raise MoREError(f"there are {len(tasks)} tasks, and a mask tells {_MOST_TASKS} apart: write several datasets")
     encoded = _encode([exercise.text for exercise in exercises], tokenizer, append_eod=True)
     prompts = _encode([exercise.prompt for exercise in exercises], tokenizer, append_eod=False)
     numbers = np.array([tasks.index(exercise.task) + 1 for exercise in exercises], dtype=np.uint8)
@@ -93,33 +93,31 @@ def _mask(encoded: Encoded, prompts: Encoded, numbers: NDArray[np.uint8]) -> NDA
 
 def _write(prefix: str, encoded: Encoded, counts: Counts, facts: dict[str, object]) -> None:
     with Output(prefix) as output:
-        plan = {"dtype": encoded.tokens.dtype.name}
+        plan = {"version": MANIFEST_VERSION, **facts, "dtype": encoded.tokens.dtype.name, "options": {}}
         output.start(plan, resume=False)
         output.append(encoded, counts)
-        sizes = {"documents": counts.documents, "tokens": counts.tokens}
-        text = {"text_bytes": counts.text_bytes, "words": counts.words, "skipped": 0}
-        output.publish({"version": MANIFEST_VERSION, **facts, **plan, **sizes, **text, "options": {}})
+        output.publish(plan, counts)
 
 
 def check_answers(prefix: str) -> None:
     """Check the mask of a dataset that has been checked itself.
 
     Raises:
-        DatasetError: The mask is damaged, of another shape than the dataset, or names no task for a number in it.
+        MoREError: The mask is damaged, of another shape than the dataset, or names no task for a number in it.
     """
     name = mask_prefix(prefix)
     check_dataset(name)
     mask, tokens = read_index(idx_path(name)), read_index(idx_path(prefix))
     mend = "write both with tools/prepare_tasks.py"
     if not np.array_equal(mask.lengths, tokens.lengths):
-        raise DatasetError(f"{name} is not of the shape of {prefix}, whose answers it tells apart: {mend}")
+        raise MoREError(f"{name} is not of the shape of {prefix}, whose answers it tells apart: {mend}")
     if mask.dtype != np.uint8:
-        raise DatasetError(f"{name} holds {mask.dtype.name}, a mask of answers uint8: {mend}")
+        raise MoREError(f"{name} holds {mask.dtype.name}, a mask of answers uint8: {mend}")
     largest, names = int(_values(prefix).max()), task_names(prefix)
     if largest == 0:
-        raise DatasetError(f"{name} marks no token as an answer's: {mend}")
+        raise MoREError(f"{name} marks no token as an answer's: {mend}")
     if largest > len(names):
-        raise DatasetError(f"{name} has answers of task {largest}, its manifest names {len(names)} tasks: {mend}")
+        raise MoREError(f"{name} has answers of task {largest}, its manifest names {len(names)} tasks: {mend}")
 
 
 def task_names(prefix: str) -> list[str]:

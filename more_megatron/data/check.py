@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.data.errors import DatasetError
 from more_megatron.data.indexed import IndexFile, bin_path, idx_path, manifest_path, read_index, read_manifest
 from more_megatron.data.sources import sha256_of
+from more_megatron.errors import MoREError
 
 __all__ = ["check_dataset", "check_datasets", "check_hashes"]
 
@@ -25,19 +25,16 @@ def check_dataset(
 ) -> None:
     """Check one dataset: the whole index, sizes, the manifest, and a sample of the tokens.
 
-    Args:
-        prefix: The dataset's prefix, as in `--data-path`.
-        vocab_size: Vocabulary size of the run's tokenizer, without padding.
-        tokenizer_sha256: Hash of the run's tokenizer from `tokenizer_sha256`.
+    The run's tokenizer has `vocab_size` ids, without padding, and the hash that `tokenizers.tokenizer_sha256` gives.
 
     Raises:
-        DatasetError: A file is missing, truncated or damaged, or the manifest names another tokenizer. A dataset
+        MoREError: A file is missing, truncated or damaged, or the manifest names another tokenizer. A dataset
             without a manifest, such as one by Megatron's own tool, is checked for its structure only.
     """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
             hint = " (give the prefix without .bin or .idx)" if str(prefix).endswith((".bin", ".idx")) else ""
-            raise DatasetError(f"dataset {prefix}: {path} does not exist; preprocess again or mend --data-path{hint}")
+            raise MoREError(f"dataset {prefix}: {path} does not exist; preprocess again or mend --data-path{hint}")
     index = read_index(idx_path(prefix))
     _check_bin(prefix, index)
     manifest = read_manifest(prefix)
@@ -52,14 +49,14 @@ def check_hashes(prefix: str | os.PathLike[str]) -> str:
     """Read a dataset's files whole, and say whether they are those of its manifest.
 
     Raises:
-        DatasetError: A file is not the one that was written.
+        MoREError: A file is not the one that was written.
     """
     hashes = (read_manifest(prefix) or {}).get("sha256")
     if not hashes:
         return "no manifest with hashes"
     for path, name in ((bin_path(prefix), "bin"), (idx_path(prefix), "idx")):
         if hashes.get(name) != sha256_of(path):
-            raise DatasetError(f"{path} is not the file that was written (its hash differs): copy or preprocess again")
+            raise MoREError(f"{path} is not the file that was written (its hash differs): copy or preprocess again")
     return "hashes as written"
 
 
@@ -69,7 +66,7 @@ def check_datasets(
     """Check the datasets of a blend: prefixes, or Megatron's alternation of weights and prefixes.
 
     Raises:
-        DatasetError: The first fault that `check_dataset` finds.
+        MoREError: The first fault that `check_dataset` finds.
     """
     names = list(prefixes)
     with contextlib.suppress(ValueError):  # prefixes alone
@@ -84,11 +81,9 @@ def _check_bin(prefix: str | os.PathLike[str], index: IndexFile) -> None:
     size = path.stat().st_size
     if size != index.bin_bytes:
         state = "truncated" if size < index.bin_bytes else "of another dataset than its index"
-        raise DatasetError(
-            f"{path} is {state}: {size} bytes, its index needs {index.bin_bytes}; copy or preprocess again"
-        )
+        raise MoREError(f"{path} is {state}: {size} bytes, its index needs {index.bin_bytes}; copy or preprocess again")
     if index.bin_bytes == 0:
-        raise DatasetError(f"dataset {prefix} holds no tokens; preprocess again from inputs that hold text")
+        raise MoREError(f"dataset {prefix} holds no tokens; preprocess again from inputs that hold text")
 
 
 def _check_manifest(
@@ -103,7 +98,7 @@ def _check_manifest(
     for name, value in found.items():
         said = manifest.get(name)
         if said is not None and said != value:
-            raise DatasetError(
+            raise MoREError(
                 f"dataset {prefix}: its index says {value} for {name}, {manifest_path(prefix)} says {said}: the files "
                 "are of different runs; preprocess again"
             )
@@ -111,16 +106,16 @@ def _check_manifest(
     hashes = manifest.get("sha256", {})
     # Shifted bounds of documents are sound in themselves; an index of this size is hashed in no time.
     if "idx" in hashes and path.stat().st_size <= _SMALL_INDEX and hashes["idx"] != sha256_of(path):
-        raise DatasetError(f"{path} is damaged: its hash is not that of its manifest; copy or preprocess again")
+        raise MoREError(f"{path} is damaged: its hash is not that of its manifest; copy or preprocess again")
     tokenizer = manifest["tokenizer"]
     made_for = f"dataset {prefix} was made with {tokenizer.get('type')} {tokenizer.get('model') or ''}".rstrip()
     hint = "give the run that tokenizer, or preprocess with this one"
     size = tokenizer.get("vocab_size")
     if vocab_size is not None and size is not None and size != vocab_size:
-        raise DatasetError(f"{made_for} of {size} tokens, the run's tokenizer has {vocab_size}; {hint}")
+        raise MoREError(f"{made_for} of {size} tokens, the run's tokenizer has {vocab_size}; {hint}")
     sha256 = tokenizer.get("sha256")
     if tokenizer_sha256 is not None and sha256 is not None and sha256 != tokenizer_sha256:
-        raise DatasetError(
+        raise MoREError(
             f"{made_for} ({sha256[:12]}), the run's tokenizer is another file ({tokenizer_sha256[:12]}); {hint}"
         )
 
@@ -133,7 +128,7 @@ def _check_ids(prefix: str | os.PathLike[str], index: IndexFile, vocab_size: int
         wrong = (ids < 0) | (ids >= vocab_size)
         if wrong.any():
             place = int(wrong.argmax())
-            raise DatasetError(
+            raise MoREError(
                 f"dataset {prefix}: token {start + place} is {ids[place]}, the vocabulary has {vocab_size}: give the "
                 "run the tokenizer that the data were made with, or preprocess again"
             )

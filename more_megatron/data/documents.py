@@ -43,17 +43,9 @@ def sniff_layout(sample: bytes) -> Layout:
 
 
 def find_start(data: bytes, position: int, layout: Layout, origin: int, final: bool) -> int | None:
-    """Return the first place at or after a position above 0 where a document begins.
+    """Return the first place at or after a position above 0 where a document begins; None: that takes more text.
 
-    Args:
-        data: A part of the text that begins where a document begins.
-        position: Where in it to look from.
-        layout: The division into documents.
-        origin: Byte offset of `data` in the whole text.
-        final: Whether `data` runs to the end of the text, which ends a document.
-
-    Returns:
-        A position in `data`, or None when the rule needs more text than `data` has.
+    `data` is a part of the text, from byte `origin` on, where a document begins; if it is `final`, one ends with it.
     """
     if layout is Layout.JSONL:
         found = data.find(b"\n", position - 1) + 1 or None

@@ -19,15 +19,18 @@ from multiprocessing import get_context
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from more_megatron.data.errors import DocumentError, ResumableError
-from more_megatron.data.fast import Encode, FastEncode, Recipe, checked, first_difference
+from more_megatron.data.fast import DocumentError, Encode, FastEncode, Recipe, checked, first_difference
 from more_megatron.data.reading import Block, read_documents
 from more_megatron.data.reference import open_reference
 from more_megatron.data.tokenizers import Tokenizer
-from more_megatron.errors import last_line
+from more_megatron.errors import MoREError, last_line
 from more_megatron.lifetime import end_with_starter
 
-__all__ = ["Counts", "Encoded", "Encoder", "EncoderPlan", "encode_blocks", "plan_encoder"]
+__all__ = ["Counts", "Encoded", "Encoder", "EncoderPlan", "ResumableError", "encode_blocks", "plan_encoder"]
+
+
+class ResumableError(MoREError):
+    """What ended a run lies outside its inputs: it can go on later from what it has written."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ def encode_blocks(plan: EncoderPlan, blocks: Iterator[Block], workers: int) -> I
     """Encode blocks, of which a bounded number is read ahead, and yield tokens and counts of each in order.
 
     Raises:
-        DataError: A block cannot be used; those before it have been yielded.
+        MoREError: A block cannot be used; those before it have been yielded.
     """
     first = list(islice(blocks, workers))
     blocks = chain(first, blocks)

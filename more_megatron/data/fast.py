@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from more_megatron.data.errors import DataError, DocumentError
+from more_megatron.errors import MoREError
 
-__all__ = ["Encode", "FastEncode", "Recipe", "checked", "first_difference"]
+__all__ = ["DocumentError", "Encode", "FastEncode", "Recipe", "checked", "first_difference"]
 
 Encode = Callable[[Sequence[bytes]], Sequence[ArrayLike]]
 """Gives the ids of each of some documents, which come as UTF-8."""
@@ -35,6 +35,13 @@ _HOSTILE = (
     "it's 'S I'LL don\u2019t DON'T", "\u0130I\u0307 \u017ft \u01c5", "\u0661\u0662\u0663 \u00b2\u00b3 \u2167", "\ud7ff",
     "\u0915\u094d\u0937\u093f", "\t\t\tif x:\n\t\t\t\ty  \n\n  z", *(letter * 70 for letter in " =-*#\n\ta0"),
 )  # fmt: skip
+
+
+class DocumentError(MoREError):
+    """A document that cannot be encoded: its place among those given, and what is wrong with it."""
+
+    def __str__(self) -> str:
+        return "document {} {}".format(*self.args)
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def checked(fast: Encode, reference: Encode) -> Encode:
         try:
             found = fast(documents)
         except Exception as error:
-            raise DataError(f"gigatoken fails: {error}; --encoder reference does without it") from error
+            raise MoREError(f"gigatoken fails: {error}; --encoder reference does without it") from error
         # The longest document that is quickly encoded, else the shortest.
         ranks = {n: len(text) * (1 if len(text) <= _CHECKED_BYTES else -1) for n, text in enumerate(documents) if text}
         if ranks:
@@ -96,10 +103,9 @@ def checked(fast: Encode, reference: Encode) -> Encode:
 
 
 def first_difference(fast: Encode, reference: Encode, pieces: Sequence[str], documents: Iterable[bytes]) -> str | None:
-    """Compare two ways to encode on every piece, on hostile texts and on the first megabyte of the documents.
+    """Return the beginning of the first text that two ways to encode disagree on, or None.
 
-    Returns:
-        The beginning of the first text that differs, or None.
+    They are compared on every piece, on hostile texts and on the first megabyte of the documents.
     """
     around = [f"a {piece}b{piece} \n{piece}" for piece in pieces if piece.startswith(("<", "["))]
     texts = [text.encode() for text in (*_HOSTILE, *around, *pieces)]

@@ -6,7 +6,7 @@ import os
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from more_megatron.data.errors import DataError
+from more_megatron.errors import MoREError
 
 __all__ = ["WIKITEXT_NAMES", "check_reachable", "download"]
 
@@ -18,13 +18,13 @@ def download(name: str, split: str = "train") -> list[str]:
     """Fetch the Parquet files of `WIKITEXT_NAMES`, or of `OWNER/REPOSITORY/FOLDER`, whose names begin with the split.
 
     Raises:
-        DataError: The name is unknown, or the hub cannot be reached.
+        MoREError: The name is unknown, or the hub cannot be reached.
     """
     owner, _, place = (f"Salesforce/wikitext/{name}" if name in WIKITEXT_NAMES else name).partition("/")
     repository, _, folder = place.partition("/")
     if not folder:
         known = ", ".join(WIKITEXT_NAMES)
-        raise DataError(f"--dataset {name} is not known; choose one of {known}, or OWNER/REPOSITORY/FOLDER")
+        raise MoREError(f"--dataset {name} is not known; choose one of {known}, or OWNER/REPOSITORY/FOLDER")
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     os.environ.setdefault("HF_HUB_DOWNLOAD_TIMEOUT", "15")
     from huggingface_hub import HfApi, hf_hub_download
@@ -37,9 +37,9 @@ def download(name: str, split: str = "train") -> list[str]:
         paths = [hf_hub_download(f"{owner}/{repository}", file, repo_type="dataset") for file in files]
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"dataset {name} cannot be downloaded: {reason}; give local files with --input") from error
+        raise MoREError(f"dataset {name} cannot be downloaded: {reason}; give local files with --input") from error
     if not paths:
-        raise DataError(f"dataset {name} has no Parquet files {wanted}*; see --dataset-split")
+        raise MoREError(f"dataset {name} has no Parquet files {wanted}*; see --dataset-split")
     return paths
 
 
@@ -47,7 +47,7 @@ def check_reachable(name: str) -> None:
     """Fail within seconds where there is no network; the hub's client would try again for a minute.
 
     Raises:
-        DataError: There is none.
+        MoREError: There is none.
     """
     from huggingface_hub import constants
 
@@ -58,4 +58,4 @@ def check_reachable(name: str) -> None:
         pass  # it answers
     except (OSError, ValueError) as error:
         reason = "no network; give local files with --input"
-        raise DataError(f"dataset {name} cannot be downloaded: {reason}") from error
+        raise MoREError(f"dataset {name} cannot be downloaded: {reason}") from error

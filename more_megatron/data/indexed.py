@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from more_megatron.data.errors import DatasetError
+from more_megatron.errors import MoREError
 
 __all__ = [
     "MANIFEST_VERSION",
@@ -100,22 +100,22 @@ def read_index(path: str | os.PathLike[str]) -> IndexFile:
     """Map an `.idx` file, whoever wrote it, and check it as a whole.
 
     Raises:
-        DatasetError: The file is not an index, is of another version or size than its header says, or its entries do
+        MoREError: The file is not an index, is of another version or size than its header says, or its entries do
             not lead from document to document and from sequence to sequence without a gap.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as stream:
         head = stream.read(_HEADER.size)
     if len(head) < _HEADER.size:
-        raise DatasetError(f"{path} is truncated: {size} bytes are less than its header; preprocess again")
+        raise MoREError(f"{path} is truncated: {size} bytes are less than its header; preprocess again")
     magic, version, code, sequences, entries = _HEADER.unpack(head)
     if magic != _MAGIC or version != 1 or code not in _DTYPES or entries < 1:
-        raise DatasetError(f"{path} is damaged or is not a Megatron index (bad header); preprocess again")
+        raise MoREError(f"{path} is damaged or is not a Megatron index (bad header); preprocess again")
     # A multimodal index carries one byte more for each sequence.
     expected = _HEADER.size + 12 * sequences + 8 * entries
     if size not in (expected, expected + sequences):
         state = "truncated" if size < expected else "damaged"
-        raise DatasetError(f"{path} is {state}: {size} bytes, its header says {expected}; preprocess again")
+        raise MoREError(f"{path} is {state}: {size} bytes, its header says {expected}; preprocess again")
     data = np.memmap(path, mode="r", dtype=np.uint8)
     lengths_end = _HEADER.size + 4 * sequences
     pointers_end = lengths_end + 8 * sequences
@@ -126,7 +126,7 @@ def read_index(path: str | os.PathLike[str]) -> IndexFile:
         documents=np.frombuffer(data, np.int64, entries, pointers_end),
     )
     if fault := _fault(index):
-        raise DatasetError(f"{path} is damaged: {fault}; preprocess again")
+        raise MoREError(f"{path} is damaged: {fault}; preprocess again")
     return index
 
 
@@ -177,7 +177,7 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     """Read the manifest of a dataset; None where there is none, as for datasets that Megatron's own tool wrote.
 
     Raises:
-        DatasetError: It is damaged.
+        MoREError: It is damaged.
     """
     path = manifest_path(prefix)
     try:
@@ -186,13 +186,13 @@ def read_manifest(prefix: str | os.PathLike[str]) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(f"{path} is damaged: {error}; preprocess again, or remove it to skip its checks") from error
+        raise MoREError(f"{path} is damaged: {error}; preprocess again, or remove it to skip its checks") from error
     wrong: list[str] | None = None
     if isinstance(manifest, dict) and "tokenizer" in manifest:
         wrong = _wrong(manifest, _FIELDS | _GROUPS) or _wrong(manifest["tokenizer"], _TOKENIZER)
     if wrong or wrong is None:
         fields = f" ({', '.join(wrong)})" if wrong else ""
-        raise DatasetError(f"{path} is no manifest of a dataset{fields}; preprocess again, or remove it")
+        raise MoREError(f"{path} is no manifest of a dataset{fields}; preprocess again, or remove it")
     return dict(manifest)
 
 

@@ -14,11 +14,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from more_megatron.data.encoding import Counts, Encoded
-from more_megatron.data.errors import DataError, ResumableError
+from more_megatron.data.encoding import Counts, Encoded, ResumableError
 from more_megatron.data.indexed import bin_path, idx_path, manifest_path, write_index
 from more_megatron.data.sources import sha256_of
-from more_megatron.errors import is_out_of_space
+from more_megatron.errors import MoREError, is_out_of_space
 
 __all__ = ["Output", "writing"]
 
@@ -33,7 +32,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         if is_out_of_space(error):
             remedy = "free space, then run the same command again, with --resume if it has that"
             raise ResumableError(f"{what}; {remedy}") from error
-        raise DataError(f"{what}; choose a place that you can write to") from error
+        raise MoREError(f"{what}; choose a place that you can write to") from error
 
 
 class Output:
@@ -71,7 +70,7 @@ class Output:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             what = f"another run is writing {self.prefix}"
-            raise DataError(f"{what}: wait until it has ended, or choose another --output-prefix") from error
+            raise MoREError(f"{what}: wait until it has ended, or choose another --output-prefix") from error
         except OSError:
             return True  # a file system without locks
         try:
@@ -83,7 +82,7 @@ class Output:
         """Start empty, or go on where an interrupted run was, and return the counts of what is written already.
 
         Raises:
-            DataError: The interrupted run followed another plan, or the folder cannot be written.
+            MoREError: The interrupted run followed another plan, or the folder cannot be written.
         """
         plan = json.loads(json.dumps(plan))
         done = self._finished(plan) if resume else None
@@ -111,7 +110,7 @@ class Output:
         old, new = ({**facts, **facts.get("options", {})} for facts in (old, plan))
         changed = ", ".join(key for key in new if old.get(key) != new[key])
         if changed:
-            raise DataError(f"cannot resume {self.folder}: changed since then: {changed}; run without --resume")
+            raise MoREError(f"cannot resume {self.folder}: changed since then: {changed}; run without --resume")
         whole = sizes[0] >= done.tokens * np.dtype(plan["dtype"]).itemsize and sizes[1] >= done.documents * 4
         return done if whole else None
 
@@ -124,15 +123,16 @@ class Output:
             self._lengths.flush()
             self._replace("done.json", asdict(total))
 
-    def publish(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """Write the index and the manifest, hashes added, and give all three files their names, the index last."""
+    def publish(self, facts: dict[str, Any], total: Counts) -> dict[str, Any]:
+        """Write the index and the manifest, which is returned, and give all three files their names, the index last."""
         with writing(self.folder):
             self._open.close()
             lengths = np.memmap(self.folder / "lengths", "<i4", mode="r")
             with open(self.folder / "index", "wb") as stream:
-                write_index(stream, np.dtype(manifest["dtype"]), lengths)
+                write_index(stream, np.dtype(facts["dtype"]), lengths)
+            counts = {name: count for name, count in asdict(total).items() if name not in ("blocks", "read")}
             hashes = {"bin": sha256_of(self.folder / "tokens"), "idx": sha256_of(self.folder / "index")}
-            manifest = {**manifest, "sha256": hashes}
+            manifest = {**facts, **counts, "sha256": hashes}
             self._replace("manifest.json", manifest)
             idx_path(self.prefix).unlink(missing_ok=True)
             os.replace(self.folder / "tokens", bin_path(self.prefix))

@@ -14,13 +14,14 @@ import numpy as np
 from more_megatron import __version__
 from more_megatron.data.check import check_dataset, check_hashes
 from more_megatron.data.documents import PLAIN_GRID_BYTES
-from more_megatron.data.encoding import Counts, EncoderPlan, encode_blocks, plan_encoder
-from more_megatron.data.errors import DataError, DatasetError, DocumentError, ResumableError
+from more_megatron.data.encoding import Counts, EncoderPlan, ResumableError, encode_blocks, plan_encoder
+from more_megatron.data.fast import DocumentError
 from more_megatron.data.indexed import MANIFEST_VERSION
 from more_megatron.data.output import Output
 from more_megatron.data.reading import BLOCK_BYTES, Block, read_all_documents, read_blocks, read_documents
 from more_megatron.data.sources import Source, sha256_of
 from more_megatron.data.tokenizers import Tokenizer, build_megatron
+from more_megatron.errors import MoREError
 
 __all__ = ["Job", "preprocess", "verify"]
 
@@ -42,17 +43,13 @@ class Job:
 def preprocess(job: Job, output: Output, say: Callable[[str], None], report: Report) -> dict[str, Any]:
     """Write `<prefix>.bin`, `<prefix>.idx` and the manifest `<prefix>.json`, which is returned.
 
-    Args:
-        job: What to do.
-        output: Where to, held by this run.
-        say: Told which encoder was chosen.
-        report: Told of the bytes of every block that is done, and of all tokens so far.
+    `say` is told which encoder was chosen, `report` the bytes of every block that is done and all tokens so far.
 
     Raises:
-        DataError: An input, the tokenizer or the place to write to is at fault; nothing is left under a final name.
+        MoREError: An input, the tokenizer or the place to write to is at fault; nothing is left under a final name.
     """
     if job.append_eod and job.tokenizer.eod is None:
-        raise DataError(f"{job.tokenizer.options.tokenizer_type} has no end-of-document token; pass --no-append-eod")
+        raise MoREError(f"{job.tokenizer.options.tokenizer_type} has no end-of-document token; pass --no-append-eod")
     blocks = read_blocks(job.sources)
     first = list(islice(blocks, 1))
     documents = read_documents(first[0])[0] if first else []
@@ -63,10 +60,9 @@ def preprocess(job: Job, output: Output, say: Callable[[str], None], report: Rep
     hashing = ThreadPoolExecutor(1)
     hashes = [hashing.submit(sha256_of, source.path) for source in job.sources]
     try:
-        total = asdict(_write(job, encoder, chain(first, blocks), output, done, report))
+        total = _write(job, encoder, chain(first, blocks), output, done, report)
         inputs = [{**entry, "sha256": sha256.result()} for entry, sha256 in zip(plan["inputs"], hashes, strict=True)]
-        counts = {name: count for name, count in total.items() if name not in ("blocks", "read")}
-        return output.publish({**plan, "inputs": inputs, **counts})
+        return output.publish({**plan, "inputs": inputs}, total)
     finally:
         hashing.shutdown(wait=False, cancel_futures=True)
 
@@ -88,15 +84,15 @@ def _write(
         output.discard()
         hint = "; --encoder reference does without gigatoken" if encoder.recipe is not None else ""
         index, reason = error.args
-        raise DataError(f"document {total.documents + index} {reason}{hint}") from error
-    except DataError as error:
+        raise MoREError(f"document {total.documents + index} {reason}{hint}") from error
+    except MoREError as error:
         if total.blocks == 0:
             output.discard()
             raise
         raise ResumableError(f"{error}; --resume keeps what was written before it") from error
     if total.tokens == 0:
         output.discard()
-        raise DataError(f"there is no text to write in {', '.join(source.path for source in job.sources[:3])}")
+        raise MoREError(f"there is no text to write in {', '.join(source.path for source in job.sources[:3])}")
     return total
 
 
@@ -131,7 +127,7 @@ def verify(job: Job, prefix: str, manifest: dict[str, Any], samples: int = 200) 
     Evenly spaced documents, the first and the last among them, are encoded again with Megatron's own tokenizer.
 
     Raises:
-        DatasetError: A hash, a count or a document differs.
+        MoREError: A hash, a count or a document differs.
     """
     tokenizer = job.tokenizer
     check_dataset(prefix, vocab_size=tokenizer.vocab_size, tokenizer_sha256=tokenizer.sha256)
@@ -153,7 +149,7 @@ def verify(job: Job, prefix: str, manifest: dict[str, Any], samples: int = 200) 
         _compare(prefix, dataset, number, ids + ends)
         exact += megatron.detokenize(ids) == text if ids else text == ""
     if seen != documents:
-        raise DatasetError(f"dataset {prefix} has {documents} documents, its inputs have {seen}")
+        raise MoREError(f"dataset {prefix} has {documents} documents, its inputs have {seen}")
     return (
         f"verified: {hashes}; {documents} documents, {tokens} tokens; {len(wanted)} documents encoded again by "
         f"Megatron's tokenizer are the same, {exact} of them decode to their exact text"
@@ -165,4 +161,4 @@ def _compare(prefix: str, dataset: Any, number: int, expected: list[int]) -> Non
     found = [int(id) for sequence in range(first, last) for id in dataset[sequence]]
     if found != expected:
         what = f"document {number} differs from its source ({len(found)} tokens, {len(expected)} expected)"
-        raise DatasetError(f"dataset {prefix}: {what}; please report this")
+        raise MoREError(f"dataset {prefix}: {what}; please report this")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from more_megatron.data.detokenize import detokenize
 from more_megatron.data.documents import Layout, document_starts, find_start, tidy
-from more_megatron.data.errors import DataError
 from more_megatron.data.sources import Source, text_chunks
+from more_megatron.errors import MoREError
 
 __all__ = ["BLOCK_BYTES", "Block", "cut_blocks", "read_all_documents", "read_blocks", "read_documents"]
 
@@ -67,15 +67,12 @@ def read_all_documents(sources: Iterable[Source]) -> Iterator[bytes]:
 
 
 def read_documents(block: Block) -> tuple[list[bytes], int]:
-    """Divide a block into documents, and undo WikiText's spelling.
+    """Return the documents of a block as UTF-8, and the number of lines that hold no text and were left out.
 
     Text files give no document for blank text; records with an empty text give an empty document.
 
-    Returns:
-        The documents as UTF-8, and the number of lines that hold no text and were left out.
-
     Raises:
-        DataError: The text is not UTF-8, or a line holds no text and bad lines are not skipped.
+        MoREError: The text is not UTF-8, or a line holds no text and bad lines are not skipped.
     """
     source, texts, skipped = block.source, [], 0
     places = document_starts(block.data, source.layout, block.origin)
@@ -93,7 +90,7 @@ def read_documents(block: Block) -> tuple[list[bytes], int]:
                 if source.skip_bad_lines:
                     skipped += 1
                     continue
-            raise DataError(f"{where} cannot be used: {_fault(error, offset)}; {mend}") from error
+            raise MoREError(f"{where} cannot be used: {_fault(error, offset)}; {mend}") from error
     return texts, skipped
 
 

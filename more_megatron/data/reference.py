@@ -18,8 +18,7 @@ from typing import Any
 
 from numpy.typing import ArrayLike
 
-from more_megatron.data.errors import DocumentError
-from more_megatron.data.fast import Recipe
+from more_megatron.data.fast import DocumentError, Recipe
 from more_megatron.data.tokenizers import (
     Tokenizer,
     TokenizerType,

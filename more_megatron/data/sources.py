@@ -16,7 +16,7 @@ from typing import Any
 
 from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import Layout, sniff_layout
-from more_megatron.data.errors import DataError
+from more_megatron.errors import MoREError
 
 __all__ = ["Source", "expand_inputs", "open_source", "sha256_of", "text_chunks"]
 
@@ -58,7 +58,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
     """Replace globs by the files they match, in sorted order, each file once.
 
     Raises:
-        DataError: There is no such file, or it is empty or not readable.
+        MoREError: There is no such file, or it is empty or not readable.
     """
     paths: dict[str, None] = {}
     for pattern in patterns:
@@ -66,15 +66,15 @@ def expand_inputs(patterns: Sequence[str]) -> list[str]:
         matches = [match for match in matches if not os.path.isdir(match)]
         if not matches:
             reason = "is a folder; name its files, or use a glob" if os.path.isdir(pattern) else "does not exist"
-            raise DataError(f"input {pattern} {reason}")
+            raise MoREError(f"input {pattern} {reason}")
         paths.update(dict.fromkeys(matches))
     for path in paths:
         if not os.path.isfile(path):
-            raise DataError(f"input {path} is a pipe or a device: write its text into a file first")
+            raise MoREError(f"input {path} is a pipe or a device: write its text into a file first")
         if os.path.getsize(path) == 0:
-            raise DataError(f"input {path} is empty")
+            raise MoREError(f"input {path} is empty")
         if not os.access(path, os.R_OK):
-            raise DataError(f"input {path} cannot be read: permission denied")
+            raise MoREError(f"input {path} cannot be read: permission denied")
     return list(paths)
 
 
@@ -88,7 +88,7 @@ def open_source(
     """Find out what an input file holds; a layout of None finds out that, too.
 
     Raises:
-        DataError: The file is damaged, or a library that reads it is not installed.
+        MoREError: The file is damaged, or a library that reads it is not installed.
     """
     layout = Layout.JSONL if _JSONL.search(path) else layout
     source = Source(path, os.path.getsize(path), layout or Layout.PLAIN, key, detokenize, skip_bad_lines)
@@ -110,7 +110,7 @@ def text_chunks(source: Source) -> Iterator[bytes]:
     """Read the text of a source, decompressed; the rows of a Parquet file follow each other as lines.
 
     Raises:
-        DataError: The file is damaged, has no column of text, or a library that reads it is not installed.
+        MoREError: The file is damaged, has no column of text, or a library that reads it is not installed.
     """
     if source.is_parquet:
         yield from _parquet_lines(source)
@@ -129,7 +129,7 @@ def text_chunks(source: Source) -> Iterator[bytes]:
             while chunk := stream.read(_CHUNK_BYTES):
                 yield chunk
         except damage as error:
-            raise DataError(f"{source.path} is a damaged {suffix[1:]} file: {error}") from error
+            raise MoREError(f"{source.path} is a damaged {suffix[1:]} file: {error}") from error
 
 
 def _parquet_lines(source: Source) -> Iterator[bytes]:
@@ -145,17 +145,17 @@ def _parquet_lines(source: Source) -> Iterator[bytes]:
                 yield "".join(row if row.endswith("\n") else f"{row}\n" for row in rows).encode()
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"{source.path} is a damaged Parquet file, or none: {reason}") from error
+        raise MoREError(f"{source.path} is a damaged Parquet file, or none: {reason}") from error
 
 
 def _check_column(types: Any, schema: Any, source: Source) -> None:
     if source.key not in schema.names:
         names = ", ".join(schema.names)
-        raise DataError(f"{source.path} has no column '{source.key}'; it has {names}: choose one with --json-key")
+        raise MoREError(f"{source.path} has no column '{source.key}'; it has {names}: choose one with --json-key")
     kind = schema.field(source.key).type
     value = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(value) or types.is_large_string(value) or types.is_null(value)):
-        raise DataError(f"{source.path}: column '{source.key}' holds {kind}, not text; choose one with --json-key")
+        raise MoREError(f"{source.path}: column '{source.key}' holds {kind}, not text; choose one with --json-key")
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:
@@ -169,4 +169,4 @@ def _require(module: str, path: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise DataError(f"reading {path} needs {package}: pip install {package}") from error
+        raise MoREError(f"reading {path} needs {package}: pip install {package}") from error

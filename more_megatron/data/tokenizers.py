@@ -16,10 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.data.errors import DataError
 from more_megatron.data.indexed import token_dtype
 from more_megatron.data.sources import sha256_of
-from more_megatron.errors import last_line
+from more_megatron.errors import MoREError, last_line
 
 __all__ = [
     "SENTENCEPIECE_TYPES",
@@ -99,17 +98,13 @@ class Tokenizer:
     backend: str | None = None  # serialized Hugging Face tokenizer, where one is used directly
 
     def __post_init__(self) -> None:
-        """Check that ids fit what they are stored in.
-
-        Raises:
-            DataError: If they do not.
-        """
+        """Check that ids fit what they are stored in."""
         kind = self.options.tokenizer_type
         if self.vocab_size > _MOST_IDS:
-            raise DataError(f"{kind} has {self.vocab_size} ids, a dataset holds {_MOST_IDS}: lower --vocab-size")
+            raise MoREError(f"{kind} has {self.vocab_size} ids, a dataset holds {_MOST_IDS}: lower --vocab-size")
         if self.eod is not None and not 0 <= self.eod < self.vocab_size:
             reason = f"ends documents with the id {self.eod} and has 0 to {self.vocab_size - 1}"
-            raise DataError(f"{kind} {reason}: change --null-tokenizer-eod-id or --vocab-size")
+            raise MoREError(f"{kind} {reason}: change --null-tokenizer-eod-id or --vocab-size")
 
     @property
     def dtype(self) -> np.dtype:
@@ -128,7 +123,7 @@ def load(options: TokenizerOptions) -> Tokenizer:
     Megatron, which takes seconds to import, is asked only where the libraries below it do not suffice.
 
     Raises:
-        DataError: A flag is missing, or the tokenizer's files are missing or damaged.
+        MoREError: A flag is missing, or the tokenizer's files are missing or damaged.
     """
     _check(options)
     sha256 = tokenizer_sha256(options)
@@ -149,14 +144,13 @@ def load(options: TokenizerOptions) -> Tokenizer:
 
 
 def _check(options: TokenizerOptions) -> None:
-    """Check that the flags that a type of tokenizer needs are there."""
     kind = options.tokenizer_type
     if kind not in TokenizerType:
-        raise DataError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
+        raise MoREError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
     if kind in _TYPES_OF_FILES and not options.tokenizer_model:
-        raise DataError(f"--tokenizer-type {kind} needs --tokenizer-model")
+        raise MoREError(f"--tokenizer-type {kind} needs --tokenizer-model")
     if kind in (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL) and not options.vocab_size:
-        raise DataError(f"--tokenizer-type {kind} needs --vocab-size, the number of its ids")
+        raise MoREError(f"--tokenizer-type {kind} needs --vocab-size, the number of its ids")
 
 
 def _generic_huggingface(options: TokenizerOptions) -> Any | None:
@@ -213,7 +207,7 @@ def build_megatron(options: TokenizerOptions) -> Any:
             return build_tokenizer(SimpleNamespace(**flags))
         except Exception as error:
             what = options.tokenizer_model or options.vocab_file or options.tokenizer_type
-            raise DataError(
+            raise MoREError(
                 f"{options.tokenizer_type} cannot be built from {what}: {last_line(error)[:300]}"
             ) from error
 
@@ -250,8 +244,8 @@ def open_sentencepiece(options: TokenizerOptions) -> Any:
 
     path = options.tokenizer_model or ""
     if not os.path.isfile(path):
-        raise DataError(f"--tokenizer-model {path} does not exist; train one with --train-tokenizer --vocab-size N")
+        raise MoREError(f"--tokenizer-model {path} does not exist; train one with --train-tokenizer --vocab-size N")
     try:
         return sentencepiece.SentencePieceProcessor(model_file=path)
     except Exception as error:
-        raise DataError(f"--tokenizer-model {path} is not a SentencePiece model, or is damaged") from error
+        raise MoREError(f"--tokenizer-model {path} is not a SentencePiece model, or is damaged") from error

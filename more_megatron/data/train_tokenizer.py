@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from more_megatron.data.errors import DataError
 from more_megatron.data.output import writing
 from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import Source
+from more_megatron.errors import MoREError
 from more_megatron.unfinished import unfinished_file
 
 __all__ = ["train_sentencepiece"]
@@ -28,7 +28,7 @@ def train_sentencepiece(sources: Sequence[Source], vocab_size: int, path: str) -
     above 128 MiB are sampled evenly.
 
     Raises:
-        DataError: There is too little text for this vocabulary, or the file cannot be written.
+        MoREError: There is too little text for this vocabulary, or the file cannot be written.
     """
     import sentencepiece
 
@@ -53,7 +53,7 @@ def train_sentencepiece(sources: Sequence[Source], vocab_size: int, path: str) -
             minloglevel=2,
         )
     except (RuntimeError, ValueError) as error:
-        raise DataError(_reason(str(error), vocab_size)) from error
+        raise MoREError(_reason(str(error), vocab_size)) from error
     with writing(target), unfinished_file(target) as file:
         file.write_bytes(model.getvalue())
 

@@ -55,15 +55,14 @@ def _install_cpu_platform() -> None:
     absent = "" if has_package("transformer_engine") else ", no Transformer Engine"
     say(f"> platform: cpu (gloo, float32{absent}); chosen by MORE_PLATFORM or the absence of a GPU")
 
-    from more_megatron.platform.cuda.collectives import UNEVEN_COLLECTIVES
-    from more_megatron.platform.cuda.device_mode import BACKWARD_IN_MODE, enter_for_good
+    from more_megatron.platform.cuda.pytorch import PYTORCH, enter_for_good
     from more_megatron.platform.cuda.torch_cuda import NO_COMPILER, TORCH_CUDA
     from more_megatron.platform.memory import keep_freed_memory
     from more_megatron.platform.stand_in import install
 
     if os.environ["TORCH_COMPILE_DISABLE"] == "1":
         install(NO_COMPILER)
-    install(TORCH_CUDA + UNEVEN_COLLECTIVES + BACKWARD_IN_MODE)
+    install(TORCH_CUDA + PYTORCH)
     enter_for_good()
     keep_freed_memory()
 

@@ -93,9 +93,7 @@ class System:
     def without_effect(self, flags: MoREFlags, given: Set[str]) -> Iterator[str]:
         """Yield what is wrong with flags that were given and that the system, under these settings, never reads.
 
-        Args:
-            flags: The settings, from `flags`.
-            given: Fields that the user set, among those of `MoREFlags`, all systems' own flags and what is `unread`.
+        The user set `given`, among the fields of `MoREFlags`, all systems' own flags and what is `unread`.
         """
         read = {"more_variant", *self.reads, *self.own_flags()}
         for name in sorted(given - read):

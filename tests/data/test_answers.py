@@ -17,9 +17,9 @@ from more_megatron.data.answers import (
     task_names,
     write_answers,
 )
-from more_megatron.data.errors import DataError, DatasetError
 from more_megatron.data.indexed import bin_path, read_index
 from more_megatron.data.tokenizers import Tokenizer, TokenizerOptions, load
+from more_megatron.errors import MoREError
 from tools.prepare_tasks import main as prepare_tasks
 from tools.preprocess_wikitext import main as preprocess
 
@@ -60,7 +60,7 @@ def test_masks_that_do_not_fit(prefix: str, tmp_path: Path) -> None:
     write_answers(other, _EXERCISES[:2], load(_NUMBERS))
     for suffix in (".bin", ".idx", ".json"):
         Path(f"{mask_prefix(other)}{suffix}").replace(f"{mask_prefix(prefix)}{suffix}")
-    with pytest.raises(DatasetError, match=r"problems_answers is not of the shape of .*problems, whose"):
+    with pytest.raises(MoREError, match=r"problems_answers is not of the shape of .*problems, whose"):
         check_answers(prefix)
 
 
@@ -68,20 +68,20 @@ def test_masks_that_are_damaged(prefix: str) -> None:
     manifest = Path(f"{mask_prefix(prefix)}.json")
     content = json.loads(manifest.read_text())
     manifest.write_text(json.dumps(content | {"tasks": ["long"]}))
-    with pytest.raises(DatasetError, match="answers of task 2, its manifest names 1 tasks"):
+    with pytest.raises(MoREError, match="answers of task 2, its manifest names 1 tasks"):
         check_answers(prefix)
     with open(bin_path(mask_prefix(prefix)), "r+b") as stream:
         stream.write(bytes(12))
-    with pytest.raises(DatasetError, match="marks no token"):
+    with pytest.raises(MoREError, match="marks no token"):
         check_answers(prefix)
     bin_path(mask_prefix(prefix)).unlink()
-    with pytest.raises(DatasetError, match=r"problems_answers.bin does not exist"):
+    with pytest.raises(MoREError, match=r"problems_answers.bin does not exist"):
         check_answers(prefix)
 
 
 def test_a_tokenizer_must_end_documents(tmp_path: Path) -> None:
     tokenizer = Tokenizer(_NUMBERS, 127, None, None)
-    with pytest.raises(DataError, match="no end-of-document token"):
+    with pytest.raises(MoREError, match="no end-of-document token"):
         write_answers(str(tmp_path / "p"), _EXERCISES, tokenizer)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from more_megatron.data import DatasetError, check_dataset, check_datasets
-from more_megatron.data.check import check_hashes
+from more_megatron.data.check import check_dataset, check_datasets, check_hashes
 from more_megatron.data.indexed import read_index
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
+from more_megatron.errors import MoREError
 from tests.data.conftest import ROOT, run_tool, write_like_megatron
 
 
@@ -41,7 +41,7 @@ def copy(dataset: Path, tmp_path: Path) -> Path:
 
 
 def refused(prefix: Path, *words: str, **facts: object) -> None:
-    with pytest.raises(DatasetError) as error:
+    with pytest.raises(MoREError) as error:
         check_dataset(prefix, **facts)  # type: ignore[arg-type]
     message = str(error.value)
     assert "\n" not in message
@@ -61,7 +61,7 @@ def test_missing_files(copy: Path) -> None:
     refused(Path(f"{copy}.bin"), "does not exist", "without .bin or .idx")
     Path(f"{copy}.bin").unlink()
     refused(copy, "_document.bin does not exist")
-    with pytest.raises(DatasetError, match="does not exist"):
+    with pytest.raises(MoREError, match="does not exist"):
         check_datasets(["1", "nowhere"])
 
 
@@ -110,7 +110,7 @@ def test_index_damaged_in_the_middle(copy: Path, section: int, width: int, value
         pytest.skip("the value that stands there")
     path.write_bytes(data)
     Path(f"{copy}.json").unlink()
-    with pytest.raises(DatasetError, match=r"is damaged|of another dataset|is truncated"):
+    with pytest.raises(MoREError, match=r"is damaged|of another dataset|is truncated"):
         check_dataset(copy)
 
 
@@ -121,7 +121,7 @@ def test_every_kind_of_flip_in_the_index_is_found(copy: Path) -> None:
         data = bytearray(sound)
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
-        with pytest.raises(DatasetError):
+        with pytest.raises(MoREError):
             check_dataset(copy)
 
 
@@ -161,7 +161,7 @@ def test_hashes_on_demand(copy: Path) -> None:
     tokens[5] ^= 1
     tokens.tofile(f"{copy}.bin")
     check_dataset(copy)
-    with pytest.raises(DatasetError, match="hash differs"):
+    with pytest.raises(MoREError, match="hash differs"):
         check_hashes(copy)
     result = run_tool(copy, "--check", tool=ROOT / "tools" / "inspect_dataset.py")
     assert result.returncode == 1

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from more_megatron.data import fast
 from more_megatron.data.encoding import Encoder, EncoderPlan, plan_encoder
-from more_megatron.data.errors import DocumentError
+from more_megatron.data.fast import DocumentError
 from more_megatron.data.tokenizers import Tokenizer, TokenizerOptions, build_megatron, load
 from tests.data.conftest import MODELS, TOOL, assert_one_line, expected_tokens, run_tool
 

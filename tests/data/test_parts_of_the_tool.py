@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data import DataError
 from more_megatron.data.documents import Layout, sniff_layout
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
+from more_megatron.errors import MoREError
 from tests.data.conftest import ROOT, assert_one_line, run_tool
 from tools import benchmark_preprocess as benchmark
 from tools.sample_text import obtain_text, write_sample_text
@@ -106,7 +106,7 @@ def test_sample_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert sniff_layout(data) is Layout.WIKITEXT
 
     def unreachable(name: str) -> list[str]:
-        raise DataError("no network")
+        raise MoREError("no network")
 
     monkeypatch.setattr("tools.sample_text.download", unreachable)
     described_again = obtain_text(tmp_path / "b.txt")
@@ -114,7 +114,7 @@ def test_sample_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "b.txt").read_bytes() == data
     assert "a.txt" in obtain_text(tmp_path / "c.txt", str(tmp_path / "a.txt"))
     assert (tmp_path / "c.txt").read_bytes() == data
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(MoREError, match="does not exist"):
         obtain_text(tmp_path / "d.txt", str(tmp_path / "nothing"))
 
 

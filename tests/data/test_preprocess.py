@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from more_megatron.data.errors import DataError
 from more_megatron.data.sources import open_source
+from more_megatron.errors import MoREError
 from tests.data.conftest import TOOL, assert_one_line, run_tool, write_like_megatron
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "wikitext-2"
@@ -354,7 +354,7 @@ def test_parquet_columns_that_are_no_text(tmp_path: Path, model: str) -> None:
     arguments = ["--input", tmp_path / "in.parquet", "--output-prefix", tmp_path / "x", "--tokenizer-model", model]
     kinds = {"number": "int64", "float": "double", "list": "list<", "bytes": "binary", "record": "struct<"}
     for key, kind in {**kinds, "codes": "int64"}.items():
-        with pytest.raises(DataError, match=f"column '{key}' holds {kind}.*, not text; choose one with --json-key"):
+        with pytest.raises(MoREError, match=f"column '{key}' holds {kind}.*, not text; choose one with --json-key"):
             open_source(str(tmp_path / "in.parquet"), key)
     assert_one_line(run_tool(*arguments, "--no-progress", "--json-key", "bytes"), "column 'bytes' holds binary")
     assert_one_line(run_tool(*arguments, "--no-progress", "--json-key", "x"), "no column 'x'", "number, float, list")

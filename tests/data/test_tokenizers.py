@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from more_megatron.data.encoding import Encoder, plan_encoder
-from more_megatron.data.errors import DataError, DocumentError
+from more_megatron.data.fast import DocumentError
 from more_megatron.data.tokenizers import (
     TokenizerOptions,
     TokenizerType,
@@ -16,6 +16,7 @@ from more_megatron.data.tokenizers import (
     load,
     tokenizer_sha256,
 )
+from more_megatron.errors import MoREError
 from tests.data.conftest import expected_tokens, run_tool
 from tools.inspect_dataset import decode
 
@@ -75,11 +76,11 @@ def test_null_tokenizer(tmp_path: Path) -> None:
         encoder.encode([b"66000 1", b"3 70000"])
     with pytest.raises(DocumentError, match=r"document 1 cannot be encoded by NullTokenizer.*reads numbers"):
         encoder.encode([b"1", b"words", b"2"])
-    with pytest.raises(DataError, match="with the id -5 and has 0 to 99: change --null-tokenizer-eod-id"):
+    with pytest.raises(MoREError, match="with the id -5 and has 0 to 99: change --null-tokenizer-eod-id"):
         load(TokenizerOptions("NullTokenizer", vocab_size=100, null_tokenizer_eod_id=-5))
-    with pytest.raises(DataError, match="a dataset holds 2147483648"):
+    with pytest.raises(MoREError, match="a dataset holds 2147483648"):
         load(TokenizerOptions("NullTokenizer", vocab_size=1 << 32))
-    with pytest.raises(DataError, match="NullTokenizer needs --vocab-size"):
+    with pytest.raises(MoREError, match="NullTokenizer needs --vocab-size"):
         load(TokenizerOptions("NullTokenizer"))
 
 
@@ -120,7 +121,7 @@ def test_missing_end_of_document(tmp_path: Path, corpus: list[str]) -> None:
 
 
 def test_unknown_type() -> None:
-    with pytest.raises(DataError, match="Nonsense is not known"):
+    with pytest.raises(MoREError, match="Nonsense is not known"):
         load(TokenizerOptions("Nonsense", "x"))
 
 

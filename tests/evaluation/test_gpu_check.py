@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from more_megatron.evaluation.gpu_check.outcomes import Finding, Outcome, Report, Status
+from more_megatron.evaluation.gpu_check.outcomes import Finding, Report, Status
 from more_megatron.evaluation.gpu_check.plan import DRY, GPU, Plan
 from more_megatron.evaluation.gpu_check.runner import Crew
 from more_megatron.evaluation.gpu_check.stages import Case, Stage
@@ -191,9 +191,9 @@ def test_batches_of_layouts_fit_any_number_of_gpus(gpus: int) -> None:
 def test_a_report_tells_what_failed(tmp_path: Path) -> None:
     report = Report(tmp_path, "the command")
     report.begin("b", "parity")
-    report.add(Outcome("b", "one", Status.PASSED, 1.0, {"logits": 2e-7}))
+    report.add(Finding({"logits": 2e-7}, stage="b", case="one", seconds=1.0))
     assert not report.failed
-    report.add(Outcome("b", "two", Status.FAILED, 2.0, reason="it | broke", details="where"))
+    report.add(Finding(faults=["it | broke"], stage="b", case="two", seconds=2.0, details="where"))
     assert report.failed
     assert report.summary() == "1 passed, 1 failed"
     table = (tmp_path / "report.md").read_text().splitlines()

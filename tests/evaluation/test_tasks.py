@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from more_megatron.data.errors import DataError
+from more_megatron.errors import MoREError
 from more_megatron.evaluation.tasks import (
     GENERATED,
     Problem,
@@ -94,7 +94,7 @@ def test_a_seed_gives_the_same_file(tmp_path: Path) -> None:
 
 
 def test_there_may_be_too_few() -> None:
-    with pytest.raises(DataError, match="difficulty 1: ask for fewer"):
+    with pytest.raises(MoREError, match="difficulty 1: ask for fewer"):
         generate(GENERATED["algebra"], Split.TEST, 50000, seed=1)
 
 
@@ -103,16 +103,16 @@ def test_babi_is_read(tmp_path: Path) -> None:
     path.write_text(BABI)
     prompt = "Mary went home.\nJohn is in the park.\nQuestion: Where is John?\nAnswer:"
     assert read_babi(tmp_path, Split.TRAIN, [1])[1] == Problem(prompt, "park", "babi_1", 1)
-    with pytest.raises(DataError, match=r"no qa2_\*_train.txt"):
+    with pytest.raises(MoREError, match=r"no qa2_\*_train.txt"):
         read_babi(tmp_path, Split.TRAIN, [1, 2])
     path.write_text(BABI + "2 Where is Mary?\thome\n")
-    with pytest.raises(DataError, match="line 6 is not"):
+    with pytest.raises(MoREError, match="line 6 is not"):
         read_babi(tmp_path, Split.TRAIN, [1])
 
 
 def test_babi_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="no network; give local files"):
+    with pytest.raises(MoREError, match="no network; give local files"):
         fetch_babi(Split.TEST)
 
 
@@ -129,15 +129,15 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> Non
     path = tmp_path / "problems.jsonl"
     write_problems(path, [Problem("1 + 1 =", "2", "sums", 1)])
     path.write_text(path.read_text() + line + "\n")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(MoREError, match=message):
         read_problems(path)
 
 
 def test_missing_and_empty_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(MoREError, match="cannot be read"):
         read_problems(tmp_path / "no.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="has no problems"):
+    with pytest.raises(MoREError, match="has no problems"):
         read_problems(tmp_path / "empty.jsonl")
 
 

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from more_megatron.platform.cuda.device_mode import _on_cpu
+from more_megatron.platform.cuda.pytorch import _on_cpu
 
 __all__ = ["ImitatedGPU"]
 
@@ -70,8 +70,8 @@ class ImitatedGPU(TorchFunctionMode):
 
     def note(self, what: str) -> None:
         """Count a fault at the innermost line of ours; those of Megatron's lines are none."""
-        frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
-        frames = [frame for frame in frames if Path(frame.filename).name not in (Path(__file__).name, "device_mode.py")]
+        passed = ("/torch/", "/more_megatron/platform/", __file__)
+        frames = [frame for frame in traceback.extract_stack() if not any(part in frame.filename for part in passed)]
         if "more_megatron" in frames[-1].filename:
             self.faults[f"{what}: {Path(frames[-1].filename).name}, {frames[-1].name}"] += 1
 

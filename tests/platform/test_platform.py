@@ -96,7 +96,7 @@ import sys
 assert "more_megatron.platform.cuda.megatron" not in sys.modules
 for entry in WHEEL_REPAIRS:
     replacement = entry.replacement.__func__ if isinstance(entry.replacement, staticmethod) else entry.replacement
-    assert getattr(entry.resolve(), entry.name) is replacement
+    assert getattr(*entry.place()) is replacement
 """
 
 

@@ -11,16 +11,15 @@ import pytest
 import torch
 
 from more_megatron.platform import stand_in
-from more_megatron.platform.cuda.collectives import UNEVEN_COLLECTIVES
-from more_megatron.platform.cuda.device_mode import BACKWARD_IN_MODE
 from more_megatron.platform.cuda.megatron import MEGATRON_ON_CPU
+from more_megatron.platform.cuda.pytorch import PYTORCH
 from more_megatron.platform.cuda.torch_cuda import NO_COMPILER, TORCH_CUDA
 from more_megatron.platform.repairs.reports import TEST_SPLIT
 from more_megatron.platform.repairs.table import WHEEL_REPAIRS
 from more_megatron.platform.stand_in import StandIn, install
 from more_megatron.platform.training_loop import SURROUNDED
 
-_ON_CPU = NO_COMPILER + TORCH_CUDA + UNEVEN_COLLECTIVES + BACKWARD_IN_MODE + MEGATRON_ON_CPU
+_ON_CPU = NO_COMPILER + TORCH_CUDA + PYTORCH + MEGATRON_ON_CPU
 _ALL = _ON_CPU + WHEEL_REPAIRS + TEST_SPLIT
 
 
@@ -34,11 +33,11 @@ def _wheel() -> Path:
     return Path(spec.origin).parents[1]
 
 
-@pytest.mark.parametrize("entry", _ALL, ids=[f"{entry.target}.{entry.name}" for entry in _ALL])
+@pytest.mark.parametrize("entry", _ALL, ids=[entry.name for entry in _ALL])
 def test_the_wheel_still_needs_it_and_its_reason_is_one_line(entry: StandIn) -> None:
     text = (_wheel() / entry.source).read_text()
-    assert entry.text in text, f"the wheel no longer needs the stand-in for {entry.target}.{entry.name}: remove it"
-    assert hasattr(entry.resolve(), entry.name)
+    assert entry.text in text, f"the wheel no longer needs the stand-in for {entry.name}: remove it"
+    assert hasattr(*entry.place())
     assert entry.why.strip()
     assert "\n" not in entry.why
 
@@ -56,10 +55,8 @@ def test_the_readme_counts_them() -> None:
 
 def test_install_and_restore(monkeypatch: pytest.MonkeyPatch) -> None:
     holder = SimpleNamespace(first=1, second=2)
-    monkeypatch.setattr(StandIn, "resolve", lambda self: holder)
-    table = tuple(
-        StandIn("", name, value, "", "", "") for name, value in (("first", 10), ("second", 20), ("first", 30))
-    )
+    monkeypatch.setattr(StandIn, "place", lambda self: (holder, self.name))
+    table = tuple(StandIn(name, value, "", "") for name, value in (("first", 10), ("second", 20), ("first", 30)))
     restore = stand_in.install(table)
     assert (holder.first, holder.second) == (30, 20)
     restore()
@@ -71,12 +68,12 @@ def test_compiled_index_builder_is_not_compiled_again(monkeypatch: pytest.Monkey
         raise AssertionError("it ran make")
 
     monkeypatch.setattr("subprocess.run", fail)
-    entry = next(entry for entry in WHEEL_REPAIRS if entry.name == "compile_helpers")
+    entry = next(entry for entry in WHEEL_REPAIRS if entry.name.endswith(":compile_helpers"))
     entry.replacement()
 
 
 def test_data_iterators_leave_the_random_state_alone() -> None:
-    restore = install(tuple(entry for entry in MEGATRON_ON_CPU if "_BaseDataLoaderIter" in entry.target))
+    restore = install(tuple(entry for entry in MEGATRON_ON_CPU if "_BaseDataLoaderIter" in entry.name))
     try:
         torch.manual_seed(0)
         state = torch.get_rng_state()

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Finding", "Outcome", "Report", "Status"]
+__all__ = ["Finding", "Report", "Status"]
 
 
 class Status(StrEnum):
@@ -28,23 +28,26 @@ class Finding:
     faults: list[str] = field(default_factory=list)
     skipped: str = ""  # why nothing was done, where this device cannot
 
+    # Of whom that is found, which the runner knows
+    stage: str = ""  # letter of the stage
+    case: str = ""
+    seconds: float = 0.0  # time it took
+    details: str = ""  # traceback and output of a case that raised
+
+    @property
+    def status(self) -> Status:
+        """How the case ended."""
+        return Status.FAILED if self.faults else Status.SKIPPED if self.skipped else Status.PASSED
+
+    @property
+    def reason(self) -> str:
+        """Why it failed or was skipped, in one line."""
+        return "; ".join(self.faults) or self.skipped
+
     def require(self, holds: bool, fault: str) -> None:
         """Note a fault unless a condition holds."""
         if not holds:
             self.faults.append(fault)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How one case ended."""
-
-    stage: str  # letter of the stage
-    case: str
-    status: Status
-    seconds: float = 0.0  # time it took
-    figures: dict[str, Any] = field(default_factory=dict)  # what it measured
-    reason: str = ""  # why it failed or was skipped, in one line
-    details: str = ""  # traceback and output of a case that raised
 
 
 class Report:
@@ -56,48 +59,49 @@ class Report:
         self._folder, self._command = folder, command
         self._date = datetime.date.today().isoformat()
         self._stages: dict[str, str] = {}
-        self._outcomes: list[Outcome] = []
+        self._found: list[Finding] = []
 
     def begin(self, letter: str, title: str) -> None:
         """Say that a stage begins."""
         self._stages[letter] = title
         print(f"\n{letter}  {title}", flush=True)
 
-    def add(self, outcome: Outcome) -> None:
-        """Print an outcome and write the files anew."""
-        self._outcomes.append(outcome)
-        print(_line(outcome), flush=True)
-        if outcome.details:
+    def add(self, finding: Finding) -> None:
+        """Print what a case found and write the files anew."""
+        self._found.append(finding)
+        print(_line(finding), flush=True)
+        if finding.details:
             with open(self._folder / "failures.log", "a") as log:
-                log.write(f"=== {outcome.stage} {outcome.case}: {outcome.reason}\n{outcome.details}\n\n")
-        outcomes = [{name: value for name, value in vars(one).items() if name != "details"} for one in self._outcomes]
+                log.write(f"=== {finding.stage} {finding.case}: {finding.reason}\n{finding.details}\n\n")
+        names = ("stage", "case", "status", "seconds", "figures", "reason")
+        outcomes = [{name: getattr(one, name) for name in names} for one in self._found]
         content = {"command": self._command, "date": self._date, "outcomes": outcomes}
         (self._folder / "report.json").write_text(json.dumps(content, indent=1))
         (self._folder / "report.md").write_text(self._markdown())
 
     def summary(self) -> str:
         """Return how many cases ended how."""
-        counts = {status: sum(one.status is status for one in self._outcomes) for status in Status}
+        counts = {status: sum(one.status is status for one in self._found) for status in Status}
         return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
 
     @property
     def failed(self) -> bool:
         """Whether a case failed."""
-        return any(one.status is Status.FAILED for one in self._outcomes)
+        return any(one.status is Status.FAILED for one in self._found)
 
     def _markdown(self) -> str:
         parts = [f"# Check of {self._date}\n\n    {self._command}\n\n{self.summary()}.\n"]
         for letter, title in self._stages.items():
-            parts.append(f"## {letter}: {title}\n\n{_table([one for one in self._outcomes if one.stage == letter])}")
+            parts.append(f"## {letter}: {title}\n\n{_table([one for one in self._found if one.stage == letter])}")
         return "\n".join(parts)
 
 
-def _line(outcome: Outcome) -> str:
-    figures = ", ".join(f"{name} {_value(value)}" for name, value in outcome.figures.items())
-    words = figures if outcome.status is Status.PASSED else outcome.reason
-    if outcome.status is Status.FAILED and figures:
+def _line(found: Finding) -> str:
+    figures = ", ".join(f"{name} {_value(value)}" for name, value in found.figures.items())
+    words = figures if found.status is Status.PASSED else found.reason
+    if found.status is Status.FAILED and figures:
         words += f" ({figures})"
-    return f"  {outcome.status:8}{outcome.seconds:6.1f} s  {outcome.case}: {words}"
+    return f"  {found.status:8}{found.seconds:6.1f} s  {found.case}: {words}"
 
 
 def _value(value: Any) -> str:
@@ -108,12 +112,12 @@ def _value(value: Any) -> str:
     return "; ".join(map(_value, value)) if isinstance(value, list) else str(value)
 
 
-def _table(outcomes: list[Outcome]) -> str:
+def _table(findings: list[Finding]) -> str:
     """Return a table with a column for each figure that any of the cases has."""
-    names = list(dict.fromkeys(name for one in outcomes for name in one.figures))
+    names = list(dict.fromkeys(name for one in findings for name in one.figures))
     heads = ["case", "", "s", *names, "remark"]
     rows = [heads, ["---"] * len(heads)]
-    for one in outcomes:
+    for one in findings:
         values = [_value(one.figures[name]) if name in one.figures else "" for name in names]
         rows.append([one.case, str(one.status), f"{one.seconds:.1f}", *values, one.reason.replace("|", "/")])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import queue
 import tempfile
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.gpu_check.outcomes import Finding, Outcome, Report, Status
+from more_megatron.evaluation.gpu_check.outcomes import Finding, Report, Status
 from more_megatron.evaluation.gpu_check.plan import DRY, GPU, Plan
 from more_megatron.evaluation.gpu_check.stages import LETTERS, Case, Stage, stages
 from more_megatron.evaluation.gpu_check.worlds import World, WorldError
@@ -31,6 +30,7 @@ _SHORTEST = 5.0
 _WORLDS = 8
 # PyTorch multiplies float32 as it is, but Transformer Engine rounds it to TF32 unless it is told not to.
 _EXACT = {"NVIDIA_TF32_OVERRIDE": "0"}
+_NO_TIME = "no time left"
 
 
 @dataclass
@@ -43,15 +43,13 @@ class Crew:
     threads: int  # of the CPU, for each rank
 
     def __post_init__(self) -> None:
-        self._free: dict[int, queue.SimpleQueue[World]] = {}
-        self._start(1, self.size)
+        self._free = {1: [self._world(1) for _ in range(self.size)]}
 
-    def run(self, stage: Stage) -> Iterator[Outcome]:
-        """Yield the outcomes of a stage as they come."""
+    def run(self, stage: Stage) -> Iterator[Finding]:
+        """Yield what the cases of a stage find, as it comes."""
         if stage.alone:
             self.close()
             self.size = 1
-            self._start(1, 1)
         with ThreadPoolExecutor(self.size if stage.parallel else 1) as threads:
             answers = [threads.submit(self._answer, stage.letter, case) for case in stage.cases]
             for answer in as_completed(answers):
@@ -60,42 +58,36 @@ class Crew:
     def close(self) -> None:
         """End all worlds; none may be at work."""
         for free in self._free.values():
-            while not free.empty():
-                free.get().close()
-        self._free.clear()
-
-    def _start(self, ranks: int, count: int) -> None:
-        self._free[ranks] = queue.SimpleQueue()
-        for _ in range(count):
-            self._free[ranks].put(self._world(ranks))
+            while free:
+                free.pop().close()
 
     def _world(self, ranks: int) -> World:
         return World(self.platform, ranks, {"OMP_NUM_THREADS": str(self.threads), **_EXACT})
 
-    def _answer(self, letter: str, case: Case) -> Outcome:
+    def _answer(self, letter: str, case: Case) -> Finding:
+        finding = Finding(stage=letter, case=case.name)
         if self.deadline - time.monotonic() < _SHORTEST:
-            return Outcome(letter, case.name, Status.SKIPPED, reason="no time left")
-        if case.ranks not in self._free:
-            self._start(case.ranks, 1)
-        world, start = self._free[case.ranks].get(), time.monotonic()
+            finding.skipped = _NO_TIME
+            return finding
+        free = self._free.setdefault(case.ranks, [])
+        world, start = free.pop(0) if free else self._world(case.ranks), time.monotonic()
         try:
             timeout = max(min(_LONGEST, self.deadline - start), 0.0)
-            findings: list[Finding] = world.call(case.work, *case.arguments, timeout=timeout)
+            for found in world.call(case.work, *case.arguments, timeout=timeout):
+                finding.figures |= found.figures
+                finding.faults += found.faults
+                finding.skipped = finding.skipped or found.skipped
         except WorldError as error:
             world.close()
             world = self._world(case.ranks)
-            now = time.monotonic()
-            status, reason = Status.FAILED, str(error)
-            if now >= self.deadline:
-                status, reason = Status.SKIPPED, "no time left"
-            return Outcome(letter, case.name, status, now - start, reason=reason, details=error.details)
-        finally:
-            self._free[case.ranks].put(world)
-        figures = {name: value for finding in findings for name, value in finding.figures.items()}
-        faults = [fault for finding in findings for fault in finding.faults]
-        skipped = next((finding.skipped for finding in findings if finding.skipped), "")
-        status = Status.FAILED if faults else Status.SKIPPED if skipped else Status.PASSED
-        return Outcome(letter, case.name, status, time.monotonic() - start, figures, "; ".join(faults) or skipped)
+            finding.details = error.details
+            if time.monotonic() < self.deadline:
+                finding.faults.append(str(error))
+            else:
+                finding.skipped = _NO_TIME
+        free.append(world)
+        finding.seconds = time.monotonic() - start
+        return finding
 
 
 def check(args: argparse.Namespace, command: str) -> Report:
@@ -141,10 +133,10 @@ def _gpus() -> int:
 def _run(stage: Stage, crew: Crew, cpu: Crew, report: Report) -> None:
     report.begin(stage.letter, stage.title)
     if stage.obstacle:
-        report.add(Outcome(stage.letter, stage.title, Status.SKIPPED, reason=stage.obstacle))
+        report.add(Finding(skipped=stage.obstacle, stage=stage.letter, case=stage.title))
         return
-    for outcome in cpu.run(Stage(stage.letter, "the CPU's part", stage.before)):
-        if outcome.status is not Status.PASSED:
-            report.add(outcome)
-    for outcome in crew.run(stage):
-        report.add(outcome)
+    for finding in cpu.run(Stage(stage.letter, "the CPU's part", stage.before)):
+        if finding.status is not Status.PASSED:
+            report.add(finding)
+    for finding in crew.run(stage):
+        report.add(finding)

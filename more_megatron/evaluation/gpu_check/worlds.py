@@ -8,6 +8,7 @@ on one platform: the CPU's stand-in for CUDA and CUDA itself exclude each other.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import multiprocessing
@@ -16,12 +17,14 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import Connection, wait
+from collections.abc import Mapping
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+from more_megatron.lifetime import end_with_starter
 
 __all__ = ["World", "WorldError"]
 
@@ -40,22 +43,18 @@ class World:
     """Ranks on a platform, `cpu` or `cuda`, that start at once and are there when they are needed."""
 
     def __init__(self, platform: str, ranks: int, environment: Mapping[str, str]) -> None:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="more-check-")
-        self._pipes: list[Connection] = []
-        self._processes = []
-        port = _free_port()
+        port, context = _free_port(), multiprocessing.get_context("spawn")
+        self._ranks: list[ProcessPoolExecutor] = []
         for rank in range(ranks):
             variables = {"MORE_PLATFORM": platform, **_rank_environment(rank, ranks, port), **environment}
             if platform == "cpu":
                 variables["CUDA_VISIBLE_DEVICES"] = ""  # What asks PyTorch for a GPU gets the answer of a CPU.
-            ours, theirs = context.Pipe()
             log = str(Path(self._folder.name, f"rank{rank}.log"))
-            process = context.Process(target=_serve, args=(theirs, variables, log))
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+            self._ranks.append(ProcessPoolExecutor(1, context, _begin, (variables, log)))
+        self._processes = [pool.submit(os.getpid) for pool in self._ranks]
+        for pool in self._ranks:
+            pool.submit(_import_all)
 
     def call(self, function: str, *args: Any, timeout: float) -> list[Any]:
         """Return what a function, `module:name`, returned on each rank for the same arguments.
@@ -64,39 +63,31 @@ class World:
             WorldError: If a rank raised, ended or did not finish in time. The world cannot be used again.
         """
         try:
-            for pipe in self._pipes:
-                pipe.send((function, args))
-        except OSError as error:
+            answers = [pool.submit(_call, function, *args) for pool in self._ranks]
+        except BrokenProcessPool as error:
             raise WorldError("the process has ended", self._output()) from error
-        deadline = time.monotonic() + timeout
-        results: dict[Connection, Any] = {}
-        while len(results) < len(self._pipes):
-            pending = [pipe for pipe in self._pipes if pipe not in results]
-            ready = wait(pending, max(deadline - time.monotonic(), 0.0))
-            if not ready:
-                raise WorldError(f"not finished after {timeout:.0f} s", self._output())
-            results |= {pipe: self._receive(pipe) for pipe in pending if pipe in ready}
-        return [results[pipe] for pipe in self._pipes]
+        done, late = wait(answers, timeout, FIRST_EXCEPTION)
+        results = [self._result(rank, answer) for rank, answer in enumerate(answers) if answer in done]
+        if late:
+            raise WorldError(f"not finished after {timeout:.0f} s", self._output())
+        return results
 
     def close(self) -> None:
         """End the ranks and all that they started."""
         for process in self._processes:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid or 0, signal.SIGKILL)
-            process.kill()
-            process.join()
+            with contextlib.suppress(BrokenProcessPool, ProcessLookupError):
+                os.killpg(process.result(), signal.SIGKILL)
+        for pool in self._ranks:
+            pool.shutdown()
         self._folder.cleanup()
 
-    def _receive(self, pipe: Connection) -> Any:
+    def _result(self, rank: int, answer: Future) -> Any:
         try:
-            succeeded, result = pipe.recv()
-        except EOFError as error:
-            rank = self._pipes.index(pipe)
+            return answer.result()
+        except BrokenProcessPool as error:
             raise WorldError(f"the process of rank {rank} ended", self._output()) from error
-        if not succeeded:
-            message, trace = result
-            raise WorldError(message, f"{trace}\n{self._output()}")
-        return result
+        except WorldError as error:
+            raise WorldError(str(error), f"{error.details}\n{self._output()}") from None
 
     def _output(self) -> str:
         logs = sorted(Path(self._folder.name).iterdir())
@@ -130,37 +121,29 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(pipe: Connection, environment: Mapping[str, str], log: str) -> None:
-    """Answer calls until the other end is gone."""
+def _begin(environment: Mapping[str, str], log: str) -> None:
     # A group of its own, so that what the rank itself starts ends with it.
     os.setsid()
+    end_with_starter()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.update(environment)
-    with open(log, "w", buffering=1) as output:
+    with open(log, "w") as output:
         for number in (1, 2):
             os.dup2(output.fileno(), number)
-        sys.stdout = sys.stderr = output
-        ready = _attempt(_import_all)
-        while True:
-            try:
-                function, args = pipe.recv()
-            except EOFError:
-                return
-            pipe.send(_attempt(_call, function, *args) if ready[0] else ready)
-
-
-def _attempt(function: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
-    try:
-        return True, function(*args)
-    except BaseException as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        return False, (f"{type(error).__name__}: {message[:400]}", traceback.format_exc())
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
 
 def _call(function: str, *args: Any) -> Any:
     module, name = function.split(":")
-    return getattr(importlib.import_module(module), name)(*args)
+    try:
+        _import_all()
+        return getattr(importlib.import_module(module), name)(*args)
+    except BaseException as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise WorldError(f"{type(error).__name__}: {message[:400]}", traceback.format_exc()) from None
 
 
+@functools.cache
 def _import_all() -> None:
     from more_megatron.platform import initialize_platform
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from more_megatron.data.errors import DataError
 from more_megatron.data.hub import check_reachable
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
@@ -74,7 +73,7 @@ def _check_hub(task: str) -> None:
         return
     try:
         check_reachable(task)
-    except DataError as error:
+    except MoREError as error:
         remedy = f"name a file with --data {task}=FILE" if task in OURS else "choose tasks with files of their own"
         raise MoREError(
             f"task {task} needs the Hugging Face hub, and there is no network: {remedy}, or set HF_HUB_OFFLINE=1 if "

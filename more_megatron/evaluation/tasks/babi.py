@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from more_megatron.data.errors import DataError
+from more_megatron.errors import MoREError
 from more_megatron.evaluation.tasks.generated import Split
 from more_megatron.evaluation.tasks.problem import Problem
 
@@ -25,13 +25,13 @@ def read_babi(folder: str | os.PathLike[str], split: Split, tasks: Sequence[int]
     """Return the problems of the text files `qa1_*_train.txt` to `qa20_*_test.txt` of a folder.
 
     Raises:
-        DataError: A file is missing, or a line is not in bAbI's format.
+        MoREError: A file is missing, or a line is not in bAbI's format.
     """
     problems: list[Problem] = []
     for task in tasks:
         paths = sorted(Path(folder).glob(f"qa{task}_*_{split}.txt"))
         if not paths:
-            raise DataError(f"there is no qa{task}_*_{split}.txt in {folder}: name the folder of bAbI's text files")
+            raise MoREError(f"there is no qa{task}_*_{split}.txt in {folder}: name the folder of bAbI's text files")
         problems += _problems(paths[0], f"babi_{task}")
     return problems
 
@@ -41,12 +41,12 @@ def _problems(path: Path, task: str) -> Iterator[Problem]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): fetch it again") from error
+        raise MoREError(f"{path} cannot be read ({error}): fetch it again") from error
     for number, line in enumerate(lines, 1):
         parts = line.rstrip().split("\t")
         match = _LINE.fullmatch(parts[0].strip())
         if match is None or len(parts) not in (1, 3) or (len(parts) == 3 and not parts[1].strip()):
-            raise DataError(f"{path}: line {number} is not `N fact` or `N question TAB answer TAB facts`: mend it")
+            raise MoREError(f"{path}: line {number} is not `N fact` or `N question TAB answer TAB facts`: mend it")
         if match[1] == "1":
             story = []
         if len(parts) == 1:
@@ -59,7 +59,7 @@ def fetch_babi(split: Split, tasks: Sequence[int] = TASKS) -> list[Problem]:
     """Return the problems from the Hugging Face hub.
 
     Raises:
-        DataError: It cannot be reached.
+        MoREError: It cannot be reached.
     """
     from datasets import load_dataset
 
@@ -70,7 +70,7 @@ def fetch_babi(split: Split, tasks: Sequence[int] = TASKS) -> list[Problem]:
         rows = load_dataset(_HUB, split=str(split))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{_HUB} cannot be downloaded: {reason}; give local files with --input") from error
+        raise MoREError(f"{_HUB} cannot be downloaded: {reason}; give local files with --input") from error
     return [
         Problem.ask(
             row["question"].strip(),

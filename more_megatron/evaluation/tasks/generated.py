@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from more_megatron.data.errors import DataError
+from more_megatron.errors import MoREError
 from more_megatron.evaluation.tasks.problem import Problem
 
 __all__ = ["GENERATED", "Generator", "Split", "generate"]
@@ -45,7 +45,7 @@ def generate(generator: Generator, split: Split, count: int, seed: int) -> list[
     """Return different problems, as many of each difficulty, in random order: the same ones for the same seed.
 
     Raises:
-        DataError: If there are not as many.
+        MoREError: If there are not as many.
     """
     source = random.Random(f"{split}/{seed}")
     difficulties = generator.beyond if split is Split.BEYOND else generator.trained
@@ -58,7 +58,7 @@ def generate(generator: Generator, split: Split, count: int, seed: int) -> list[
                 problems[problem.prompt] = problem
                 break
         else:
-            raise DataError(f"there are no {count} {split} problems of difficulty {difficulty}: ask for fewer")
+            raise MoREError(f"there are no {count} {split} problems of difficulty {difficulty}: ask for fewer")
     shuffled = list(problems.values())
     source.shuffle(shuffled)
     return shuffled

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from more_megatron.data.errors import DataError
+from more_megatron.errors import MoREError
 from more_megatron.unfinished import write_whole
 
 __all__ = ["Problem", "is_match", "read_problems", "write_problems"]
@@ -52,15 +52,15 @@ def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
     """Read a file of problems.
 
     Raises:
-        DataError: It is not there, has no problem, or a line that is none; the message says which and why.
+        MoREError: It is not there, has no problem, or a line that is none; the message says which and why.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}): write it with tools/prepare_tasks.py") from error
+        raise MoREError(f"{path} cannot be read ({error}): write it with tools/prepare_tasks.py") from error
     problems = [_problem(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not problems:
-        raise DataError(f"{path} has no problems: write it with tools/prepare_tasks.py")
+        raise MoREError(f"{path} has no problems: write it with tools/prepare_tasks.py")
     return problems
 
 
@@ -69,11 +69,11 @@ def _problem(path: str | os.PathLike[str], number: int, line: str) -> Problem:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{path}: line {number} is no JSON ({error}): {mend}") from error
+        raise MoREError(f"{path}: line {number} is no JSON ({error}): {mend}") from error
     if not isinstance(record, dict):
-        raise DataError(f"{path}: line {number} is no JSON object: {mend}")
+        raise MoREError(f"{path}: line {number} is no JSON object: {mend}")
     wrong = [name for name, kind in _FIELDS.items() if type(record.get(name)) is not kind]
     wrong += [name for name in ("prompt", "answer", "task") if name not in wrong and not record[name].strip()]
     if wrong:
-        raise DataError(f"{path}: line {number} has no usable {', '.join(wrong)}: {mend}")
+        raise MoREError(f"{path}: line {number} has no usable {', '.join(wrong)}: {mend}")
     return Problem(*(record[name] for name in _FIELDS))

@@ -19,7 +19,6 @@ from more_megatron.platform.stand_in import Table, install
 __all__ = ["CHECKPOINT_WRITER", "PickledQueue", "async_loop", "results_queue"]
 
 CHECKPOINT_WRITER = Table()
-_STRATEGIES = "megatron.core.dist_checkpointing.strategies"
 _queue: PickledQueue | None = None
 
 
@@ -39,8 +38,7 @@ class PickledQueue:
 
 
 @CHECKPOINT_WRITER.replaces(
-    f"{_STRATEGIES}.filesystem_async",
-    "get_write_results_queue",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:get_write_results_queue",
     why="its process ends at the SIGTERM that a run outlives to save once more, and imports PyTorch and Megatron",
     text="_results_queue = ctx.Manager().Queue()",
 )
@@ -57,8 +55,7 @@ def results_queue(mp_mode: str = "spawn") -> PickledQueue:
 
 
 @CHECKPOINT_WRITER.replaces(
-    f"{_STRATEGIES}.async_utils:PersistentAsyncCaller",
-    "async_loop",
+    "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller.async_loop",
     why="as above, and without a GPU it picks one among none",
     text="torch.cuda.set_device(rank % torch.cuda.device_count())",
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, get_canonical_lr_for_logging
-from megatron.training import checkpointing, get_args, global_vars, training
+from megatron.training import checkpointing, get_args, global_vars
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -30,8 +30,7 @@ CHECKPOINTING = Table()
 
 
 @CHECKPOINTING.replaces(
-    "torch.distributed.checkpoint:FileSystemReader",
-    "read_metadata",
+    "torch.distributed.checkpoint:FileSystemReader.read_metadata",
     why="it runs whatever a pickle names, and believes the file names in it",
     text="return FileSystemReader(checkpoint_dir)",
     file="core/dist_checkpointing/strategies/torch.py",
@@ -47,8 +46,7 @@ def _read_metadata(self: FileSystemReader, *args: Any, rank: int | None = None, 
 
 
 @CHECKPOINTING.replaces(
-    "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner",
-    "load_bytes",
+    "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner.load_bytes",
     why="it runs whatever a pickle names",
     text="class MCoreLoadPlanner(DefaultLoadPlanner):",
     file="core/dist_checkpointing/strategies/torch.py",
@@ -66,56 +64,42 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
         self.state_dict[name] = content
 
 
-_TRACKER_ENTRY = checkpointing.read_metadata
-
-
-@CHECKPOINTING.replaces(
-    "megatron.training.checkpointing",
-    "read_metadata",
+@CHECKPOINTING.surrounds(
+    "megatron.training.checkpointing:read_metadata",
     why="where the tracker file names a release, --ckpt-step is read and not obeyed",
     text="checkpoint_name = get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)",
 )
-def _tracker_entry(tracker_filename: str) -> tuple[int, bool]:
+def _tracker_entry(former: Any, tracker_filename: str) -> tuple[int, bool]:
     """Return what the tracker file names, unless `--ckpt-step` names another: a release does not stand above it."""
     arguments = global_vars._GLOBAL_ARGS  # None while arguments are read from a checkpoint
     step = arguments.ckpt_step if arguments is not None else None
-    return (step, False) if step else _TRACKER_ENTRY(tracker_filename)
+    return (step, False) if step else former(tracker_filename)
 
 
-_LOAD_SCHEDULE = OptimizerParamScheduler.load_state_dict
-
-
-@CHECKPOINTING.replaces(
-    "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler",
-    "load_state_dict",
+@CHECKPOINTING.surrounds(
+    "megatron.core.optimizer_param_scheduler:OptimizerParamScheduler.load_state_dict",
     why="it counts samples: with another batch size or schedule the learning rate jumps without a word",
     text="lr_decay_steps = args.lr_decay_iters * args.global_batch_size",
     file="training/training.py",
 )
-def _load_schedule(self: OptimizerParamScheduler, state_dict: dict[str, Any]) -> None:
+def _load_schedule(former: Any, self: OptimizerParamScheduler, state_dict: dict[str, Any]) -> None:
     """Load as Megatron does, and say so where the learning rate does not go on from where it was."""
     before = get_canonical_lr_for_logging(self.optimizer.param_groups)
-    _LOAD_SCHEDULE(self, state_dict)
+    former(self, state_dict)
     after = get_canonical_lr_for_logging(self.optimizer.param_groups)
     if before is not None and after is not None and abs(after - before) > 1e-6 * abs(before):
         say(f"WARNING: the learning rate goes from {before:.6E} in the checkpoint to {after:.6E}")
 
 
-_LOAD_CHECKPOINT, _SAVE_CHECKPOINT = training.load_checkpoint, training.save_checkpoint
-_FINALIZE = training.maybe_finalize_async_save
-
-
-@CHECKPOINTING.replaces(
-    "megatron.training.training",
-    "load_checkpoint",
+@CHECKPOINTING.surrounds(
+    "megatron.training.training:load_checkpoint",
     why="errors of reading are tracebacks of all ranks, and parameters that are not finite are taken",
     text="module.load_state_dict(state_dict, strict=strict)",
     file="training/checkpointing.py",
 )
-def _load_checkpoint(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load as Megatron does, or end with one line."""
+def _load_checkpoint(former: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     try:
-        loaded = _LOAD_CHECKPOINT(model, *args, **kwargs)
+        loaded = former(model, *args, **kwargs)
     except MoREError:
         raise
     except (Exception, CheckpointException, SystemExit) as error:
@@ -143,15 +127,13 @@ def _withhold_interval(arguments: Any) -> None:
         _withheld_interval, arguments.save_retain_interval = arguments.save_retain_interval, None
 
 
-@CHECKPOINTING.replaces(
-    "megatron.training.training",
-    "save_checkpoint",
+@CHECKPOINTING.surrounds(
+    "megatron.training.training:save_checkpoint",
     why="it writes into what an older run or a kill left, and parameters that are not finite",
     text="# TODO Handle non-empty directories (e.g., after a crash during saving).",
     file="training/checkpointing.py",
 )
-def _save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Save as Megatron does: finite parameters only, into a folder that is new."""
+def _save_checkpoint(former: Any, iteration: int, model: Any, *args: Any, **kwargs: Any) -> Any:
     start_is_over()
     arguments = get_args()
     check_parameters(model, f"the model of iteration {iteration}")
@@ -161,19 +143,17 @@ def _save_checkpoint(iteration: int, model: Any, *args: Any, **kwargs: Any) -> A
     if arguments.rank == 0 and arguments.ckpt_format == "torch_dist" and not kwargs.get("non_persistent_ckpt"):
         clear_for_save(Path(arguments.save), iteration)
     with _one_line_on_failure(f"the checkpoint of iteration {iteration}"):
-        return _SAVE_CHECKPOINT(iteration, model, *args, **kwargs)
+        return former(iteration, model, *args, **kwargs)
 
 
-@CHECKPOINTING.replaces(
-    "megatron.training.training",
-    "maybe_finalize_async_save",
+@CHECKPOINTING.surrounds(
+    "megatron.training.training:maybe_finalize_async_save",
     why="errors of writing are tracebacks of all ranks",
     text="maybe_finalize_async_save(blocking=True, terminate=True)",
 )
-def _finalize(*args: Any, **kwargs: Any) -> Any:
-    """Finish what was written in the background as Megatron does, or end with one line."""
+def _finalize(former: Any, *args: Any, **kwargs: Any) -> Any:
     with _one_line_on_failure("a checkpoint in the background"):
-        return _FINALIZE(*args, **kwargs)
+        return former(*args, **kwargs)
 
 
 @contextlib.contextmanager

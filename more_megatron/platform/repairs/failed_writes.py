@@ -27,8 +27,7 @@ _LOGGER = logging.getLogger(filesystem_async.__name__)
 
 
 @WRITERS.replaces(
-    "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync",
-    "write_preloaded_data_multithread",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data_multithread",
     why="where a thread cannot write, the process ends before it has said so, and the run waits for it",
     text="assert isinstance(local_results_or_exc, list), type(local_results_or_exc)",
 )
@@ -53,23 +52,19 @@ def _write(transforms: list, use_msc: bool, rank: int, write_buckets: list, resu
     results.put(OSError(reasons[0] if reasons else str(written)) if isinstance(written, Exception) else written)
 
 
-_GET_PROCESS = async_utils.PersistentAsyncCaller._get_process
-
-
-@CALLERS.replaces(
-    "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller",
-    "_get_process",
+@CALLERS.surrounds(
+    "megatron.core.dist_checkpointing.strategies.async_utils:PersistentAsyncCaller._get_process",
     why="where it ends, as for lack of memory, the run waits without end; and a SIGTERM ends the server it comes from",
     text="self._persistent_preload_q.join()",
 )
-def _get_process(rank: int, mp_mode: str = "spawn", *args: Any, **kwargs: Any) -> Any:
+def _get_process(former: Any, rank: int, mp_mode: str = "spawn", *args: Any, **kwargs: Any) -> Any:
     """Return Megatron's writer, without which the run does not go on: queues wait for it without end.
 
     It is a child of this process, not of a server that a SIGTERM to all processes would end.
     """
     is_new = async_utils.PersistentAsyncCaller._persistent_process is None
     with sigterm_blocked():
-        process = _GET_PROCESS(rank, "spawn", *args, **kwargs)
+        process = former(rank, "spawn", *args, **kwargs)
     if is_new:
         threading.Thread(target=_end_with, args=(process,), name="end with writer", daemon=True).start()
     return process

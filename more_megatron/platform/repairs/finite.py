@@ -17,7 +17,6 @@ from more_megatron.platform.stand_in import Table
 __all__ = ["FINITE", "Tracer", "check_parameters", "non_finite_stop", "trace_reruns"]
 
 FINITE = Table()
-_MACHINE = "megatron.core.rerun_state_machine:RerunStateMachine"
 
 
 def check_parameters(model: Sequence[torch.nn.Module], where: str) -> None:
@@ -69,34 +68,25 @@ def trace_reruns(tracer: Tracer) -> None:
     _tracer = tracer
 
 
-_SHOULD_RUN = RerunStateMachine.should_run_forward_backward
-
-
-@FINITE.replaces(
-    _MACHINE,
-    "should_run_forward_backward",
+@FINITE.surrounds(
+    "megatron.core.rerun_state_machine:RerunStateMachine.should_run_forward_backward",
     why="nobody can look where the numbers came from when it computes a step that failed a second time",
     text="self.state = RerunState.RERUNNING_IN_PLACE",
 )
-def _should_run_forward_backward(self: RerunStateMachine, *args: Any) -> bool:
-    """Decide as Megatron does, and tell who traces reruns."""
-    runs = _SHOULD_RUN(self, *args)
+def _should_run_forward_backward(former: Any, self: RerunStateMachine, *args: Any) -> bool:
+    runs = former(self, *args)
     if runs and self.state is RerunState.RERUNNING_IN_PLACE:
         _tracer.begin()
     return runs
 
 
-_VALIDATE_RESULT = RerunStateMachine.validate_result
-_SHOULD_CHECKPOINT_AND_EXIT = RerunStateMachine.should_checkpoint_and_exit
-
-
-@FINITE.replaces(
-    _MACHINE,
-    "validate_result",
+@FINITE.surrounds(
+    "megatron.core.rerun_state_machine:RerunStateMachine.validate_result",
     why="the first step of every start is not checked, and parameters that are not finite are stepped with",
     text="# Do not validate results on the first iteration",
 )
 def _validate_result(
+    former: Any,
     self: RerunStateMachine,
     result: Any,
     rejection_func: Callable[[Any], bool],
@@ -105,23 +95,20 @@ def _validate_result(
     fatal: bool = True,
     **kwargs: Any,
 ) -> None:
-    """Validate as Megatron does, and the first step of a process, too."""
     unchecked = self.mode is RerunMode.VALIDATE_RESULTS and not self.first_iteration_complete
     if unchecked and fatal and rejection_func(result):
         reason = f"iteration {get_args().curr_iteration + 1}: {message}"
         raise non_finite_stop(reason + _tracer.explain(here=True))
-    _VALIDATE_RESULT(self, result, rejection_func, message, *args, fatal=fatal, **kwargs)
+    former(self, result, rejection_func, message, *args, fatal=fatal, **kwargs)
 
 
-@FINITE.replaces(
-    _MACHINE,
-    "should_checkpoint_and_exit",
+@FINITE.surrounds(
+    "megatron.core.rerun_state_machine:RerunStateMachine.should_checkpoint_and_exit",
     why="it saves the iteration that failed and names it in the tracker, from where the same command fails again",
     text="return True, True, EXIT_CODE_RESUME_TO_DISAMBIGUATE",
 )
-def _should_checkpoint_and_exit(self: RerunStateMachine) -> tuple[bool, bool, int]:
-    """Decide as Megatron does, and end the run here where it is to end."""
-    save, leave, code = _SHOULD_CHECKPOINT_AND_EXIT(self)
+def _should_checkpoint_and_exit(former: Any, self: RerunStateMachine) -> tuple[bool, bool, int]:
+    save, leave, code = former(self)
     if leave:
         call = self.failed_validation_call
         found = call.caller.message if call is not None else "found on another rank"

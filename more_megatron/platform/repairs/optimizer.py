@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer, param_group_identifier_keys
+from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.training import get_args
 
 from more_megatron.platform.stand_in import Table
@@ -18,78 +18,71 @@ from more_megatron.platform.stand_in import Table
 __all__ = ["OPTIMIZER"]
 
 OPTIMIZER = Table()
-_DISTRIBUTED = "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer"
-_STATE_DICT = DistributedOptimizer.state_dict
-_LOAD_STATE_DICT = DistributedOptimizer.load_state_dict
-_SET_STATES = DistributedOptimizer._set_main_param_and_optimizer_states
-_FILTER_PARAM_GROUPS = MegatronOptimizer._filter_and_reorder_param_groups
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
-@OPTIMIZER.replaces(
-    _DISTRIBUTED,
-    "state_dict",
+@OPTIMIZER.surrounds(
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
     why="without Transformer Engine and apex it asserts a step count before any step, so no checkpoint can be loaded",
     text='steps = list(set([s["step"].item() for s in inner_state_dict["state"].values()]))',
 )
-def _state_dict_with_steps(self: DistributedOptimizer) -> dict[str, Any]:
+def _state_dict_with_steps(former: Any, self: DistributedOptimizer) -> dict[str, Any]:
     """Return the state dict, giving an optimizer without any state a step count.
 
     One that has not stepped yet gets the state it is about to load into. One without parameters, as that of experts
     on a pipeline stage without any, never steps: its count is the number of training steps.
     """
     if HAVE_APEX_OR_TE or len(self.optimizer.state) > 0:
-        return _STATE_DICT(self)
+        return former(self)
     if any(group["params"] for group in self.optimizer.param_groups):
         self.init_state_fn(self.optimizer, self.config)
         for state in self.optimizer.state.values():
             state.setdefault("step", torch.tensor(0.0))
-        return _STATE_DICT(self)
+        return former(self)
     taken = getattr(get_args(), "curr_iteration", -1) + 1
     self.optimizer.state["of no parameter"] = {"step": torch.tensor(float(taken))}
     try:
-        return _STATE_DICT(self)
+        return former(self)
     finally:
         del self.optimizer.state["of no parameter"]
 
 
-@OPTIMIZER.replaces(
-    _DISTRIBUTED,
-    "load_state_dict",
+@OPTIMIZER.surrounds(
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
     why="without Transformer Engine and apex all parameters share one step tensor, and each counts it up",
     text='s["step"] = step',
 )
-def _load_state_dict_with_own_steps(self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
+def _load_state_dict_with_own_steps(former: Any, self: DistributedOptimizer, state_dict: dict[str, Any]) -> None:
     """Load under any schedule, then give each parameter a step of its own, not one tensor that all count up."""
     saved = state_dict["optimizer"]["param_groups"]
     groups = _with_current_schedule(self.optimizer.param_groups, saved)
-    _LOAD_STATE_DICT(self, {**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
+    former(self, {**state_dict, "optimizer": {**state_dict["optimizer"], "param_groups": groups}})
     _take_saved_schedule(self.optimizer.param_groups, saved)
     if not HAVE_APEX_OR_TE:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
 
-@OPTIMIZER.replaces(
-    _DISTRIBUTED,
-    "_set_main_param_and_optimizer_states",
+@OPTIMIZER.surrounds(
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
     why="without Transformer Engine and apex it looks for a step among tensors that are loaded without one",
     text="if not isinstance(tensors[key], torch.Tensor):",
 )
-def _set_states_but_step(self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+def _set_states_but_step(
+    former: Any, self: DistributedOptimizer, model_param: torch.Tensor, tensors: dict[str, Any]
+) -> None:
     """Set the state of a parameter; its step comes with the parameter groups, not with the tensors."""
-    _SET_STATES(self, model_param, {"step": None, **tensors})
+    former(self, model_param, {"step": None, **tensors})
 
 
-@OPTIMIZER.replaces(
-    "megatron.core.optimizer.optimizer:MegatronOptimizer",
-    "_filter_and_reorder_param_groups",
+@OPTIMIZER.surrounds(
+    "megatron.core.optimizer.optimizer:MegatronOptimizer._filter_and_reorder_param_groups",
     why="parameters keep the numbers of the rank that saved, and groups are matched by their learning rates",
     text="group['params'] = params",
 )
-def _filter_param_groups(current_groups: list[dict], saved_groups: list[dict]) -> list[dict]:
+def _filter_param_groups(former: Any, current_groups: list[dict], saved_groups: list[dict]) -> list[dict]:
     """Match groups under any schedule, and number the parameters of this rank, not of the rank that saved."""
-    groups = _FILTER_PARAM_GROUPS(current_groups, _with_current_schedule(current_groups, saved_groups))
+    groups = former(current_groups, _with_current_schedule(current_groups, saved_groups))
     _take_saved_schedule(groups, saved_groups)
     first = 0
     for group, current in zip(groups, current_groups, strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from megatron.training import get_args, training
+from megatron.training import get_args
 
 from more_megatron.console import say, start_is_over
 from more_megatron.platform.stand_in import Table, install
@@ -15,8 +15,6 @@ from more_megatron.platform.stand_in import Table, install
 __all__ = ["REPORTS", "TEST_SPLIT", "count_flops_with"]
 
 REPORTS = Table()
-_TRAINING = "megatron.training.training"
-_NUM_FLOATING_POINT_OPERATIONS = training.num_floating_point_operations
 _count_flops: Callable[..., float] | None = None
 
 
@@ -26,36 +24,30 @@ def count_flops_with(count: Callable[..., float] | None) -> None:
     _count_flops = count
 
 
-@REPORTS.replaces(
-    _TRAINING,
-    "num_floating_point_operations",
+@REPORTS.surrounds(
+    "megatron.training.training:num_floating_point_operations",
     why="it knows Megatron's architectures only, and no recurrence",
     text="num_floating_point_operations(",
 )
-def _num_floating_point_operations(*args: Any, **kwargs: Any) -> float:
-    return (_count_flops or _NUM_FLOATING_POINT_OPERATIONS)(*args, **kwargs)
+def _num_floating_point_operations(former: Any, *args: Any, **kwargs: Any) -> float:
+    return (_count_flops or former)(*args, **kwargs)
 
 
-_TRAINING_LOG = training.training_log
-
-
-@REPORTS.replaces(
-    _TRAINING,
-    "training_log",
+@REPORTS.surrounds(
+    "megatron.training.training:training_log",
     why="losses of the first line are averaged into the second: a resumed run prints others than an uninterrupted one",
     text="should_reset = not is_first_iteration",
 )
-def _training_log(*args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
+def _training_log(former: Any, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> Any:
     """Log as Megatron does, and begin a new average after a first line that would have come anyway."""
     start_is_over()
     iteration = args[3]
     comes_anyway = iteration % get_args().log_interval == 0
-    return _TRAINING_LOG(*args, is_first_iteration=is_first_iteration and not comes_anyway, **kwargs)
+    return former(*args, is_first_iteration=is_first_iteration and not comes_anyway, **kwargs)
 
 
 @REPORTS.replaces(
-    _TRAINING,
-    "report_theoretical_memory",
+    "megatron.training.training:report_theoretical_memory",
     why="it knows plain models in bf16 only: no recurrent state, no repeated activations, no other experts",
     text="report_theoretical_memory(args, num_microbatches=num_microbatches, verbose=True)",
 )
@@ -63,24 +55,19 @@ def _no_theoretical_memory(*args: Any, **kwargs: Any) -> None:
     """Say nothing: what the process really uses is on the next line."""
 
 
-_EVALUATE_AND_PRINT_RESULTS = training.evaluate_and_print_results
-
-
-@REPORTS.replaces(
-    _TRAINING,
-    "evaluate_and_print_results",
+@REPORTS.surrounds(
+    "megatron.training.training:evaluate_and_print_results",
     why="the test set is reported as validation, and full validation takes a number of iterations for a list",
     text="args.eval_iters = eval_iters[0] if not args.multiple_validation_sets else eval_iters",
 )
-def _evaluate_and_print_results(prefix: str, *args: Any, **kwargs: Any) -> Any:
-    """Evaluate as Megatron does, the test split under its own name."""
+def _evaluate_and_print_results(former: Any, prefix: str, *args: Any, **kwargs: Any) -> Any:
     start_is_over()
     arguments = get_args()
     # With a single full validation set Megatron expects its length in a list.
     if arguments.full_validation and isinstance(arguments.eval_iters, int):
         arguments.eval_iters = [arguments.eval_iters]
     with _as_test(arguments) if prefix.endswith("test set") else contextlib.nullcontext():
-        return _EVALUATE_AND_PRINT_RESULTS(prefix, *args, **kwargs)
+        return former(prefix, *args, **kwargs)
 
 
 @contextlib.contextmanager
@@ -98,23 +85,20 @@ def _as_test(arguments: Any) -> Iterator[None]:
         restore()
 
 
-_BUILD_LOADERS = training.build_train_valid_test_data_loaders
 _test_iterations = 0
 
 
-@REPORTS.replaces(
-    _TRAINING,
-    "build_train_valid_test_data_loaders",
+@REPORTS.surrounds(
+    "megatron.training.training:build_train_valid_test_data_loaders",
     why="a list with no validation set in it passes for one",
     text="do_valid = valid_dataloaders is not None and (args.full_validation or args.eval_iters > 0)",
 )
-def _build_loaders(provider: Any) -> Any:
-    """Build as Megatron does, and evaluate only where there are validation data."""
+def _build_loaders(former: Any, provider: Any) -> Any:
     global _test_iterations
     args = get_args()
     # Lengths of full validation sets take its place.
     _test_iterations = args.eval_iters
-    loaders = _BUILD_LOADERS(provider)
+    loaders = former(provider)
     validation = loaders[1] or [None]
     # Rank 0 reads data under every layout.
     found = torch.tensor([int(validation[0] is not None)], dtype=torch.long, device="cuda")
@@ -147,30 +131,26 @@ class _Renaming:
 
 # In place while the test split is evaluated.
 TEST_SPLIT = Table()
+_NAMED = "every evaluation is named after the validation set, that of the test set too"
 
 
-def _names_all_validation(name: str, text: str) -> Callable[[Any], Any]:
-    reason = "every evaluation is named after the validation set, that of the test set too"
-    return TEST_SPLIT.replaces(_TRAINING, name, why=reason, text=text)
-
-
-_TENSORBOARD, _WANDB, _PRINT = training.get_tensorboard_writer, training.get_wandb_writer, training.print_rank_last
-
-
-@_names_all_validation("get_tensorboard_writer", "writer.add_scalar('{} validation{}'.format(key, suffix)")
-def _get_tensorboard_writer() -> Any:
-    writer = _TENSORBOARD()
-    return writer and _Renaming(writer)
-
-
-@_names_all_validation(
-    "get_wandb_writer", "{'{} validation{}'.format(key, suffix): total_loss_dict[key].item()}, iteration"
+@TEST_SPLIT.surrounds(
+    "megatron.training.training:get_wandb_writer",
+    why=_NAMED,
+    text="{'{} validation{}'.format(key, suffix): total_loss_dict[key].item()}, iteration",
 )
-def _get_wandb_writer() -> Any:
-    writer = _WANDB()
+@TEST_SPLIT.surrounds(
+    "megatron.training.training:get_tensorboard_writer",
+    why=_NAMED,
+    text="writer.add_scalar('{} validation{}'.format(key, suffix)",
+)
+def _writer(former: Any) -> Any:
+    writer = former()
     return writer and _Renaming(writer)
 
 
-@_names_all_validation("print_rank_last", "string = f' validation{suffix} loss at {prefix} | '")
-def _print_rank_last(text: str) -> None:
-    _PRINT(_of_the_test(text))
+@TEST_SPLIT.surrounds(
+    "megatron.training.training:print_rank_last", why=_NAMED, text="string = f' validation{suffix} loss at {prefix} | '"
+)
+def _print_rank_last(former: Any, text: str) -> None:
+    former(_of_the_test(text))

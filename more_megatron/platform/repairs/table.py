@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron.core.datasets import utils as dataset_utils
+from typing import Any
 
 from more_megatron.platform.repairs.checkpoint_writer import CHECKPOINT_WRITER
 from more_megatron.platform.repairs.checkpointing import CHECKPOINTING
@@ -15,18 +15,15 @@ from more_megatron.platform.stand_in import Table
 __all__ = ["WHEEL_REPAIRS"]
 
 WHEEL_REPAIRS = Table((*OPTIMIZER, *REPORTS, *CHECKPOINT_WRITER, *CHECKPOINTING, *FINITE, *WRITERS, *CALLERS))
-_COMPILE_HELPERS = dataset_utils.compile_helpers
 
 
-@WHEEL_REPAIRS.replaces(
-    "megatron.core.datasets.utils",
-    "compile_helpers",
+@WHEEL_REPAIRS.surrounds(
+    "megatron.core.datasets.utils:compile_helpers",
     why="it runs make in a folder that has no Makefile, although the compiled helper is shipped",
     text='command = ["make", "-C"',
 )
-def _compile_helpers_if_missing() -> None:
-    """Compile the dataset index builder unless its compiled form is there."""
+def _compile_helpers_if_missing(former: Any) -> None:
     try:
         from megatron.core.datasets import helpers_cpp  # noqa: F401
     except ImportError:
-        _COMPILE_HELPERS()
+        former()

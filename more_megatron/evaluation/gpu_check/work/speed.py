@@ -72,11 +72,7 @@ def _line(plan: Plan, system: str, precision: str) -> str:
 
 
 def _filled(plan: Plan, system: str, precision: str) -> tuple[StepBenchmark, int, tuple[int, int]]:
-    """Return a model whose experts are as wide as the common cost allows, with a micro-batch as large as fits.
-
-    Returns:
-        The benchmark, the size of its micro-batch, and what `StepBenchmark.memory` says of it.
-    """
+    """Return a benchmark at the common cost, the largest micro-batch that fits, and what `memory` says of it."""
     args, model_config = configure(_line(plan, system, precision))
     target, depth = _read(plan.folder / "target.json"), Depth(0, plan.sizes.steps)
     matched = match(model_config, depth, args.seq_length, flops=target)
