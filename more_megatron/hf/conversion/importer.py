@@ -15,7 +15,7 @@ from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.megatron_writer import write_release
 from more_megatron.hf.conversion.parameters import Source
 from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder
-from more_megatron.hf.conversion.stored_args import args_path, read_args
+from more_megatron.hf.conversion.stored_args import ARGS_FILE, read_args
 from more_megatron.hf.conversion.verification import compare_tensors
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
@@ -88,7 +88,7 @@ def _arguments(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         described = config_from_args(argparse.Namespace(**stored), config["vocab_size"])
     except MoREError as error:
         raise MoREError(
-            f"{args_path(folder)} does not hold the arguments of a run ({error}): remove it, and they are derived from "
-            "config.json"
+            f"{folder / ARGS_FILE} does not hold the arguments of a run ({error}): remove it, and they are derived "
+            "from config.json"
         ) from error
     return stored if all(config.get(name) == value for name, value in described.items()) else {**stored, **derived}
