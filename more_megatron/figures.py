@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from more_megatron.errors import MoREError
-from more_megatron.unfinished import unfinished_file
+from more_megatron.unfinished import unfinished_file, write_whole
 
-__all__ = ["draw_loads", "heat_map", "new_figure", "save", "spread"]
+__all__ = ["depth_axis", "draw_loads", "heat_map", "name_axes", "new_figure", "panels", "spread", "write_results"]
 
 _MOST_NUMBERS = 200
 _MOST_TICKS = 16
@@ -29,6 +29,19 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError as error:
         raise MoREError("figures need matplotlib: pip install matplotlib, or the extra `plots`") from error
     return Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.06, hspace=0.06))
+
+
+def panels(
+    count: int, most: int, size: tuple[float, float], margin: tuple[float, float] = (0.0, 0.0)
+) -> tuple[Any, list[Any]]:
+    """Return a figure and its axes, at most so many in a row, given the size of one and what is left beside all."""
+    columns = min(count, most)
+    rows = -(-count // columns)
+    figure = new_figure(margin[0] + columns * size[0], margin[1] + rows * size[1])
+    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for axis in axes[count:]:
+        axis.axis("off")
+    return figure, axes[:count]
 
 
 def spread[T](values: Sequence[T], most: int) -> list[T]:
@@ -94,8 +107,31 @@ def _number(value: float) -> str:
     return text.removeprefix("0") if value < 1.0 and text != "1.00" else text
 
 
-def save(figure: Any, path: Path) -> Path:
-    """Write a figure under its final name when it is complete, and return that name."""
-    with unfinished_file(path) as unfinished:
-        figure.savefig(unfinished, dpi=130, format="png")
-    return path
+def name_axes(axis: Any, title: str, x: str = "", y: str = "") -> None:
+    """Give one of many small panels a title, and names of what stands below and at the side."""
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x, fontsize=8)
+    axis.set_ylabel(y, fontsize=8)
+    axis.tick_params(labelsize=7)
+
+
+def depth_axis(axis: Any, steps: Sequence[int], **ticks: Any) -> None:
+    """Let the axis below be that of recurrence steps, each about twice the one before."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(steps, [str(step) for step in steps], **ticks)
+    axis.minorticks_off()
+
+
+def write_results(folder: Path, texts: Mapping[str, str], figures: Mapping[str, Any]) -> str:
+    """Write texts, and figures that are not None, into a folder, and return a line that says where everything is.
+
+    Each file gets its name when it is complete.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        write_whole(folder / name, text)
+    drawn = {name: figure for name, figure in figures.items() if figure is not None}
+    for name, figure in drawn.items():
+        with unfinished_file(folder / name) as unfinished:
+            figure.savefig(unfinished, dpi=130, format="png")
+    return f"written: {', '.join(str(folder / name) for name in (*texts, *drawn))}"

@@ -73,23 +73,21 @@ def train(flags: argparse.Namespace, ponder_coeff: float) -> dict[str, float]:
     """Train once and return how many steps positions took at first and in the end, and how well they copy."""
     import torch
 
+    from more_megatron.evaluation.step_benchmark import forward
     from more_megatron.model.depth import Depth
     from more_megatron.model.halting import HALTING_FIGURES
-    from more_megatron.model.micro_batch import MicroBatch
     from more_megatron.monitoring.figures import Figures, report_to
 
     model = build(flags, ponder_coeff)
     optimizer = torch.optim.Adam(model.parameters(), lr=flags.lr)
     generator = torch.Generator().manual_seed(flags.seed)
-    record = MicroBatch(Depth(0, flags.limit), tuple(range(flags.batch_size)))
+    depth, samples = Depth(0, flags.limit), tuple(range(flags.batch_size))
     figures, steps, losses = Figures(HALTING_FIGURES), [], []
     report_to(figures)
     for _ in range(flags.train_iters):
         tokens, counts = (part.cuda(torch.cuda.current_device()) for part in copying_batch(flags, generator))
-        positions = torch.arange(tokens.size(1) - 1, device=tokens.device).expand(flags.batch_size, -1)
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        loss = model(inputs, positions, None, labels=labels, extra_block_kwargs=record.block_kwargs())
-        loss = (loss * counts).sum() / counts.sum()
+        loss = (forward(model, inputs, labels, depth, samples) * counts).sum() / counts.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from pathlib import Path
 
 from more_megatron.errors import OneLineParser, one_line_errors
@@ -134,25 +135,38 @@ def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
 
 def against_depth(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
     """Time steps of different depth, print the table and return its rows."""
-    from more_megatron.evaluation.step_benchmark import off_the_line, step_time_by_depth
-
     depths = {written: depth_of(written) for written in flags.depths}
     has_line = len({depth.grad_steps for depth in depths.values() if not depth.no_grad_steps}) > 1
     heads = " ".join(f"{written:>8}" for written in depths)
     print(f"\nmilliseconds a step against r (n+b), and by how much it is off n + 3b passes\n{'system':18} {heads}")
-    rows = []
+    rows, rounds = [], max(flags.rounds // 2, 1)
     for system, benchmark in benchmarks.items():
         if not get_system(system).recurrent:
             continue
-        seconds = step_time_by_depth(benchmark, list(depths.values()), max(flags.rounds // 2, 1))
-        row = {"system": system, "seconds": {written: seconds[depth] for written, depth in depths.items()}}
-        print(f"{system:18} " + " ".join(f"{1e3 * time:8.1f}" for time in row["seconds"].values()), flush=True)
+        # The first round warms up.
+        times = [{written: benchmark.step(depth) for written, depth in depths.items()} for _ in range(rounds + 1)][1:]
+        seconds = {written: statistics.median(each[written] for each in times) for written in depths}
+        row = {"system": system, "seconds": seconds}
+        print(f"{system:18} " + " ".join(f"{1e3 * time:8.1f}" for time in seconds.values()), flush=True)
         if has_line:
-            excess = off_the_line(seconds)
-            row["off_the_line"] = {written: excess[depth] for written, depth in depths.items()}
+            row["off_the_line"] = off_the_line(depths, seconds)
             print(f"{'':18} " + " ".join(f"{part:+8.1%}" for part in row["off_the_line"].values()), flush=True)
         rows.append(row)
     return rows
+
+
+def off_the_line(depths: dict, seconds: dict[str, float]) -> dict[str, float]:
+    """Return by how much each step takes longer than its passes say, as a part of that; below 0 where it is faster.
+
+    A pass with gradient counts three times one without, and what is not repeated adds a constant. The line goes through
+    the shortest and the longest step all of whose passes have a gradient.
+    """
+    passes = {written: depth.no_grad_steps + 3 * depth.grad_steps for written, depth in depths.items()}
+    ends = [written for written, depth in depths.items() if not depth.no_grad_steps]
+    first, last = min(ends, key=passes.__getitem__), max(ends, key=passes.__getitem__)
+    slope = (seconds[last] - seconds[first]) / (passes[last] - passes[first])
+    line = {written: seconds[first] + slope * (passes[written] - passes[first]) for written in passes}
+    return {written: time / line[written] - 1 for written, time in seconds.items()}
 
 
 def depth_of(written: str):

@@ -13,7 +13,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.evaluation.command_lines import parse_flags
 from more_megatron.evaluation.comparison import planning, timing
-from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment
+from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment, evaluation
 from more_megatron.evaluation.comparison.report import check_packages, write_report
 from more_megatron.evaluation.comparison.runner import Runner, in_own_process
-from more_megatron.evaluation.comparison.tasks import evaluation
 from more_megatron.flags import check_ranges
 
 
@@ -85,13 +84,12 @@ def _plan(args: argparse.Namespace) -> planning.Plan:
     keys = {name: getattr(args, name) for name in ("match", "seeds", "tokens", "depths", "problems")}
     if args.tasks is not None:
         keys["tasks"] = dict(_pair(task) for task in args.tasks)
-    experiment = Experiment.read(args.experiment, **keys).only(args.arms).with_flags(parse_flags(args.flags))
+    experiment = Experiment.read(args.experiment, **keys).only(args.arms)
+    experiment = replace(experiment, flags=experiment.flags | parse_flags(args.flags))
     path = args.folder / "plan.json"
     if path.exists():
         plan = planning.Plan.read(path)
-        # Keys that a plan of before does not know are not asked for where they have their defaults.
-        defaults = {"tasks": {}, "problems": Experiment.problems}
-        if defaults | plan.experiment == json.loads(json.dumps(asdict(experiment))):
+        if plan.experiment == json.loads(json.dumps(asdict(experiment))):
             return plan
     plan = in_own_process(planning.plan, experiment, log=args.folder / "planning.log")
     if all(arm.refusal for arm in plan.arms):
@@ -108,10 +106,9 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _runner(args: argparse.Namespace, experiment: dict[str, Any]) -> Runner:
-    # A plan of before there were tasks has none.
-    tasks, problems = experiment.get("tasks"), experiment.get("problems")
-    asked = tasks and evaluation(tasks, problems, experiment["depths"])
-    return Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights, experiment["finetune"], asked or None)
+    tasks = experiment["tasks"]
+    asked = evaluation(tasks, experiment["problems"], experiment["depths"]) if tasks else None
+    return Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights, experiment["finetune"], asked)
 
 
 def _list(plan: planning.Plan) -> None:

@@ -26,9 +26,8 @@ def arguments_of(flags: Flags) -> list[str]:
     """Return flags as arguments of a program."""
     words = []
     for name, value in flags.items():
-        words.append(f"--{name}")
-        if value is not True:
-            words += [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
+        values = value if isinstance(value, list | tuple) else [value]
+        words += [f"--{name}", *(str(part) for part in values if part is not True)]
     return words
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
 from more_megatron.flags import check_ranges, flag
 
@@ -19,8 +20,8 @@ __all__ = ["ExportedModel", "add_model_arguments", "open_model"]
 
 # Not the card, which has a date, and not the code.
 _CONTENT = (".safetensors", ".bin", ".json", ".model")
-_FLAGS = {"num_steps": "--num-steps", "criterion": "--exit-criterion", "exit_threshold": "--exit-threshold"}
 _DTYPES = ("float32", "bfloat16", "float16")
+_FLAGS = {"num_steps": "--num-steps", "criterion": "--exit-criterion", "exit_threshold": "--exit-threshold"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,11 @@ class ExportedModel:
     folder: Path  # where the model lies; temporary if the user named a checkpoint
     model: Any  # the model, in evaluation
     tokenizer: Any  # its tokenizer, which takes names of special tokens in a text as text, as training did
-    recurrent: bool  # whether the number of steps means anything to it
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether the number of steps means anything to it."""
+        return bool(getattr(getattr(self.model, "system", None), "recurrent", False))
 
     @property
     def length(self) -> int:
@@ -46,12 +51,8 @@ class ExportedModel:
     @property
     def digest(self) -> str:
         """SHA-256 of weights, configuration and tokenizer."""
-        digest = hashlib.sha256()
-        for path in sorted(self.folder.iterdir()):
-            if path.suffix in _CONTENT:
-                with open(path, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        files = sorted(path for path in self.folder.iterdir() if path.suffix in _CONTENT)
+        return hashlib.sha256(b"".join(bytes.fromhex(sha256_of(path)) for path in files)).hexdigest()
 
     def call_options(self, num_steps: int | None, **exits: Any) -> dict[str, Any]:
         """Return the arguments of every call that say how deep it goes, and how tokens stop by themselves before that.
@@ -67,8 +68,8 @@ class ExportedModel:
         if not options:
             return {}
         if not self.recurrent:
-            flag = "--num-steps" if num_steps is not None else "--exit-criterion"
-            raise MoREError(f"{flag} has no effect on {self.source}: it has no recurrence; leave the flag out")
+            first = _FLAGS[next(iter(options))]
+            raise MoREError(f"{first} has no effect on {self.source}: it has no recurrence; leave the flag out")
         try:
             with torch.no_grad():
                 self.model(torch.zeros(1, 1, dtype=torch.long, device=self.model.device), **options)
@@ -109,14 +110,8 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
     from more_megatron.hf.conversion.export import to_hf
 
     with tempfile.TemporaryDirectory(prefix="more-export-") as temporary:
-        folder = Path(temporary) / "model"
-        to_hf(
-            args.load,
-            folder,
-            step=args.ckpt_step,
-            tokenizer_model=args.tokenizer_model,
-            trust_remote_code=args.trust_remote_code,
-        )
+        folder, trust = Path(temporary) / "model", args.trust_remote_code
+        to_hf(args.load, folder, step=args.ckpt_step, tokenizer_model=args.tokenizer_model, trust_remote_code=trust)
         yield _load(args, folder)
 
 
@@ -135,20 +130,15 @@ def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
         raise MoREError(f"--model {folder} is not a folder of a Hugging Face model: it has no config.json")
     check_links(folder)
     device = _device(args.device)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    options = {"dtype": args.dtype or "auto", "trust_remote_code": args.trust_remote_code}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=args.dtype or "auto",
-            trust_remote_code=args.trust_remote_code,
-            output_loading_info=True,
-        )
+        model, report = load(folder, output_loading_info=True, **options)
     except Exception as error:  # Whatever a damaged file makes of itself in transformers, safetensors or json.
         raise MoREError(f"the model {source} cannot be loaded: {last_line(error)}") from error
-    model, report = loaded
     if missing := sorted(report["missing_keys"]):  # transformers draws them at random, and goes on.
         raise MoREError(f"the model {source} lacks {len(missing)} of its weights, {missing[0]} first: export it again")
-    recurrent = bool(getattr(getattr(model, "system", None), "recurrent", False))
-    return ExportedModel(source, folder, model.eval().to(device), _tokenizer(args, folder), recurrent)
+    return ExportedModel(source, folder, model.eval().to(device), _tokenizer(args, folder))
 
 
 def _device(name: str | None) -> Any:

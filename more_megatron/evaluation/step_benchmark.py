@@ -7,9 +7,10 @@ reported is the median of the ratios.
 from __future__ import annotations
 
 import ctypes
+import re
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,16 +24,7 @@ from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 
-__all__ = [
-    "StepBenchmark",
-    "StepTiming",
-    "forward",
-    "off_the_line",
-    "peak_bytes",
-    "reset_peak",
-    "step_time_by_depth",
-    "time_systems",
-]
+__all__ = ["StepBenchmark", "StepTiming", "forward", "peak_bytes", "reset_peak", "time_systems"]
 
 
 @dataclass(frozen=True)
@@ -77,10 +69,6 @@ class StepBenchmark:
         shape = (batch_size, self._seq_length)
         self._tokens = torch.randint(self._vocab_size, shape, device=torch.cuda.current_device())
 
-    def flops_per_token(self, depth: Depth) -> float:
-        """Return operations a token of a training step."""
-        return self.cost.training_flops(depth.no_grad_steps, depth.grad_steps)
-
     def step(self, depth: Depth) -> float:
         """Take one forward and backward pass and return its seconds."""
         for parameter in self._model.parameters():
@@ -104,7 +92,8 @@ class StepBenchmark:
 
     def timing(self, name: str, depth: Depth, seconds: list[float], memory: tuple[int, int]) -> StepTiming:
         """Return what was measured of steps of this model."""
-        return StepTiming(name, self.cost, self._tokens.numel(), self.flops_per_token(depth), seconds, *memory)
+        flops = self.cost.training_flops(depth.no_grad_steps, depth.grad_steps)
+        return StepTiming(name, self.cost, self._tokens.numel(), flops, seconds, *memory)
 
 
 def forward(
@@ -140,31 +129,6 @@ def time_systems(
     ]
 
 
-def step_time_by_depth(benchmark: StepBenchmark, depths: Sequence[Depth], rounds: int) -> dict[Depth, float]:
-    """Return the median seconds of a training step at each depth."""
-    # The first round warms up.
-    times = [{depth: benchmark.step(depth) for depth in depths} for _ in range(1 + rounds)][1:]
-    return {depth: statistics.median(seconds[depth] for seconds in times) for depth in depths}
-
-
-def off_the_line(seconds: Mapping[Depth, float]) -> dict[Depth, float]:
-    """Return by how much each step takes longer than its passes say, as a part of that; below 0 where it is faster.
-
-    A pass with gradient counts three times one without, and what is not repeated adds a constant. The line goes through
-    the shortest and the longest step all of whose passes have a gradient.
-
-    Args:
-        seconds: Time of a step at each depth, two of them without passes free of gradient.
-    """
-    passes = {depth: depth.no_grad_steps + 3 * depth.grad_steps for depth in seconds}
-    ends = [depth for depth in seconds if not depth.no_grad_steps]
-    first, last = min(ends, key=passes.__getitem__), max(ends, key=passes.__getitem__)
-    slope = (seconds[last] - seconds[first]) / (passes[last] - passes[first])
-    return {
-        depth: time / (seconds[first] + slope * (passes[depth] - passes[first])) - 1 for depth, time in seconds.items()
-    }
-
-
 def reset_peak() -> None:
     """Begin to measure the most memory that the process (or the GPU) holds."""
     if torch.cuda.is_available():
@@ -180,7 +144,5 @@ def peak_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if not status.exists():
-        return 0
-    line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else 0

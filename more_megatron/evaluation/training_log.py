@@ -1,4 +1,4 @@
-"""Reads the lines that Megatron's trainer prints.
+"""Reads the lines that Megatron's trainer, and our evaluation in it, print.
 
 Ranks share one output, so that a line of one may begin where a line of another ends: nothing here is anchored at the
 beginning of a line.
@@ -18,11 +18,15 @@ _MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 _SEQUENCES = re.compile(r"global batch size: +(\d+)")
 _LOSS = re.compile(r"lm loss: (\S+)")
 _STEPS = re.compile(r"recurrence steps: (\S+)")
+_SEQUENCE_LENGTH = re.compile(r"(?<!\w)seq_length (?:\.+ )?(\d+)")
+# Logs of Megatron itself call the loss on the test set validation, too.
 _VALIDATION = re.compile(
-    # Logs of Megatron itself call the loss on the test set validation, too.
     r"validation loss at iteration (\d+)\b(?! on test set).*?lm loss value: (\S+) \| lm loss PPL: (\S+)"
 )
-_SEQUENCE_LENGTH = re.compile(r"(?<!\w)seq_length (?:\.+ )?(\d+)")
+_EVALUATION = re.compile(
+    r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
+)
+_FIGURE = re.compile(r"([^|:]+?): ([-+.\dE]+|nan|[-+]?inf)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,13 @@ class Validation:
 
 @dataclass
 class TrainingLog:
-    """What a run says, in order."""
+    """What a run says, in order, but for the test set."""
 
     iterations: list[Iteration] = field(default_factory=list)
-    validations: list[Validation] = field(default_factory=list)  # not those of the test set
+    validations: list[Validation] = field(default_factory=list)
+    # Figures of evaluations by training steps before it, recurrence steps (0: none to choose) and name; of several at
+    # the same place the last
+    evaluations: dict[int, dict[int, dict[str, float]]] = field(default_factory=dict)
     sequence_length: int = 0  # where the log does not list the run's arguments
 
     def tokens_per_second(self) -> float:
@@ -91,6 +98,9 @@ def read_log(lines: Iterable[str]) -> TrainingLog:
             log.iterations.append(iteration)
         if validation := read_validation(line):
             log.validations.append(validation)
+        if found := _EVALUATION.search(line):
+            figures = {name.strip(): float(value) for name, value in _FIGURE.findall(found[3])}
+            log.evaluations.setdefault(int(found[1]), {})[int(found[2] or 0)] = figures
         if listed := _SEQUENCE_LENGTH.search(line):
             log.sequence_length = int(listed[1])
     return log

@@ -18,13 +18,12 @@ import pytest
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import arguments_of, parse_flags
 from more_megatron.evaluation.comparison import planning
-from more_megatron.evaluation.comparison.experiment import Experiment
+from more_megatron.evaluation.comparison.experiment import Experiment, evaluation
 from more_megatron.evaluation.comparison.health import entropy_by_step, loads
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, by_arm, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
 from more_megatron.evaluation.comparison.report import write_report
 from more_megatron.evaluation.comparison.runner import Runner
-from more_megatron.evaluation.comparison.tasks import evaluation
 from more_megatron.systems import get_system, names
 from tests.helpers.shell import PROJECT
 from tools import compare_systems
@@ -132,6 +131,7 @@ def test_the_experiments_that_come_with_it_can_be_read(path: Path) -> None:
         ({"depths": [1, -1]}, "--depths -1 must be at least 1"),
         ({"finetune": "yes please"}, "finetune must be a table"),
         ({"flags": ["lr"]}, "flags must be a table"),
+        ({"flags": None}, "flags must be a table"),
         ({"sweep": {"lr": []}}, "sweep must be a table of lists"),
     ],
 )

@@ -222,6 +222,14 @@ def test_what_is_finished_is_not_done_again(run: _Run, tmp_path: Path, monkeypat
         _evaluate(run, tmp_path, "--num-steps 1 --limit 4", data)
 
 
+def test_a_report_of_measures_that_no_figure_is_of(tmp_path: Path) -> None:
+    from more_megatron.evaluation.harness.report import write_report
+
+    records = [{"name": "translation", "num_steps": r, "measures": {"translation": {"bleu": 0.1 * r}}} for r in (1, 2)]
+    assert "| translation |  | bleu | 0.1000 | 0.2000 |" in write_report(records, {"model": "m"}, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "results.md"}
+
+
 def _hellaswag(path: Path, count: int) -> None:
     rows = [
         {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.analysis.routing import PlaceStatistics, jaccard, mutual_information, routing_decisions
+from more_megatron.evaluation.analysis.experts import PlaceStatistics, jaccard, mutual_information, routing_decisions
 from more_megatron.evaluation.analysis.token_kinds import KINDS, TokenKinds
 from more_megatron.evaluation.texts import batches, token_windows
 from more_megatron.hf.exported.routing import MoRERouter
@@ -100,7 +100,7 @@ def test_measures_of_routing() -> None:
 
 
 def test_statistics_of_a_place() -> None:
-    from more_megatron.evaluation.analysis.routing import Decision
+    from more_megatron.evaluation.analysis.experts import Decision
 
     experts = torch.tensor([[0], [0], [1], [2]])
     decision = Decision(0, 0, experts, torch.full((4, 4), 0.25))

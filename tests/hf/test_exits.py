@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from more_megatron.hf.exported.cell_experts import CellExperts
 from more_megatron.hf.exported.exits import CRITERIA, Criterion
+from more_megatron.hf.exported.experts import CellExperts
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM, MoREModel
 from more_megatron.hf.exported.recurrent_block import RecurrentBlock
 from more_megatron.hf.exported.system import find_system
@@ -203,6 +203,15 @@ def test_generation_with_a_batch_equals_each_sequence_alone(name: str) -> None:
     kwargs["attention_mask"] = torch.ones_like(text)
     drafted = model.generate(text, prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY, **kwargs)
     assert torch.equal(drafted.sequences, model.generate(text, **kwargs).sequences)
+
+
+@torch.no_grad()
+def test_tokens_stop_under_autocast() -> None:
+    """Where a bias makes float32 queries of bfloat16 products, and attention is bfloat16 again."""
+    model = random_model("shared_block_ffn", mean_recurrence=_STEPS, norm_type="layernorm", attention_bias=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = _mixed(model, "latent-diff")
+    assert output.logits.isfinite().all()
 
 
 class _AtTwo(Criterion):

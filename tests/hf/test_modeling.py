@@ -267,50 +267,16 @@ def test_half_precision_spares_the_router(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", SYSTEMS)
 @torch.no_grad()
-def test_new_models_start_as_in_training(variant: str) -> None:
-    config = random_model(variant).config
-    model = MoREForCausalLM(config)
-    weights = dict(model.named_parameters())
-    takase = (2 / (5 * HIDDEN)) ** 0.5
-    everywhere = variant == "huginn"
-    std = 0.987 * takase if everywhere else HIDDEN**-0.5 if variant in ("universal", "moeut") else 0.02
-    assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(std, rel=0.1)
-    if variant == "shared_block":
-        matrix = weights["model.layers.1.mlp.experts.proj_in"][2]
-        torch.testing.assert_close(matrix @ matrix.T, torch.eye(HIDDEN), atol=1e-5, rtol=0)
-    if everywhere:
-        outward = 0.987 * takase / (2 * LAYERS * 3) ** 0.5
-        assert weights["model.layers.0.self_attn.o_proj.weight"].std().item() == pytest.approx(outward, rel=0.1)
-        assert weights["model.layers.0.mlp.experts.down_proj"].std().item() == pytest.approx(outward, rel=0.1)
-        assert weights["model.loops.0.adapter.weight"].std().item() == pytest.approx(0.987 * takase, rel=0.1)
-    elif variant in _WITH_STATES:
-        part = "experts" if variant == "recurrent_experts" else "recurrent_block"
-        fc1, fc2 = (weights[f"model.layers.0.mlp.{part}.{name}"] for name in ("fc1", "fc2"))
-        # Cutting off at three standard deviations takes 1.4 % of it.
-        assert fc1.std().item() == pytest.approx(0.987 * takase, rel=0.05)
-        assert fc2.std().item() == pytest.approx(0.987 * takase / (2 * LAYERS * 3) ** 0.5, rel=0.05)
-        assert weights[f"model.layers.0.mlp.{part}.norm_3"].eq(1.0).all()
-    if variant == "shared_block_ffn":
-        # Two of four experts, weighed by about a half each.
-        fc2 = weights["model.layers.0.mlp.experts.fc2"]
-        assert fc2.std().item() == pytest.approx(0.987 * takase * 2**0.5, rel=0.05)
-    if variant == "universal":
-        matrix = weights["model.layers.1.self_attn.q_proj.weight"]
-        assert matrix.abs().max().item() == pytest.approx((6 / (2 * HIDDEN)) ** 0.5, rel=0.05)
-        assert weights["model.loops.0.halting.bias"].item() == 1.0
-    if variant == "moeut":
-        bound = HIDDEN**-0.5
-        assert weights["lm_head.bias"].abs().max().item() == pytest.approx(bound, rel=0.1)
-        norms = weights["model.layers.0.mlp.gate.weight"].norm(dim=1)
-        assert norms.std().item() < 1e-5
-        std = (2 / (LAYERS * 3)) ** 0.5
-        for name, inputs in (
-            ("self_attn.output.weight", HIDDEN),
-            ("mlp.experts.keys", HIDDEN),
-            ("mlp.experts.values", 64),
-        ):
-            weight = next(weights[key] for key in weights if key.startswith(f"model.layers.1.{name}"))
-            assert weight.std().item() == pytest.approx(std * inputs**-0.5, rel=0.06), name
+def test_weights_of_new_models(variant: str) -> None:
+    torch.manual_seed(0)
+    model = MoREForCausalLM(random_model(variant, initializer_range=0.03).config)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias"):
+            assert weight.eq(0.0).all(), name
+        elif "norm" in name:
+            assert weight.eq(1.0).all(), name
+        elif weight.numel() >= 500:
+            assert weight.std().item() == pytest.approx(0.03, rel=0.15), name
     assert model(tokens(), labels=tokens()).loss.item() == pytest.approx(np.log(VOCABULARY), abs=0.5)
 
 
@@ -387,10 +353,10 @@ def test_entropy_loss_is_pooled_over_the_tokens_and_passes_of_a_sequence() -> No
     expected = 0.0
     for layer in range(LAYERS):
         for router, coefficient in (("router", 0.5), ("value", 0.25), ("output", 0.25)):
-            passes = [output.router_logits.at(layer, step, router).softmax(-1) for step in range(2)]
+            passes = output.router_logits.by_layer(router)[layer].softmax(-1)
             entropies = []
             for row, length in enumerate((24, 20)):
-                mean = sum(probs.unflatten(0, ids.shape)[row, :length].mean(0) for probs in passes) / 2
+                mean = passes[:, row, :length].mean((0, 1))
                 entropies.append(-(mean * mean.log()).sum(-1).mean())
             expected -= coefficient * sum(entropies) / 2
     assert output.aux_loss.item() == pytest.approx(float(expected), abs=1e-5)

@@ -118,6 +118,8 @@ def test_samples_have_the_distribution_of_plain_sampling(name: str) -> None:
         ({"lookahead_for_draft": 3}, "lookahead_for_draft 3 has no effect without draft_steps"),
         ({"draft_steps": 2, "criterion": "kl"}, "draft_steps does not go together with criterion"),
         ({"draft_steps": 2, "num_beams": 2}, "draft_steps does not go together with num_beams"),
+        ({"draft_steps": 2, "cache_steps": 1}, "draft_steps does not go together with cache_steps"),
+        ({"draft_steps": 2, "warm_start": True}, "draft_steps does not go together with warm_start"),
     ],
 )
 def test_what_makes_no_sense_is_refused(kwargs: dict[str, Any], message: str) -> None:

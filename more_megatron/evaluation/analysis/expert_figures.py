@@ -2,49 +2,48 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from more_megatron.figures import heat_map, new_figure, save, spread
+from more_megatron.figures import heat_map, new_figure, spread
 
 __all__ = ["draw_experts"]
 
 _MOST_LAYERS, _MOST_STEPS = 4, 4
 
 
-def draw_experts(report: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw the figures of a report, as in `experts.json`, and return their files."""
-    return [draw(report, folder) for draw in (_kinds, _overview, _load, _tokens)]
+def draw_experts(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a report, as in `experts.json`, by their files."""
+    draw = {"kinds": _kinds, "overview": _overview, "load": _load, "tokens": _tokens}
+    return {f"experts_{name}.png": figure(report) for name, figure in draw.items()}
 
 
-def _kinds(report: dict[str, Any], folder: Path) -> Path:
+def _kinds(report: dict[str, Any]) -> Any:
     """Draw the share of each kind of token that each expert takes; a panel for some layers and steps."""
     layers = spread(sorted({place["layer"] for place in report["places"]}), _MOST_LAYERS)
     steps = spread(sorted({place["step"] for place in report["places"]}), _MOST_STEPS)
-    kinds = [(row, f"{name}\n{count:,}") for row, (name, count) in enumerate(report["kinds"].items()) if count > 0]
     by_place = {(place["layer"], place["step"]): place for place in report["places"]}
+    kinds = [(row, f"{name}\n{count:,}") for row, (name, count) in enumerate(report["kinds"].items()) if count > 0]
     width = 1.6 + len(steps) * max(2.6, 0.42 * report["num_experts"])
     figure = new_figure(width, 0.9 + len(layers) * (0.9 + 0.42 * len(kinds)))
     axes = figure.subplots(len(layers), len(steps), squeeze=False)
-    for row, layer in enumerate(layers):
-        for column, step in enumerate(steps):
-            place, axis = by_place.get((layer, step)), axes[row][column]
-            if place is None:
-                axis.axis("off")
-                continue
-            shares = np.array(place["shares"])[[kind for kind, _ in kinds]]
-            image = heat_map(axis, shares, [name for _, name in kinds] if column == 0 else [], highest=1.0)
-            axis.set_title(f"layer {layer}, step {step}   (NMI {place['specialisation']:.3f})", fontsize=9)
-            if row == len(layers) - 1:
-                axis.set_xlabel("expert")
+    for (row, column), axis in np.ndenumerate(axes):
+        place = by_place.get((layers[row], steps[column]))
+        if place is None:
+            axis.axis("off")
+            continue
+        shares = np.array(place["shares"])[[kind for kind, _ in kinds]]
+        image = heat_map(axis, shares, [name for _, name in kinds] if column == 0 else [], highest=1.0)
+        axis.set_title(f"layer {layers[row]}, step {steps[column]}   (NMI {place['specialisation']:.3f})", fontsize=9)
+        if row == len(layers) - 1:
+            axis.set_xlabel("expert")
     figure.colorbar(image, ax=axes, label="share of the kind's choices", shrink=0.8)
     figure.suptitle("Which expert takes which kind of token")
-    return save(figure, folder / "experts_kinds.png")
+    return figure
 
 
-def _overview(report: dict[str, Any], folder: Path) -> Path:
+def _overview(report: dict[str, Any]) -> Any:
     """Draw specialisation, entropies and change of all layers and steps."""
     places = report["places"]
     layers, steps = (sorted({place[name] for place in places}) for name in ("layer", "step"))
@@ -57,9 +56,7 @@ def _overview(report: dict[str, Any], folder: Path) -> Path:
         panels.append(("changed_since_step_before", "Share of tokens whose\nexperts changed", "Oranges", 1.0))
     width, height = max(3.0, 0.55 * len(steps) + 1.4), max(2.6, 0.36 * len(layers) + 1.4)
     figure = new_figure(len(panels) * width, height)
-    for axis, (name, title, colours, highest) in zip(
-        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
-    ):
+    for axis, (name, title, colours, highest) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         values = np.full((len(layers), len(steps)), np.nan)
         for place in places:
             values[layers.index(place["layer"]), steps.index(place["step"])] = place.get(name, np.nan)
@@ -67,10 +64,10 @@ def _overview(report: dict[str, Any], folder: Path) -> Path:
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="step", ylabel="layer")
         figure.colorbar(image, ax=axis, shrink=0.8)
-    return save(figure, folder / "experts_overview.png")
+    return figure
 
 
-def _load(report: dict[str, Any], folder: Path) -> Path:
+def _load(report: dict[str, Any]) -> Any:
     """Draw the share of all choices that each expert has, in every layer and step."""
     places = report["places"]
     figure = new_figure(max(4.5, 0.45 * report["num_experts"] + 2.0), 1.4 + 0.24 * len(places))
@@ -79,10 +76,10 @@ def _load(report: dict[str, Any], folder: Path) -> Path:
     image = heat_map(axis, np.array([place["load"] for place in places]), rows, colours="Purples")
     axis.set(title=f"Load (1/N = {1 / report['num_experts']:.3f})", xlabel="expert")
     figure.colorbar(image, ax=axis, label="share of all choices", shrink=0.8)
-    return save(figure, folder / "experts_load.png")
+    return figure
 
 
-def _tokens(report: dict[str, Any], folder: Path) -> Path:
+def _tokens(report: dict[str, Any]) -> Any:
     """Draw where the frequent tokens go, in the place that tells them apart best."""
     place = max(report["places"], key=lambda place: place["specialisation_by_token"])
     names = [f"{found['token']}  {found['count']:,}" for found in report["frequent_tokens"]]
@@ -96,4 +93,4 @@ def _tokens(report: dict[str, Any], folder: Path) -> Path:
     )
     axis.set_xlabel("expert")
     figure.colorbar(image, ax=axis, label="share of the token's choices", shrink=0.6)
-    return save(figure, folder / "experts_tokens.png")
+    return figure

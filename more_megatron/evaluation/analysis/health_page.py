@@ -8,20 +8,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from more_megatron.errors import MoREError
-from more_megatron.figures import draw_loads, new_figure, save, spread
+from more_megatron.figures import draw_loads, name_axes, panels, spread, write_results
 from more_megatron.monitoring.flags import HEALTH_FILE
 
-__all__ = ["draw_health", "read_health", "warned_figure"]
+__all__ = ["draw_health", "read_health", "split_tag", "warned_figure"]
 
 _MOST_LINES, _MOST_ROWS = 8, 24
-_STEP = re.compile(r"/step (\d+)$")
 
 Record = Mapping[str, Any]
 # What draws on axes of matplotlib; None where there is nothing to draw.
 Panel = Callable[[Any], None] | None
+# Values by name, and by iteration or recurrence step; None where there are none.
+Lines = dict[str, dict[int, float | None]]
 
 
 def read_health(folder: Path) -> list[Record]:
@@ -47,6 +46,17 @@ def read_health(folder: Path) -> list[Record]:
     return [records[iteration] for iteration in sorted(records)]
 
 
+def split_tag(tag: str) -> tuple[str, int]:
+    """Return a figure's tag without its recurrence step, and the step, 0 where there is none."""
+    name, _, step = tag.partition("/step ")
+    return name, int(step or 0)
+
+
+def warned_figure(warning: str) -> str:
+    """Return the figure that a warning is about."""
+    return "not finite" if "not finite" in warning else warning.split(" is ")[0]
+
+
 def draw_health(folder: Path, output: Path) -> list[str]:
     """Draw all that is known of a run's health, and return lines that say where, and what was warned of.
 
@@ -54,20 +64,14 @@ def draw_health(folder: Path, output: Path) -> list[str]:
         MoREError: As `read_health`, which reads the run's `--save` folder.
     """
     records = read_health(folder)
-    panels = [panel for panel in _panels(records) if panel is not None]
-    rows = -(-len(panels) // 3)
-    figure = new_figure(15.0, 3.3 * rows)
-    axes = figure.subplots(rows, 3, squeeze=False).flatten()
-    for axis, draw in zip(axes, panels, strict=False):
+    drawn = [panel for panel in _panels(records) if panel is not None]
+    figure, axes = panels(len(drawn), 3, size=(5.0, 3.3))
+    for axis, draw in zip(axes, drawn, strict=True):
         draw(axis)
-    for axis in axes[len(panels) :]:
-        axis.axis("off")
     warned = [(record["iteration"], warning) for record in records for warning in record["warnings"]]
     figure.suptitle(f"Health of {folder.name}: {len(records)} steps watched, {len(warned)} warnings")
-    output.mkdir(parents=True, exist_ok=True)
-    path = save(figure, output / "health.png")
     lines = [f"iteration {iteration}: {warning}" for iteration, warning in warned[-20:]]
-    return [*lines, f"written: {path}"]
+    return [*lines, write_results(output, {}, {"health.png": figure})]
 
 
 def _panels(records: Sequence[Record]) -> list[Panel]:
@@ -77,7 +81,7 @@ def _panels(records: Sequence[Record]) -> list[Panel]:
         _over_time(records, "Gradient norm by kind", "norm", "gradient/(.+ )?norm", log=True),
         _warnings(records),
         _over_time(records, "Length of the last state", "length / root of h", "recurrence/.+/state norm"),
-        _over_steps(records, "Relative change by step", "recurrence/.+/relative change"),
+        _over_steps(records[-1], "Relative change by step", "recurrence/.+/relative change"),
         _over_time(records, "Correlation of tokens' states", "cosine", "recurrence/.+/token correlation"),
         _over_time(records, "Spectral norm of adapter halves", "norm", "recurrence/.+/adapter .+"),
         _over_time(records, "Entropy of routers", "nats", "routing/.+/entropy"),
@@ -91,44 +95,43 @@ def _panels(records: Sequence[Record]) -> list[Panel]:
 
 
 def _over_time(records: Sequence[Record], title: str, unit: str, pattern: str, log: bool = False) -> Panel:
-    """Return what draws figures over the iterations: of those with steps the last; a line for some places."""
-    series = [{_series(tag): value for tag, value in _by_step(record) if _is(tag, pattern)} for record in records]
-    names = spread(_in_order({name for values in series for name in values}), _MOST_LINES)
+    """Return what draws figures over the iterations: of those with steps the last, but for losses at chosen depths."""
+    lines: Lines = {}
+    iterations = [record["iteration"] for record in records]
+    for record in records:
+        for (name, step), value in sorted((split_tag(tag), value) for tag, value in record["figures"].items()):
+            if re.fullmatch(pattern, name):
+                line = f"{name}/step {step}" if name.startswith("depth/") else name
+                lines.setdefault(line, dict.fromkeys(iterations))[record["iteration"]] = value
+    return _lines(lines, title, "iteration", unit, log)
+
+
+def _over_steps(record: Record, title: str, pattern: str) -> Panel:
+    """Return what draws a figure over the recurrence steps, a line for each place."""
+    lines: Lines = {}
+    for (name, step), value in sorted((split_tag(tag), value) for tag, value in record["figures"].items()):
+        if step and value is not None and re.fullmatch(pattern, name):
+            lines.setdefault(name, {})[step] = value
+    title = f"{title}, iteration {record['iteration']}"
+    return _lines(lines, title, "recurrence step", "length of the change / of the state")
+
+
+def _lines(lines: Lines, title: str, x: str, y: str, log: bool = False) -> Panel:
+    """Return what draws some of the lines, spread over all; None if there are none."""
+    names = spread(_in_order(lines), _MOST_LINES)
     if not names:
         return None
-    iterations = [record["iteration"] for record in records]
 
     def draw(axis: Any) -> None:
         for name in names:
-            points = [np.nan if values.get(name) is None else values[name] for values in series]
-            axis.plot(iterations, points, "o-", markersize=2.5, linewidth=1, label=_label(name))
-        _name(axis, title, "iteration", unit)
+            places, values = zip(*lines[name].items(), strict=True)
+            axis.plot(places, values, "o-", markersize=2.5, linewidth=1, label=_label(name))
+        name_axes(axis, title, x, y)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if log:
             axis.set_yscale("log")
         if len(names) > 1:
             axis.legend(fontsize=6, ncols=2 if len(names) > 4 else 1, framealpha=0.6)
-
-    return draw
-
-
-def _over_steps(records: Sequence[Record], title: str, pattern: str) -> Panel:
-    """Return what draws a figure over the recurrence steps, of the last record, a line for each place."""
-    by_place: dict[str, list[tuple[int, float]]] = {}
-    for tag, value in records[-1]["figures"].items():
-        found = _STEP.search(tag)
-        if found and value is not None and _is(tag, pattern):
-            by_place.setdefault(tag.split("/")[1], []).append((int(found[1]), value))
-    places = spread(_in_order(by_place), _MOST_LINES)
-    if not places:
-        return None
-
-    def draw(axis: Any) -> None:
-        for place in places:
-            axis.plot(*zip(*sorted(by_place[place]), strict=True), "o-", markersize=3, linewidth=1, label=place)
-        title_of_last = f"{title}, iteration {records[-1]['iteration']}"
-        _name(axis, title_of_last, "recurrence step", "length of the change / of the state")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=6)
 
     return draw
 
@@ -143,59 +146,31 @@ def _warnings(records: Sequence[Record]) -> Panel:
         for row, name in enumerate(names):
             at = [record["iteration"] for record in records if name in map(warned_figure, record["warnings"])]
             axis.plot(at, [row] * len(at), "s", color="#b2182b", markersize=4)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set_ylim(-0.7, len(names) - 0.3)
         axis.set_xlim(0, 1.03 * records[-1]["iteration"])
         axis.invert_yaxis()
-        _name(axis, "Warnings", "iteration")
+        name_axes(axis, "Warnings", "iteration")
+        axis.set_yticks(range(len(names)), names, fontsize=7)
 
     return draw
 
 
-def warned_figure(warning: str) -> str:
-    """Return the figure that a warning is about."""
-    return "not finite" if "not finite" in warning else warning.split(" is ")[0]
-
-
 def _loads(record: Record) -> Panel:
     """Return what draws the load of each expert, in parts of the mean; a row for some layers and steps."""
-    experts = record["experts"]
-    tags = spread(_in_order(experts), _MOST_ROWS)
+    tags = spread(_in_order(record["experts"]), _MOST_ROWS)
     if not tags:
         return None
 
     def draw(axis: Any) -> None:
-        draw_loads(axis, {_label(tag): experts[tag]["load"] for tag in tags})
+        draw_loads(axis, {_label(tag): record["experts"][tag]["load"] for tag in tags})
         axis.set_title(f"Load of experts, iteration {record['iteration']}", fontsize=10)
         axis.tick_params(axis="y", labelsize=6)
 
     return draw
 
 
-def _name(axis: Any, title: str, x: str, y: str = "") -> None:
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(x, fontsize=8)
-    axis.set_ylabel(y, fontsize=8)
-    axis.tick_params(labelsize=7)
-
-
-def _is(tag: str, pattern: str) -> bool:
-    return re.fullmatch(pattern, _STEP.sub("", tag)) is not None
-
-
 def _in_order(tags: Any) -> list[str]:
     return sorted(tags, key=lambda tag: (len(tag), tag))
-
-
-def _by_step(record: Record) -> list[tuple[str, float | None]]:
-    """Return the figures of a record, those of later recurrence steps behind those of earlier ones."""
-    steps = {tag: int(found[1]) for tag in record["figures"] if (found := _STEP.search(tag))}
-    return sorted(record["figures"].items(), key=lambda item: steps.get(item[0], 0))
-
-
-def _series(tag: str) -> str:
-    """Return the line that a figure belongs to: of recurrence steps the last one that was taken counts."""
-    return tag if tag.startswith("depth/") else _STEP.sub("", tag)
 
 
 def _label(tag: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,9 @@ from torch import Tensor
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.analysis.recurrence_figures import draw_recurrence
 from more_megatron.evaluation.analysis.trajectories import KINDS, Trajectories, distances_of_starts
-from more_megatron.evaluation.analysis.writing import write_analysis
 from more_megatron.evaluation.exported_model import ExportedModel, open_model
 from more_megatron.evaluation.texts import read_texts, token_windows
-from more_megatron.figures import spread
+from more_megatron.figures import spread, write_results
 from more_megatron.flags import check_ranges
 
 __all__ = ["analyze_recurrence"]
@@ -44,7 +44,8 @@ def analyze_recurrence(args: argparse.Namespace) -> list[str]:
         exported.call_options(steps)
         report = _Reading(exported, window, steps).report(args.initial_states)
     report = {"model": str(exported.source), "text": str(args.text), **report}
-    return [*_lines(report), write_analysis("recurrence", report, draw_recurrence, args.output)]
+    content = json.dumps(report, indent=1) + "\n"
+    return [*_lines(report), write_results(args.output, {"recurrence.json": content}, draw_recurrence(report))]
 
 
 def _most_steps(exported: ExportedModel) -> int:

@@ -17,16 +17,24 @@ from typing import Any, Self
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import Flags, read_by
-from more_megatron.evaluation.comparison.tasks import fine_tuning
 from more_megatron.flags import MoREFlags, check_ranges
+from more_megatron.platform.packages import has_package
 from more_megatron.systems import flag_names, get_system, systems
 from more_megatron.yaml_tables import read_table
 
-__all__ = ["MATCHES", "Arm", "Experiment", "mean_steps"]
+__all__ = ["MATCHES", "Arm", "Experiment", "evaluation", "mean_steps"]
 
-MATCHES = ("flops", "parameters", "both", "flags")
-_TUPLES = ("seeds", "depths")
+MATCHES = {
+    "flops": "training FLOPs a token at the mean depth",
+    "parameters": "parameters",
+    "both": "training FLOPs a token at the mean depth, and parameters where widths allow",
+    "flags": "nothing but the flags",
+}
+"""What arms may have in common, in words."""
+
 _OF_EXPERTS = re.compile(r"moe-|num-experts$")
+# Section 4.2 of the research guide.
+_FINE_TUNING = {"lr": 5e-5, "min-lr": 0, "weight-decay": 0.01}
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ class Experiment:
         if unknown := sorted(set(keys) - known):
             raise MoREError(f"there is no key {unknown[0]}: choose among {', '.join(sorted(known))}")
         values = dict(keys)
-        for name in set(_TUPLES) & set(keys):
+        for name in {"seeds", "depths"} & set(keys):
             if not isinstance(keys[name], list | tuple) or not all(type(number) is int for number in keys[name]):
                 raise MoREError(f"{name} must be a list of whole numbers, not {keys[name]!r}")
             values[name] = tuple(keys[name])
@@ -104,7 +112,7 @@ class Experiment:
             own = (arm.name for arm in experiment.arms if get_system(arm.system).is_megatrons)
             baseline = next(own, experiment.arms[0].name)
         if experiment.tasks and not experiment.flags.get("loss-on-answers"):
-            finetune = fine_tuning(experiment.tasks) | (finetune or {})
+            finetune = _fine_tuning(experiment.tasks) | (finetune or {})
         return dataclasses.replace(experiment, baseline=baseline, finetune=finetune)
 
     def _check(self) -> None:
@@ -125,9 +133,9 @@ class Experiment:
         if self.tokens is not None and self.total_flops is not None:
             raise MoREError("tokens and total_flops are two budgets: give one of them")
         check_ranges(self, {"seeds": "[1, 4000000000]", "depths": "[1, 10000]"})
-        for key in ("flags", "finetune"):
-            if not isinstance(getattr(self, key), dict | None):
-                raise MoREError(f"{key} must be a table, not {getattr(self, key)!r}")
+        for key, table in (("flags", self.flags), ("finetune", {} if self.finetune is None else self.finetune)):
+            if not isinstance(table, dict):
+                raise MoREError(f"{key} must be a table, not {table!r}")
         swept = self.sweep.values() if isinstance(self.sweep, dict) else [None]
         if not all(isinstance(values, list) and values for values in swept):
             raise MoREError(f"sweep must be a table of lists of values, not {self.sweep!r}")
@@ -146,10 +154,6 @@ class Experiment:
             raise MoREError(f"--arms {sorted(missing)[0]} is none of {', '.join(arm.name for arm in self.arms)}")
         arms = tuple(arm for arm in self.arms if arm.name in names)
         return dataclasses.replace(self, arms=arms, baseline=self.baseline if self.baseline in names else arms[0].name)
-
-    def with_flags(self, flags: Flags) -> Self:
-        """Return the experiment with further flags of all arms."""
-        return dataclasses.replace(self, flags=self.flags | flags)
 
     def points(self) -> Iterator[Flags]:
         """Yield the flags of each point of the sweep; none where nothing is swept."""
@@ -219,3 +223,27 @@ def _arms(given: Any) -> Iterator[Arm]:
 def _deep_arm(name: str) -> Arm:
     system, plain = next((name, system.plain) for name, system in systems().items() if system.plain is not None)
     return Arm(name, system, _dashed(plain), reference=True)
+
+
+def _fine_tuning(tasks: Mapping[str, str]) -> Flags:
+    """Return the flags of a training on tasks, given their prefixes; None: a flag that is left out."""
+    train, valid = ([f"{prefix}_{split}_document" for prefix in tasks.values()] for split in ("train", "test"))
+    data = {"data-path": None, "split": None, "train-data-path": train, "valid-data-path": valid}
+    return {"loss-on-answers": True, **data, **_FINE_TUNING}
+
+
+def evaluation(tasks: Mapping[str, str], problems: int, depths: list[int]) -> Flags:
+    """Return the flags of `tools/evaluate.py` that answer so many problems of each file of tasks, given their prefixes.
+
+    These are `P_test.jsonl` and, where there are harder ones, `P_beyond.jsonl`.
+
+    Raises:
+        MoREError: If the problems of a task are not there, or what evaluates them is not installed.
+    """
+    if not has_package("lm_eval"):
+        raise MoREError("tasks are answered with lm-evaluation-harness: install the extra `eval`")
+    if missing := [prefix for prefix in tasks.values() if not Path(f"{prefix}_test.jsonl").exists()]:
+        raise MoREError(f"there is no {missing[0]}_test.jsonl: tasks are TASK=PREFIX, as tools/prepare_tasks.py writes")
+    files = [(task, Path(f"{prefix}_{split}.jsonl")) for task, prefix in tasks.items() for split in ("test", "beyond")]
+    data = [f"{task}={path}" for task, path in files if path.exists()]
+    return {"tasks": list(tasks), "data": data, "limit": problems, "num-steps": depths}

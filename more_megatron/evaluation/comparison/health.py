@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.evaluation.analysis.health_page import warned_figure
+from more_megatron.evaluation.analysis.health_page import split_tag, warned_figure
 from more_megatron.evaluation.comparison.measures import ArmResult, Spread, spreads
 
-__all__ = ["FIGURES", "entropy_by_step", "entropy_level", "entropy_over_training", "loads", "summary"]
+__all__ = ["FIGURES", "entropy_by_step", "entropy_over_training", "loads", "summary"]
 
 FIGURES = ("load cv", "effective experts", "entropy", "dead experts")
 """Figures of routing in a report."""
 
-_TAG = re.compile(r"routing/[^/]+/(?P<name>[^/]+)(?:/step (?P<step>\d+))?")
 Record = Mapping[str, Any]
 
 
@@ -56,11 +55,6 @@ def entropy_by_step(arm: ArmResult) -> dict[int, Spread]:
     return spreads((step, value) for run in arm.watched for step, value in _entropies(run[-1]).items() if step)
 
 
-def entropy_level(arm: ArmResult) -> Spread | None:
-    """Return the same for routers that are asked once; None without such."""
-    return None if entropy_by_step(arm) else next(reversed(entropy_over_training(arm).values()), None)
-
-
 def loads(arm: ArmResult) -> dict[int, np.ndarray]:
     """Return the load of experts by recurrence step (0: asked once), the most loaded one first.
 
@@ -86,18 +80,16 @@ def _entropies(record: Record) -> dict[int, float]:
 
 def _by_step(record: Record, figure: str) -> dict[int, float]:
     """Return a figure of routing by recurrence step (0: none), its mean over the layers."""
-    values: dict[int, list[float]] = {}
-    for step, value in _tagged(record["figures"], figure):
-        if value is not None:
-            values.setdefault(step, []).append(value)
-    return {step: statistics.fmean(each) for step, each in sorted(values.items())}
+    found = spreads(pair for pair in _tagged(record["figures"], figure) if pair[1] is not None)
+    return {step: over_layers.mean for step, over_layers in found.items()}
 
 
 def _tagged(values: Mapping[str, Any], name: str) -> Iterator[tuple[int, Any]]:
     """Yield recurrence step (0: none) and value of a figure of routing, layer after layer."""
     for tag, value in values.items():
-        if (match := _TAG.fullmatch(tag)) and match["name"] == name:
-            yield int(match["step"] or 0), value
+        place, step = split_tag(tag)
+        if re.fullmatch(f"routing/[^/]+/{name}", place):
+            yield step, value
 
 
 def _mean(by_step: Mapping[int, float]) -> list[float]:

@@ -61,10 +61,11 @@ def match(
     """
     own, *shared = widths(model_config.transformer)
     search = _Search(model_config, depth, seq_length)
-    if flops is None:
-        return search.wide({own: search.width(own, search.parameters, parameters or 0.0)})
-    if parameters is None or not shared:
-        return search.wide({own: search.width(own, search.flops, flops)})
+    measure, goal = (search.parameters, parameters or 0.0) if flops is None else (search.flops, flops)
+    if flops is None or parameters is None or not shared:
+        search.refuse_below_least(measure, goal, (own,))
+        return search.wide({own: search.nearest_width(own, measure, goal, {})})
+    search.refuse_below_least(measure, goal, (own, *shared))
     return search.wide(search.two_widths(own, shared[0], flops, parameters))
 
 
@@ -85,48 +86,19 @@ class _Search:
         changed.transformer_layer_spec = get_system(changed.transformer.more_variant).stack(changed.transformer)
         return changed
 
+    def _cost(self, widths: Mapping[str, int]) -> Cost:
+        return system_cost(self.wide(widths), self._seq_length)
+
     def flops(self, widths: Mapping[str, int]) -> float:
         """Return operations a token of a training step."""
-        cost = system_cost(self.wide(widths), self._seq_length)
-        return cost.training_flops(self._depth.no_grad_steps, self._depth.grad_steps)
+        return self._cost(widths).training_flops(self._depth.no_grad_steps, self._depth.grad_steps)
 
     def parameters(self, widths: Mapping[str, int]) -> float:
         """Return parameters."""
-        return system_cost(self.wide(widths), self._seq_length).parameters
+        return self._cost(widths).parameters
 
-    def width(self, name: str, measure: Callable[..., float], target: float) -> int:
-        """Return the width at which `measure` is nearest to `target`.
-
-        Raises:
-            MoREError: If it is larger at any width.
-        """
-        self._refuse_below_least(measure, target, (name,))
-        return self._nearest_width(name, measure, target, {})
-
-    def two_widths(self, own: str, shared: str, flops: float, parameters: float) -> dict[str, int]:
-        """Return the width of the shared expert at which the other one serves both goals, or nearly, and that one.
-
-        Raises:
-            MoREError: If there are more operations at any width.
-        """
-        self._refuse_below_least(self.flops, flops, (own, shared))
-        most = self._nearest_width(shared, self.flops, flops, {own: self._step}) // self._step
-
-        def both_at(count: int) -> dict[str, int]:
-            fixed = {shared: count * self._step}
-            return fixed | {own: self._nearest_width(own, self.flops, flops, fixed)}
-
-        def parameters_at(count: int) -> float:
-            return self.parameters(both_at(count))
-
-        # What the shared expert takes from routed ones, of which a token meets few, makes the model smaller.
-        sign = 1 if parameters_at(most) > parameters_at(1) else -1
-        return both_at(_nearest_round(lambda count: sign * parameters_at(count), sign * parameters, most))
-
-    def _nearest_width(self, name: str, measure: Callable[..., float], target: float, others: Mapping[str, int]) -> int:
-        return self._step * _nearest_round(lambda count: measure({**others, name: count * self._step}), target)
-
-    def _refuse_below_least(self, measure: Callable[..., float], target: float, names: Sequence[str]) -> None:
+    def refuse_below_least(self, measure: Callable[..., float], target: float, names: Sequence[str]) -> None:
+        """Raise a MoREError if `measure` is above `target` at any widths."""
         least = measure(dict.fromkeys(names, self._step))
         if least > target:
             system, what = self._model.transformer.more_variant, measure.__name__
@@ -134,6 +106,25 @@ class _Search:
                 f"{system} has {least / 1e6:.2f} M {what} at the least, more than {target / 1e6:.2f} M: raise what is "
                 "to be met, or give it fewer layers, experts or recurrence steps"
             )
+
+    def nearest_width(self, name: str, measure: Callable[..., float], target: float, others: Mapping[str, int]) -> int:
+        """Return the width at which `measure` is nearest to `target`, given other widths."""
+        return self._step * _nearest_round(lambda count: measure({**others, name: count * self._step}), target)
+
+    def two_widths(self, own: str, shared: str, flops: float, parameters: float) -> dict[str, int]:
+        """Return the width of the shared expert at which the other one serves both goals, or nearly, and that one."""
+        most = self.nearest_width(shared, self.flops, flops, {own: self._step}) // self._step
+
+        def both_at(count: int) -> dict[str, int]:
+            fixed = {shared: count * self._step}
+            return fixed | {own: self.nearest_width(own, self.flops, flops, fixed)}
+
+        def parameters_at(count: int) -> float:
+            return self.parameters(both_at(count))
+
+        # What the shared expert takes from routed ones, of which a token meets few, makes the model smaller.
+        sign = 1 if parameters_at(most) > parameters_at(1) else -1
+        return both_at(_nearest_round(lambda count: sign * parameters_at(count), sign * parameters, most))
 
 
 def _nearest_round(measure: Callable[[int], float], target: float, most: int = _MOST) -> int:
@@ -146,8 +137,9 @@ def _nearest_round(measure: Callable[[int], float], target: float, most: int = _
     return nearest
 
 
-def _nearest(measure: Callable[[int], float], target: float, most: int = _MOST) -> int:
+def _nearest(measure: Callable[[int], float], target: float, most: int) -> int:
     """Return the number from 1 to `most` at which a measure that rises is nearest to `target`."""
+    # With two widths a measure rises but roughly: another order of the search would end at another number.
     low, high = 0, 1
     while high < most and measure(high) < target:
         low, high = high, min(2 * high, most)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,19 +14,19 @@ from more_megatron.evaluation.analysis.health_page import read_health
 from more_megatron.evaluation.comparison.experiment import mean_steps
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
 from more_megatron.evaluation.comparison.runner import CHECKPOINT, EVALUATION, FINETUNE_LOG, LOG, read_record
-from more_megatron.evaluation.comparison.tasks import Answers, ByDifficulty, read_evaluation
-from more_megatron.evaluation.training_log import read_log
+from more_megatron.evaluation.training_log import TrainingLog, read_log
 from more_megatron.monitoring.flags import HEALTH_FILE
 
 __all__ = ["ArmResult", "Difference", "RunResult", "Spread", "by_arm", "collect", "difference", "spreads"]
 
-_EVALUATION = re.compile(
-    r"evaluation at iteration (\d+)\b(?! on test set)(?:[^|]*? with (\d+) recurrence steps)?[^|]*\| (.*) \|"
-)
-_FIGURE = re.compile(r"([^|:]+?): ([-+.\dE]+|nan|[-+]?inf)", re.IGNORECASE)
 _LOSS = "lm loss"
 # Two-sided confidence of an interval.
 _CONFIDENCE = 0.95
+
+Answers = dict[int, dict[str, float]]
+"""Figures of answers by recurrence steps (0: none to choose) and name."""
+ByDifficulty = dict[int, dict[str, dict[int, float]]]
+"""Exact match by recurrence steps (0: none to choose), task and difficulty."""
 
 
 @dataclass(frozen=True)
@@ -120,19 +120,10 @@ class ArmResult:
         return self.arm.tokens / int(self.arm.flags.get("train-iters", 1))
 
     @property
-    def answer_names(self) -> set[str]:
-        """Figures of answers that there are."""
-        return {name for run in self.finished for at in run.answers.values() for name in at}
-
-    def answers_at(self, name: str) -> dict[int, Spread]:
-        """Return a figure of answers by recurrence steps (0: none to choose)."""
-        runs = self.finished
-        return spreads((depth, at[name]) for run in runs for depth, at in run.answers.items() if name in at)
-
-    @property
-    def tasks(self) -> set[str]:
-        """Tasks whose problems have difficulties."""
-        return {task for run in self.finished for at in run.by_difficulty.values() for task in at}
+    def answers(self) -> dict[str, dict[int, Spread]]:
+        """Figures of answers by name and recurrence steps (0: none to choose)."""
+        found = [(depth, at) for run in self.finished for depth, at in run.answers.items()]
+        return _by_name((name, depth, value) for depth, at in found for name, value in at.items())
 
     @property
     def usual_depth(self) -> int:
@@ -140,15 +131,24 @@ class ArmResult:
         depths = {depth for run in self.finished for depth in run.by_difficulty}
         return min(depths, key=lambda depth: abs(depth - mean_steps(self.arm.flags)), default=0)
 
-    def by_difficulty(self, task: str) -> dict[int, Spread]:
-        """Return the exact match of a task at the usual depth by difficulty."""
-        found = [run.by_difficulty.get(self.usual_depth, {}).get(task, {}) for run in self.finished]
-        return spreads(pair for exact in found for pair in exact.items())
+    @property
+    def by_difficulty(self) -> dict[str, dict[int, Spread]]:
+        """Exact match by task and difficulty, at the usual depth."""
+        depth = self.usual_depth
+        found = [item for run in self.finished for item in run.by_difficulty.get(depth, {}).items()]
+        return _by_name((task, difficulty, exact) for task, at in found for difficulty, exact in at.items())
+
+
+def _by_name(found: Iterable[tuple[str, int, float]]) -> dict[str, dict[int, Spread]]:
+    by_name: dict[str, list[tuple[int, float]]] = {}
+    for name, place, value in found:
+        by_name.setdefault(name, []).append((place, value))
+    return {name: spreads(by_name[name]) for name in sorted(by_name)}
 
 
 def collect(plan: Plan, folder: Path) -> list[RunResult]:
     """Return what the runs of a plan have reached, in its order, from the folder of the comparison."""
-    return [_result(run, folder / "runs" / run.name) for run in plan.runs]
+    return [_result(run, run.folder(folder)) for run in plan.runs]
 
 
 def by_arm(plan: Plan, runs: Sequence[RunResult]) -> list[ArmResult]:
@@ -189,26 +189,22 @@ def _result(run: Run, folder: Path) -> RunResult:
         return result
     result = _trained(result, folder)
     if (found := folder / EVALUATION / "results.json").exists():
-        answers, by_difficulty = read_evaluation(found)
+        answers, by_difficulty = _generated(found)
         return replace(result, answers=answers, by_difficulty=by_difficulty)
     if (log := folder / FINETUNE_LOG).exists():
-        lines = _lines(log)
-        last = read_log(lines).validations
-        return replace(result, answers=_answers(_at_depths(lines, last[-1].iteration if last else 0)))
+        return replace(result, answers=_answers(_last_evaluation(_read(log))))
     return result
 
 
 def _trained(result: RunResult, folder: Path) -> RunResult:
     """Return a result with what the log of the training says, and its records of health."""
-    lines = _lines(folder / LOG)
-    log = read_log(lines)
+    log, weights = _read(folder / LOG), folder / CHECKPOINT
     if not log.validations:
         return replace(result, state="failed", reason=f"no validation loss in {folder / LOG}")
-    last, weights = log.validations[-1], folder / CHECKPOINT
-    at_depths = _at_depths(lines, last.iteration)
+    at_depths = _last_evaluation(log)
     return replace(
         result,
-        loss=last.loss,
+        loss=log.validations[-1].loss,
         losses={depth: figures[_LOSS] for depth, figures in at_depths.items() if _LOSS in figures},
         curve={line.number: line.loss for line in log.iterations},
         validations={line.iteration: line.loss for line in log.validations},
@@ -218,19 +214,28 @@ def _trained(result: RunResult, folder: Path) -> RunResult:
     )
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(errors="replace").splitlines()
+def _read(path: Path) -> TrainingLog:
+    return read_log(path.read_text(errors="replace").splitlines())
 
 
-def _at_depths(lines: list[str], iteration: int) -> Answers:
-    """Return the figures of the last evaluation by recurrence steps; 0: there are none to choose."""
-    found = [match for line in lines if (match := _EVALUATION.search(line)) and int(match[1]) == iteration]
-    # Of two at the same iteration the later one is that at the end of training.
-    return {
-        int(match[2] or 0): {name.strip(): float(value) for name, value in _FIGURE.findall(match[3])} for match in found
-    }
+def _last_evaluation(log: TrainingLog) -> Answers:
+    return log.evaluations.get(log.validations[-1].iteration, {}) if log.validations else {}
 
 
 def _answers(at_depths: Answers) -> Answers:
     answers = {depth: {name: value for name, value in at.items() if name != _LOSS} for depth, at in at_depths.items()}
     return {depth: at for depth, at in answers.items() if at}
+
+
+def _generated(path: Path) -> tuple[Answers, ByDifficulty]:
+    """Return the exact match of answers in a `results.json`, as a whole and by difficulty."""
+    answers: Answers = {}
+    by_difficulty: ByDifficulty = {}
+    for record in json.loads(path.read_text())["results"]:
+        depth = record["num_steps"] or 0
+        for name, measures in record["measures"].items():
+            answers.setdefault(depth, {})[f"{name} exact match"] = measures["exact_match"]
+        for task, found in record.get("by_difficulty", {}).items():
+            exact = {int(difficulty): measures["exact_match"] for difficulty, measures in found.items()}
+            by_difficulty.setdefault(depth, {}).setdefault(task, {}).update(exact)
+    return answers, by_difficulty

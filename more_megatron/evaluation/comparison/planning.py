@@ -10,13 +10,16 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from more_megatron.errors import MoREError, last_line
 from more_megatron.evaluation.command_lines import Flags, arguments_of
 from more_megatron.evaluation.comparison.experiment import Arm, Experiment
 from more_megatron.systems import get_system
 from more_megatron.unfinished import write_whole
+
+if TYPE_CHECKING:
+    from megatron.training.models.gpt import GPTModelConfig
 
 __all__ = ["Plan", "PlannedArm", "Run", "plan"]
 
@@ -40,7 +43,7 @@ class PlannedArm:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of an arm, named as its folder in `runs/`."""
+    """One training run of an arm."""
 
     name: str
     arm: PlannedArm
@@ -50,6 +53,10 @@ class Run:
     def flags(self) -> Flags:
         """All flags but for folders."""
         return self.arm.flags | {"seed": self.seed}
+
+    def folder(self, comparison: Path) -> Path:
+        """Return its folder in that of the comparison."""
+        return comparison / "runs" / self.name
 
 
 @dataclass(frozen=True)
@@ -100,27 +107,25 @@ def plan(experiment: Experiment) -> Plan:
 def _at_point(experiment: Experiment, number: int, point: Flags) -> list[PlannedArm]:
     """Return the arms at one point of the sweep, as wide as equal cost wants them."""
     models: dict[str, _Model] = {}
-    refusals: dict[str, str] = {}
+    planned: dict[str, PlannedArm] = {}
     for arm in experiment.arms:
         try:
             models[arm.name] = _Model(experiment.flags_of(arm, point))
         except (MoREError, AssertionError, ValueError, KeyError) as error:
-            refusals[arm.name] = " ".join(str(error).split()) or last_line(error)
+            refusal = " ".join(str(error).split()) or last_line(error)
+            planned[arm.name] = PlannedArm(arm.name, number, {}, refusal)
     aims = [models[experiment.target]] if experiment.target in models else list(models.values())
     goal = {
         "flops": max((model.flops for model in aims), default=0.0),
         "parameters": max((model.cost.parameters for model in aims), default=0),
     }
-    planned = []
     for arm in experiment.arms:
-        if arm.name not in refusals:
+        if arm.name in models:
             try:
-                planned.append(_matched(experiment, arm, number, models[arm.name], goal))
-                continue
+                planned[arm.name] = _matched(experiment, arm, number, models[arm.name], goal)
             except MoREError as error:
-                refusals[arm.name] = str(error)
-        planned.append(PlannedArm(arm.name, number, {}, refusal=refusals[arm.name]))
-    return planned
+                planned[arm.name] = PlannedArm(arm.name, number, {}, str(error))
+    return [planned[arm.name] for arm in experiment.arms]
 
 
 class _Model:
@@ -135,14 +140,14 @@ class _Model:
         from more_megatron.model.depth import DepthSampler
 
         self.flags = flags
-        self.args, self._config = configure(shlex.join(arguments_of(flags)))
-        self._depth = DepthSampler(self._config.transformer).expected()
-        self._weigh()
+        self.args, config = configure(shlex.join(arguments_of(flags)))
+        self._depth = DepthSampler(config.transformer).expected()
+        self._take(config)
 
-    def _weigh(self) -> None:
+    def _take(self, config: GPTModelConfig) -> None:
         from more_megatron.evaluation.comparison.matching import system_cost
 
-        self.cost = system_cost(self._config, self.args.seq_length)
+        self._config, self.cost = config, system_cost(config, self.args.seq_length)
         self.flops = self.cost.training_flops(self._depth.no_grad_steps, self._depth.grad_steps)
 
     def match(self, kind: str, goal: dict[str, float]) -> None:
@@ -151,8 +156,7 @@ class _Model:
 
         if kind != "flags":
             wanted = {name: value for name, value in goal.items() if kind in (name, "both")}
-            self._config = match(self._config, self._depth, self.args.seq_length, **wanted)
-            self._weigh()
+            self._take(match(self._config, self._depth, self.args.seq_length, **wanted))
         config = self._config.transformer
         found = {name.replace("_", "-"): getattr(config, name) for name in widths(config)}
         self.flags = self.flags | {name: width for name, width in found.items() if width is not None}

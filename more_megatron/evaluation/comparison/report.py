@@ -17,21 +17,16 @@ from more_megatron.data.indexed import read_manifest
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import Flags, arguments_of
 from more_megatron.evaluation.comparison import health
+from more_megatron.evaluation.comparison.experiment import MATCHES
 from more_megatron.evaluation.comparison.figures import draw_all
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, Spread, by_arm, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan
-from more_megatron.evaluation.comparison.timing import Timing, read_timings
+from more_megatron.evaluation.comparison.timing import read_timings
 from more_megatron.platform.packages import has_package
 from more_megatron.unfinished import write_whole
 
 __all__ = ["check_packages", "write_report"]
 
-_MATCHED = {
-    "flops": "training FLOPs a token at the mean depth",
-    "parameters": "parameters",
-    "both": "training FLOPs a token at the mean depth, and parameters where widths allow",
-    "flags": "nothing but the flags",
-}
 _PACKAGES = ("megatron-core", "torch", "numpy")
 
 
@@ -51,8 +46,7 @@ def write_report(plan: Plan, folder: Path) -> list[RunResult]:
     """Write report.json, report.md and report.html into the folder, and return the runs that did not finish."""
     import jinja2
 
-    runs = collect(plan, folder)
-    content = _content(plan, runs, folder)
+    content = _content(plan, folder)
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("more_megatron.evaluation.comparison"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
@@ -67,21 +61,21 @@ def write_report(plan: Plan, folder: Path) -> list[RunResult]:
     texts["report.json"] = json.dumps(_plain(content), indent=1)
     for name, text in texts.items():
         write_whole(folder / name, text)
-    return [run for run in runs if run.state != "finished"]
+    return content["unfinished"]
 
 
-def _content(plan: Plan, runs: list[RunResult], folder: Path) -> dict[str, Any]:
-    experiment, timings = plan.experiment, read_timings(folder / "timings.json")
+def _content(plan: Plan, folder: Path) -> dict[str, Any]:
+    experiment, timings, runs = plan.experiment, read_timings(folder / "timings.json"), collect(plan, folder)
     results = by_arm(plan, runs)
     points = []
     for number, flags in enumerate(plan.points):
         arms = [result for result in results if result.arm.point == number]
-        timed = [timing for timing in timings if timing.point == number]
+        timed = {timing["arm"]: timing for timing in timings if timing["point"] == number}
         points.append(_point(experiment, flags, arms, timed))
     return {
         "title": experiment["title"],
         "date": datetime.date.today().isoformat(),
-        "matched": _MATCHED[experiment["match"]],
+        "matched": MATCHES[experiment["match"]],
         "match": experiment["match"],
         "seeds": experiment["seeds"],
         "depths": experiment["depths"],
@@ -98,19 +92,19 @@ def _content(plan: Plan, runs: list[RunResult], folder: Path) -> dict[str, Any]:
 
 
 def _point(
-    experiment: dict[str, Any], flags: Flags, arms: Sequence[ArmResult], timings: Sequence[Timing]
+    experiment: dict[str, Any], flags: Flags, arms: Sequence[ArmResult], timings: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     baseline = next((arm for arm in arms if arm.arm.name == experiment["baseline"]), arms[0])
-    timing_of = {timing.arm: timing for timing in timings}
-    tasks = sorted({task for arm in arms for task in arm.tasks})
+    speeds = {name: timing["achieved_flops"] for name, timing in timings.items()}
+    tasks = sorted({task for arm in arms for task in arm.by_difficulty})
     return {
         "flags": " ".join(arguments_of(flags)),
         "baseline": baseline.arm.name,
-        "arms": [_arm(arm, baseline) | {"timing": timing_of.get(arm.arm.name)} for arm in arms],
+        "arms": [_arm(arm, baseline) | {"timing": timings.get(arm.arm.name)} for arm in arms],
         "depths": sorted({depth for arm in arms for depth in arm.loss_at}),
-        "answers": sorted({name for arm in arms for name in arm.answer_names}),
-        "tasks": {task: sorted({each for arm in arms for each in arm.by_difficulty(task)}) for task in tasks},
-        "figures": draw_all(arms, timings, _MATCHED[experiment["match"]]),
+        "answers": sorted({name for arm in arms for name in arm.answers}),
+        "tasks": {task: sorted({each for arm in arms for each in arm.by_difficulty.get(task, {})}) for task in tasks},
+        "figures": draw_all(arms, speeds, MATCHES[experiment["match"]]),
     }
 
 
@@ -132,9 +126,9 @@ def _arm(result: ArmResult, baseline: ArmResult) -> dict[str, Any]:
         "byte_perplexity": loss and ratio and math.exp(loss.mean / ratio),
         "difference": None if result is baseline else difference(result, baseline),
         "loss_at": result.loss_at,
-        "answers_at": {name: result.answers_at(name) for name in sorted(result.answer_names)},
+        "answers_at": result.answers,
         "usual_depth": result.usual_depth,
-        "by_difficulty": {task: result.by_difficulty(task) for task in sorted(result.tasks)},
+        "by_difficulty": result.by_difficulty,
         "seeds": {run.seed: run.loss if run.state == "finished" else run.state for run in result.runs},
         "health": health.summary(result),
         "command": " ".join(arguments_of(arm.flags)),
@@ -147,7 +141,7 @@ def _bytes_a_token(flags: Flags) -> float | None:
     return manifest["text_bytes"] / manifest["tokens"] if manifest and manifest.get("text_bytes") else None
 
 
-def _absent(runs: Sequence[RunResult], timings: Sequence[Timing]) -> Iterator[str]:
+def _absent(runs: Sequence[RunResult], timings: Sequence[Any]) -> Iterator[str]:
     """Yield why sections are missing, one line each."""
     if not timings:
         yield "Speed and memory: the arms were not timed; --time does that."

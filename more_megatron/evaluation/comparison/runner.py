@@ -96,16 +96,13 @@ class Runner:
         return all(self._is_finished(run) for run in runs)
 
     def _is_finished(self, run: Run) -> bool:
-        folder = self._folder_of(run)
+        folder = run.folder(self.folder)
         record = read_record(folder)
         if record is None or record.state != "finished":
             return False
         if (record.flags, record.later) != (run.flags, self._later):
             raise MoREError(f"{folder} holds a finished run with other flags: give another --folder, or remove it")
         return True
-
-    def _folder_of(self, run: Run) -> Path:
-        return self.folder / "runs" / run.name
 
     async def _make_all(self, runs: list[Run]) -> None:
         places: asyncio.Queue[int] = asyncio.Queue()
@@ -128,7 +125,7 @@ class Runner:
             raise MoREError("interrupted; the same command goes on where it was") from None
 
     async def _make(self, run: Run, place: int) -> None:
-        folder = self._folder_of(run)
+        folder = run.folder(self.folder)
         if not (folder / CHECKPOINT / _TRACKER).exists():
             # An attempt that has saved nothing begins anew, and what it said is not to stand beside that.
             shutil.rmtree(folder, ignore_errors=True)
@@ -142,16 +139,12 @@ class Runner:
             for weights in folder.glob("*/iter_*"):
                 shutil.rmtree(weights)
         self._left -= 1
-        if not reason:
-            self._seconds.append(seconds)
-        outcome = f"FAILED: {reason}" if reason else f"{seconds:.0f} s"
-        print(f"  {run.name}: {outcome}{self._time_left()}", flush=True)
-
-    def _time_left(self) -> str:
-        if not self._left or not self._seconds:
-            return ""
-        minutes = self._left * statistics.fmean(self._seconds) / self.jobs / 60
-        return f"; {self._left} to go, about {minutes:.0f} min"
+        self._seconds += [] if reason else [seconds]
+        said = f"  {run.name}: FAILED: {reason}" if reason else f"  {run.name}: {seconds:.0f} s"
+        if self._left and self._seconds:
+            minutes = self._left * statistics.fmean(self._seconds) / self.jobs / 60
+            said += f"; {self._left} to go, about {minutes:.0f} min"
+        print(said, flush=True)
 
     async def _take_steps(self, run: Run, folder: Path, place: int) -> str:
         """Train, fine-tune and evaluate as far as was asked for; return why it failed, nothing if it did not."""
@@ -167,9 +160,8 @@ class Runner:
             commands[f"{EVALUATION}.txt"] = [*self.evaluator, *_given(asked)]
         for name in {"finetuned", EVALUATION, *commands} - {LOG}:
             # Of an attempt before; training itself goes on where it was.
-            shutil.rmtree(folder / name, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
+            path = folder / name
+            path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
         for log, command in commands.items():
             if await self._call(command, folder / log, place):
                 return _reason(folder / log)

@@ -1,13 +1,16 @@
-"""A model on tasks at several depths; what is finished is not done again."""
+"""A model on tasks at several depths, and what is kept of the harness's results; what is finished is not done again."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import logging
+import math
 import re
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,19 +99,18 @@ def _measure(model: HarnessModel, planned: PlannedTask, settings: dict[str, Any]
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from more_megatron.evaluation.harness.measures import collect
     from more_megatron.evaluation.harness.our_tasks import AnswerTask
 
     loaded = load_task(planned, settings["detokenize"])
+    name, task = next(iter(loaded["tasks"].items()))
     chosen, skipped, limit = None, 0, settings["limit"]
-    for name, task in loaded["tasks"].items():
-        if isinstance(task, AnswerTask):
-            fitting = model.fit(task)
-            skipped = len(task.eval_docs) - len(fitting)
-            if not fitting:
-                raise MoREError(f"no problem of {planned.path} fits into {model.max_length} tokens")
-            # A file of several tasks has one after the other; a few problems are to be of all.
-            chosen, limit = {name: spread(fitting, limit or len(fitting))}, None
+    if isinstance(task, AnswerTask):  # Such a one is alone.
+        fitting = model.fit(task)
+        skipped = len(task.eval_docs) - len(fitting)
+        if not fitting:
+            raise MoREError(f"no problem of {planned.path} fits into {model.max_length} tokens")
+        # A file of several tasks has one after the other; a few problems are to be of all.
+        chosen, limit = {name: spread(fitting, limit or len(fitting))}, None
     found = simple_evaluate(
         model=model,
         tasks=list((loaded["groups"] or loaded["tasks"]).values()),
@@ -118,10 +120,13 @@ def _measure(model: HarnessModel, planned: PlannedTask, settings: dict[str, Any]
         # Everything is loaded; the harness would list its own tasks again.
         task_manager=TaskManager(include_defaults=False),
     )
-    record = {**collect(planned.name, loaded["tasks"], found, model), "skipped": skipped}
+    if isinstance(task, AnswerTask):
+        record = _answers(planned.name, found["samples"][name], model)
+    else:
+        record = {"measures": _measures(planned.name, loaded["tasks"], found, model)}
     if model.mean_steps is not None:
         next(iter(record["measures"].values()))["mean_steps"] = model.mean_steps
-    return record
+    return record | {"skipped": skipped}
 
 
 def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -143,3 +148,58 @@ def _finished(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
                 "remove it"
             )
     return record
+
+
+def _measures(name: str, tasks: dict[str, Any], found: dict[str, Any], model: HarnessModel) -> dict[str, Any]:
+    """Return the measures of a task of the harness's, or of each in a group; one that is alone is called `name`."""
+    entries = {}
+    for entry, results in found["results"].items():
+        measures = _plain(results)
+        if entry in tasks and tasks[entry].OUTPUT_TYPE == "loglikelihood_rolling":
+            measures |= _by_token(found["samples"][entry], model)
+        entries[name if len(tasks) == 1 and entry in tasks else entry] = measures
+    return entries
+
+
+def _plain(results: dict[str, Any]) -> dict[str, float]:
+    """Return a task's measures by name; the filter of an answer stands behind the name unless there is none."""
+    plain = {}
+    for key, value in results.items():
+        measure, _, chosen = key.partition(",")
+        if chosen and isinstance(value, int | float):
+            plain[measure if chosen == "none" else f"{measure} ({chosen})"] = float(value)
+    return {**plain, "count": float(results["sample_len"])} if "sample_len" in results else plain
+
+
+def _by_token(samples: Sequence[dict[str, Any]], model: HarnessModel) -> dict[str, float]:
+    """Return loss and perplexity of a token of texts, which the harness does not know."""
+    tokens = sum(len(model.tok_encode(sample["arguments"][0][0])) for sample in samples)
+    loss = -sum(sample["filtered_resps"][0] for sample in samples) / tokens
+    return {"loss": loss, "token_perplexity": math.exp(min(loss, 700.0)), "tokens": float(tokens)}
+
+
+def _answers(name: str, samples: Sequence[dict[str, Any]], model: HarnessModel) -> dict[str, Any]:
+    """Return measures of all problems, of each task among them and of each difficulty."""
+    rows: dict[str, dict[int, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
+    for sample in samples:
+        problem = sample["doc"]
+        measured = (sample["exact_match"], sample["token_exact_match"], sample["answer_loss"])
+        rows[problem["task"]][problem["difficulty"]].append((*measured, float(model.answer_tokens(problem))))
+    tasks = sorted(rows, key=lambda task: (len(task), task))
+    by_task = {task: [row for more in rows[task].values() for row in more] for task in tasks}
+    entries = {name: _mean([row for more in by_task.values() for row in more])}
+    if len(by_task) > 1:
+        entries |= {f"{name}/{task}": _mean(more) for task, more in by_task.items()}
+    by_difficulty = {task: {str(each): _mean(rows[task][each]) for each in sorted(rows[task])} for task in tasks}
+    return {"measures": entries, "by_difficulty": by_difficulty}
+
+
+def _mean(rows: Sequence[tuple[float, ...]]) -> dict[str, float]:
+    exact, token_exact, loss, tokens = (sum(column) for column in zip(*rows, strict=True))
+    count = float(len(rows))
+    return {
+        "exact_match": exact / count,
+        "token_exact_match": token_exact / count,
+        "loss": loss / tokens,
+        "count": count,
+    }

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
@@ -18,16 +19,7 @@ from more_megatron.errors import MoREError, last_line
 from more_megatron.evaluation.tasks.problem import is_match, read_problems
 from more_megatron.evaluation.texts import read_texts
 
-__all__ = [
-    "Answer",
-    "AnswerTask",
-    "load_documents",
-    "load_problems",
-    "load_rows",
-    "score_document",
-    "score_problem",
-    "text",
-]
+__all__ = ["Answer", "AnswerTask"]
 
 _HELLASWAG = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 
@@ -41,10 +33,8 @@ class Answer(str):
         return cls(f" {problem['answer']}")
 
 
-def load_problems(path: str, **_: Any) -> dict[str, Any]:
+def load_problems(path: str, **_: Any) -> dict[str, Dataset]:
     """Return the problems of a file of `tools/prepare_tasks.py` as the split `test`."""
-    from datasets import Dataset
-
     return {"test": Dataset.from_list([dataclasses.asdict(problem) for problem in read_problems(path)])}
 
 
@@ -87,10 +77,8 @@ def score_problem(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
     }
 
 
-def load_documents(path: str, detokenization: str = Detokenize.NONE, **_: Any) -> dict[str, Any]:
+def load_documents(path: str, detokenization: str = Detokenize.NONE, **_: Any) -> dict[str, Dataset]:
     """Return the documents of a file that the preprocessing tool reads as the split `test`, detokenized as named."""
-    from datasets import Dataset
-
     # Words and bytes are those of the text as it was, by the harness's convention for WikiText.
     documents = [
         {"text": detokenize(text, Detokenize(detokenization)), "words": len(text.split()), "bytes": len(text.encode())}
@@ -98,11 +86,6 @@ def load_documents(path: str, detokenization: str = Detokenize.NONE, **_: Any) -
         if text
     ]
     return {"test": Dataset.from_list(documents)}
-
-
-def text(document: dict[str, Any]) -> str:
-    """Return what is predicted."""
-    return str(document["text"])
 
 
 def score_document(document: dict[str, Any], results: list[float]) -> dict[str, tuple[float, int]]:
@@ -115,14 +98,12 @@ def score_document(document: dict[str, Any], results: list[float]) -> dict[str, 
     }
 
 
-def load_rows(path: str, **_: Any) -> dict[str, Any]:
+def load_rows(path: str, **_: Any) -> dict[str, Dataset]:
     """Return the rows of a file of HellaSwag's JSON lines as the split `test`.
 
     Raises:
         MoREError: If it is missing, or a line is not one of HellaSwag's.
     """
-    from datasets import Dataset
-
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:

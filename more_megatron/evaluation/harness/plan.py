@@ -13,12 +13,12 @@ from more_megatron.data.hub import check_reachable
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
 
-__all__ = ["OURS", "TASK_FOLDER", "PlannedTask", "load_task", "plan_tasks"]
+__all__ = ["PlannedTask", "load_task", "plan_tasks"]
 
-TASK_FOLDER = Path(__file__).parent / "tasks"
-OURS = tuple(sorted(path.stem for path in TASK_FOLDER.glob("[!_]*.yaml")))
-"""Tasks that this package ships; they read files."""
-
+_TASK_FOLDER = Path(__file__).parent / "tasks"
+# Tasks that this package ships; they read files.
+_OURS = tuple(sorted(path.stem for path in _TASK_FOLDER.glob("[!_]*.yaml")))
+# Those of them that the harness fetches where no file is given.
 _ON_THE_HUB = ("hellaswag", "wikitext")
 
 
@@ -47,8 +47,8 @@ def plan_tasks(tasks: Sequence[str], data: Sequence[str]) -> list[PlannedTask]:
     files: dict[str, list[Path]] = {task: [] for task in dict.fromkeys(tasks)}
     for entry in data:
         task, _, name = entry.partition("=")
-        if task not in files or task not in OURS or not name:
-            wanted = ", ".join(name for name in files if name in OURS) or "none that is asked for"
+        if task not in files or task not in _OURS or not name:
+            wanted = ", ".join(name for name in files if name in _OURS) or "none that is asked for"
             raise MoREError(f"--data {entry} is not TASK=FILE with a task of --tasks that reads one ({wanted})")
         if not Path(name).is_file():
             raise MoREError(f"--data {entry}: there is no such file; tools/prepare_tasks.py writes those of tasks")
@@ -56,15 +56,13 @@ def plan_tasks(tasks: Sequence[str], data: Sequence[str]) -> list[PlannedTask]:
             raise MoREError(f"--data {entry}: results are named after files, and two are {Path(name).stem}: rename one")
         files[task].append(Path(name))
     for task, paths in files.items():
-        if task in OURS and task not in _ON_THE_HUB and not paths:
+        if task in _OURS and task not in _ON_THE_HUB and not paths:
             raise MoREError(f"task {task} needs its problems: --data {task}=FILE, which tools/prepare_tasks.py writes")
         if not paths:
             _check_hub(task)
-    return [
-        PlannedTask(task if len(found) == 1 else path.stem, task, path)
-        for task, found in files.items()
-        for path in found
-    ] + [PlannedTask(task, task, None) for task, found in files.items() if not found]
+    ours = ((task, path, len(found) == 1) for task, found in files.items() for path in found)
+    planned = [PlannedTask(task if is_alone else path.stem, task, path) for task, path, is_alone in ours]
+    return planned + [PlannedTask(task, task, None) for task, found in files.items() if not found]
 
 
 def _check_hub(task: str) -> None:
@@ -74,7 +72,7 @@ def _check_hub(task: str) -> None:
     try:
         check_reachable(task)
     except MoREError as error:
-        remedy = f"name a file with --data {task}=FILE" if task in OURS else "choose tasks with files of their own"
+        remedy = f"name a file with --data {task}=FILE" if task in _OURS else "choose tasks with files of their own"
         raise MoREError(
             f"task {task} needs the Hugging Face hub, and there is no network: {remedy}, or set HF_HUB_OFFLINE=1 if "
             "its data are in the cache"
@@ -94,12 +92,12 @@ def load_task(planned: PlannedTask, detokenization: str) -> Any:
         if planned.path is None:
             return _harness_tasks().load([planned.task])
         metadata: dict[str, Any] = {"path": str(planned.path), "detokenization": detokenization}
-        return TaskManager(include_path=TASK_FOLDER, include_defaults=False, metadata=metadata).load([planned.task])
+        return TaskManager(include_path=_TASK_FOLDER, include_defaults=False, metadata=metadata).load([planned.task])
     except MoREError:
         raise
     except KeyError as error:
         raise MoREError(
-            f"there is no task {planned.task}: choose among {', '.join(OURS)} and those that `lm_eval ls tasks` lists"
+            f"there is no task {planned.task}: choose among {', '.join(_OURS)} and those that `lm_eval ls tasks` lists"
         ) from error
     except Exception as error:  # Whatever the hub and its libraries have to say.
         raise MoREError(f"the data of task {planned.task} cannot be had: {last_line(error)}") from error

@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.figures import heat_map, new_figure, save
-from more_megatron.unfinished import write_whole
+from more_megatron.figures import depth_axis, heat_map, new_figure, panels, write_results
 
 __all__ = ["write_report"]
 
@@ -38,18 +37,14 @@ def write_report(records: Sequence[Record], settings: dict[str, Any], folder: Pa
         "results.json": json.dumps({"settings": settings, "results": results}, indent=1) + "\n",
         "results.md": f"# {settings['model']}\n\n{table}\n",
     }
-    for name, text in texts.items():
-        write_whole(folder / name, text)
-    drawn = {
+    figures = {
         "depths.png": _draw_depths(values, depths),
         "parts.png": _draw_parts(values, depths),
         "difficulties.png": _draw_difficulties(records, depths),
     }
-    figures = [save(figure, folder / name) for name, figure in drawn.items() if figure is not None]
     skipped = {record["name"]: record.get("skipped", 0) for record in records}
     notes = [f"{name}: {count} problems are too long and left out" for name, count in skipped.items() if count]
-    written = [*(folder / name for name in texts), *figures]
-    return [*table.splitlines(), "", *notes, f"written: {', '.join(map(str, written))}"]
+    return [*table.splitlines(), "", *notes, write_results(folder, texts, figures)]
 
 
 def _values(records: Sequence[Record]) -> Values:
@@ -86,28 +81,26 @@ def _number(value: float) -> str:
 
 
 def _draw_depths(values: Values, depths: Sequence[int | None]) -> Any:
-    """Draw accuracy and loss against depth; None if there is one depth only."""
+    """Draw accuracy and loss against depth; None if there is one depth only, or neither of them."""
     values = {entry: found for entry, found in values.items() if _PARTS_OF not in entry}
     steps = sorted(depth for depth in depths if depth is not None)
-    if len(steps) < 2:
+    shown = {"Accuracy": _ACCURACIES, "Loss in nats a token": ("loss",)}
+    shown = {title: names for title, names in shown.items() if any(_first(each, names) for each in values.values())}
+    if len(steps) < 2 or not shown:
         return None
-    panels = {"Accuracy": _ACCURACIES, "Loss in nats a token": ("loss",)}
-    panels = {title: names for title, names in panels.items() if any(_first(each, names) for each in values.values())}
-    figure = new_figure(1.5 + 4.4 * len(panels), 3.6)
-    for axis, (title, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    figure, axes = panels(len(shown), 2, size=(4.4, 3.6), margin=(1.5, 0.0))
+    for axis, (title, names) in zip(axes, shown.items(), strict=True):
         for number, (entry, found) in enumerate(values.items()):
             if (measure := _first(found, names)) is not None:
-                places = [depth for depth in steps if depth in found[measure]]
-                line = [found[measure][depth] for depth in places]
-                axis.plot(places, line, "o-", label=entry, color=f"C{number % 10}", markersize=4)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(steps, [str(depth) for depth in steps])
-        axis.minorticks_off()
+                points = {depth: found[measure][depth] for depth in steps if depth in found[measure]}
+                colour = f"C{number % 10}"
+                axis.plot(list(points), list(points.values()), "o-", label=entry, color=colour, markersize=4)
+        depth_axis(axis, steps)
         axis.grid(alpha=0.3)
         axis.set(xlabel="recurrence steps r", title=title)
         if names is _ACCURACIES:
             _accuracy_axis([axis])
-    _legend(figure, figure.axes)
+    _legend(figure)
     return figure
 
 
@@ -119,12 +112,11 @@ def _accuracy_axis(axes: Sequence[Any]) -> None:
         axis.set_ylim(-0.02 * top, 1.02 * top)
 
 
-def _legend(figure: Any, axes: Sequence[Any]) -> None:
+def _legend(figure: Any) -> None:
     """Name all lines once, beside the panels."""
     named: dict[str, Any] = {}
-    for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            named.setdefault(label, handle)
+    for line in (line for axis in figure.axes for line in axis.lines):
+        named.setdefault(line.get_label(), line)
     figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=8, frameon=False)
 
 
@@ -159,25 +151,20 @@ def _draw_difficulties(records: Sequence[Record], depths: Sequence[int | None]) 
                 lines.setdefault(title, {})[record["num_steps"]] = found
     if not lines:
         return None
-    columns = min(len(lines), 4)
-    rows = -(-len(lines) // columns)
-    figure = new_figure(1.2 + 2.9 * columns, 0.4 + 2.5 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axis in axes[len(lines) :]:
-        axis.axis("off")
+    figure, axes = panels(len(lines), 4, size=(2.9, 2.5), margin=(1.2, 0.4))
     from matplotlib import colormaps
 
     # From light to dark, for depths that grow.
     colours = colormaps["viridis_r"](np.linspace(0.15, 0.95, len(depths)))
-    for axis, (title, by_depth) in zip(axes, lines.items(), strict=False):
+    for axis, (title, by_depth) in zip(axes, lines.items(), strict=True):
         for (depth, found), colour in zip(by_depth.items(), colours, strict=False):
             label = "accuracy" if depth is None else f"r = {depth}"
             axis.plot(list(found), list(found.values()), "o-", color=colour, label=label, markersize=3)
         axis.set(xlabel="difficulty", xticks=sorted(next(iter(by_depth.values()))))
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3)
-    _accuracy_axis(axes[: len(lines)])
-    for axis in axes[: len(lines) : columns]:
+    _accuracy_axis(axes)
+    for axis in axes[::4]:
         axis.set_ylabel("exact match")
-    _legend(figure, axes[: len(lines)])
+    _legend(figure)
     return figure

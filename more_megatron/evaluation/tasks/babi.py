@@ -71,14 +71,8 @@ def fetch_babi(split: Split, tasks: Sequence[int] = TASKS) -> list[Problem]:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MoREError(f"{_HUB} cannot be downloaded: {reason}; give local files with --input") from error
-    return [
-        Problem.ask(
-            row["question"].strip(),
-            row["answer"].strip(),
-            f"babi_{row['task']}",
-            difficulty=0,
-            story=map(str.strip, row["passage"].strip().splitlines()),
-        )
-        for row in rows
-        if int(row["task"]) in tasks
-    ]
+    problems = []
+    for row in (row for row in rows if int(row["task"]) in tasks):
+        story = map(str.strip, row["passage"].strip().splitlines())
+        problems.append(Problem.ask(row["question"].strip(), row["answer"].strip(), f"babi_{row['task']}", 0, story))
+    return problems

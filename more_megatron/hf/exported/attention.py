@@ -31,11 +31,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | RowMask | N
     Under a `RowMask` the rows are of any of the b sequences, [1, heads, rows, d].
     """
     if isinstance(mask, RowMask):
-        output = torch.empty_like(query)
+        rows, outputs = [], []
         for number in mask.sequence.unique():
             own, sequence = (mask.sequence == number).nonzero().flatten(), slice(number, number + 1)
-            output[:, :, own] = attend(query[:, :, own], key[sequence], value[sequence], mask.visible[own][None, None])
-        return output
+            rows.append(own)
+            outputs.append(attend(query[:, :, own], key[sequence], value[sequence], mask.visible[own][None, None]))
+        return torch.cat(outputs, dim=2)[:, :, torch.cat(rows).argsort()]
     # In this order: of a size that a tracer does not know, `>` is no bool, which the kernel wants.
     is_causal, is_grouped = query.size(2) > 1 and mask is None, query.size(1) != key.size(1)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)

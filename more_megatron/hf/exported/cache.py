@@ -11,8 +11,6 @@ what it left in its last one: for tokens that did not come to a place, it holds 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["Memory", "cache_sizes", "cut", "filled_as", "prepare_cache"]
+__all__ = ["Memory", "cache_sizes", "cut", "prepare_cache"]
 
 _STEP = "step."
 
@@ -49,13 +47,13 @@ class _Place(DynamicLayer):
 class Memory:
     """A part of a cache."""
 
-    cache: Cache | None  # the whole cache; None without one
+    cache: Any  # the whole cache; None without one
+    shape: tuple[int, int]  # (b, s) of the call
     past: int = 0  # number of tokens in it before the call
     slots: int | None = None  # steps of which it keeps keys and values, later ones writing over earlier ones; None: all
     path: str = ""  # what all names of this part begin with
     before: str | None = None  # what the names of the step before begin with; None if this is no step, or the first
-    shape: tuple[int, int] | None = None  # (b, s) of the call where tokens may have stopped, else None
-    places: Tensor | None = None  # which of the tokens, b s in number, are written; None: all
+    places: Tensor | None = None  # which of the call's tokens, b s in number, are written; None: all
 
     def at(self, name: str) -> Memory:
         """Return the part of a layer or block."""
@@ -67,10 +65,6 @@ class Memory:
         slot = step if self.slots is None else step % self.slots
         before = f"{self.path}{_STEP}{slot - 1}/" if slot > 0 else None
         return replace(self, path=f"{self.path}{_STEP}{slot}/", before=before)
-
-    def select(self, shape: tuple[int, int], places: Tensor | None) -> Memory:
-        """Return the same part for some tokens of a call."""
-        return self if places is None else replace(self, shape=shape, places=places)
 
     def copy(self) -> Memory:
         """Return the same part of a cache that holds the same, and grows apart from this one."""
@@ -84,7 +78,7 @@ class Memory:
     def held(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Return what is under a name, [b, any, T, any] each; None if there is nothing."""
         number = None if self.cache is None else _places(self.cache).get(self.path + name)
-        return None if self.cache is None or number is None else _pair(self.cache.layers[number])
+        return None if number is None else _pair(self.cache.layers[number])
 
     def extend(self, name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append [b, any, s, any] to what is under a name and return all of it, [b, any, T, any].
@@ -104,26 +98,21 @@ class Memory:
         return _pair(place)
 
     def _written(self, held: Tensor | None, earlier: Tensor | None, new: Tensor) -> Tensor:
-        """Return what a place holds, [b, any, T, any], with new tokens, [b, any, s, any], or some, [1, any, n, any].
-
-        `earlier` is what the place of the step before holds, which is complete.
-        """
+        """Return what a place holds with new tokens; `earlier` is what that of the step before holds, all of them."""
         length = 0 if held is None else held.size(-2)
-        known = [] if held is None else [held[..., : self.past, :]]
-        if length < self.past and earlier is not None:
-            known.append(earlier[..., length : self.past, :])
-        if self.places is None or self.shape is None:
-            return torch.cat((*known, new), dim=-2)
-        source = held if length > self.past else earlier
-        if source is None:
-            current = new.new_zeros(self.shape[0] * self.shape[1], new.size(1), new.size(3))
-        else:
-            current = source[..., self.past :, :].transpose(1, 2).flatten(0, 1)
-        current = current.index_copy(0, self.places, new[0].transpose(0, 1))
-        return torch.cat((*known, current.unflatten(0, self.shape).transpose(1, 2)), dim=-2)
+        if earlier is not None and length <= self.past:
+            held = earlier if held is None else torch.cat((held, earlier[..., length:, :]), dim=-2)
+        if self.places is not None:
+            if held is None or held.size(-2) == self.past:  # A first step, which padding does not take.
+                flat = new.new_zeros(self.shape[0] * self.shape[1], new.size(1), new.size(3))
+            else:
+                flat = held[..., self.past :, :].transpose(1, 2).flatten(0, 1)
+            flat = flat.index_copy(0, self.places, new[0].transpose(0, 1))
+            new = flat.unflatten(0, self.shape).transpose(1, 2)
+        return new if held is None else torch.cat((held[..., : self.past, :], new), dim=-2)
 
 
-def _place(cache: Cache, name: str) -> Any:
+def _place(cache: Any, name: str) -> Any:
     """Return the layer of a name, a new one if there is none."""
     number = _places(cache).setdefault(name, len(_places(cache)))
     if number == len(cache.layers):
@@ -135,12 +124,12 @@ def _pair(place: Any) -> tuple[Any, Any]:
     return (None, None) if place is None else (place.keys, place.values)
 
 
-def _places(cache: Cache) -> dict[str, int]:
+def _places(cache: Any) -> dict[str, int]:
     """Return the layer of a cache that each name has."""
     return vars(cache).setdefault("more_places", {})
 
 
-def prepare_cache(cache: Cache, num_steps: int | None, slots: int | None) -> None:
+def prepare_cache(cache: Any, num_steps: int | None, slots: int | None) -> None:
     """Let a cache have places by name.
 
     `num_steps` is None if the model has no recurrence, `slots` if the keys and values of all steps are kept.
@@ -148,35 +137,23 @@ def prepare_cache(cache: Cache, num_steps: int | None, slots: int | None) -> Non
     Raises:
         ValueError: If the cache cannot grow, or was filled by another kind of model or with other numbers of steps.
     """
-    if not isinstance(cache, Cache) or not all(
-        isinstance(layer, _Place) or type(layer) is DynamicLayer for layer in cache.layers
-    ):
+    known = isinstance(cache, Cache) and all(type(layer) in (_Place, DynamicLayer) for layer in cache.layers)
+    if not known:
         raise ValueError(f"a {type(cache).__name__} cannot hold the states of a MoRE model: use a DynamicCache")
     asked = {"num_steps": num_steps, "cache_steps": slots}
     if cache.get_seq_length() == 0:
         cache.layers.clear()
         _places(cache).clear()
+    elif not hasattr(cache, "more_steps"):
+        raise ValueError("the cache was filled by another kind of model: start with an empty one")
     else:
-        if "more_steps" not in vars(cache):
-            raise ValueError("the cache was filled by another kind of model: start with an empty one")
-        for (name, wanted), filled in zip(asked.items(), vars(cache)["more_steps"], strict=True):
+        for (name, wanted), filled in zip(asked.items(), cache.more_steps, strict=True):
             if filled != wanted:
                 raise ValueError(
                     f"the cache was filled with {name}={filled}, and this call has {name}={wanted}: "
                     "use the same number or start with an empty cache"
                 )
-    vars(cache)["more_steps"] = tuple(asked.values())
-
-
-@contextmanager
-def filled_as(cache: Cache, num_steps: int) -> Iterator[None]:
-    """Let calls with another number of steps read a cache. What they append must be cut off again."""
-    filled = vars(cache)["more_steps"]
-    vars(cache)["more_steps"] = (num_steps, filled[1])
-    try:
-        yield
-    finally:
-        vars(cache)["more_steps"] = filled
+    cache.more_steps = tuple(asked.values())
 
 
 def cut(cache: Cache, length: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +14,12 @@ from torch import Tensor
 
 from .attention import Rotation, RowMask, rotate, rotation
 from .cache import Memory
-from .exits import Exits
 from .fields import Config
 from .noise import state_noise
 from .options import CallOptions
 from .routing import RouterLogits
 
-__all__ = ["CallContext", "Records", "find_documents", "find_padding"]
+__all__ = ["CallContext", "Records", "find_places"]
 
 
 @dataclass
@@ -42,28 +42,22 @@ class Records:
         if self.hidden_states is not None:
             self.hidden_states.append(states)
 
-    def see_logits(self, logits: Iterable[Tensor], layer: int, step: int, routers: tuple[str, ...]) -> None:
-        """Keep the logits that one call of a layer returned, [b, s, N] or [b, s, heads, N] each."""
-        if self.decisions is not None:
-            for number, part in enumerate(logits):
-                further, router = divmod(number, len(routers))
-                self.decisions.append((part.flatten(0, 1), layer, step + further, routers[router]))
-
-    def router_logits(self, batch: int) -> RouterLogits | None:
-        """Return the router logits of a number of sequences; None if they were not to be kept."""
-        return None if self.decisions is None else RouterLogits.of(self.decisions, batch)
-
-    def exit_steps(self) -> Tensor | None:
-        """Return the steps that each token took, [recurrences, b, s]; None if they all took the same."""
-        return torch.stack([self.steps[index].cpu() for index in sorted(self.steps)]) if self.steps else None
-
-    def recurrent_states(self) -> Tensor | None:
-        """Return the states, [recurrences, steps, b, s, h]; None if they were not to be kept or nothing recurs."""
-        if not self.states:
-            return None
-        first = next(iter(self.states.values()))
-        states = torch.stack([self.states[place].to(first.device) for place in sorted(self.states)])
-        return states.unflatten(0, (len({index for index, _ in self.states}), -1))
+    def outputs(self, batch: int) -> dict[str, Any]:
+        """Return what was kept of a number of sequences, by the fields of `MoREModelOutput`."""
+        steps = states = None
+        if self.steps:
+            steps = torch.stack([self.steps[index].cpu() for index in sorted(self.steps)])
+        if self.states:
+            first = next(iter(self.states.values()))
+            states = torch.stack([self.states[place].to(first.device) for place in sorted(self.states)])
+            states = states.unflatten(0, (len({index for index, _ in self.states}), -1))
+        return {
+            "hidden_states": None if self.hidden_states is None else tuple(self.hidden_states),
+            "router_logits": None if self.decisions is None else RouterLogits.of(self.decisions, batch),
+            "losses": tuple(self.losses) or None,
+            "recurrent_states": states,
+            "exit_steps": steps,
+        }
 
 
 @dataclass(frozen=True)
@@ -71,17 +65,15 @@ class CallContext:
     """What every layer and loop knows about one call of the model."""
 
     config: Config
-    positions: Tensor  # position of each token, [b or 1, s]
-    padding: Tensor | None  # True for padding, [b, T]; None without any
-    documents: Tensor | None  # number of each token's document in its row, [b, T]; None if a row is one document
-    past: int  # number of tokens in the cache
     options: CallOptions
-    shape: tuple[int, int]  # (b, s) of the call
+    memory: Memory  # the whole cache, and the size of the call
     records: Records  # what the call keeps
-    exits: Exits | None = None  # how tokens stop by themselves; None: all take `num_steps`
-    # Where the last states of tokens are kept, from which the tokens behind them start; None: nowhere
-    warm: Memory | None = None
-    # What the result of a recurrence inside a layer is added to, [b, s, h], where `exits` reads logits
+    positions: Tensor  # position of each token, [b or 1, s]
+    padding: Tensor | None = None  # True for padding, [b, T]; None without any
+    documents: Tensor | None = None  # number of each token's document in its row, [b, T]; None if a row is one document
+    # Returns logits, given what the last norm is applied to, for criteria that read them
+    read: Callable[[Tensor], Tensor] | None = None
+    # What the result of a recurrence inside a layer is added to, [b, s, h], where a criterion reads logits
     stream: Tensor | None = None
     # Which tokens of the call these are where others have stopped, n of b s; None: all. Then the first two
     # dimensions of what a token has are [1, n] in the place of [b, s]
@@ -97,9 +89,11 @@ class CallContext:
     def mask(self) -> Tensor | RowMask | None:
         """The keys that each token sees, [b, 1, s, T]; None where the plain causal kernel does."""
         if self.places is not None and self.whole is not None:
-            visible = self.whole.visible.expand(self.shape[0], -1, -1, -1)
-            return RowMask(visible.flatten(0, 2)[self.places], self.places // self.shape[1])
-        plain = self.padding is None and self.documents is None and (self.past == 0 or self.positions.size(1) == 1)
+            batch, length = self.memory.shape
+            visible = self.whole.visible.expand(batch, -1, -1, -1)
+            return RowMask(visible.flatten(0, 2)[self.places], self.places // length)
+        is_simple = self.memory.past == 0 or self.positions.size(1) == 1
+        plain = self.padding is None and self.documents is None and is_simple
         return None if plain else self.visible
 
     @functools.cached_property
@@ -108,12 +102,12 @@ class CallContext:
 
         A token sees itself even if it is padding: a row of a softmax must not be empty.
         """
-        length, device = self.positions.size(1), self.positions.device
-        query = torch.arange(self.past, self.past + length, device=device).unsqueeze(1)
-        key = torch.arange(self.past + length, device=device)
+        past, device = self.memory.past, self.positions.device
+        key = torch.arange(past + self.positions.size(1), device=device)
+        query = key[past:].unsqueeze(1)
         visible = (key <= query)[None, None]
         if self.documents is not None:
-            own = self.documents[:, self.past :]
+            own = self.documents[:, past:]
             visible = visible & (own.unsqueeze(2) == self.documents.unsqueeze(1)).unsqueeze(1)
         if self.padding is not None:
             visible = visible & ~self.padding[:, None, None] | (key == query)
@@ -139,7 +133,7 @@ class CallContext:
 
     def _last_state(self, index: int) -> Tensor | None:
         """Return the last state of the token before the first of the call, [b, 1, h]; None if there is none."""
-        held = None if self.warm is None else self.warm.held(f"states.{index}")
+        held = self.memory.held(f"states.{index}") if self.options.warm_start else None
         if held is None:
             return None
         states = held[0][:, 0]
@@ -151,28 +145,28 @@ class CallContext:
 
     def real_tokens(self) -> Tensor:
         """Return the places of the tokens of the call that are no padding; of all if they are nothing else."""
-        places = torch.arange(self.shape[0] * self.shape[1], device=self.positions.device)
-        real = places if self.padding is None else places[~self.padding[:, self.past :].flatten()]
+        places = torch.arange(math.prod(self.memory.shape), device=self.positions.device)
+        real = places if self.padding is None else places[~self.padding[:, self.memory.past :].flatten()]
         return real if len(real) > 0 else places
 
     def select(self, places: Tensor) -> CallContext:
         """Return the context of some tokens of the call, given their places among all, b s."""
 
         def rows(part: Tensor) -> Tensor:
-            return part.expand(self.shape[0], -1, *part.shape[2:]).flatten(0, 1)[places].unsqueeze(0)
+            return part.expand(self.memory.shape[0], -1, *part.shape[2:]).flatten(0, 1)[places].unsqueeze(0)
 
         stream = None if self.stream is None else rows(self.stream)
         return dataclasses.replace(self, positions=rows(self.positions), stream=stream, places=places, whole=self)
 
     def beside(self, part: Tensor | None) -> CallContext:
         """Return the context of a recurrence to whose result a part, [b, s, h], is added, among others."""
-        if part is None or self.exits is None or not self.exits.criterion.reads_logits:
+        criterion = self.options.criterion
+        if part is None or criterion is None or not criterion.reads_logits:
             return self
         return dataclasses.replace(self, stream=part if self.stream is None else self.stream + part)
 
     def to(self, device: torch.device, **kwargs: Any) -> CallContext:
         """Return a copy on another device, which is how accelerate hands arguments to layers that live there."""
-
         parts: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name, part in parts.items():
             if isinstance(part, Tensor | CallContext):
@@ -180,12 +174,25 @@ class CallContext:
         return CallContext(**parts)
 
 
-def find_padding(attention_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-    """Return True for padding, [b, T], or None if there is none.
+def find_places(
+    positions: Tensor | None, attention_mask: Tensor | None, memory: Memory, device: torch.device
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Return padding, documents and positions as `CallContext` has them, given positions, [b, s], and mask, [b, T].
 
     Raises:
-        ValueError: If the mask has not that shape.
+        ValueError: If one has not that shape.
     """
+    (batch, length), past = memory.shape, memory.past
+    padding = _find_padding(attention_mask, (batch, past + length), device)
+    if positions is None:
+        tokens = torch.ones(1, past + length, dtype=torch.bool, device=device) if padding is None else ~padding
+        return padding, None, (tokens.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
+    if positions.shape not in ((1, length), (batch, length)):
+        raise ValueError(f"position_ids has shape {tuple(positions.shape)}, and not (b, s) = {(batch, length)}")
+    return padding, _find_documents(positions.expand(batch, -1), padding, memory), positions.long()
+
+
+def _find_padding(attention_mask: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
     if attention_mask is None:
         return None
     if attention_mask.shape != shape:
@@ -195,16 +202,12 @@ def find_padding(attention_mask: Tensor | None, shape: tuple[int, int], device: 
     return padding if torch.compiler.is_compiling() or bool(padding.any()) else None
 
 
-def find_documents(positions: Tensor, padding: Tensor | None, memory: Memory) -> Tensor | None:
+def _find_documents(positions: Tensor, padding: Tensor | None, memory: Memory) -> Tensor | None:
     """Return the number of each token's document, [b, T], where a row holds several.
 
     A document begins where a position is not the one after the position before it. Packing collators send such
-    positions, and transformers' own models keep these documents apart, too.
-
-    Args:
-        positions: Positions that a call was given, [b, s].
-        padding: True for padding, [b, T].
-        memory: The cache, which keeps the positions of the tokens before these if they are of several documents.
+    positions, and transformers' own models keep these documents apart, too. The cache keeps the positions of the
+    tokens before these if they are of several documents.
     """
     if memory.past > 0 and memory.held("positions") is None:
         return None

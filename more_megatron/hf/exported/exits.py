@@ -6,13 +6,10 @@ place of a name: `model.generate(..., criterion=MyCriterion(), exit_threshold=0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Criterion", "Exits"]
+__all__ = ["CRITERIA", "Criterion"]
 
 
 class Criterion:
@@ -47,7 +44,7 @@ class Criterion:
 
 
 class KLDivergence(Criterion):
-    """Divergence of the predictions of a step from those of the step before."""
+    """Divergence of the predictions of a step from those of the step before, `KL(former || now)`."""
 
     threshold = 1e-3
     reads_logits = True
@@ -56,18 +53,17 @@ class KLDivergence(Criterion):
         return seen.log_softmax(-1)
 
     def distance(self, former: Tensor, now: Tensor) -> Tensor:
-        """Return `KL(former || now)`, which rounding must not make negative."""
+        # Rounding must not make it negative.
         return (former.exp() * (former - now)).sum(-1).clamp(min=0.0)
 
 
 class EntropyDifference(Criterion):
-    """Change of the entropy of the predictions."""
+    """Change of the entropy of the predictions, in nats."""
 
     threshold = 1e-3
     reads_logits = True
 
     def measure(self, seen: Tensor, former: Tensor | None) -> Tensor:
-        """Return the entropy in nats."""
         logs = seen.log_softmax(-1)
         return -(logs.exp() * logs).sum(-1, keepdim=True)
 
@@ -90,7 +86,7 @@ class Cosine(Criterion):
     threshold = 1e-3
 
     def distance(self, former: Tensor, now: Tensor) -> Tensor:
-        """Return the distance, which rounding must not make negative."""
+        # Rounding must not make it negative.
         return (1.0 - torch.cosine_similarity(former, now, dim=-1)).clamp(min=0.0)
 
 
@@ -108,7 +104,6 @@ class ArgmaxStability(Criterion):
         return torch.stack((token, torch.where(token == former[:, 0], former[:, 1] + 1.0, 0.0)), dim=-1)
 
     def stops(self, former: Tensor, now: Tensor, threshold: float) -> Tensor:
-        """Return which tokens have been stable for long enough."""
         return now[:, 1] >= threshold
 
 
@@ -119,13 +114,3 @@ CRITERIA: dict[str, type[Criterion]] = {
     "argmax-stability": ArgmaxStability,
     "cosine": Cosine,
 }
-
-
-@dataclass(frozen=True)
-class Exits:
-    """How the tokens of a call stop."""
-
-    criterion: Criterion  # what is compared
-    threshold: float  # what it is compared with
-    min_steps: int  # steps that every token takes
-    read: Callable[[Tensor], Tensor] | None  # returns logits, given what the output layer and its norm are applied to

@@ -1,12 +1,13 @@
-"""Layers with experts: router, routed experts and shared expert. Megatron's experts, which are MLPs."""
+"""Layers with experts: router, routed experts and shared expert; kinds of experts that more than one system has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from .cache import Memory
@@ -16,36 +17,84 @@ from .parts import MoREMLP, grouped_linear
 from .recurrence import Rows
 from .routing import MoRERouter, Routing, averaged_logits
 
-__all__ = ["FeedForwardExperts", "MoREMoE", "RecurringMoE"]
+__all__ = ["CellExperts", "Experts", "FeedForwardExperts", "MoREMoE", "RecurringMoE", "lstm_cell"]
 
 
-class FeedForwardExperts(nn.Module):
+class Experts(nn.Module):
+    """Weights of all routed experts, each name's with an axis for the experts in front of the shape of one.
+
+    Weights of cells have an axis for their gates behind it, which `linear` lays side by side.
+    """
+
+    def __init__(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        self.config = config
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(config.num_experts, *shape)))
+
+    def linear(self, rows: Tensor, name: str, routing: Routing) -> Tensor:
+        """Return the linear map of a name, with a bias if there is one, [rows, out] for [rows, in]."""
+        product = grouped_linear(rows, getattr(self, name).flatten(1, -2), routing.ends)
+        bias = getattr(self, f"{name}_bias", None)
+        return product if bias is None else product + bias.flatten(1)[routing.experts]
+
+
+class FeedForwardExperts(Experts):
     """Megatron's experts: MLPs."""
 
     down_proj: Tensor
+    down_proj_bias: Tensor
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config, self.activation = config, ACT2FN[config.hidden_act]
         hidden, width = config.hidden_size, config.moe_intermediate_size
-        self.up_name, inner = ("gate_up_proj", 2 * width) if config.gated_mlp else ("up_proj", width)
-        for name, shape in ((self.up_name, (inner, hidden)), ("down_proj", (hidden, width))):
-            self.register_parameter(name, nn.Parameter(torch.empty(config.num_experts, *shape)))
-            bias = nn.Parameter(torch.empty(config.num_experts, shape[0])) if config.linear_bias else None
-            self.register_parameter(f"{name}_bias", bias)
+        up, inner = ("gate_up_proj", 2 * width) if config.gated_mlp else ("up_proj", width)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in ((up, (inner, hidden)), ("down_proj", (hidden, width))):
+            shapes[name] = shape
+            if config.linear_bias:
+                shapes[f"{name}_bias"] = shape[:1]
+        super().__init__(config, shapes)
+        self.up, self.activation = up, ACT2FN[config.hidden_act]
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h], given [rows, h]."""
-        up_bias, down_bias = (getattr(self, f"{name}_bias") for name in (self.up_name, "down_proj"))
-        inner = grouped_linear(rows, getattr(self, self.up_name), routing.ends)
-        inner = inner if up_bias is None else inner + up_bias[routing.experts]
+        inner = self.linear(rows, self.up, routing)
         if self.config.gated_mlp:
             gate, up = inner.chunk(2, dim=-1)
             inner = self.activation(gate) * up
         else:
             inner = self.activation(inner)
         output = grouped_linear(routing.weigh(inner), self.down_proj, routing.ends)
-        return output if down_bias is None else output + routing.weigh(down_bias[routing.experts])
+        if self.config.linear_bias:
+            output = output + routing.weigh(self.down_proj_bias[routing.experts])
+        return output
+
+
+class CellExperts(Experts):
+    """A feed-forward network with biases, linear, GELU, linear, and a cell that a subclass has beside it.
+
+    `shapes` are those of each further weight of one expert, by name.
+    """
+
+    def __init__(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        feed_forward = {"fc1": (width, hidden), "fc1_bias": (width,), "fc2": (hidden, width), "fc2_bias": (hidden,)}
+        super().__init__(config, {**feed_forward, **shapes})
+
+    def expand(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Return the inner layer of the feed-forward network, [rows, m], given [rows, h]."""
+        return F.gelu(self.linear(rows, "fc1", routing))
+
+    def feed_forward(self, rows: Tensor, routing: Routing) -> Tensor:
+        """Return what the feed-forward network makes of [rows, h]."""
+        return self.linear(self.expand(rows, routing), "fc2", routing)
+
+
+def lstm_cell(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the next hidden and cell state, [rows, n] each, given i, f, g and o before their activations."""
+    write, keep, new, read = gates.chunk(4, dim=-1)
+    cell = keep.sigmoid() * cell + write.sigmoid() * new.tanh()
+    return read.sigmoid() * cell.tanh(), cell
 
 
 class MoREMoE(nn.Module):
@@ -70,19 +119,20 @@ class MoREMoE(nn.Module):
         logits = averaged_logits(self.config, self.gate(x), *former)
         return self.mix(x, logits, context, memory), logits
 
-    def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
-        """Return the output, [b, s, h], of the experts that the logits, [b, s, N], choose."""
-        routing = Routing(*self.gate.choose(logits), self.config.num_experts)
-        shared = self.shared_output(x)
-        output = routing.combine(self.apply_experts(x, routing, context.beside(shared), memory))
-        return output if shared is None else output + shared
+    def mix(
+        self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory, stream: Tensor | None = None
+    ) -> Tensor:
+        """Return the output, [b, s, h], of the experts that the logits, [b, s, N], choose.
 
-    def shared_output(self, x: Tensor) -> Tensor | None:
-        """Return the output of the shared expert, [b, s, h], where there is one, given what it reads."""
-        if self.shared_expert is None:
-            return None
-        shared = self.shared_expert(x)
-        return shared if self.shared_expert_gate is None else shared * self.shared_expert_gate(x).sigmoid()
+        Routed experts read `stream`, where it is given, in the place of `x`.
+        """
+        routing = Routing(*self.gate.choose(logits), self.config.num_experts)
+        shared = None if self.shared_expert is None else self.shared_expert(x)
+        if self.shared_expert_gate is not None:
+            shared = shared * self.shared_expert_gate(x).sigmoid()
+        read = x if stream is None else stream
+        output = routing.combine(self.apply_experts(read, routing, context.beside(shared), memory))
+        return output if shared is None else output + shared
 
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         """Return weighted outputs of the routed experts, [rows, h]."""

@@ -111,7 +111,7 @@ FIELDS: dict[str, Field] = {
     "mean_recurrence": _size(4, "Recurrence steps taken if a call does not say how many."),
     "state_std": Field(float, 0.02, "Standard deviation of initial states.", low=0.0),
     "noise_seed": Field(int, 1234, "Seed of initial states: the seed of the training run."),
-    "initializer_range": Field(float, 0.02, "Standard deviation of new weights outside recurrent blocks.", low=0.0),
+    "initializer_range": Field(float, 0.02, "Standard deviation of new weights.", low=0.0),
     "router_aux_loss_coef": Field(float, 0.001, "Coefficient of the load-balancing loss.", low=0.0),
     "output_router_logits": Field(bool, False, "Whether calls return router logits and their loss.", of_calls=True),
     "use_cache": Field(bool, True, "Whether calls return a cache.", of_calls=True),

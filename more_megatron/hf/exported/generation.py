@@ -32,9 +32,7 @@ class MoREGenerationMixin(GenerationMixin):
         not given to the model. Not with beams.
 
         Args:
-            inputs: As in transformers.
-            generation_config: As in transformers.
-            args: As in transformers.
+            inputs, generation_config, args: As in transformers.
             kwargs: As in transformers, the options, and for self-speculation:
                 draft_steps: Steps that drafts are made with, fewer than `num_steps`, which verify them.
                 lookahead_for_draft: Tokens of a draft, `draft_tokens` is the same. Default: 4.
@@ -51,13 +49,12 @@ class MoREGenerationMixin(GenerationMixin):
         draft = self._draft_options(kwargs)
         if draft is not None:
             return super().generate(*args, custom_generate=partial(speculate, **draft), **kwargs)
-        steps: list[Tensor] | None = None
-        if kwargs.get("criterion", kwargs.get("exit_criterion")) is not None:
-            steps = kwargs["exit_log"] = []
-        output = super().generate(*args, **kwargs)
-        if steps and not isinstance(output, Tensor):
-            found = torch.cat(steps, dim=-1) if len({part.shape[:2] for part in steps}) == 1 else steps[0]
-            if found.shape[1:] == output.sequences[:, 1:].shape and getattr(output, "beam_indices", None) is None:
+        steps: list[Tensor] = []
+        output = super().generate(*args, exit_log=steps, **kwargs)
+        is_whole = len({part.shape[:2] for part in steps}) == 1 and getattr(output, "beam_indices", None) is None
+        if is_whole and not isinstance(output, Tensor):
+            found = torch.cat(steps, dim=-1)
+            if found.shape[1:] == output.sequences[:, 1:].shape:
                 output["exit_steps"] = found
         return output
 
@@ -70,8 +67,11 @@ class MoREGenerationMixin(GenerationMixin):
                 raise ValueError(f"lookahead_for_draft {tokens!r} has no effect without draft_steps")
             return None
         options = CallOptions.taken_from(dict(kwargs), self.config)
-        for name in ("criterion", "cache_steps", "warm_start", "num_beams", "assistant_model", "streamer"):
-            if kwargs.get(name, getattr(options, name, None)) not in (None, False, 1):
+        others = {name: getattr(options, name) for name in ("criterion", "cache_steps", "warm_start")}
+        others |= {name: kwargs.get(name) for name in ("assistant_model", "streamer")}
+        others["num_beams"] = kwargs.get("num_beams") not in (None, 1)
+        for name, value in others.items():
+            if value is not None and value is not False:
                 raise ValueError(f"draft_steps does not go together with {name}: leave one of them out")
         if not self.system.recurrent:
             raise ValueError(f"draft_steps has no effect: {WITHOUT_STEPS}")

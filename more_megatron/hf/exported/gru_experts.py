@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from .cell_experts import CellExperts
-from .experts import RecurringMoE
+from .experts import CellExperts, RecurringMoE
 from .fields import Config
 from .interface import System
 from .recurrence import Rows, State, recur
@@ -26,12 +23,6 @@ class GRUExperts(CellExperts):
         width = config.moe_intermediate_size
         super().__init__(config, {"gru": (4, width, width), "gru_bias": (4, width)})
 
-    def draw_recurrent(self, name: str, weight: Tensor) -> None:
-        # Where one gate sees two weights, their sum.
-        bound = 1.0 / math.sqrt(weight.size(2))
-        weight.uniform_(-bound, bound)
-        weight[:, :2] += torch.empty_like(weight[:, :2]).uniform_(-bound, bound)
-
     def forward(self, x: Tensor, rows: Rows) -> Tensor:
         """Return what the last states contract to, [rows, h], given [rows, h]."""
 
@@ -48,8 +39,6 @@ class GRUExperts(CellExperts):
 
 
 class GRUExpertsMoE(RecurringMoE):
-    """A layer of them."""
-
     def contract(self, state: Tensor, routing: Routing) -> Tensor:
         # No call of the module, inside which this is asked for: its weights are here for the one that is under way.
         return self.experts.contract(state, routing)

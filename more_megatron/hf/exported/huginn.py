@@ -5,25 +5,13 @@ a <- N2(x + Attn(N1(x))),   out <- N4(a + MLP(N3(a)))   in each layer; one norm 
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from .context import CallContext
-from .division import DividedSystem, InjectedLoop, division_fields
 from .fields import Config
+from .interface import DividedSystem
 from .layer import SandwichLayer
-from .parts import MoRERMSNorm, takase_normal
-
-
-class HuginnLayer(SandwichLayer):
-    """A sandwich layer that knows which of its parts add to the stream, which initial weights depend on."""
-
-    def __init__(self, config: Config, layer_idx: int, mlp: nn.Module) -> None:
-        super().__init__(config, layer_idx, mlp)
-        inner = [part for name, part in mlp.named_modules() if name.rpartition(".")[2] == "down_proj"]
-        for part in (self.self_attn.o_proj, *inner):
-            part.adds_to_stream = True
+from .stack import InjectedLoop, division_fields
 
 
 class Core(InjectedLoop):
@@ -41,26 +29,14 @@ class Core(InjectedLoop):
 class Huginn(DividedSystem):
     """Sandwich layers and one initial state."""
 
-    layer_class = HuginnLayer
+    layer_class = SandwichLayer
     loop_class = Core
+    scales_embeddings = True
     norms_coda_input = True
     fields = division_fields("linear")
 
     def num_states(self, config: Config) -> int:
         return 0 if config.injection == "none" else 1
-
-    def embedding_scale(self, config: Config) -> float:
-        return math.sqrt(config.hidden_size)
-
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Draw all matrices by the unrolled depth."""
-        if name.endswith("bias") or isinstance(module, MoRERMSNorm | nn.LayerNorm):
-            super().draw_weight(config, module, name, weight)
-        else:
-            around = config.prelude_layers + config.coda_layers
-            depth = around + (config.num_hidden_layers - around) * config.mean_recurrence
-            adds_to_stream = name == "down_proj" or getattr(module, "adds_to_stream", False)
-            takase_normal(config, weight, depth if adds_to_stream else None)
 
 
 SYSTEM = Huginn()

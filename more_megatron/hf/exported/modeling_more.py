@@ -10,6 +10,7 @@ to, N experts, h hidden size, d head size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +25,10 @@ from transformers.utils import can_return_tuple
 
 from .cache import Memory, prepare_cache
 from .configuration_more import MoREConfig
-from .context import CallContext, Records, find_documents, find_padding
-from .exits import Exits
+from .context import CallContext, Records, find_places
 from .generation import MoREGenerationMixin
 from .options import CallOptions
+from .parts import MoRERMSNorm
 from .stack import run_stack
 from .system import find_system
 
@@ -80,10 +81,16 @@ class MoREPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw the weights a module itself holds that were not loaded."""
+        """Draw the weights a module itself holds that were not loaded. (Pretraining draws its own, in Megatron.)"""
         for name, weight in module.named_parameters(recurse=False):
-            if not getattr(weight, "_is_hf_initialized", False):
-                self.system.draw_weight(self.config, module, name, weight)
+            if getattr(weight, "_is_hf_initialized", False):
+                continue
+            if name.endswith("bias"):
+                weight.zero_()
+            elif name.startswith("norm") or isinstance(module, MoRERMSNorm | nn.LayerNorm):
+                weight.fill_(1.0)
+            else:
+                weight.normal_(0.0, self.config.initializer_range)
 
 
 class MoREModel(MoREPreTrainedModel):
@@ -113,7 +120,6 @@ class MoREModel(MoREPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         cache: Cache | None = None,
-        options: CallOptions | None = None,
         read: Callable[[Tensor], Tensor] | None = None,
         **kwargs: Any,
     ) -> MoREModelOutput | tuple:
@@ -132,9 +138,8 @@ class MoREModel(MoREPreTrainedModel):
             output_router_logits: Whether to return the logits of each routing decision, [b s, N], which know their
                 layer and step.
             cache: The same as `past_key_values`.
-            options: What the call says of its recurrences. Default: what it says by their names.
             read: Output layer, for criteria that read logits.
-            kwargs: The options by their names.
+            kwargs: The options of `CallOptions`.
 
         Raises:
             ValueError: If arguments contradict each other, or the cache was filled with another number of steps.
@@ -142,33 +147,37 @@ class MoREModel(MoREPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        options = CallOptions.taken_from(kwargs, self.config) if options is None else options
+        options = CallOptions.taken_from(kwargs, self.config)
         self.system.check_call(self.config, options, hidden_states)
-        exits = options.exits(None if read is None else lambda x: read(self.norm(x)))
-        keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        keeps_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        if exits is not None and (keeps_states or keeps_logits):
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        wants_logits = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        if options.criterion is not None and options.criterion.reads_logits and read is None:
+            reader = type(options.criterion).__name__
+            raise ValueError(f"{reader} reads logits: load the model with AutoModelForCausalLM")
+        if options.criterion is not None and (wants_states or wants_logits):
             raise ValueError("hidden states and router logits are not kept where tokens stop by themselves")
-        records = Records(options.output_recurrent_states, [] if keeps_states else None, [] if keeps_logits else None)
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        memory = self._memory(cache, options, exits)
-        context = self._context(hidden_states, attention_mask, position_ids, memory, options, exits, records)
+        memory = self._memory(cache, options, hidden_states)
+        records = Records(options.output_recurrent_states, [] if wants_states else None, [] if wants_logits else None)
+        padding, documents, positions = find_places(position_ids, attention_mask, memory, hidden_states.device)
+        context = CallContext(
+            config=self.config,
+            options=options,
+            memory=memory,
+            records=records,
+            positions=positions,
+            padding=padding,
+            documents=documents,
+            read=None if read is None else lambda x: read(self.norm(x)),
+        )
         if self.embed_positions is not None:
-            hidden_states = hidden_states + self.embed_positions(context.positions)
-        scale = self.system.embedding_scale(self.config)
-        hidden_states = hidden_states if scale == 1.0 else hidden_states * scale
-        hidden_states = self.norm(run_stack(self, hidden_states, context, memory))
+            hidden_states = hidden_states + self.embed_positions(positions)
+        if self.system.scales_embeddings:
+            hidden_states = hidden_states * math.sqrt(self.config.hidden_size)
+        hidden_states = self.norm(run_stack(self, hidden_states, context))
         records.see_states(hidden_states)
-        fields: dict[str, Any] = {
-            "last_hidden_state": hidden_states,
-            "hidden_states": None if records.hidden_states is None else tuple(records.hidden_states),
-            "router_logits": records.router_logits(hidden_states.size(0)),
-            "losses": tuple(records.losses) or None,
-            "recurrent_states": records.recurrent_states(),
-            "exit_steps": records.exit_steps(),
-            _CACHE_FIELD: cache,
-        }
-        return MoREModelOutput(**fields)
+        kept: dict[str, Any] = {_CACHE_FIELD: cache, **records.outputs(hidden_states.size(0))}
+        return MoREModelOutput(last_hidden_state=hidden_states, **kept)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> Cache | None:
         """Return the cache that a call fills; None without one.
@@ -182,45 +191,13 @@ class MoREModel(MoREPreTrainedModel):
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         return DynamicCache() if given is None and wanted else given
 
-    def _memory(self, cache: Cache | None, options: CallOptions, exits: Exits | None) -> Memory:
+    def _memory(self, cache: Cache | None, options: CallOptions, embeddings: Tensor) -> Memory:
+        shape = (embeddings.size(0), embeddings.size(1))
         if cache is None:
             # Tokens that go on see what those that stopped have left.
-            return Memory(None if exits is None else DynamicCache(), slots=1)
+            return Memory(None if options.criterion is None else DynamicCache(), shape, slots=1)
         prepare_cache(cache, options.num_steps if self.system.recurrent else None, options.slots)
-        return Memory(cache, cache.get_seq_length(), options.slots)
-
-    def _context(
-        self,
-        embeddings: Tensor,
-        attention_mask: Tensor | None,
-        positions: Tensor | None,
-        memory: Memory,
-        options: CallOptions,
-        exits: Exits | None,
-        records: Records,
-    ) -> CallContext:
-        """Return what the layers are told."""
-        (batch, length, _), past = embeddings.shape, memory.past
-        padding = find_padding(attention_mask, (batch, past + length), embeddings.device)
-        if positions is not None and positions.shape not in ((1, length), (batch, length)):
-            raise ValueError(f"position_ids has shape {tuple(positions.shape)}, and not (b, s) = {(batch, length)}")
-        documents = None if positions is None else find_documents(positions.expand(batch, -1), padding, memory)
-        if positions is None and padding is not None:
-            positions = ((~padding).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
-        elif positions is None:
-            positions = torch.arange(past, past + length, device=embeddings.device).unsqueeze(0)
-        return CallContext(
-            config=self.config,
-            positions=positions.long(),
-            padding=padding,
-            documents=documents,
-            past=past,
-            options=options,
-            shape=(batch, length),
-            records=records,
-            exits=exits,
-            warm=memory if options.warm_start else None,
-        )
+        return Memory(cache, shape, cache.get_seq_length(), options.slots)
 
 
 class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
@@ -265,7 +242,6 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
         """
         if position_ids is None and any(kwargs.get(name) is not None for name in ("cu_seq_lens_q", "seq_idx")):
             raise ValueError("packed rows need position_ids that begin anew: a collator's return_position_ids=True")
-        options = CallOptions.taken_from(kwargs, self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -276,11 +252,11 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
             return_dict=True,
-            options=options,
             read=self.lm_head,
+            **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        places = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, places])
         loss = aux_loss = None
         added = list(outputs.losses or ()) if self.training else []
         if outputs.router_logits:
@@ -290,11 +266,9 @@ class MoREForCausalLM(MoREGenerationMixin, MoREPreTrainedModel):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
             weight = _weight(labels, kwargs.get("num_items_in_batch"))
             loss = sum((weight * part.to(loss.device) for part in added), start=loss)
-        fields = {
-            name: outputs.get(name)
-            for name in (_CACHE_FIELD, "hidden_states", "router_logits", "recurrent_states", "exit_steps")
-        }
-        return MoRECausalLMOutput(loss=loss, aux_loss=aux_loss, logits=logits, **fields)
+        names = (_CACHE_FIELD, "hidden_states", "router_logits", "recurrent_states", "exit_steps")
+        kept = {name: outputs.get(name) for name in names}
+        return MoRECausalLMOutput(loss=loss, aux_loss=aux_loss, logits=logits, **kept)
 
 
 def _weight(labels: Tensor, num_items: Tensor | int | None) -> Tensor | float:

@@ -6,7 +6,6 @@ stream.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,17 +15,13 @@ from torch import Tensor, nn
 from .attention import attend
 from .cache import Memory
 from .context import CallContext
-from .experts import MoREMoE
+from .experts import Experts, MoREMoE
 from .fields import Config, Field
-from .interface import Group, Loop, System
+from .interface import System
 from .layer import LayerOutput, MoRELayer
 from .parts import grouped_linear
 from .routing import MoRERouter, RouterLogits, Routing, load_balancing_loss
-
-
-def _normal(config: Config, weight: Tensor, inputs: int) -> None:
-    """Draw a weight as the training code does: by its inputs and the depth, counting repetitions."""
-    weight.normal_(0.0, math.sqrt(2.0 / (config.num_hidden_layers * config.mean_recurrence * inputs)))
+from .stack import Loop
 
 
 class SigmaRouter(MoRERouter):
@@ -36,59 +31,32 @@ class SigmaRouter(MoRERouter):
         probs, experts = self.best(logits.float().sigmoid())
         return self.scaled(probs, logits), experts
 
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        # Rows of one norm: no expert is preferred at the start.
-        if name == "weight":
-            _normal(self.config, weight, self.config.hidden_size)
-            std = weight.std()
-            weight /= weight.norm(dim=1, keepdim=True)
-            weight *= std / weight.std()
 
-
-class SigmaExperts(nn.Module):
+class SigmaExperts(Experts):
     """Expert j computes `relu(x K_j) V_j`."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        experts, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.keys = nn.Parameter(torch.empty(experts, width, hidden))
-        self.values = nn.Parameter(torch.empty(experts, hidden, width))
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        # The values of all experts together are one matrix.
-        all_channels = self.config.num_experts * self.config.moe_intermediate_size
-        _normal(self.config, weight, self.config.hidden_size if name == "keys" else all_channels)
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        super().__init__(config, {"keys": (width, hidden), "values": (hidden, width)})
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h]."""
-        inner = torch.relu(grouped_linear(rows, self.keys, routing.ends))
-        return grouped_linear(routing.weigh(inner), self.values, routing.ends)
+        inner = torch.relu(self.linear(rows, "keys", routing))
+        return self.linear(routing.weigh(inner), "values", routing)
 
 
 class SigmaMoE(MoREMoE):
-    """Many small experts. Router and shared expert read a norm of what they read."""
+    """Many small experts, which read the stream; router and shared expert read its norm."""
 
     router_class = SigmaRouter
-
-    def forward(self, normed: Tensor, context: CallContext, memory: Memory, *stream: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.gate(normed)
-        routing = Routing(*self.gate.choose(logits), self.config.num_experts)
-        output = routing.combine(self.apply_experts(stream[0], routing, context, memory))
-        shared = self.shared_output(normed)
-        return output if shared is None else output + shared, logits
 
 
 class HeadWeight(nn.Module):
     """A matrix for each expert of each head, or one for all heads."""
 
-    def __init__(self, config: Config, shape: tuple[int, ...], inputs: int) -> None:
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.config, self.inputs = config, inputs
         self.weight = nn.Parameter(torch.empty(shape))
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        _normal(self.config, weight, self.inputs)
 
     def forward(self, x: Tensor, ends: Tensor | None = None) -> Tensor:
         """Return `x` times the one matrix, or each group of rows that ends there times its own."""
@@ -104,11 +72,11 @@ class SwitchHead(nn.Module):
         hidden, size, heads = config.hidden_size, config.head_dim, config.num_attention_heads
         experts, width = config.num_head_experts, heads * size
         is_dense = experts == 1
-        self.query_key = HeadWeight(config, (2 * width, hidden), hidden)
-        self.output_router = HeadWeight(config, (heads * experts, hidden), hidden)
-        self.value_router = None if is_dense else HeadWeight(config, (heads * experts, hidden), hidden)
-        self.value = HeadWeight(config, (width, hidden) if is_dense else (heads * experts, size, hidden), hidden)
-        self.output = HeadWeight(config, (hidden, width) if is_dense else (heads * experts, hidden, size), width)
+        self.query_key = HeadWeight(2 * width, hidden)
+        self.output_router = HeadWeight(heads * experts, hidden)
+        self.value_router = None if is_dense else HeadWeight(heads * experts, hidden)
+        self.value = HeadWeight(width, hidden) if is_dense else HeadWeight(heads * experts, size, hidden)
+        self.output = HeadWeight(hidden, width) if is_dense else HeadWeight(heads * experts, hidden, size)
 
     def forward(self, normed: Tensor, stream: Tensor, context: CallContext, memory: Memory) -> tuple[Tensor, ...]:
         """Return what each token gathers, [b, s, h], and the logits of the routers, [b, s, heads, experts] each.
@@ -165,7 +133,8 @@ class PeriLayer(MoRELayer):
         output, *of_heads = self.self_attn(normed, hidden_states, context, memory)
         hidden_states = hidden_states + output
         normed = self.post_attention_layernorm(hidden_states)
-        output, logits = self.mlp(normed, context, memory, hidden_states)
+        logits = self.mlp.gate(normed)
+        output = self.mlp.mix(normed, logits, context, memory, hidden_states)
         return (hidden_states + output, logits, *of_heads)
 
 
@@ -185,6 +154,7 @@ class MoEUT(System):
     moe_class = SigmaMoE
     experts_class = SigmaExperts
     layer_class = PeriLayer
+    loop_class = Loop
     head_bias = True
     fields = {  # noqa: RUF012
         "num_head_experts": Field(int, 8, "Experts of a head for values, and for outputs; 1: gated heads.", low=1),
@@ -213,9 +183,6 @@ class MoEUT(System):
         if 1 < experts < topk:
             raise ValueError(f"num_head_experts_per_tok {topk} must be at most num_head_experts {experts}")
 
-    def groups(self, config: Config) -> Sequence[Group]:
-        return (Group(range(config.num_hidden_layers), Loop),)
-
     def router_loss(self, config: Config, router_logits: RouterLogits, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sum of the entropy losses, twice; Megatron's balance loss is in it if its coefficient is not 0."""
         of_experts = [part for part in router_logits if part.dim() == 2]
@@ -227,16 +194,6 @@ class MoEUT(System):
             coefficient = config.balance_coef if router == "router" else config.head_balance_coef
             total = total + coefficient * _minus_entropy(passes, router_logits.batch, mask).to(total.device)
         return total, total
-
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Draw embeddings of variance 1/h and a uniform output layer, as the training code does."""
-        bound = config.hidden_size**-0.5
-        if isinstance(module, nn.Embedding):
-            weight.normal_(0.0, bound)
-        elif isinstance(module, nn.Linear) and module.bias is not None:
-            weight.uniform_(-bound, bound)
-        else:
-            super().draw_weight(config, module, name, weight)
 
 
 SYSTEM = MoEUT()

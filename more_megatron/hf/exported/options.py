@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
 
-from .exits import CRITERIA, Criterion, Exits
+from .exits import CRITERIA, Criterion
 from .fields import Config
 
 __all__ = ["OPTIONS", "WITHOUT_STEPS", "CallOptions", "positive"]
@@ -31,7 +30,7 @@ class CallOptions:
         criterion: When a token stops by itself, before `num_steps`: a name in `exits.CRITERIA` or a `Criterion`.
             `exit_criterion` is the same.
         exit_threshold: Distance below which it does. Default, or "auto": that of the criterion.
-        min_steps: Steps that it takes at least. Default: 1.
+        min_steps: Steps that it takes at least.
         cache_steps: Steps of which a cache keeps keys and values, later ones writing over earlier ones. Default: all.
         warm_start: Whether the first token of a call starts from the last state of the token before it, in the cache.
         output_recurrent_states: Whether to return the state behind each step; the width is that of the state. Of a
@@ -41,9 +40,9 @@ class CallOptions:
     num_steps: int
     input_states: Tensor | None = None
     init_scale: float = 1.0
-    criterion: str | Criterion | None = None
-    exit_threshold: float | str | None = None
-    min_steps: int | None = None
+    criterion: Criterion | None = None
+    exit_threshold: float = 0.0
+    min_steps: int = 1
     cache_steps: int | None = None
     warm_start: bool = False
     output_recurrent_states: bool = False
@@ -53,52 +52,44 @@ class CallOptions:
         """Return the options among the arguments of a call, where they are taken away.
 
         Raises:
-            ValueError: If numbers of steps are not integers of at least 1, or attention weights are wanted.
+            ValueError: If an argument is of a wrong type, out of range or without effect.
         """
         if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
             raise ValueError("output_attentions has no effect: MoRE models do not keep attention weights")
-        given = {_OTHER_NAMES.get(name, name): kwargs.pop(name) for name in OPTIONS if name in kwargs}
-        given = {name: value for name, value in given.items() if value is not None}
-        if given.get("criterion") == "none":
-            del given["criterion"]
+        found = {name: kwargs.pop(name, None) for name in OPTIONS}
+        given = {_OTHER_NAMES.get(name, name): value for name, value in found.items() if value is not None}
         given.setdefault("num_steps", config.mean_recurrence)
         for name in ("num_steps", "cache_steps"):
             if name in given:
                 given[name] = positive(name, given[name])
+        _settle_exit(given)
         return cls(**given)
-
-    def exits(self, read: Callable[[Tensor], Tensor] | None) -> Exits | None:
-        """Return how tokens stop by themselves; None: they do not.
-
-        `read` returns logits, given what the output layer and its norm are applied to; None where there is none.
-
-        Raises:
-            ValueError: If there is no such criterion, or an argument has no effect or is out of range.
-        """
-        criterion, names = self.criterion, ", ".join(CRITERIA)
-        if criterion is None:
-            for name, value in (("exit_threshold", self.exit_threshold), ("min_steps", self.min_steps)):
-                if value is not None:
-                    raise ValueError(f"{name} {value!r} has no effect without a criterion: choose one of {names}")
-            return None
-        if isinstance(criterion, str):
-            if criterion not in CRITERIA:
-                raise ValueError(f"criterion {criterion!r} does not exist: choose one of {names}")
-            criterion = CRITERIA[criterion]()
-        if criterion.reads_logits and read is None:
-            raise ValueError(f"{type(criterion).__name__} reads logits: load the model with AutoModelForCausalLM")
-        least = 1 if self.min_steps is None else self.min_steps
-        if not isinstance(least, int) or not 1 <= least <= self.num_steps:
-            raise ValueError(f"min_steps {least!r} must be an integer between 1 and num_steps {self.num_steps}")
-        threshold = criterion.threshold if self.exit_threshold in (None, "auto") else self.exit_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0.0:
-            raise ValueError(f"exit_threshold {threshold!r} must be a number of at least 0, or 'auto'")
-        return Exits(criterion, threshold, least, read)
 
     @property
     def slots(self) -> int | None:
         """The steps that a cache keeps; None: all."""
         return None if self.cache_steps is None or self.cache_steps >= self.num_steps else self.cache_steps
+
+
+def _settle_exit(given: dict[str, Any]) -> None:
+    """Put the criterion and its threshold in the place of their names."""
+    criterion, names = given.pop("criterion", "none"), ", ".join(CRITERIA)
+    if criterion == "none":
+        for name in ("exit_threshold", "min_steps"):
+            if name in given:
+                raise ValueError(f"{name} {given[name]!r} has no effect without a criterion: choose one of {names}")
+        return
+    if isinstance(criterion, str):
+        if criterion not in CRITERIA:
+            raise ValueError(f"criterion {criterion!r} does not exist: choose one of {names}")
+        criterion = CRITERIA[criterion]()
+    least, threshold = given.get("min_steps", 1), given.get("exit_threshold", "auto")
+    if not isinstance(least, int) or not 1 <= least <= given["num_steps"]:
+        raise ValueError(f"min_steps {least!r} must be an integer between 1 and num_steps {given['num_steps']}")
+    threshold = criterion.threshold if threshold == "auto" else threshold
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not threshold >= 0.0:
+        raise ValueError(f"exit_threshold {threshold!r} must be a number of at least 0, or 'auto'")
+    given.update(criterion=criterion, exit_threshold=threshold)
 
 
 _OTHER_NAMES = {"exit_criterion": "criterion"}
@@ -109,10 +100,9 @@ OPTIONS = frozenset(field.name for field in fields(CallOptions)) | set(_OTHER_NA
 
 def positive(name: str, value: Any) -> int:
     """Return an integer of at least 1, or raise a `ValueError` that names it."""
+    given: Any = None if isinstance(value, bool) else value
     try:
-        if isinstance(value, bool):
-            raise TypeError("a truth value")
-        found = operator.index(value)
+        found = operator.index(given)
     except TypeError:
         raise ValueError(f"{name} {value!r} must be an integer") from None
     if found < 1:

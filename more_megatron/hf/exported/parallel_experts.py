@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from .cache import Memory
-from .cell_experts import CellExperts, lstm_cell
 from .context import CallContext
-from .experts import MoREMoE
+from .experts import CellExperts, MoREMoE, lstm_cell
 from .fields import Config
 from .interface import System
 from .parts import grouped_linear
@@ -63,24 +62,13 @@ class ParallelExperts(CellExperts):
         gate = {"gate_fc1": (_GATE_WIDTH, hidden), "gate_fc1_bias": (_GATE_WIDTH,)}
         super().__init__(config, {**cell, **gate, "gate_fc2": (2, _GATE_WIDTH), "gate_fc2_bias": (2,)})
 
-    def draw_recurrent(self, name: str, weight: Tensor) -> None:
-        # As PyTorch's LSTM, whose two biases are one here.
-        if name.endswith("bias"):
-            super().draw_recurrent(name, weight)
-        else:
-            weight.uniform_(-(weight.size(2) ** -0.5), weight.size(2) ** -0.5)
-
     def forward(self, rows: Tensor, routing: Routing, order: TimeOrder, states: States) -> tuple[Tensor, States]:
         """Return outputs, [rows, h], and hidden and cell state behind each row, [rows, h] each."""
         states = self.run(rows, routing, order, states)
-        return self.mix(rows, routing, states[0]), states
-
-    def mix(self, rows: Tensor, routing: Routing, along: Tensor) -> Tensor:
-        """Return both branches, mixed, [rows, h], given rows and what the LSTM made of them."""
         inner = self.linear(rows, "gate_fc1", routing).relu().unsqueeze(1)
         logits = (inner * self.gate_fc2[routing.experts]).sum(-1) + self.gate_fc2_bias[routing.experts]
         weights = logits.softmax(-1)
-        return weights[:, :1] * self.feed_forward(rows, routing) + weights[:, 1:] * along
+        return weights[:, :1] * self.feed_forward(rows, routing) + weights[:, 1:] * states[0], states
 
     def run(self, rows: Tensor, routing: Routing, order: TimeOrder, states: States) -> States:
         """Return hidden and cell state behind each row, [rows, h] each, zeros behind padding.
@@ -114,7 +102,7 @@ class ParallelExpertsMoE(MoREMoE):
     def apply_experts(self, x: Tensor, routing: Routing, context: CallContext, memory: Memory) -> Tensor:
         batch, topk, length = routing.shape
         rows, documents = routing.dispatch(x), _documents(context, batch, x.device)
-        document = documents[:, context.past :].flatten()[routing.tokens]
+        document = documents[:, memory.past :].flatten()[routing.tokens]
         order = TimeOrder.of(routing, document)
         first = order.firsts
         starts = self._held(memory, documents, routing.tokens[first] // length, document[first], routing.experts[first])
@@ -148,8 +136,7 @@ class ParallelExpertsMoE(MoREMoE):
 
 def _documents(context: CallContext, batch: int, device: torch.device) -> Tensor:
     """Return the number of each token's document among those of all sequences, [b, T]; -1 for padding."""
-    total = context.past + context.positions.size(1)
-    documents = torch.zeros(batch, total, dtype=torch.long, device=device)
+    documents = torch.zeros(batch, context.memory.past + context.positions.size(1), dtype=torch.long, device=device)
     if context.documents is not None:
         documents = documents + context.documents
     documents = documents + torch.arange(batch, device=device).unsqueeze(1) * (documents.max() + 1)

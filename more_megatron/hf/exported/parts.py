@@ -1,8 +1,6 @@
-"""What layers are made of: norms, MLPs, products with a matrix for each expert, and how Huginn draws weights."""
+"""What layers are made of: norms, MLPs, products with a matrix for each expert."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from .fields import Config
 
-__all__ = ["MoREMLP", "MoRERMSNorm", "build_norm", "grouped_linear", "layers_passed", "rms_norm", "takase_normal"]
+__all__ = ["MoREMLP", "MoRERMSNorm", "build_norm", "grouped_linear", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -100,19 +98,3 @@ def _padded_linear(rows: Tensor, weight: Tensor, ends: Tensor, group: Tensor) ->
     places = group * longest + torch.arange(rows.size(0), device=rows.device) - (counts.cumsum(0) - counts)[group]
     padded = rows.new_zeros(len(counts) * longest, rows.size(1)).index_copy(0, places, rows)
     return torch.bmm(padded.view(len(counts), longest, -1), weight.transpose(1, 2)).flatten(0, 1)[places]
-
-
-def layers_passed(config: Config) -> int:
-    """Return the number of layers that a token passes if each is repeated."""
-    return config.num_hidden_layers * config.mean_recurrence
-
-
-def takase_normal(config: Config, weight: Tensor, depth: int | None) -> None:
-    """Draw a weight as Takase et al. (arXiv 2312.16903), as used in Huginn (arXiv 2502.05171, section 4).
-
-    `depth` is the number of layers that a token passes, if the output of the weight is added to the state.
-    """
-    std = math.sqrt(2.0 / (5.0 * config.hidden_size))
-    if depth is not None:
-        std /= math.sqrt(2.0 * depth)
-    nn.init.trunc_normal_(weight, std=std, a=-3.0 * std, b=3.0 * std)

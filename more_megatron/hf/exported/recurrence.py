@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention import RowMask
 from .cache import Memory
 from .context import CallContext
-from .exits import Exits
+from .exits import Criterion
 
 __all__ = ["Rows", "State", "recur"]
 
@@ -32,7 +32,7 @@ class Rows:
     memory: Memory  # where keys and values are kept
     index: int  # which of the model's recurrences this is: the number of its loop or of its layer, from 0
     # Returns what the last norm would be given, shaped as tokens, if the recurrence ended with a state of these
-    # rows, given both; for criteria that read logits
+    # rows, given both, for criteria that read logits; None: the state beside what it is added to
     stream: Any = None
     # The `Routing` where rows are tokens that were sent to experts, [rows, h]; None where they are tokens themselves,
     # [b, s, h]
@@ -46,14 +46,15 @@ class Rows:
         """The keys that each row sees; None where the plain causal kernel does."""
         return self.context.mask if self.routing is None else self.visible
 
-    def on(self, memory: Memory) -> Rows:
-        """Return the same rows on another cache."""
-        return replace(self, memory=memory.select(self.context.shape, self.context.places))
+    def ending_with(self, state: Tensor) -> Tensor:
+        """Return what the last norm would be given, shaped as tokens, if the recurrence ended with a state."""
+        if self.stream is not None:
+            return self.stream(state, self)
+        return state if self.context.stream is None else self.context.stream + state
 
     def select(self, places: Tensor) -> Rows:
         """Return the rows of some tokens, [1, n, h] where they are tokens, given their places among all, b s."""
-        shape, context, memory = self.context.shape, self.context.select(places), self.memory
-        memory = memory.select(shape, places)
+        context, memory = self.context.select(places), replace(self.memory, places=places)
         if self.routing is None:
             return replace(self, context=context, memory=memory, chosen=places)
         routing, chosen = self.routing.select(places)
@@ -62,7 +63,7 @@ class Rows:
             topk = self.routing.shape[1]
             # [b, s, k, keys], then expert by expert as the rows of a sequence stand.
             visible = visible[:, 0].unflatten(1, (topk, -1)).transpose(1, 2).flatten(0, 1)[places]
-            visible = RowMask(visible.transpose(0, 1).flatten(0, 1), (places // shape[1]).repeat(topk))
+            visible = RowMask(visible.transpose(0, 1).flatten(0, 1), (places // memory.shape[1]).repeat(topk))
         return replace(self, context=context, memory=memory, routing=routing, visible=visible, chosen=chosen)
 
     def take(self, whole: Tensor) -> Tensor:
@@ -77,9 +78,9 @@ class Rows:
             return rows
         if self.routing is not None:
             return whole.index_copy(0, self.chosen, rows)  # type: ignore[union-attr]
-        batch, length = self.context.shape
-        flat = rows.new_zeros(batch * length, *rows.shape[2:]) if whole is None else whole.flatten(0, 1)
-        return flat.index_copy(0, self.chosen, rows.squeeze(0)).unflatten(0, (batch, length))
+        shape = self.memory.shape
+        whole = rows.new_zeros(*shape, *rows.shape[2:]) if whole is None else whole
+        return whole.flatten(0, 1).index_copy(0, self.chosen, rows.squeeze(0)).unflatten(0, shape)
 
     def of_tokens(self, rows: Tensor) -> Tensor:
         """Return the state of each token, [b, s, h]; of a token with several experts the mean of theirs."""
@@ -108,43 +109,46 @@ def recur(step: Callable[..., State], state: State, rows: Rows, result: int = 0)
         result: Which tensor of the state goes on from here.
     """
     context = rows.context
-    if context.exits is not None:
-        state = _recur_until_exit(step, state, rows, context.exits, result)
+    if context.options.criterion is not None:
+        state = _recur_until_exit(step, state, rows, context.options.criterion, result)
     else:
         for number in range(context.options.num_steps):
             state = step(number, rows, *state)
             rows.record(number, state[0])
-    if context.warm is not None:
+    if context.options.warm_start:
         last = rows.of_tokens(state[0]).unsqueeze(1)
-        context.warm.extend(f"states.{rows.index}", last, last[..., :0])
+        context.memory.extend(f"states.{rows.index}", last, last[..., :0])
     return state
 
 
-def _recur_until_exit(step: Callable[..., State], state: State, every: Rows, exits: Exits, result: int) -> State:
+def _recur_until_exit(
+    step: Callable[..., State], state: State, every: Rows, criterion: Criterion, result: int
+) -> State:
     """Do the same, and let each token stop by itself. Padding takes no step."""
-    context, whole, rows, places = every.context, state, every, every.context.real_tokens()
-    steps = torch.zeros(context.shape, dtype=torch.long, device=places.device).flatten()
+    context, options, whole, rows = every.context, every.context.options, state, every
+    places, shape = context.real_tokens(), every.memory.shape
+    steps = torch.zeros(shape, dtype=torch.long, device=places.device).flatten()
     if len(places) < len(steps):
         rows = every.select(places)
         state = tuple(map(rows.take, whole))
 
     def measure(former: Tensor | None) -> Tensor:
         seen = rows.features(state[result])
-        if exits.criterion.reads_logits:
-            logits = exits.read(rows.stream(state[result], rows)).flatten(0, -2)  # type: ignore[misc]
+        if criterion.reads_logits:
+            logits = context.read(rows.ending_with(state[result])).flatten(0, -2)  # type: ignore[misc]
             seen = torch.zeros_like(logits) if former is None else logits
-        return exits.criterion.measure(seen.to(torch.promote_types(seen.dtype, torch.float32)), former)
+        return criterion.measure(seen.to(torch.promote_types(seen.dtype, torch.float32)), former)
 
     former = measure(None)
-    for number in range(context.options.num_steps):
+    for number in range(options.num_steps):
         state = step(number, rows, *state)
         steps[places] += 1
         whole = tuple(rows.put(old, new) for old, new in zip_longest(whole, state))
         every.record(number, whole[0])
-        if number + 1 == context.options.num_steps:
+        if number + 1 == options.num_steps:
             break
         now = measure(former)
-        stays = ~exits.criterion.stops(former, now, exits.threshold) | (number + 1 < exits.min_steps)
+        stays = ~criterion.stops(former, now, options.exit_threshold) | (number + 1 < options.min_steps)
         if not bool(stays.any()):
             break
         if not bool(stays.all()):
@@ -152,7 +156,7 @@ def _recur_until_exit(step: Callable[..., State], state: State, every: Rows, exi
             rows = every.select(places)
             state = tuple(map(rows.take, whole))
         former = now
-    for later in range(number + 1, context.options.num_steps):
+    for later in range(number + 1, options.num_steps):
         every.record(later, whole[0])
-    context.records.steps[every.index] = steps.unflatten(0, context.shape)
+    context.records.steps[every.index] = steps.unflatten(0, shape)
     return whole

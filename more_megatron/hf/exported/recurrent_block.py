@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,19 +14,11 @@ from .context import CallContext
 from .experts import RecurringMoE
 from .fields import Config, Field
 from .interface import System
-from .parts import grouped_linear, layers_passed, rms_norm, takase_normal
+from .parts import grouped_linear, rms_norm
 from .recurrence import Rows, State, recur
 from .routing import Routing
 
-__all__ = ["BlockSystem", "MixingMoE", "RecurrentBlock", "block_fields"]
-
-
-def block_fields(hidden_sizes: int) -> dict[str, Field]:
-    """Return the field for the width of the MLP in a block, given its default in hidden sizes."""
-    width = Field(
-        int, lambda found: hidden_sizes * found["hidden_size"], "Width of the MLP in a recurrent block.", low=1
-    )
-    return {"recurrent_intermediate_size": width}
+__all__ = ["BlockSystem", "MixingMoE", "RecurrentBlock"]
 
 
 class RecurrentBlock(nn.Module):
@@ -67,14 +61,6 @@ class RecurrentBlock(nn.Module):
         for name, shape in shapes.items():
             shape = shape if experts is None else (experts, *shape)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        if name.endswith("bias"):
-            weight.zero_()
-        elif name.startswith("norm"):
-            weight.fill_(1.0)
-        else:
-            takase_normal(self.config, weight, layers_passed(self.config) if name in ("proj", "fc2") else None)
 
     def forward(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
         """Return the last state, given what is injected in every step and the first, [rows, h] or [b, s, h] each."""
@@ -141,7 +127,16 @@ class MixingMoE(RecurringMoE):
 
 
 class BlockSystem(System):
-    """Layers with recurrent blocks: one initial state a layer, and attention in every step."""
+    """Layers with recurrent blocks: one initial state a layer, and attention in every step.
+
+    Args:
+        width: Default width of the MLP in a block, in hidden sizes.
+    """
+
+    def __init__(self, width: int, **own: Any) -> None:
+        meaning = "Width of the MLP in a recurrent block."
+        field = Field(int, lambda found: width * found["hidden_size"], meaning, low=1)
+        super().__init__(fields={"recurrent_intermediate_size": field}, **own)
 
     def num_states(self, config: Config) -> int:
         return config.num_hidden_layers

@@ -1,9 +1,5 @@
 """`recurrent_experts`: expert i is a recurrent block of its own, `s <- Block_i(Adapter_i([s; x]))`, r times."""
 
-from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_fields
+from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock
 
-SYSTEM = BlockSystem(
-    moe_class=MixingMoE,
-    experts_class=lambda config: RecurrentBlock(config, config.num_experts),
-    fields=block_fields(2),
-)
+SYSTEM = BlockSystem(2, moe_class=MixingMoE, experts_class=lambda config: RecurrentBlock(config, config.num_experts))

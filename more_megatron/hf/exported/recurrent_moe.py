@@ -32,8 +32,8 @@ class IteratedLayer(MoRELayer):
             output = self.mlp.mix(normed, logits, rows.context, rows.memory)
             return state + (output if scale == 1.0 else output * scale), logits
 
-        rows = Rows(context, memory, self.layer_idx, lambda state, _: state)
-        return (recur(step, (hidden_states,), rows)[0], *decisions)
+        state = recur(step, (hidden_states,), Rows(context, memory, self.layer_idx))[0]
+        return (state, *decisions)
 
 
 _SCALE = Field(float, 1.0, "Factor on what a step adds to the residual stream.")

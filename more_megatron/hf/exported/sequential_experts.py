@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cell_experts import CellExperts, lstm_cell
-from .experts import RecurringMoE
+from .experts import CellExperts, RecurringMoE, lstm_cell
 from .fields import Config
 from .interface import System
 from .recurrence import Rows, State, recur

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .experts import Experts
 from .fields import Config
-from .parts import grouped_linear
 from .recurrence import Rows
-from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock, block_fields
+from .recurrent_block import BlockSystem, MixingMoE, RecurrentBlock
 from .routing import Routing
 
 
-class ProjectionExperts(nn.Module):
+class ProjectionExperts(Experts):
     """The maps `W_in_i` and `W_out_i` of each expert."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        shape = (config.num_experts, config.hidden_size, config.hidden_size)
-        self.proj_in, self.proj_out = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.empty(shape))
+        shape = (config.hidden_size, config.hidden_size)
+        super().__init__(config, {"proj_in": shape, "proj_out": shape})
 
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        for matrix in weight:
-            matrix.copy_(nn.init.orthogonal_(torch.empty_like(matrix, dtype=torch.float32)))
-
-    def forward(self, rows: Tensor, name: str, ends: Tensor) -> Tensor:
-        """Return [rows, h] times the matrices of a name; each expert's rows end at one of `ends`."""
-        return grouped_linear(rows, getattr(self, name), ends)
+    def forward(self, rows: Tensor, name: str, routing: Routing) -> Tensor:
+        """Return [rows, h] times the matrices of a name."""
+        return self.linear(rows, name, routing)
 
 
 class SharedBlockMoE(MixingMoE):
@@ -39,10 +33,10 @@ class SharedBlockMoE(MixingMoE):
         self.recurrent_block = RecurrentBlock(config)
 
     def run_block(self, x: Tensor, state: Tensor, rows: Rows) -> Tensor:
-        return self.recurrent_block(self.experts(x, "proj_in", rows.routing.ends), state, rows)
+        return self.recurrent_block(self.experts(x, "proj_in", rows.routing), state, rows)
 
     def contract(self, state: Tensor, routing: Routing) -> Tensor:
-        return self.experts(state, "proj_out", routing.ends)
+        return self.experts(state, "proj_out", routing)
 
 
-SYSTEM = BlockSystem(moe_class=SharedBlockMoE, experts_class=ProjectionExperts, fields=block_fields(4))
+SYSTEM = BlockSystem(4, moe_class=SharedBlockMoE, experts_class=ProjectionExperts)

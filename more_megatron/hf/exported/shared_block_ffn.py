@@ -2,45 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from .cache import Memory
 from .context import CallContext
-from .experts import MoREMoE
+from .experts import Experts, MoREMoE
 from .fields import Config
-from .parts import grouped_linear, takase_normal
 from .recurrence import Rows
-from .recurrent_block import BlockSystem, RecurrentBlock, block_fields
+from .recurrent_block import BlockSystem, RecurrentBlock
 from .routing import Routing
 
 
-class LightExperts(nn.Module):
+class LightExperts(Experts):
     """Expert i computes `W2_i . GELU(W1_i . x)`, h -> 2h -> h."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-        experts, hidden = config.num_experts, config.hidden_size
-        self.fc1 = nn.Parameter(torch.empty(experts, 2 * hidden, hidden))
-        self.fc2 = nn.Parameter(torch.empty(experts, hidden, 2 * hidden))
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        config, chosen = self.config, self.config.num_experts_per_tok
-        takase_normal(config, weight, depth=None)
-        if name == "fc2":
-            # Their weighted sum, which a block reads, is as long as one of them, if routers know nothing yet.
-            is_share_of_all = config.router_score_function == "softmax" and config.router_pre_softmax
-            weight *= (config.num_experts if is_share_of_all else chosen) / math.sqrt(chosen)
+        hidden = config.hidden_size
+        super().__init__(config, {"fc1": (2 * hidden, hidden), "fc2": (hidden, 2 * hidden)})
 
     def forward(self, rows: Tensor, routing: Routing) -> Tensor:
         """Return weighted outputs, [rows, h]."""
-        inner = F.gelu(grouped_linear(rows, self.fc1, routing.ends))
-        return routing.weigh(grouped_linear(inner, self.fc2, routing.ends))
+        return routing.weigh(self.linear(F.gelu(self.linear(rows, "fc1", routing)), "fc2", routing))
 
 
 class CombinedBlockMoE(MoREMoE):
@@ -50,14 +35,12 @@ class CombinedBlockMoE(MoREMoE):
         super().__init__(config, *args)
         self.recurrent_block = RecurrentBlock(config, follows_layers=True)
 
-    def mix(self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory) -> Tensor:
-        output = super().mix(x, logits, context, memory)
-        rows = Rows(context, memory.at("block"), self.layer_idx, _stream)
+    def mix(
+        self, x: Tensor, logits: Tensor, context: CallContext, memory: Memory, stream: Tensor | None = None
+    ) -> Tensor:
+        output = super().mix(x, logits, context, memory, stream)
+        rows = Rows(context, memory.at("block"), self.layer_idx)
         return self.recurrent_block(output, context.initial_state(self.layer_idx, output), rows)
 
 
-def _stream(state: Tensor, rows: Rows) -> Tensor:
-    return state if rows.context.stream is None else rows.context.stream + state
-
-
-SYSTEM = BlockSystem(moe_class=CombinedBlockMoE, experts_class=LightExperts, fields=block_fields(4))
+SYSTEM = BlockSystem(4, moe_class=CombinedBlockMoE, experts_class=LightExperts)

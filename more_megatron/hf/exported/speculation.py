@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.cache_utils import Cache
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .cache import cut, filled_as
+from .cache import cut
 from .options import OPTIONS
 
 __all__ = ["DRAFT_TOKENS", "SpeculativeOutput", "speculate"]
@@ -55,7 +54,7 @@ class _Speculation:
     draft_steps: int  # steps of a draft
     draft_tokens: int  # tokens of a draft
     mask: Tensor  # 0 for padding, [b, s]
-    cache: Cache  # empty, or with the beginning of the prompts
+    cache: Any  # empty, or with the beginning of the prompts
     kwargs: dict[str, Any]  # further arguments of the model's calls
     verifications: int = 0
 
@@ -108,12 +107,14 @@ class _Speculation:
             length = min(length, limit - max(len(self.texts[row]) for row in self.rows))
         last, mask, guesses = self._pending(), self.mask, []
         drafts = last[:, :0]
-        with filled_as(self.cache, self.draft_steps):
-            for _ in range(length):
-                mask = torch.cat((mask, torch.ones_like(last)), dim=1)
-                guesses.append(self._scores(self._call(last, mask, num_steps=self.draft_steps), drafts))
-                last = self._choose(guesses[-1])
-                drafts = torch.cat((drafts, last), dim=1)
+        # What drafts append to a cache of another number of steps is cut off again.
+        filled, self.cache.more_steps = self.cache.more_steps, (self.draft_steps, None)
+        for _ in range(length):
+            mask = torch.cat((mask, torch.ones_like(last)), dim=1)
+            guesses.append(self._scores(self._call(last, mask, num_steps=self.draft_steps), drafts))
+            last = self._choose(guesses[-1])
+            drafts = torch.cat((drafts, last), dim=1)
+        self.cache.more_steps = filled
         return drafts, torch.cat(guesses, dim=1)
 
     def _verify(self, drafts: Tensor, guesses: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,17 +6,17 @@ Dehghani et al., arXiv 1807.03819, as Tensor2Tensor computes it, as a causal lan
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .fields import LOGIT_EMA, Config, Field
-from .interface import Group, Loop, RunPass, System
+from .interface import System
 from .layer import SandwichLayer
-from .parts import MoREMLP
 from .recurrence import Rows, State, recur
+from .stack import Loop, RunPass
 
 _LONGEST = 1e4
 _EPSILON = "A position halts when the sum of its probabilities exceeds one minus this."
@@ -37,13 +37,6 @@ class _HaltingProbability(nn.Linear):
     def __init__(self, config: Config) -> None:
         super().__init__(config.hidden_size, 1)
 
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        """Draw a new weight; positions would rather halt early at first."""
-        if name == "bias":
-            weight.fill_(1.0)
-        else:
-            nn.init.xavier_uniform_(weight)
-
     def forward(self, state: Tensor) -> Tensor:
         return nn.functional.linear(state.float(), self.weight.float(), self.bias.float()).sigmoid()
 
@@ -56,9 +49,6 @@ class UniversalLoop(Loop):
         shape = (config.training_steps, config.hidden_size)
         self.time = nn.Parameter(torch.empty(shape)) if config.time_signal == "learned" else None
         self.halting = _HaltingProbability(config) if config.halting == "act" else None
-
-    def draw_weight(self, name: str, weight: Tensor) -> None:
-        weight.normal_(0.0, self.config.hidden_size**-0.5)
 
     def forward(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows) -> Tensor:
         steps = rows.context.options.num_steps
@@ -105,7 +95,7 @@ class UniversalLoop(Loop):
             if padding is None:
                 cost = cost.mean()
             else:
-                counted = ~padding[:, rows.context.past :].unsqueeze(-1)
+                counted = ~padding[:, rows.memory.past :].unsqueeze(-1)
                 cost = (cost * counted).sum() / counted.sum().clamp(min=1)
             rows.context.records.losses.append(self.config.ponder_coef * cost)
         return output
@@ -120,14 +110,15 @@ class UniversalLayer(SandwichLayer):
             self.input_layernorm = self.post_attention_layernorm = nn.Identity()
         else:
             self.attention_output_norm = self.mlp_output_norm = nn.Identity()
-        for part in self.modules():
-            setattr(part, "is_drawn_by_size", True)  # noqa: B010
 
 
 class UniversalTransformer(System):
     """One group of layers of the original transformer."""
 
     layer_class = UniversalLayer
+    loop_class = UniversalLoop
+    scales_embeddings = True
+    dense_bias = True
     fields = {  # noqa: RUF012
         "halting": Field(str, "act", "How positions end: each by itself, or none.", choices=("act", "none")),
         "halting_epsilon": Field(float, 0.01, _EPSILON, low=0.0, high=1.0),
@@ -144,28 +135,9 @@ class UniversalTransformer(System):
         if values["time_signal"] == "learned" and steps > learned:
             raise ValueError(f"mean_recurrence {steps} is above training_steps {learned}, which have a time signal")
 
-    def groups(self, config: Config) -> Sequence[Group]:
-        return (Group(range(config.num_hidden_layers), UniversalLoop),)
-
-    def embedding_scale(self, config: Config) -> float:
-        return math.sqrt(config.hidden_size)
-
-    def build_dense(self, config: Config) -> nn.Module:
-        return MoREMLP(config, config.intermediate_size, bias=True)
-
     def build_final_norm(self, config: Config) -> nn.Module:
         # A layer of the paper ends with its own.
         return nn.Identity() if config.post_norm else super().build_final_norm(config)
-
-    def draw_weight(self, config: Config, module: nn.Module, name: str, weight: Tensor) -> None:
-        """Draw the matrices of layers as Glorot and Bengio do (AISTATS 2010)."""
-        if isinstance(module, nn.Embedding):
-            weight.normal_(0.0, config.hidden_size**-0.5)
-        elif weight.dim() >= 2 and getattr(module, "is_drawn_by_size", False):
-            bound = math.sqrt(6.0 / (weight.size(-1) + weight.size(-2)))
-            weight.uniform_(-bound, bound)
-        else:
-            super().draw_weight(config, module, name, weight)
 
 
 SYSTEM = UniversalTransformer()
