@@ -2,14 +2,12 @@
 
 import os
 import time
-from contextlib import ExitStack
 
 _PROGRAM_START = time.time()
 
 
 def main() -> None:
     """Hand Megatron's `pretrain` our model, data and loss."""
-    from more_megatron.console import write_start_to
     from more_megatron.lifetime import check_launcher
     from more_megatron.platform import initialize_platform
 
@@ -23,21 +21,17 @@ def main() -> None:
     from more_megatron.training.checkpoints import check_checkpoint
     from more_megatron.training.data_checks import check_data
     from more_megatron.training.model import model_config_from_args, pretrain_arguments
-    from more_megatron.training.output_folders import check_output_folders, lock_save_folder
+    from more_megatron.training.output_folders import output_folders
     from more_megatron.training.reporting import prepare_reports
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())
     args = parse_arguments(platform)
     model_config = model_config_from_args(args)
     check_data(args)
-    check_output_folders(args)
-    write_start_to(args.save)
-    save_folder = ExitStack()
-    save_folder.enter_context(lock_save_folder(args))
-    check_checkpoint(args)
-    prepare_reports(model_config.transformer, args)
-    wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    with orderly_end(), save_folder:
+    with orderly_end(), output_folders(args):
+        check_checkpoint(args)
+        prepare_reports(model_config.transformer, args)
+        wrapped_pretrain, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
         wrapped_pretrain(*pretrain_arguments(args, model_config), store=store)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import pairwise
 
 from more_megatron.errors import MoREError
 
@@ -10,7 +11,7 @@ __all__ = ["Curriculum"]
 
 
 class Curriculum:
-    """Maps the training step to a number, the mean of recurrence steps or another.
+    """Maps the training step to a number, the mean of recurrence steps or another; `values` are the numbers, in order.
 
     Args:
         text: Comma-separated `iteration:number`, for example `0:1,10000:2,20000:4`. Iterations ascend from 0.
@@ -21,31 +22,21 @@ class Curriculum:
     """
 
     def __init__(self, text: str, flag: str = "--recurrence-curriculum") -> None:
-        entries = [self._entry(part, flag) for part in text.split(",")]
+        entries = [_entry(part, flag) for part in text.split(",")]
         self._starts = [start for start, _ in entries]
-        self._values = [value for _, value in entries]
+        self.values = [value for _, value in entries]
         if self._starts[0] != 0:
             raise MoREError(f"{flag} {text} must say what holds at iteration 0: let it begin with 0:NUMBER")
-        if any(later <= earlier for earlier, later in zip(self._starts, self._starts[1:], strict=False)):
+        if any(later <= earlier for earlier, later in pairwise(self._starts)):
             raise MoREError(f"{flag} {text} is out of order: sort its iterations, each once")
 
     def at(self, step: int) -> int:
         """Return the number after `step` training steps."""
-        return self._values[bisect_right(self._starts, step) - 1]
+        return self.values[bisect_right(self._starts, step) - 1]
 
-    @property
-    def values(self) -> list[int]:
-        """The numbers, in order."""
-        return list(self._values)
 
-    @property
-    def last(self) -> int:
-        """The number in the end."""
-        return self._values[-1]
-
-    @staticmethod
-    def _entry(part: str, flag: str) -> tuple[int, int]:
-        start, separator, value = part.strip().partition(":")
-        if not (separator and start.isdecimal() and value.isdecimal() and int(value) > 0):
-            raise MoREError(f"{flag} has the entry {part!r}: write ITERATION:NUMBER, as in 0:1,10000:4")
-        return int(start), int(value)
+def _entry(part: str, flag: str) -> tuple[int, int]:
+    start, separator, value = part.strip().partition(":")
+    if not (separator and start.isdecimal() and value.isdecimal() and int(value) > 0):
+        raise MoREError(f"{flag} has the entry {part!r}: write ITERATION:NUMBER, as in 0:1,10000:4")
+    return int(start), int(value)

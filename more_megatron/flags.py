@@ -172,7 +172,7 @@ class MoREFlags:
         if self.recurrence_steps is not None:
             return self.recurrence_steps
         if self.curriculum is not None:
-            return self.curriculum.last
+            return self.curriculum.values[-1]
         if self.recurrence_sampling == "uniform" and self.recurrence_max_steps is not None:
             return (self._lowest_step + self.recurrence_max_steps + 1) // 2
         return max(_DEFAULT_STEPS, self._lowest_step)

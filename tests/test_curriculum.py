@@ -11,13 +11,13 @@ from more_megatron.errors import MoREError
 def test_each_entry_holds_from_its_iteration_on() -> None:
     curriculum = Curriculum("0:1,10:2, 20:4")
     assert [curriculum.at(step) for step in (0, 9, 10, 19, 20, 1_000_000)] == [1, 1, 2, 2, 4, 4]
-    assert curriculum.last == 4
+    assert curriculum.values[-1] == 4
 
 
 def test_steps_may_shrink() -> None:
     curriculum = Curriculum("0:8,5:2")
     assert [curriculum.at(step) for step in (4, 5)] == [8, 2]
-    assert curriculum.last == 2
+    assert curriculum.values[-1] == 2
 
 
 @pytest.mark.parametrize(

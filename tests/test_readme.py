@@ -18,10 +18,8 @@ from pathlib import Path
 import pytest
 
 from more_megatron.flags import MoREFlags, flag
-from more_megatron.monitoring.flags import HealthFlags
 from more_megatron.systems import systems
-from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK
-from more_megatron.training.options import TrainingFlags
+from more_megatron.training.arguments import _PLATFORM_DEFAULTS, _SHARED_DEFAULTS, _WAYS_BACK, TrainingFlags
 from tests.helpers.ranks import run_ranks
 from tests.helpers.shell import PROJECT, Call, calls_of, parse, train_call, use
 from tools.sample_text import write_sample_text
@@ -115,7 +113,7 @@ def test_systems_table_names_all() -> None:
 
 
 def test_every_flag_of_ours_is_named() -> None:
-    fields = [field.name for flags in (MoREFlags, HealthFlags, TrainingFlags) for field in dataclasses.fields(flags)]
+    fields = [field.name for flags in (MoREFlags, TrainingFlags) for field in dataclasses.fields(flags)]
     own = [name for system in systems().values() for name in system.own_flags()]
     names = {flag(name) for name in (*fields, *own)} | set(_WAYS_BACK)
     assert not [name for name in sorted(names) if f"`{name}" not in _README]

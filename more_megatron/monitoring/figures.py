@@ -9,14 +9,17 @@ Weights & Biases only, all others also to the log line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from more_megatron.monitoring.watch import Key, watch_of_step
+from more_megatron.monitoring.watch import Key, sum_and_number, watch_of_step
 
-__all__ = ["Figures", "is_reported", "record_figure", "report_to", "write_scalars"]
+__all__ = ["Figures", "is_reported", "record_figure", "report_to", "system_figures", "write_scalars"]
+
+_CONCERN = "system"
 
 
 class Figures:
@@ -25,49 +28,37 @@ class Figures:
     def __init__(self, names: Iterable[str]) -> None:
         self._columns = {name: column for column, name in enumerate(names)}
 
-    @property
-    def names(self) -> Set[str]:
-        """The figures there are."""
-        return self._columns.keys()
+    def __contains__(self, name: str) -> bool:
+        return name in self._columns
 
     @functools.cached_property
     def _sums(self) -> torch.Tensor:
-        """Weighted sum of the values and sum of the weights of each figure, float64 [2, figures].
+        """Sum of the values of each figure, and how many there were, float64 [2, figures].
 
         Made when first used: only then a rank has chosen its device.
         """
         return torch.zeros(2, len(self._columns), dtype=torch.float64, device=torch.cuda.current_device())
 
-    @torch.no_grad()
-    def add(self, name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+    def add(self, name: str, values: torch.Tensor) -> None:
         """Add values of this rank, of any shape, one of each token, row or whatever the mean is taken over.
 
         Does not wait for the device. Tensor-parallel ranks may hold parts of the sequence or all of it: either way the
-        mean is the same. Weights say how much each value counts; default: 1.
+        mean is the same.
         """
         assert name in self._columns, f"the system does not name the figure {name!r} among its figures"
-        column, values = self._columns[name], values.double()
-        if weights is None:
-            self._sums[0, column] += values.sum()
-            self._sums[1, column] += values.numel()
-        else:
-            self._sums[0, column] += (values * weights).sum()
-            self._sums[1, column] += weights.sum()
+        self._sums[:, self._columns[name]] += sum_and_number(values)
 
     def means(self) -> dict[str, float]:
         """Return the mean of each figure that was recorded, over all ranks. All ranks call it."""
-        if not self._columns:
-            return {}
         sums = self._sums.clone()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        totals, weights = sums.tolist()
-        return {name: totals[index] / weights[index] for name, index in self._columns.items() if weights[index] > 0}
+        totals, numbers = sums.tolist()
+        return {name: totals[index] / numbers[index] for name, index in self._columns.items() if numbers[index] > 0}
 
     def clear(self) -> None:
         """Forget what was recorded."""
-        if self._columns:
-            self._sums.zero_()
+        self._sums.zero_()
 
 
 def write_scalars(values: Mapping[str, float], iteration: int, board: Any, wandb: Any) -> None:
@@ -90,16 +81,23 @@ def report_to(figures: Figures | None) -> None:
 
 def is_reported(name: str) -> bool:
     """Return whether a run reports a figure; what is computed for it alone can be left out if not."""
-    return _figures is not None and name in _figures.names
+    return _figures is not None and name in _figures
 
 
-def record_figure(name: str, values: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+def record_figure(name: str, values: torch.Tensor) -> None:
     """Record values of a figure in a run that reports figures; arguments as for `Figures.add`.
 
     Called in training only, and once for each forward pass: not when it is recomputed.
     """
     if _figures is not None:
-        _figures.add(name, values, weights)
+        _figures.add(name, values)
     watch = watch_of_step()
     if watch is not None:
-        watch.add_mean(Key("system", name), values, weights)
+        watch.add_mean(Key(_CONCERN, name), values)
+
+
+def system_figures(totals: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
+    """Yield the figures of systems in a step that is watched, given the sums over all ranks."""
+    for key, sums in totals.items():
+        if key.concern == _CONCERN and sums[1] > 0:
+            yield key, float(sums[0] / sums[1])

@@ -5,42 +5,40 @@ Flags stay on the device, one for each call of a module, until somebody asks.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
 from more_megatron.monitoring.gradients import Owner
+from more_megatron.platform.repairs.finite import Tracer
 
 __all__ = ["FirstNonFinite"]
 
 
-class FirstNonFinite:
+class FirstNonFinite(Tracer):
     """Looks at what the modules of the chunks on this rank return."""
 
     def __init__(self, chunks: Iterable[torch.nn.Module], owners: Mapping[torch.nn.Parameter, Owner]) -> None:
         named = [pair for chunk in chunks for pair in chunk.named_modules()]
         self._names = {module: name.replace("module.", "") for name, module in named if name}
         self._owners = owners
-        self._is_looking = False
+        self._hook: RemovableHandle | None = None
         self._seen: list[tuple[torch.nn.Module, torch.Tensor]] = []
 
-    @contextlib.contextmanager
-    def looking(self) -> Iterator[None]:
-        """Look at all calls inside the block; within another such block, begin anew."""
+    def begin(self) -> None:
+        """Look at all calls from now on, and forget those before."""
         self._seen = []
-        if self._is_looking:
-            yield
-            return
-        self._is_looking = True
-        try:
-            with register_module_forward_hook(self._look):
-                yield
-        finally:
-            self._is_looking = False
+        self._hook = self._hook or register_module_forward_hook(self._look)
+
+    def end(self) -> None:
+        """Look no longer."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
     def _look(self, module: torch.nn.Module, inputs: Any, output: Any) -> None:
         if module not in self._names:
@@ -49,14 +47,14 @@ class FirstNonFinite:
             if isinstance(part, torch.Tensor) and part.is_floating_point():
                 self._seen.append((module, torch.isfinite(part.detach()).all()))
 
-    def describe(self, here: bool = False) -> str | None:
-        """Return which module was the first on any rank, which all call, or on this one; None if all was finite."""
+    def explain(self, here: bool) -> str:
+        """Return which module was the first, on this rank or on any of all that ask, to be added to a sentence."""
         found = self._first()
-        if torch.distributed.is_initialized() and not here:
+        if not here:
             all_found: list[Any] = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(all_found, found)
             found = min((one for one in all_found if one is not None), default=None)
-        return None if found is None else found[-1]
+        return "" if found is None else f"; {found[-1]}"
 
     def _first(self) -> tuple[int, int, str] | None:
         """Return pipeline stage, number of the call and description of the first on this rank."""

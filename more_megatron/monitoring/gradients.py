@@ -40,15 +40,6 @@ def record_gradients(watch: Watch, chunks: Iterable[Any], owners: Mapping[torch.
 
     Chunks are in Megatron's wrapper, their gradients reduced.
     """
-    zero = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
-    for parameter, owner in owners.items():
-        # The copy that the last stage has of tied embeddings is counted where they are.
-        if not param_is_not_shared(parameter):
-            continue
-        # Ranks of one stage need the same keys, whatever part of the gradients is theirs.
-        watch.add(Key(_CONCERN, owner.kind), zero)
-        if owner.experts:
-            watch.add(Key(_CONCERN, _BY_EXPERT, owner.place), zero.expand(owner.num_experts))
     for chunk in chunks:
         for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
             for parameter, gradient, start, share in _own_gradients(group):
@@ -59,7 +50,9 @@ def record_gradients(watch: Watch, chunks: Iterable[Any], owners: Mapping[torch.
 def _own_gradients(group: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, int, float]]:
     """Yield for each parameter the part of its gradient that is reduced here, where it starts, and how much it counts.
 
-    The distributed optimizer leaves each data-parallel rank a part of every bucket; the remainder is not reduced.
+    The distributed optimizer leaves each data-parallel rank a part of every bucket; the remainder is not reduced. Ranks
+    of one stage are to record the same keys: where none of a gradient is theirs, the part is empty. The copy that the
+    last stage has of tied embeddings is counted where they are.
     """
     is_sharded = group.ddp_config.use_distributed_optimizer
     replicas = group.ddp_config.num_distributed_optimizer_instances if is_sharded else group.data_parallel_group.size()
@@ -69,12 +62,10 @@ def _own_gradients(group: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tenso
     for bucket in group.buckets:
         size = bucket.grad_data.numel() // ranks
         for parameter, (first, last) in bucket.param_to_index.items():
-            start, end = max(first, rank * size), min(last, (rank + 1) * size)
-            is_own = param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(
-                parameter, expert_tp_group=expert_ranks
-            )
-            if start < end and is_own:
-                yield parameter, bucket.grad_data[start:end], start - first, 1.0 / replicas
+            if param_is_not_shared(parameter):
+                is_own = param_is_not_tensor_parallel_duplicate(parameter, expert_tp_group=expert_ranks)
+                start, end = max(first, rank * size), min(last, (rank + 1) * size) if is_own else 0
+                yield parameter, bucket.grad_data[start : max(start, end)], start - first, 1.0 / replicas
 
 
 def _record(watch: Watch, owner: Owner, size: int, gradient: torch.Tensor, start: int, share: float) -> None:

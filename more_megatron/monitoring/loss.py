@@ -13,8 +13,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,18 +34,23 @@ _by_depth: dict[int, float] = {}
 
 class _Step(NamedTuple):
     iteration: int
-    loss: float
+    loss: Any  # a number, or a tensor as long as nobody has waited for it
     grad_norm: float | None
     learning_rate: float
 
 
-@dataclass(frozen=True)
-class Spike:
+class Spike(NamedTuple):
     """A loss far above those before it."""
 
     iteration: int
     loss: float  # its loss in nats
     limit: float  # what a loss may be there
+
+    def __str__(self) -> str:
+        return (
+            f"loss is {self.loss:.3g} at iteration {self.iteration}, healthy is at most {self.limit:.3g}: "
+            "a spike; look at the data of that step, lower --lr or --clip-grad"
+        )
 
 
 class LossHistory:
@@ -54,22 +58,22 @@ class LossHistory:
 
     def __init__(self) -> None:
         self._steps: deque[_Step] = deque(maxlen=_WINDOW)
-        self._pending: list[tuple[int, torch.Tensor, float | None, float]] = []
+        self._pending: list[_Step] = []
 
     def add(self, iteration: int, loss: torch.Tensor, grad_norm: float | None, learning_rate: float) -> None:
         """Add a training step, without waiting for the device."""
-        self._pending.append((iteration, loss.detach().reshape(()), grad_norm, learning_rate))
+        self._pending.append(_Step(iteration, loss.detach().reshape(()), grad_norm, learning_rate))
 
     def settle(self) -> list[Spike]:
         """Fetch the losses of the steps since the last call, and return the spikes among them. Waits for the device."""
         if not self._pending:
             return []
-        losses = torch.stack([loss.float() for _, loss, _, _ in self._pending]).tolist()
+        losses = torch.stack([step.loss.float() for step in self._pending]).tolist()
         spikes = []
-        for (iteration, _, grad_norm, learning_rate), loss in zip(self._pending, losses, strict=True):
+        for step, loss in zip(self._pending, losses, strict=True):
             if loss > (limit := self._limit()):
-                spikes.append(Spike(iteration, loss, limit))
-            self._steps.append(_Step(iteration, loss, grad_norm, learning_rate))
+                spikes.append(Spike(step.iteration, loss, limit))
+            self._steps.append(step._replace(loss=loss))
         self._pending.clear()
         return spikes
 

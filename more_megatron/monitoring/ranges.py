@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from more_megatron.monitoring.routing import Loads
 from more_megatron.monitoring.watch import Key
 from more_megatron.yaml_tables import read_table
 
-__all__ = ["OF_SOFTMAX", "Ends", "Finding", "Healthy", "Range", "findings", "healthy_ranges"]
+__all__ = ["OF_SOFTMAX", "Ends", "Finding", "Range", "findings", "healthy_ranges"]
 
 _BALANCE = "raise --moe-aux-loss-coeff, or lower the learning rate"
 _IGNORED = "the state is ignored: look at the adapter's state half, raise --recurrence-backprop-steps, draw the depth"
@@ -38,7 +38,7 @@ class Range:
     high: float | None = None  # largest healthy value; None: there is none
     hint: str = ""  # what a value outside means, and what usually helps
     is_collapse: bool = False  # whether a value outside means that the run is lost if nothing is done
-    scale: str = ""  # factor on both ends: "N" the number of experts, "ln N" its logarithm, empty 1
+    scale: Callable[[int], float] | None = None  # what both ends grow with, given the number of experts; None: nothing
     needs_injection: bool = False  # whether it holds only for recurrences that inject their input in every step
     steps: tuple[int, int] | None = None  # fewest and most recurrence steps that it holds for; None: any
 
@@ -54,24 +54,15 @@ class Range:
         return f"at least {self.low:.3g}" if self.high is None else f"{self.low:.3g} to {self.high:.3g}"
 
 
-Healthy = Mapping[str, Range]
 # Lowest and highest healthy value.
 Ends = tuple[float | None, float | None]
-
-
-def _of_guide(low: float | None, high: float | None, hint: str, scale: str) -> Range:
-    """Return a range that the guide gives for its 8 experts."""
-    unit = {"N": _GUIDE_EXPERTS, "ln N": math.log(_GUIDE_EXPERTS)}[scale]
-    low, high = (None if end is None else end / unit for end in (low, high))
-    return Range(low, high, hint, scale=scale)
-
 
 _ROUTING = {
     "load cv": Range(None, 0.3, f"experts are used unevenly: {_BALANCE}"),
     "largest ratio": Range(0.8, 1.5, f"an expert is preferred: {_BALANCE}"),
     "smallest ratio": Range(0.5, 1.2, f"an expert starves: {_BALANCE}"),
-    "effective experts": _of_guide(6.0, None, f"few experts do the work: {_BALANCE}", "N"),
-    "entropy": _of_guide(1.5, 2.8, "tokens are routed without doubt or at random: set --moe-z-loss-coeff", "ln N"),
+    "effective experts": Range(6.0, None, f"few experts do the work: {_BALANCE}", scale=float),
+    "entropy": Range(1.5, 2.8, "tokens are routed without doubt or at random: set --moe-z-loss-coeff", scale=math.log),
     "largest probability trend": Range(
         -0.3, 0.3, "the router gets surer from step to step, or less sure: set --router-min-entropy"
     ),
@@ -79,7 +70,7 @@ _ROUTING = {
 }
 # Those that hold where experts compete for the probability of a token.
 OF_SOFTMAX = tuple(f"routing/{name}" for name in _ROUTING)
-_REPEATED_ENTROPY = _of_guide(1.2, 2.5, "tokens are routed without doubt: set --router-min-entropy", "ln N")
+_REPEATED_ENTROPY = Range(1.2, 2.5, "tokens are routed without doubt: set --router-min-entropy", scale=math.log)
 
 _EVERYWHERE = {
     "routing/dead experts": Range(None, 0, f"experts receive no tokens: {_BALANCE}", is_collapse=True),
@@ -126,7 +117,7 @@ def healthy_ranges(
         else:
             low, high = ends
             former = ranges.get(name, Range(hint="docs/health.md says what it is"))
-            ranges[name] = dataclasses.replace(former, low=low, high=high, scale="")
+            ranges[name] = dataclasses.replace(former, low=low, high=high, scale=None)
     return ranges
 
 
@@ -153,15 +144,14 @@ def _is_range(ends: Any) -> bool:
     return low <= high
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """A figure outside of its healthy range."""
 
     text: str  # one line: what, where, the value, the range, and what usually helps
     is_collapse: bool  # whether the run is lost if nothing is done
 
 
-def findings(figures: Mapping[Key, float], ranges: Healthy, loads: Loads) -> list[Finding]:
+def findings(figures: Mapping[Key, float], ranges: Mapping[str, Range], loads: Loads) -> list[Finding]:
     """Return what lies outside of its range: one finding for each figure, of the place where it is worst."""
     outside: dict[str, list[tuple[float, Key, Range]]] = {}
     for key, value in figures.items():
@@ -188,10 +178,9 @@ def _applies(healthy: Range, key: Key, figures: Mapping[Key, float]) -> bool:
 
 
 def _scaled(healthy: Range, key: Key, loads: Loads) -> Range:
-    if not healthy.scale:
+    if healthy.scale is None:
         return healthy
-    experts = len(loads[_load_key(key)][0])
-    factor = experts if healthy.scale == "N" else math.log(experts)
+    factor = healthy.scale(len(loads[_load_key(key)][0])) / healthy.scale(_GUIDE_EXPERTS)
     low, high = (None if end is None else end * factor for end in (healthy.low, healthy.high))
     return dataclasses.replace(healthy, low=low, high=high)
 

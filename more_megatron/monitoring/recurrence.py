@@ -125,7 +125,7 @@ def record_adapter(watch: Watch, place: str, halves: tuple[torch.Tensor, torch.T
     Halves are [..., h, h] each; `share` is 1 over the number of ranks that hold the same ones.
     """
     for name, half in zip(("adapter state norm", "adapter input norm"), halves, strict=True):
-        norms = _spectral_norms(half.detach().float().flatten(0, -3) if half.dim() > 2 else half.detach().float()[None])
+        norms = _spectral_norms(half.detach().float().flatten(0, -3))
         watch.add_mean(Key(_CONCERN, name, place), norms, share=share)
 
 

@@ -1,7 +1,7 @@
 """What is seen of one training step in N: sums on the device, added up over all ranks when the step is over.
 
 While a step is watched, what is to be seen calls `current_watch` and adds to it; at all other times that is None and
-nothing is computed or kept. What is added are sums and weights, so that a figure is the mean over the global batch
+nothing is computed or kept. What is added are sums and numbers, so that a figure is the mean over the global batch
 under every layout, and nobody waits for a device before the step is over.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-__all__ = ["Key", "Watch", "current_watch", "watch_of_step", "watching"]
+__all__ = ["Key", "Watch", "current_watch", "sum_and_number", "watch_of_step", "watching"]
 
 
 @dataclass(frozen=True, order=True)
@@ -34,6 +34,13 @@ class Key:
         return "/".join(part for part in parts if part)
 
 
+@torch.no_grad()
+def sum_and_number(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of values of any shape, and how many there are: float64, [2]."""
+    values = values.detach().double()
+    return torch.stack([values.sum(), values.new_full((), values.numel())])
+
+
 class Watch:
     """Sums over what one training step computes."""
 
@@ -46,19 +53,9 @@ class Watch:
         values = values.detach().double()
         self._sums[key] = self._sums[key] + values if key in self._sums else values
 
-    @torch.no_grad()
-    def add_mean(self, key: Key, values: torch.Tensor, weights: torch.Tensor | None = None, share: float = 1.0) -> None:
-        """Add to the mean of a figure, kept as weighted sum and sum of weights.
-
-        Args:
-            key: The figure.
-            values: Of any shape, one of each token.
-            weights: How much each of them counts, of the same shape. Default: 1.
-            share: 1 over the number of ranks that add the same.
-        """
-        values = values.detach().double()
-        weights = torch.ones_like(values) if weights is None else weights.double()
-        self.add(key, share * torch.stack([(values * weights).sum(), weights.sum()]))
+    def add_mean(self, key: Key, values: torch.Tensor, share: float = 1.0) -> None:
+        """Add values of any shape to the mean of a figure; `share` is 1 over the number of ranks that add the same."""
+        self.add(key, share * sum_and_number(values))
 
     def totals(self) -> dict[Key, np.ndarray]:
         """Return all sums over all ranks. Every rank calls it; waits for the device.
@@ -66,22 +63,19 @@ class Watch:
         Ranks of one pipeline stage have the same keys, other stages have others.
         """
         keys = sorted(self._sums)
-        totals: dict[Key, np.ndarray] = {}
-        if keys:
-            flat = torch.cat([self._sums[key].flatten() for key in keys])
-            if torch.distributed.is_initialized():
-                stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-                torch.distributed.all_reduce(flat, group=stage)
-            parts = np.split(flat.cpu().numpy(), np.cumsum([self._sums[key].numel() for key in keys])[:-1])
-            totals = {key: part.reshape(self._sums[key].shape) for key, part in zip(keys, parts, strict=True)}
-        return _of_all_stages(totals)
+        flat = torch.cat([self._sums[key].flatten() for key in keys])
+        stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(flat, group=stage)
+        parts = np.split(flat.cpu().numpy(), np.cumsum([self._sums[key].numel() for key in keys])[:-1])
+        return _of_all_stages({key: part.reshape(self._sums[key].shape) for key, part in zip(keys, parts, strict=True)})
 
 
 def _of_all_stages(totals: dict[Key, np.ndarray]) -> dict[Key, np.ndarray]:
-    if not torch.distributed.is_initialized() or parallel_state.get_pipeline_model_parallel_world_size() == 1:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
         return totals
-    stages: list[dict[Key, np.ndarray]] = [{}] * parallel_state.get_pipeline_model_parallel_world_size()
-    torch.distributed.all_gather_object(stages, totals, group=parallel_state.get_pipeline_model_parallel_group())
+    stages: list[dict[Key, np.ndarray]] = [{}] * group.size()
+    torch.distributed.all_gather_object(stages, totals, group=group)
     merged: dict[Key, np.ndarray] = {}
     for stage in stages:
         for key, values in stage.items():

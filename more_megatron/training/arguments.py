@@ -1,13 +1,12 @@
 """The command line: Megatron's flags with our defaults, and the MoRE group."""
 
-from __future__ import annotations
-
 import argparse
 import enum
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_and_validate_args
@@ -15,17 +14,14 @@ from megatron.training.arguments import parse_and_validate_args
 from more_megatron.console import LOG, VERBOSE, say
 from more_megatron.errors import MoREError, speak_in_one_line
 from more_megatron.flags import MoREFlags
-from more_megatron.monitoring.flags import HealthFlags
 from more_megatron.platform import Platform
 from more_megatron.platform.packages import has_package, imports
 from more_megatron.systems import default_name, flag_names, get_system, systems
-from more_megatron.training.blend_files import read_blend_files
-from more_megatron.training.flag_checks import check_flags, convert
-from more_megatron.training.options import TrainingFlags
+from more_megatron.training.data_checks import read_blend_files
+from more_megatron.training.flag_checks import check_flags, convert, unread_flags
 from more_megatron.training.stored_flags import given_flags, take_stored_flags
-from more_megatron.training.unread_flags import unread_flags
 
-__all__ = ["parse_arguments"]
+__all__ = ["TrainingFlags", "parse_arguments"]
 
 # What every system shares, so that a run is described by sizes, data and system alone.
 _SHARED_DEFAULTS: dict[str, Any] = {
@@ -73,6 +69,28 @@ _WAYS_BACK: dict[str, tuple[str, bool]] = {
 }
 
 
+@dataclass
+class TrainingFlags:
+    """Flags of the MoRE group that say how a run trains and not what a model is: no checkpoint sets them."""
+
+    loss_on_answers: bool = False
+    """Count the loss of answers only, where a dataset has a mask of them; problems of a row do not see each other.
+    Implies --calculate-per-token-loss."""
+
+    seq_length_curriculum: str | None = None
+    """Length of training rows by iteration, as in 0:128,10000:256; samples of --seq-length are cut into these."""
+
+    health_interval: int = 100
+    """Watch recurrence, routing, gradients and loss in every N-th step, and warn of what is not healthy. 0: never."""
+
+    health_stop: Literal["none", "non-finite", "collapse", "any"] = "non-finite"
+    """What ends a run: nothing; numbers that are not finite, of which nothing is saved; a collapse as well, or any
+    warning, after a checkpoint was saved."""
+
+    health_ranges: str | None = None
+    """YAML file with ranges that replace those of docs/health.md: `routing/load cv: [0, 0.5]`, null for an open end."""
+
+
 def parse_arguments(platform: Platform) -> argparse.Namespace:
     """Parse and check the command line, set Megatron's globals, and return its namespace with the MoRE fields in it.
 
@@ -115,7 +133,6 @@ def _add_group(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that systems share, and those that each alone reads, as one group."""
     group = ArgumentGroupFactory(MoREFlags).build_group(parser, title="MoRE")
     into_group: Any = argparse.Namespace(add_argument_group=lambda **_: group)
-    ArgumentGroupFactory(HealthFlags).build_group(into_group)
     for system in systems().values():
         if system.Flags is not None:
             ArgumentGroupFactory(system.Flags).build_group(into_group)

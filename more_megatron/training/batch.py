@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -42,24 +43,11 @@ class Batch:
 
     def cut(self, length: int) -> Batch:
         """Return the batch with rows of this length, which divides that of its rows."""
-        parts = {name: getattr(self, name) for name in ("tokens", "labels", "loss_mask")}
-        cut: dict[str, Any] = {name: None if x is None else x.reshape(-1, length) for name, x in parts.items()}
-        if self.position_ids is not None:
-            cut["position_ids"] = torch.arange(length, device=self.position_ids.device).expand(cut["tokens"].shape)
+        parts = {name: getattr(self, name) for name in ("tokens", "position_ids", "labels", "loss_mask")}
+        cut: dict[str, Any] = {name: x.reshape(-1, length) for name, x in parts.items() if x is not None}
+        if "position_ids" in cut:
+            cut["position_ids"] = cut["position_ids"] % length
         return dataclasses.replace(self, **cut)
-
-
-_TENSORS = (
-    "tokens",
-    "labels",
-    "loss_mask",
-    "position_ids",
-    "attention_mask",
-    "cu_seqlens",
-    "cu_seqlens_padded",
-    "max_seqlen",
-    "local_cp_size",
-)
 
 
 def stage_needs_data(config: MoREConfig, vp_stage: int | None) -> bool:
@@ -76,23 +64,24 @@ def next_batch(data_iterator: Iterator, config: MoREConfig, vp_stage: int | None
         MoREError: If a token id is not in the vocabulary.
     """
     args = get_args()
-    packed = args.dataloader_inter_document_masking
-    if not stage_needs_data(config, vp_stage) and not reads_boundaries():
+    needs_data = stage_needs_data(config, vp_stage)
+    if not needs_data and not reads_boundaries():
         return Batch()
     sample = next(data_iterator) if mpu.get_tensor_model_parallel_rank() == 0 else {}
     _check_ids(sample)
-    problems = None
+    problems, packed_seq_params = None, None
     if args.loss_on_answers:
         problems = Problems.share(sample.get("problems"), args.micro_batch_size, args.seq_length)
-    fields = _share(_on_device(sample), config, vp_stage)
-    packed_seq_params = _packed_seq_params(fields) if packed else None
-    if not stage_needs_data(config, vp_stage):
+    fields = _share(sample, config, vp_stage)
+    if args.dataloader_inter_document_masking:
+        packed_seq_params = _packed_seq_params(fields)
+    if not needs_data:
         return Batch(packed_seq_params=packed_seq_params, problems=problems)
     fields = get_batch_on_this_cp_rank(
         fields,
         is_hybrid_cp=False,
         cp_group=mpu.get_context_parallel_group(),
-        use_per_sequence_balancing=packed,
+        use_per_sequence_balancing=args.dataloader_inter_document_masking,
     )
     names = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
     return Batch(**{name: fields[name] for name in names}, packed_seq_params=packed_seq_params, problems=problems)
@@ -115,19 +104,13 @@ def _check_ids(sample: dict[str, torch.Tensor]) -> None:
                 )
 
 
-def _on_device(sample: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | None]:
-    if not sample:
-        return {}
-    fields = {name: sample.get(name) for name in _TENSORS}
-    return {name: None if x is None else x.cuda(non_blocking=True) for name, x in fields.items()}
-
-
-def _share(
-    fields: dict[str, torch.Tensor | None], config: MoREConfig, vp_stage: int | None
-) -> dict[str, torch.Tensor | None]:
+def _share(sample: dict[str, torch.Tensor], config: MoREConfig, vp_stage: int | None) -> dict[str, Any]:
+    """Return what all tensor-parallel ranks have of a sample then, None for what there is not."""
     args = get_args()
+    on_device: dict[str, Any] = {name: x.cuda(non_blocking=True) for name, x in sample.items() if name != "problems"}
     shared = get_batch_on_this_tp_rank(
-        fields,
+        # Megatron asks for what a sample may have.
+        defaultdict(lambda: None, on_device),
         broadcast_src_rank=mpu.get_tensor_model_parallel_src_rank(),
         broadcast_group=mpu.get_tensor_model_parallel_group(),
         has_cu_seqlens=args.dataloader_inter_document_masking,
@@ -154,14 +137,11 @@ def _has_mtp(config: MoREConfig, vp_stage: int | None) -> bool:
     )
 
 
-def _packed_seq_params(fields: dict[str, torch.Tensor | None]) -> PackedSeqParams:
-    boundaries, padded, max_seqlen = (fields[name] for name in ("cu_seqlens", "cu_seqlens_padded", "max_seqlen"))
-    assert boundaries is not None
-    assert max_seqlen is not None
-    boundaries = boundaries.squeeze(0)
-    padded = None if padded is None else padded.squeeze(0)
+def _packed_seq_params(fields: dict[str, Any]) -> PackedSeqParams:
+    names = ("cu_seqlens", "cu_seqlens_padded")
+    boundaries, padded = (None if fields[name] is None else fields[name].squeeze(0) for name in names)
     update_seqlen_stats_from_cu_seqlens(boundaries)
-    longest = int(max_seqlen.item())
+    longest = int(fields["max_seqlen"].item())
     cu_seqlens = boundaries if padded is None else padded
     return PackedSeqParams(
         qkv_format="thd",

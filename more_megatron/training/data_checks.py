@@ -1,8 +1,12 @@
-"""Checks of the data that a run is given, before any rank opens them."""
+"""The data that a run is given, checked before any rank opens them."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -10,18 +14,73 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 from megatron.training import get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.data.answers import check_answers, has_answers
 from more_megatron.data.check import check_datasets
 from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from more_megatron.errors import MoREError
-from more_megatron.training.datasets import data_blends
 
-__all__ = ["check_data", "tokenizer_hash"]
+__all__ = ["check_data", "data_blends", "read_blend_files", "tokenizer_hash"]
 
 _SPLITS = ("training", "validation", "test")
+_FILE_SPLITS = ("train", "valid", "test")
+# Megatron's, which it gives to --data-path only.
+_DEFAULT_SPLIT = "969, 30, 1"
 _REMOTE = ("s3://", "msc://")
+
+
+def read_blend_files(args: argparse.Namespace) -> None:
+    """Put what `--per-split-data-args-path` says where the flags for each split would, and check `--data-args-path`.
+
+    Raises:
+        MoREError: If a file cannot be read or says something else.
+    """
+    if args.data_args_path is not None:
+        if not _read("--data-args-path", args.data_args_path).split():
+            raise MoREError(f"--data-args-path {args.data_args_path} is empty: write prefixes into it")
+        args.split = args.split or _DEFAULT_SPLIT
+    if args.per_split_data_args_path is None:
+        return
+    flag, path = "--per-split-data-args-path", args.per_split_data_args_path
+    form = 'write {"train": [prefixes], "valid": [..], "test": [..]} into it'
+    try:
+        content: Any = json.loads(_read(flag, path))
+    except json.JSONDecodeError as error:
+        raise MoREError(f"{flag} {path} is not JSON ({error}): {form}") from error
+    if not isinstance(content, dict) or not content.get("train") or not content.keys() <= set(_FILE_SPLITS):
+        raise MoREError(f"{flag} {path} does not name the data of each split: {form}")
+    for split in _FILE_SPLITS:
+        prefixes = content.get(split) or None
+        prefixes = prefixes.split() if isinstance(prefixes, str) else prefixes
+        if prefixes is not None and not isinstance(prefixes, list):
+            raise MoREError(f"{flag} {path} does not name prefixes for {split}: {form}")
+        setattr(args, f"{split}_data_path", prefixes and [str(part) for part in prefixes])
+    args.per_split_data_args_path = None
+
+
+def _read(flag: str, path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise MoREError(f"{flag} {path} cannot be read ({error}): name a file of prefixes") from error
+
+
+def data_blends(args: argparse.Namespace) -> list[list[str]]:
+    """Return the prefixes of each blend that the data flags name: one, or one a split.
+
+    Raises:
+        MoREError: If a weight is not a positive number.
+    """
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    blends = list(filter(None, [blend, *(blend_per_split or [])]))
+    for weight in (weight for _, weights in blends for weight in weights or ()):
+        if not 0 < weight < math.inf:
+            raise MoREError(
+                f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
+            )
+    return [prefixes for prefixes, _ in blends]
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -54,10 +113,7 @@ def check_data(args: argparse.Namespace) -> None:
 
 def tokenizer_hash(args: argparse.Namespace) -> str | None:
     """Return the hash of the files of the run's tokenizer, None if it has none."""
-    options = TokenizerOptions(
-        args.tokenizer_type, args.tokenizer_model, vocab_file=args.vocab_file, merge_file=args.merge_file
-    )
-    return tokenizer_sha256(options)
+    return tokenizer_sha256(TokenizerOptions.from_args(args))
 
 
 def _check_split(prefix: str, args: argparse.Namespace) -> None:

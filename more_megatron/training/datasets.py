@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
-from megatron.training import get_args, print_rank_0
+from megatron.training import get_args, get_tokenizer, print_rank_0
+from megatron.training.argument_utils import _default_config_from_args
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.config import MoREConfig
@@ -22,59 +21,54 @@ from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.errors import MoREError
 from more_megatron.platform.memory import check_fits_host
 from more_megatron.training.batch import reads_boundaries, stage_needs_data
+from more_megatron.training.data_checks import data_blends
 from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
-from more_megatron.training.problem_datasets import AnswerDatasets
+from more_megatron.training.problem_datasets import AnswerDataset
 from more_megatron.training.problems import Tasks
 
-__all__ = ["DatasetsProvider", "counted_share", "data_blends", "run_tasks"]
+__all__ = ["counted_share", "datasets_provider", "run_tasks"]
 
 # Where a sample begins, and its place in the order.
 _INDEX_BYTES = 12
 
 
-class DatasetsProvider:
-    """Builds the three data sets; `pretrain` calls it on every rank."""
+def datasets_provider(config: MoREConfig) -> Any:
+    """Return what builds the training, validation and test data sets, which `pretrain` calls on every rank.
 
+    It is given how many samples are wanted of each, None for one epoch, and the stage under interleaving. It returns
+    None for each where the rank reads no data.
+    """
+    provider: Any = functools.partial(_datasets, config)
     # Tells `pretrain` that the builder distributes the work over the ranks itself.
-    is_distributed = True
+    provider.is_distributed = True
+    return provider
 
-    def __init__(self, config: MoREConfig) -> None:
-        self._config = config
 
-    def __call__(self, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
-        """Return the training, validation and test data sets, None where this rank reads no data.
+def _datasets(config: MoREConfig, num_samples: tuple[int, int | None, int], vp_stage: int | None = None) -> Any:
+    args = get_args()
+    most = max(samples or 0 for samples in num_samples)
+    remedy = "lower --train-iters, --eval-iters or --global-batch-size"
+    check_fits_host(_INDEX_BYTES * most, f"an index of {most:,} samples", remedy)
+    print_rank_0("> building train, validation, and test datasets for GPT ...")
 
-        `num_samples` are those wanted of each; None for one epoch. `vp_stage` is None without interleaving.
-        """
-        args = get_args()
-        most = max(samples or 0 for samples in num_samples)
-        remedy = "lower --train-iters, --eval-iters or --global-batch-size"
-        check_fits_host(_INDEX_BYTES * most, f"an index of {most:,} samples", remedy)
-        print_rank_0("> building train, validation, and test datasets for GPT ...")
-        builder = BlendedMegatronDatasetBuilder(
-            _kind(args),
-            num_samples,
-            functools.partial(self._is_built_here, vp_stage),
-            _dataset_config(),
-        )
-        # The builder lets rank 0 go first.
-        writes = args.rank == 0 and not args.dataloader_fast_cache_load
-        folders = _cache_folders(args) if writes else []
-        with only_writer(folders):
-            remove_unusable_indices(folders)
-            datasets = _build(builder)
-        print_rank_0("> finished creating GPT datasets ...")
-        return datasets
+    def is_built_here() -> bool:
+        reads_data = reads_boundaries() or stage_needs_data(config, vp_stage)
+        return reads_data and mpu.get_tensor_model_parallel_rank() == 0
 
-    def _is_built_here(self, vp_stage: int | None) -> bool:
-        if mpu.get_tensor_model_parallel_rank() != 0:
-            return False
-        return reads_boundaries() or stage_needs_data(self._config, vp_stage)
+    # The builder lets rank 0 go first.
+    writes = args.rank == 0 and not args.dataloader_fast_cache_load
+    folders = _cache_folders(args) if writes else []
+    with only_writer(folders):
+        remove_unusable_indices(folders)
+        datasets = _build(BlendedMegatronDatasetBuilder(_kind(args), num_samples, is_built_here, _dataset_config()))
+    print_rank_0("> finished creating GPT datasets ...")
+    return datasets
 
 
 def _kind(args: argparse.Namespace) -> Any:
     if args.loss_on_answers:
-        return AnswerDatasets(run_tasks(args))
+        # Megatron's builder makes datasets of a class, and gives it nothing else of the run.
+        return type("AnswerDataset", (AnswerDataset,), {"tasks": run_tasks(args)})
     return MockGPTDataset if args.mock_data else GPTDataset
 
 
@@ -103,22 +97,6 @@ def _cache_folders(args: argparse.Namespace) -> list[Path]:
     return [cache_folder(prefix) for blend in data_blends(args) for prefix in blend]
 
 
-def data_blends(args: argparse.Namespace) -> list[list[str]]:
-    """Return the prefixes of each blend that the data flags name: one, or one a split.
-
-    Raises:
-        MoREError: If a weight is not a positive number.
-    """
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = list(filter(None, [blend, *(blend_per_split or [])]))
-    for weight in (weight for _, weights in blends for weight in weights or ()):
-        if not 0 < weight < math.inf:
-            raise MoREError(
-                f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
-            )
-    return [prefixes for prefixes, _ in blends]
-
-
 def counted_share(args: argparse.Namespace) -> float:
     """Return the share of the training tokens that count in the loss of a run that trains on answers."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -131,34 +109,21 @@ def counted_share(args: argparse.Namespace) -> float:
 def _dataset_config() -> GPTDatasetConfig:
     args = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    sequences_per_dataset = None
-    if args.per_dataset_sequences_path is not None:
-        with open(args.per_dataset_sequences_path) as file:
-            sequences_per_dataset = json.load(file)
-    return GPTDatasetConfig(
-        random_seed=args.seed,
-        sequence_length=args.seq_length,
-        blend=blend,
-        blend_per_split=blend_per_split,
-        split=args.split,
-        multiple_validation_sets=args.multiple_validation_sets,
-        full_validation=args.full_validation,
-        num_dataset_builder_threads=args.num_dataset_builder_threads,
-        path_to_cache=args.data_cache_path,
-        mmap_bin_files=args.mmap_bin_files,
-        tokenizer=build_tokenizer(args),
-        reset_position_ids=args.reset_position_ids,
-        reset_attention_mask=args.reset_attention_mask,
-        eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=args.create_attention_mask_in_dataloader,
-        object_storage_cache_path=args.object_storage_cache_path,
-        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
-        allow_ambiguous_pad_tokens=args.allow_ambiguous_pad_tokens,
-        fast_cache_load=args.dataloader_fast_cache_load,
-        sequences_per_dataset=sequences_per_dataset,
-        defer_npy_index_mmap=args.dataloader_defer_npy_index_mmap,
-        context_parallel_size=args.context_parallel_size,
-        data_parallel_size=args.data_parallel_size,
-        sequence_parallel_size=args.tensor_model_parallel_size * args.sequence_parallel,
-        inter_document_masking=args.dataloader_inter_document_masking,
-    )
+    sequences = args.per_dataset_sequences_path
+    fields = _default_config_from_args(GPTDatasetConfig, args, return_instance=False)
+    # What the flags call otherwise.
+    fields |= {
+        "random_seed": args.seed,
+        "sequence_length": args.seq_length,
+        "blend": blend,
+        "blend_per_split": blend_per_split,
+        "path_to_cache": args.data_cache_path,
+        "tokenizer": get_tokenizer(),
+        "create_attention_mask": args.create_attention_mask_in_dataloader,
+        "fast_cache_load": args.dataloader_fast_cache_load,
+        "sequences_per_dataset": None if sequences is None else json.loads(Path(sequences).read_text()),
+        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+        "sequence_parallel_size": args.tensor_model_parallel_size * args.sequence_parallel,
+        "inter_document_masking": args.dataloader_inter_document_masking,
+    }
+    return GPTDatasetConfig(**fields)

@@ -6,11 +6,12 @@ Megatron does; what it read is read again for the others.
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer, print_rank_last
 
 from more_megatron.config import MoREConfig
@@ -55,14 +56,16 @@ class DepthEvaluation:
         """Evaluate as Megatron's `evaluate`, whose arguments these are, at one depth after the other."""
         global _steps
         consumed, results = get_args().consumed_valid_samples, {}
-        replay = [_Replay(part) for part in data] if isinstance(data, list) else _Replay(data)
+        parts = data if isinstance(data, list) else [data]
+        # What is read through a copy is kept for the next. Megatron's iterators have no `__iter__`.
+        kept = [None if part is None else itertools.tee(iter(part.__next__, None), 1)[0] for part in parts]
         own: Any = None
         for steps in dict.fromkeys((self._own, *self._depths)):
             get_args().consumed_valid_samples, _steps = consumed, None if steps == self._own else steps
-            for part in replay if isinstance(replay, list) else [replay]:
-                part.rewind()
+            again = [copy.copy(part) for part in kept]
             try:
-                losses, other, is_over = evaluate(forward_step, replay, *args, **kwargs)
+                read = again if isinstance(data, list) else again[0]
+                losses, other, is_over = evaluate(forward_step, read, *args, **kwargs)
             finally:
                 _steps = None
             if is_over:
@@ -103,26 +106,3 @@ def _write(suffix: str, steps: int, values: dict[str, float], iteration: int, is
         series[f"val_loss_r{steps}{suffix}"] = values[LOSS]
     known = {name: value for name, value in series.items() if not math.isnan(value)}
     write_scalars(known, iteration, get_tensorboard_writer(), get_wandb_writer())
-
-
-class _Replay:
-    """An iterator that keeps what it yields, to yield it again; without a source where a rank reads no data."""
-
-    def __init__(self, source: Iterator[dict[str, torch.Tensor]] | None) -> None:
-        self._source = source
-        self._kept: list[dict[str, torch.Tensor]] = []
-        self._place = 0
-
-    def rewind(self) -> None:
-        """Begin anew."""
-        self._place = 0
-
-    def __iter__(self) -> _Replay:
-        return self
-
-    def __next__(self) -> dict[str, torch.Tensor]:
-        if self._place == len(self._kept):
-            assert self._source is not None
-            self._kept.append(next(self._source))
-        self._place += 1
-        return self._kept[self._place - 1]

@@ -1,16 +1,16 @@
-"""The forward step: a micro-batch through the model, with the depth it is to be computed at."""
+"""The forward step: a micro-batch through the model, with the depth it is to be computed at; and its loss."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import get_args, get_timers
 
@@ -22,11 +22,12 @@ from more_megatron.systems import get_system
 from more_megatron.training.batch import Batch, next_batch
 from more_megatron.training.datasets import run_tasks
 from more_megatron.training.evaluation import evaluated_steps
-from more_megatron.training.loss import language_model_loss
 from more_megatron.training.problems import greedy_tokens
 from more_megatron.training.row_length import row_length
 
 __all__ = ["forward_step"]
+
+_SPIKE_FACTOR = 10
 
 _straggler_timer = StragglerDetector()
 
@@ -46,7 +47,8 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
     micro_batch = _micro_batch(gpt, batch, length)
     if gpt.config.num_moe_experts is None:
         scale_attached_losses(gpt.config, get_num_microbatches())
-    with _straggler_timer, _greedy(gpt, batch) as predicted:
+    predicted: list[torch.Tensor] = []
+    with _straggler_timer, _greedy_into(predicted, gpt, batch):
         output = model(
             batch.tokens,
             batch.position_ids,
@@ -56,12 +58,12 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
             packed_seq_params=batch.packed_seq_params,
             extra_block_kwargs=micro_batch.block_kwargs(),
         )
-    figures = {}
+    figures: dict[str, float] = {}
     if gpt.training and get_system(gpt.config.more_variant).recurrent:
-        figures["recurrence steps"] = _reported_steps(gpt, micro_batch)
+        figures["recurrence steps"] = micro_batch.depth.steps
     if gpt.training and get_args().seq_length_curriculum is not None:
         figures["sequence length"] = length
-    return output, functools.partial(language_model_loss, batch.loss_mask, figures, _answers(batch, predicted))
+    return output, functools.partial(_loss, batch, predicted, figures)
 
 
 def _cut(batch: Batch, training: bool) -> tuple[Batch, int]:
@@ -71,37 +73,52 @@ def _cut(batch: Batch, training: bool) -> tuple[Batch, int]:
     return (batch if length == args.seq_length else batch.cut(length)), length
 
 
-@contextlib.contextmanager
-def _greedy(gpt: GPTModel, batch: Batch) -> Iterator[list[torch.Tensor]]:
-    """Inside the block, collect the likeliest tokens, [b, s], where answers are evaluated."""
-    predicted: list[torch.Tensor] = []
+def _greedy_into(
+    predicted: list[torch.Tensor], gpt: GPTModel, batch: Batch
+) -> contextlib.AbstractContextManager[object]:
+    """Return a block in which the likeliest tokens, [b, s], are collected where answers are evaluated."""
     if batch.problems is None or gpt.training or not gpt.post_process:
-        yield predicted
-        return
-    hook = gpt.output_layer.register_forward_hook(lambda *call: predicted.append(greedy_tokens(call[-1][0])))
-    try:
-        yield predicted
-    finally:
-        hook.remove()
+        return contextlib.nullcontext()
+    return gpt.output_layer.register_forward_hook(lambda *call: predicted.append(greedy_tokens(call[-1][0])))
 
 
-def _answers(batch: Batch, predicted: list[torch.Tensor]) -> Callable[[torch.Tensor], Any] | None:
-    """Return what reports on answers, given the losses; None where none are evaluated."""
-    if not predicted:
-        return None
-    problems, labels, mask = batch.problems, batch.labels, batch.loss_mask
-    assert problems is not None and labels is not None and mask is not None  # noqa: PT018
-    return lambda losses: problems.report(run_tasks(get_args()), mask, losses, predicted[0] == labels)
+def _loss(
+    batch: Batch, predicted: list[torch.Tensor], figures: dict[str, float], losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Return the sum of the losses of tokens, the number of those that count, and sum and weight of what is reported.
 
-
-def _reported_steps(gpt: GPTModel, micro_batch: MicroBatch) -> float:
-    """Return the recurrence steps of a micro-batch, or their mean in this training step.
-
-    A stage without layers does not know which micro-batch it computes, and must not: the mean of the means is the same.
+    Args:
+        batch: The micro-batch, on the last pipeline stage, which alone computes losses.
+        predicted: The likeliest tokens, [b, s], where answers are evaluated; else nothing.
+        figures: What else is reported of the micro-batch, by name.
+        losses: Cross-entropy of each token in nats, [b, s].
     """
-    if len(gpt.decoder.layers) > 0:
-        return micro_batch.depth.steps
-    return sum(DepthSampler(gpt.config).means(get_args().curr_iteration, get_num_microbatches()))
+    assert batch.loss_mask is not None
+    mask = batch.loss_mask.view(-1).float()
+    loss = torch.sum(losses.view(-1).float() * mask)
+    tokens = mask.sum().detach().to(torch.int)
+    if evaluated_steps() is None:
+        _check(loss)
+    report = {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
+    for name, value in figures.items():
+        # Made on the host and copied there it would wait for the forward pass.
+        report[name] = torch.cat([loss.new_full((1,), value), loss.new_ones(1)])
+    if predicted and batch.problems is not None and batch.labels is not None:
+        is_right = predicted[0].eq(batch.labels)
+        report |= batch.problems.report(run_tasks(get_args()), batch.loss_mask, losses.detach(), is_right)
+    return loss, tokens, report
+
+
+def _check(loss: torch.Tensor) -> None:
+    """Hand the loss to Megatron's checks for NaN, infinity and spikes."""
+    args, machine = get_args(), get_rerun_state_machine()
+    check = functools.partial(machine.validate_result, result=loss, tolerance=0.0)
+    if args.check_for_nan_in_loss_and_grad:
+        check(rejection_func=torch.isnan, message="found NaN in local forward loss calculation", fatal=True)
+        check(rejection_func=torch.isinf, message="found Inf in local forward loss calculation", fatal=True)
+    if args.check_for_spiky_loss:
+        is_spike = functools.partial(machine.is_unexpectedly_large, threshold=_SPIKE_FACTOR, context="loss")
+        check(rejection_func=is_spike, message="Spiky loss", fatal=False)
 
 
 def _micro_batch(gpt: GPTModel, batch: Batch, length: int) -> MicroBatch:
@@ -121,15 +138,10 @@ def _micro_batch(gpt: GPTModel, batch: Batch, length: int) -> MicroBatch:
 
 
 def _number_in_step(gpt: GPTModel) -> int:
-    """Return the number of the micro-batch within its step, from 0.
-
-    Megatron's schedules number it on each layer of the stage. A stage without layers counts for itself: every stage
-    takes the micro-batches in their order.
-    """
-    if len(gpt.decoder.layers) > 0:
-        return gpt.decoder.layers[0].current_microbatch
+    """Return the number of the micro-batch within its step, from 0: every stage takes them in their order."""
     step = get_args().curr_iteration
-    former_step, count = getattr(gpt, "micro_batches_seen", (None, 0))
+    former_step, count = getattr(gpt, "micro_batches_seen", (step, 0))
     count = count if step == former_step else 0
     gpt.micro_batches_seen = (step, count + 1)
+    # A step that is computed again begins anew.
     return count % get_num_microbatches()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer, training
 from megatron.training.utils import is_last_rank
 
 from more_megatron.config import MoREConfig
+from more_megatron.monitoring import HEALTH_FILE
+from more_megatron.monitoring.figures import system_figures
 from more_megatron.monitoring.first_non_finite import FirstNonFinite
-from more_megatron.monitoring.flags import HEALTH_FILE
 from more_megatron.monitoring.gradients import gradient_figures, gradients_of_experts, record_gradients
 from more_megatron.monitoring.loss import LossHistory, depth_figures
 from more_megatron.monitoring.ranges import Finding, findings, healthy_ranges
@@ -28,14 +29,12 @@ from more_megatron.monitoring.recurrence import record_adapter, recurrence_figur
 from more_megatron.monitoring.report import Report
 from more_megatron.monitoring.routing import routing_figures, routing_loads, watch_router
 from more_megatron.monitoring.watch import Key, Watch, watching
-from more_megatron.platform.repairs.finite import Tracer, non_finite_stop, trace_reruns
+from more_megatron.platform.repairs.finite import non_finite_stop, trace_reruns
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.parameter_owners import adapters, parameter_owners
 
 __all__ = ["watch_health"]
-
-_OF_CONCERNS = (recurrence_figures, routing_figures)
 
 
 def watch_health(config: MoREConfig, args: argparse.Namespace) -> None:
@@ -45,15 +44,14 @@ def watch_health(config: MoREConfig, args: argparse.Namespace) -> None:
         MoREError: If the file of ranges cannot be read.
     """
     health = _Health(config, args)
-    trace_reruns(health)
     if args.health_interval > 0:
         surround("train_step", health.train_step)
         surround("checkpoint_and_decide_exit", health.checkpoint_and_decide_exit)
 
 
-class _Health(Tracer):
+class _Health:
     def __init__(self, config: MoREConfig, args: argparse.Namespace) -> None:
-        self._config, self._args = config, args
+        self._args = args
         self._system = get_system(config.more_variant)
         self._ranges = healthy_ranges(
             self._system.health_ranges(config),
@@ -63,52 +61,55 @@ class _Health(Tracer):
         )
         self._history = LossHistory()
         self._stop: str | None = None
-        self._chunks: list[Any] = []
-        self._first: FirstNonFinite | None = None
-        self._looking = contextlib.ExitStack()
+        self._chunks: list[Any] = []  # of the model on this rank, known from the first step on
 
     # The training step.
 
     def train_step(self, train_step: Callable[..., tuple], *args: Any, iteration: int, **kwargs: Any) -> tuple:
         """Take the place of Megatron's `train_step`; `iteration` counts the steps before it."""
-        _, _, model, optimizer, _, config, *_ = args
-        number, is_first = iteration + 1, self._first is None
-        if is_first:
-            self._chunks = unwrap_model(model)
-            self._owners = parameter_owners(self._chunks)
-            self._first = FirstNonFinite(self._chunks, self._owners)
+        _, _, model, optimizer, scheduler, config, *_ = args
+        number = iteration + 1
         watch = Watch() if number % self._args.health_interval == 0 else None
         rate = training.get_canonical_lr_for_logging(optimizer.param_groups) or 0.0
-        with self._looking:
-            if is_first:
-                # Megatron does not compute the first step of a process again, whatever comes of it.
-                self.begin()
-            with contextlib.nullcontext() if watch is None else self._watched(watch, model, config):
-                result = train_step(*args, iteration=iteration, **kwargs)
+        with contextlib.ExitStack() as stack:
+            if not self._chunks:
+                self._know(unwrap_model(model))
+            stack.callback(self._first.end)
+            if watch is not None:
+                stack.enter_context(self._watched(watch, model, config))
+            result = train_step(*args, iteration=iteration, **kwargs)
         loss_dict, _, _, should_exit, _, grad_norm, *_ = result
         if "lm loss" in loss_dict:
             self._history.add(number, loss_dict["lm loss"], grad_norm, rate)
         if watch is not None and not should_exit:
-            self._report(number, watch, optimizer.get_loss_scale().item())
+            is_warm = scheduler.num_steps > scheduler.lr_warmup_steps
+            self._report(number, watch, optimizer.get_loss_scale().item(), is_warm)
         return result if self._stop is None else (*result[:4], 1, *result[5:])
+
+    def _know(self, chunks: list[Any]) -> None:
+        self._chunks = chunks
+        self._owners = parameter_owners(chunks)
+        self._first = FirstNonFinite(chunks, self._owners)
+        trace_reruns(self._first)
+        # Megatron does not compute the first step of a process again, whatever comes of it.
+        self._first.begin()
 
     @contextlib.contextmanager
     def _watched(self, watch: Watch, model: list[Any], config: Any) -> Iterator[None]:
         """Watch the training step inside the block."""
-        assert self._first is not None
         finalize = config.finalize_model_grads_func
 
         def finalize_and_record(*args: Any, **kwargs: Any) -> None:
             finalize(*args, **kwargs)
             record_gradients(watch, model, self._owners)
 
-        routers = [module for chunk in self._chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
         with contextlib.ExitStack() as stack:
-            for router in routers:
-                stack.callback(watch_router(router))
+            for module in (module for chunk in self._chunks for module in chunk.modules()):
+                if isinstance(module, TopKRouter):
+                    stack.callback(watch_router(module))
             config.finalize_model_grads_func = finalize_and_record
             stack.callback(setattr, config, "finalize_model_grads_func", finalize)
-            stack.enter_context(self._first.looking())
+            self._first.begin()
             stack.enter_context(watching(watch))
             self._record_parameters(watch)
             yield
@@ -122,61 +123,40 @@ class _Health(Tracer):
             for module in chunk.modules():
                 self._system.record_health(watch, module, of_experts)
             for name, module, halves in adapters(chunk):
-                share = of_experts if ".experts." in f".{name}." else 1.0 / stage
-                record_adapter(watch, self._place(chunk, name, module), (halves[0], halves[1]), share)
-
-    @staticmethod
-    def _place(chunk: Any, name: str, module: Any) -> str:
-        if hasattr(module, "layer_number"):
-            return f"layer {module.layer_number}"
-        return chunk.decoder.place_of_loop(name.rpartition(".")[2])
+                is_layer = hasattr(module, "layer_number")
+                place = f"layer {module.layer_number}" if is_layer else chunk.decoder.place_of_loop(name.split(".")[-1])
+                record_adapter(watch, place, halves, of_experts if ".experts." in f".{name}." else 1.0 / stage)
 
     # The report.
 
-    def _report(self, number: int, watch: Watch, loss_scale: float) -> None:
+    def _report(self, number: int, watch: Watch, loss_scale: float, is_warm: bool) -> None:
         totals = watch.totals()
-        assert self._first is not None
-        cause = self._first.describe()
+        cause = self._first.explain(here=False)
         found: list[Finding] = []
         bad_step: int | None = None
         if is_last_rank():
             spikes = self._history.settle()
             bad_step = self._history.first_non_finite()
-            report = self._make_report(number, totals, loss_scale)
-            found = findings(report.figures, self._ranges, report.loads) if number > self._warm_up() else []
-            found += [
-                Finding(
-                    f"loss is {spike.loss:.3g} at iteration {spike.iteration}, healthy is at most {spike.limit:.3g}: "
-                    "a spike; look at the data of that step, lower --lr or --clip-grad",
-                    is_collapse=False,
-                )
-                for spike in spikes
-            ]
-            report.warnings.extend(finding.text for finding in found)
-            if bad_step is not None or cause is not None:
-                report.warnings.append(_non_finite(bad_step or number, cause))
-            self._write(report)
+            figures, loads = self._figures(totals, loss_scale), routing_loads(totals)
+            # While the learning rate rises, figures say nothing yet.
+            found = findings(figures, self._ranges, loads) if is_warm else []
+            found += [Finding(str(spike), is_collapse=False) for spike in spikes]
+            warnings = [finding.text for finding in found]
+            if bad_step is not None or cause:
+                warnings.append(_non_finite(bad_step or number, cause))
+            self._write(Report(number, figures, loads, gradients_of_experts(totals, loss_scale), warnings))
         self._decide(found, bad_step, cause, number)
 
-    def _make_report(self, number: int, totals: dict[Key, Any], loss_scale: float) -> Report:
-        figures = dict(self._history.figures())
-        for of_concern in _OF_CONCERNS:
-            figures.update(of_concern(totals))
-        figures.update(gradient_figures(totals, loss_scale))
-        figures.update(depth_figures())
-        figures.update(
-            (key, float(sums[0] / sums[1])) for key, sums in totals.items() if key.concern == "system" and sums[1] > 0
+    def _figures(self, totals: dict[Key, Any], loss_scale: float) -> dict[Key, float]:
+        concerns = (
+            self._history.figures(),
+            recurrence_figures(totals),
+            routing_figures(totals),
+            gradient_figures(totals, loss_scale),
+            depth_figures(),
+            system_figures(totals),
         )
-        gradients = gradients_of_experts(totals, loss_scale)
-        return Report(number, figures, routing_loads(totals), gradients, [])
-
-    def _warm_up(self) -> int:
-        """Return the iterations in which the learning rate rises: figures of them say nothing yet."""
-        args = self._args
-        # Without a batch size there is a schedule of them; its warm-up is in iterations.
-        samples = (args.lr_warmup_samples or 0) / (args.global_batch_size or 1)
-        share = (args.lr_warmup_fraction or 0.0) * (args.lr_decay_iters or args.train_iters or 0)
-        return math.ceil(max(args.lr_warmup_iters or 0, samples, share))
+        return dict(itertools.chain.from_iterable(concerns))
 
     def _write(self, report: Report) -> None:
         for warning in report.warnings:
@@ -185,24 +165,23 @@ class _Health(Tracer):
             folder = Path(self._args.save)
             folder.mkdir(parents=True, exist_ok=True)
             report.append_to(folder / HEALTH_FILE)
-        board, wandb = get_tensorboard_writer(), get_wandb_writer()
-        if board:
+        if board := get_tensorboard_writer():
             report.write_to_tensorboard(board)
-        if wandb:
+        if wandb := get_wandb_writer():
             report.write_to_wandb(wandb)
 
     # The end.
 
-    def _decide(self, found: list[Finding], bad_step: int | None, cause: str | None, number: int) -> None:
+    def _decide(self, found: list[Finding], bad_step: int | None, cause: str, number: int) -> None:
         """End the run, or have it ended behind this step, on all ranks; the last rank knows."""
         stop = self._args.health_stop
         if stop == "none":
             return
-        flags = [bad_step or 0, any(finding.is_collapse for finding in found), bool(found)]
-        agreed = torch.tensor([int(value) for value in flags], device="cuda")
+        here = (bad_step or 0, any(finding.is_collapse for finding in found), bool(found))
+        agreed = torch.tensor(list(map(int, here)), device="cuda")
         torch.distributed.all_reduce(agreed, op=torch.distributed.ReduceOp.MAX)
         step, collapsed, unhealthy = agreed.tolist()
-        if step > 0 or cause is not None:
+        if step > 0 or cause:
             raise non_finite_stop(_non_finite(step or number, cause))
         if (stop == "any" and unhealthy) or (stop in ("collapse", "any") and collapsed):
             self._stop = f"--health-stop {stop} ends the run at iteration {number}"
@@ -214,27 +193,14 @@ class _Health(Tracer):
         if self._stop is None:
             return False
         model, optimizer, scheduler, iteration, flops, context, data_iterator = args
-        settings = self._args
-        if settings.save and not (settings.save_interval and iteration % settings.save_interval == 0):
+        was_saved = self._args.save_interval and iteration % self._args.save_interval == 0
+        if self._args.save and not was_saved:
             training.save_checkpoint_and_time(
                 iteration, model, optimizer, scheduler, flops, context, train_data_iterator=data_iterator
             )
         training.print_datetime(self._stop)
         return True
 
-    # A step whose loss is not finite.
 
-    def begin(self) -> None:
-        """Look at the modules in what remains of the training step."""
-        if self._first is not None:
-            self._looking.enter_context(self._first.looking())
-
-    def explain(self, here: bool) -> str:
-        """Return which module was the first, to be added to a sentence."""
-        cause = None if self._first is None else self._first.describe(here)
-        return "" if cause is None else f"; {cause}"
-
-
-def _non_finite(iteration: int, cause: str | None) -> str:
-    text = f"iteration {iteration}: loss or gradient norm is not finite"
-    return text if cause is None else f"{text}; {cause}"
+def _non_finite(iteration: int, cause: str) -> str:
+    return f"iteration {iteration}: loss or gradient norm is not finite{cause}"

@@ -20,7 +20,7 @@ from more_megatron.errors import MoREError
 from more_megatron.model.attached_loss import weigh_attached_losses
 from more_megatron.model.builder import MoREModelConfig
 from more_megatron.systems import get_system
-from more_megatron.training.datasets import DatasetsProvider, counted_share
+from more_megatron.training.datasets import counted_share, datasets_provider
 from more_megatron.training.former_weights import ask_for_former_weights
 from more_megatron.training.forward import forward_step
 
@@ -29,7 +29,7 @@ __all__ = ["check_system", "model_config_from_args", "pretrain_arguments"]
 
 def pretrain_arguments(args: argparse.Namespace, model_config: MoREModelConfig) -> tuple[Any, ...]:
     """Return the arguments of Megatron's `pretrain`."""
-    data = DatasetsProvider(model_config.transformer)
+    data = datasets_provider(model_config.transformer)
     return pretrain_cfg_container_from_args(args, model_config), data, ModelType.encoder_or_decoder, forward_step
 
 

@@ -39,10 +39,8 @@ def parameter_owners(chunks: Iterable[torch.nn.Module]) -> dict[torch.nn.Paramet
         layers = {name: module for name, module in chunk.named_modules() if hasattr(module, "mlp")}
         for name, parameter in chunk.named_parameters():
             kind = next((kind for part, kind in _KINDS if part in name), "other")
-            prefix = next((prefix for prefix in layers if name.startswith(f"{prefix}.")), None)
-            owners[parameter] = Owner(kind)
-            if prefix is not None:
-                owners[parameter] = _in_layer(kind, name, parameter, layers[prefix])
+            layer = next((layer for prefix, layer in layers.items() if name.startswith(f"{prefix}.")), None)
+            owners[parameter] = Owner(kind) if layer is None else _in_layer(kind, name, parameter, layer)
     return owners
 
 
@@ -55,14 +53,14 @@ def _in_layer(kind: str, name: str, parameter: torch.nn.Parameter, layer: Any) -
     return Owner(kind, place, tuple(indices[index] for index in local), layer.config.num_moe_experts)
 
 
-def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, dict[int, torch.Tensor]]]:
-    """Yield each adapter of a model: its module's name, the module, and the halves for state (0) and input (1)."""
+def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, Any, tuple[torch.Tensor, torch.Tensor]]]:
+    """Yield each adapter of a model: its module's name, the module, and the halves for state and input, [..., h, h]."""
     for name, module in chunk.named_modules():
         held = getattr(module, "adapter", None)
         if held is None:
             continue
-        halves: dict[int, list[torch.Tensor]] = {}
+        halves: dict[int, list[torch.Tensor]] = {0: [], 1: []}
         for parameter in [held] if isinstance(held, torch.nn.Parameter) else held.parameters():
             for column, half in linear_columns(parameter, 2).items():
-                halves.setdefault(column, []).append(half if half.dim() > 2 else half.unsqueeze(0))
-        yield name, module, {column: torch.cat(parts) for column, parts in halves.items()}
+                halves[column].append(half if half.dim() > 2 else half.unsqueeze(0))
+        yield name, module, (torch.cat(halves[0]), torch.cat(halves[1]))

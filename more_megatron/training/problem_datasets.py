@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,33 +18,24 @@ from more_megatron.data.answers import has_answers, mask_prefix, task_names
 from more_megatron.errors import MoREError
 from more_megatron.training.problems import NO_TASK, Tasks, slots
 
-__all__ = ["AnswerDatasets", "ProblemDataset"]
+__all__ = ["AnswerDataset", "ProblemDataset"]
 
 
-class AnswerDatasets:
-    """Stands where Megatron's builder takes a class: each dataset of a blend is of the kind that its files are of."""
+class AnswerDataset(torch.utils.data.Dataset):
+    """A dataset of a blend, of the kind that its files are of: Megatron blends those of one class only.
 
-    __name__ = "AnswerDatasets"
+    A subclass names the tasks of the run. Arguments are those of Megatron's datasets.
+    """
+
+    tasks: ClassVar[Tasks]
     build_low_level_dataset = staticmethod(GPTDataset.build_low_level_dataset)
     numel_low_level_dataset = staticmethod(GPTDataset.numel_low_level_dataset)
 
-    def __init__(self, tasks: Tasks) -> None:
-        self._tasks = tasks
-
-    def __call__(self, dataset: IndexedDataset, path: str, *args: Any) -> _Blendable:
-        """Build a dataset; arguments as for Megatron's."""
-        numbers = [self._tasks.names.index(name) for name in task_names(path)]
-        if has_answers(path):
-            return _Blendable(ProblemDataset(numbers, dataset, path, *args))
-        return _Blendable(_TextDataset(numbers[0], dataset, path, *args))
-
-
-class _Blendable(torch.utils.data.Dataset):
-    """A dataset of either kind: Megatron blends those of one class only."""
-
-    def __init__(self, rows: MegatronDataset) -> None:
-        self.rows = rows
-        self.index_split, self.unique_identifiers = rows.index_split, rows.unique_identifiers
+    def __init__(self, dataset: IndexedDataset, path: str, *args: Any) -> None:
+        numbers = [self.tasks.names.index(name) for name in task_names(path)]
+        kind: Any = ProblemDataset if has_answers(path) else _TextDataset
+        self.rows = kind(numbers, dataset, path, *args)
+        self.index_split, self.unique_identifiers = self.rows.index_split, self.rows.unique_identifiers
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -56,9 +47,9 @@ class _Blendable(torch.utils.data.Dataset):
 class _TextDataset(GPTDataset):
     """Megatron's dataset, each of whose rows is one problem of which every token counts."""
 
-    def __init__(self, task: int, *args: Any) -> None:
+    def __init__(self, tasks: list[int], *args: Any) -> None:
         super().__init__(*args)
-        self._table = _table([0], [task], self.config.sequence_length)
+        self._table = _table([0], tasks, self.config.sequence_length)
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         return super().__getitem__(idx) | {"problems": self._table}
@@ -70,14 +61,8 @@ class ProblemDataset(MegatronDataset):
     A problem of n tokens takes n - 1 places: its last token is a label only. One that is longer than a row is left out.
     The beginning of another problem fills up a row and counts nowhere: to routers it looks like any other.
 
-    Args:
-        tasks: Numbers of the tasks, in the order of the mask's.
-        dataset: The problems.
-        path: Prefix of the dataset.
-        indices: Which of them.
-        num_samples: Fewest rows wanted; None for one epoch, which is the least.
-        split: The split.
-        config: Megatron's configuration.
+    Arguments are those of Megatron's datasets, behind the numbers of the tasks in the order of the mask's.
+    `num_samples` are the fewest rows wanted; None for one epoch, which is the least.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import mpu
+from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 
 from more_megatron.data.answers import has_answers, task_names
 
@@ -112,14 +113,5 @@ def greedy_tokens(logits: torch.Tensor) -> torch.Tensor:
     group = mpu.get_tensor_model_parallel_group()
     values, tokens = logits.float().max(dim=-1)
     tokens = tokens + group.rank() * logits.size(-1)
-    if group.size() > 1:
-        best = _gathered(values, group).argmax(dim=0, keepdim=True)
-        tokens = _gathered(tokens, group).gather(0, best)[0]
-    return tokens.t().contiguous()
-
-
-def _gathered(x: torch.Tensor, group: torch.distributed.ProcessGroup) -> torch.Tensor:
-    """Return what all ranks of a group have, [ranks, ...]."""
-    parts = [torch.empty_like(x) for _ in range(group.size())]
-    torch.distributed.all_gather(parts, x.contiguous(), group=group)
-    return torch.stack(parts)
+    values, tokens = (_gather_along_first_dim(x, group=group).view(-1, *x.shape) for x in (values, tokens))
+    return tokens.gather(0, values.argmax(dim=0, keepdim=True))[0].t().contiguous()

@@ -1,4 +1,4 @@
-"""What a run reports besides Megatron's own figures."""
+"""What a run reports besides Megatron's own figures: what the model costs, and figures of its system."""
 
 from __future__ import annotations
 
@@ -8,26 +8,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
 from more_megatron.blocks.statistics import IterationTracker
 from more_megatron.config import MoREConfig
+from more_megatron.console import say
+from more_megatron.model.costs import Cost
+from more_megatron.model.depth import DepthSampler
 from more_megatron.monitoring.figures import Figures, report_to, write_scalars
+from more_megatron.platform.memory import check_fits_devices
+from more_megatron.platform.repairs.reports import count_flops_with
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.evaluation import evaluate_at_depths
-from more_megatron.training.flops import count_recurrence, print_cost
 from more_megatron.training.health import watch_health
 from more_megatron.training.row_length import announce_row_length
 
-__all__ = ["extend_loop", "prepare_reports", "report_figures"]
+__all__ = ["extend_loop", "prepare_reports", "print_cost", "report_figures"]
+
+# Of a parameter: itself and its gradient in 16 bits, and the optimizer's copy and two moments.
+_BYTES, _TRAINED_BYTES = 2, 16
 
 
 def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
     """Print what the model costs, and let Megatron's log count recurrence and report our losses, figures and health."""
     print_cost(config, args)
-    count_recurrence(config)
+    _count_recurrence(config)
     system = get_system(config.more_variant)
     steps = config.max_steps if system.repeats_router else 0
     set_moe_metrics_tracker(IterationTracker(steps, system.losses(config)))
@@ -42,6 +50,47 @@ def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
     if args.seq_length_curriculum is not None:
         announce_row_length()
     watch_health(config, args)
+
+
+def _count_recurrence(config: MoREConfig) -> None:
+    """Let `pretrain` count the operations of a system by its cost, with the depth of the training step under way.
+
+    Megatron's own count knows its architectures only, and no recurrence. The baseline keeps it.
+    """
+
+    def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
+        step = getattr(args, "curr_iteration", 0)
+        no_grad_steps, grad_steps = DepthSampler(config).means(step, get_num_microbatches())
+        return batch_size * args.seq_length * _cost(config, args).training_flops(no_grad_steps, grad_steps)
+
+    count_flops_with(None if get_system(config.more_variant).is_megatrons else count)
+
+
+def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:
+    """Print the size of the model and what a token costs, on rank 0.
+
+    Raises:
+        MoREError: If no layout would fit the model into the memory there is.
+    """
+    cost = _cost(config, args)
+    is_whole = not (args.skip_train or args.optimizer_cpu_offload)
+    check_fits_devices(
+        cost.parameters * (_TRAINED_BYTES if is_whole else _BYTES),
+        f"a model of {cost.parameters / 1e9:,.0f} B parameters",
+        "lower --num-layers, --hidden-size, --num-experts or --vocab-size, or take more ranks",
+    )
+    depth = DepthSampler(config).expected()
+    say(
+        f"> {config.more_variant}: {cost.parameters / 1e6:.2f} M parameters, "
+        f"{cost.active_parameters / 1e6:.2f} M active a token, "
+        f"{cost.training_flops(depth.no_grad_steps, depth.grad_steps) / 1e6:.2f} MFLOP a token and training step "
+        f"(r = {depth.steps}, {depth.grad_steps} with gradient), seq_length {args.seq_length}"
+    )
+
+
+def _cost(config: MoREConfig, args: argparse.Namespace) -> Cost:
+    tied = not args.untie_embeddings_and_output_weights
+    return get_system(config.more_variant).model_cost(config, args.seq_length, args.padded_vocab_size, tied)
 
 
 def report_figures(names: tuple[str, ...]) -> None:

@@ -9,10 +9,16 @@ from typing import Any
 
 from megatron.training import get_args
 
+from more_megatron.curriculum import Curriculum
 from more_megatron.platform.training_loop import surround
-from more_megatron.training.options import length_curriculum
 
-__all__ = ["announce_row_length", "row_length"]
+__all__ = ["announce_row_length", "length_curriculum", "row_length"]
+
+
+def length_curriculum(args: argparse.Namespace) -> Curriculum | None:
+    """Return the curriculum of the length of rows, None if it stays the same."""
+    text = args.seq_length_curriculum
+    return None if text is None else Curriculum(text, "--seq-length-curriculum")
 
 
 def row_length(args: argparse.Namespace) -> int:
@@ -23,11 +29,10 @@ def row_length(args: argparse.Namespace) -> int:
 
 def announce_row_length() -> None:
     """Let pipeline stages expect hidden states of the length of rows from each other."""
-    surround("get_forward_backward_func", _schedule)
-
-
-def _schedule(get_schedule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return functools.partial(_run, get_schedule(*args, **kwargs))
+    surround(
+        "get_forward_backward_func",
+        lambda get_schedule, *args, **kwargs: functools.partial(_run, get_schedule(*args, **kwargs)),
+    )
 
 
 def _run(

@@ -15,7 +15,7 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import training
 
-from more_megatron.monitoring.flags import HEALTH_FILE
+from more_megatron.monitoring import HEALTH_FILE
 from tests.helpers.reuse import train_all
 
 __all__ = ["Recorded", "expected_figures", "read_records", "record_run"]

@@ -20,9 +20,8 @@ _ADVANCED = "advanced iterations"
 def _means_of_ranks() -> dict[str, float]:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    figures = Figures(("steps", "share", "of one rank", "of none"))
+    figures = Figures(("steps", "of one rank", "of none"))
     figures.add("steps", torch.tensor([[1.0, 2.0], [3.0, 6.0]])[rank])
-    figures.add("share", torch.tensor([1.0, 0.0]), weights=torch.tensor([1.0, 2.0 * rank]))
     if rank == 1:
         figures.add("of one rank", torch.tensor([4.0, 6.0], requires_grad=True))
     means = figures.means()
@@ -34,7 +33,7 @@ def _means_of_ranks() -> dict[str, float]:
 
 def test_means_are_over_the_values_of_all_ranks() -> None:
     for means in run_ranks(2, _means_of_ranks):
-        assert means == pytest.approx({"steps": 3.0, "share": 0.5, "of one rank": 5.0})
+        assert means == pytest.approx({"steps": 3.0, "of one rank": 5.0})
 
 
 class _Writer:

@@ -13,7 +13,7 @@ from megatron.core.datasets.utils import Split
 from more_megatron.data.answers import Exercise, write_answers
 from more_megatron.data.tokenizers import TokenizerOptions, build_megatron, load
 from more_megatron.errors import MoREError
-from more_megatron.training.problem_datasets import AnswerDatasets, ProblemDataset
+from more_megatron.training.problem_datasets import AnswerDataset, ProblemDataset
 from more_megatron.training.problems import NO_TASK, Problems, Tasks
 from tests.helpers.corpus import write_corpus
 
@@ -26,9 +26,9 @@ def _dataset(prefix: Path, samples: int | None, split: Split = Split.train, leng
         random_seed=1, sequence_length=length, split="1,0,0", tokenizer=build_megatron(_NUMBERS),
         reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
     )  # fmt: skip
-    datasets = AnswerDatasets(Tasks.of((str(prefix),)))
+    kind = type("AnswerDataset", (AnswerDataset,), {"tasks": Tasks.of((str(prefix),))})
     indexed = GPTDataset.build_low_level_dataset(str(prefix), config)
-    return datasets(indexed, str(prefix), np.arange(len(indexed), dtype=np.int32), samples, split, config).rows
+    return kind(indexed, str(prefix), np.arange(len(indexed), dtype=np.int32), samples, split, config).rows
 
 
 @pytest.fixture(scope="module")

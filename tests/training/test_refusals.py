@@ -18,8 +18,8 @@ from more_megatron.platform import initialize_platform
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.checkpoints import check_checkpoint
 from more_megatron.training.data_checks import check_data
-from more_megatron.training.flops import print_cost
 from more_megatron.training.model import model_config_from_args
+from more_megatron.training.reporting import print_cost
 from tests.helpers.corpus import write_corpus
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.ranks import run_ranks

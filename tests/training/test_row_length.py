@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from more_megatron.training.batch import Batch
-from more_megatron.training.options import option_faults
+from more_megatron.training.flag_table import row_faults
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY
@@ -74,6 +74,6 @@ def test_refusals(changes: dict[str, object], message: str) -> None:
         **dict.fromkeys(off, False), seq_length=16, seq_length_curriculum=None, mtp_num_layers=None,
         tensor_model_parallel_size=1, context_parallel_size=1,
     )  # fmt: skip
-    assert not list(option_faults(args))
+    assert not list(row_faults(args))
     vars(args).update(changes)
-    assert message in " ".join(option_faults(args))
+    assert message in " ".join(row_faults(args))

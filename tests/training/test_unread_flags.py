@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from more_megatron.training.unread_flags import OTHER_PROGRAMS, UNREAD, unread_flags
+from more_megatron.training.flag_checks import OTHER_PROGRAMS, UNREAD, unread_flags
 
 # Files that no pretraining of ours runs, or that name every flag: dataclasses, and the YAML form of the flags.
 _ELSEWHERE = re.compile(

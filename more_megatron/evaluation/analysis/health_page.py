@@ -10,7 +10,7 @@ from typing import Any
 
 from more_megatron.errors import MoREError
 from more_megatron.figures import draw_loads, name_axes, panels, spread, write_results
-from more_megatron.monitoring.flags import HEALTH_FILE
+from more_megatron.monitoring import HEALTH_FILE
 
 __all__ = ["draw_health", "read_health", "split_tag", "warned_figure"]
 

@@ -15,7 +15,7 @@ from more_megatron.evaluation.comparison.experiment import mean_steps
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm, Run
 from more_megatron.evaluation.comparison.runner import CHECKPOINT, EVALUATION, FINETUNE_LOG, LOG, read_record
 from more_megatron.evaluation.training_log import TrainingLog, read_log
-from more_megatron.monitoring.flags import HEALTH_FILE
+from more_megatron.monitoring import HEALTH_FILE
 
 __all__ = ["ArmResult", "Difference", "RunResult", "Spread", "by_arm", "collect", "difference", "spreads"]
 
