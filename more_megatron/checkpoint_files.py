@@ -19,19 +19,23 @@ from more_megatron.pickles import read_metadata
 from more_megatron.unfinished import write_whole
 
 __all__ = [
+    "RELEASE",
+    "TRACKER",
     "checkpoint_to_load",
     "clear_for_save",
     "content_fault",
+    "damage",
     "fault",
     "is_whole",
     "newest_clean_iteration",
     "newest_complete_iteration",
+    "read_piece",
     "repair_tracker",
     "unnamed_iteration",
 ]
 
-_TRACKER = "latest_checkpointed_iteration.txt"
-_RELEASE = "release"
+TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
 
 
 def checkpoint_to_load(folder: Path, step: int | None) -> Path | None:
@@ -49,21 +53,16 @@ def unnamed_iteration(folder: Path) -> int | None:
     `--ckpt-step` left behind.
     """
     named = _named_checkpoint(folder)
-    for iteration in sorted(_iterations(folder), reverse=True):
-        checkpoint = _iteration_folder(folder, iteration)
-        if checkpoint == named:
-            return None
-        if named is not None and named.name != _RELEASE and checkpoint.name < named.name:
-            return None
-        if fault(checkpoint) is None and _completion_time(checkpoint) >= _completion_time(named):
-            return iteration
-    return None
+    last = -1 if named is None or named.name == RELEASE else int(named.name.removeprefix("iter_"))
+    later = ((number, path) for number, path in _checkpoints(folder) if number > last)
+    since = _completion_time(named)
+    return next((number for number, path in later if fault(path) is None and _completion_time(path) >= since), None)
 
 
 def _named_checkpoint(folder: Path) -> Path | None:
     entry = _read_tracker(folder) or ""
-    if entry == _RELEASE:
-        return folder / _RELEASE
+    if entry == RELEASE:
+        return folder / RELEASE
     return _iteration_folder(folder, int(entry)) if re.fullmatch(r"\d{1,18}", entry) else None
 
 
@@ -80,35 +79,43 @@ def newest_complete_iteration(folder: Path, before: int | None = None) -> int | 
 
     Only those before an iteration count if one is given.
     """
-    for iteration in sorted(_iterations(folder), reverse=True):
-        if (before is None or iteration < before) and fault(_iteration_folder(folder, iteration)) is None:
-            return iteration
-    return None
+    earlier = ((number, path) for number, path in _checkpoints(folder) if before is None or number < before)
+    return next((number for number, path in earlier if fault(path) is None), None)
 
 
-def newest_clean_iteration(folder: Path, before: int | None = None) -> int | None:
-    """Return the iteration of the newest complete checkpoint whose parameters are all finite, None if there is none.
+def newest_clean_iteration(folder: Path) -> int | None:
+    """Return the iteration of the newest complete checkpoint whose parameters are whole and finite, None without one.
 
     It reads them.
     """
-    complete = newest_complete_iteration(folder, before)
-    while complete is not None and not _is_finite(_iteration_folder(folder, complete)):
-        complete = newest_complete_iteration(folder, before=complete)
-    return complete
+    return next((number for number, path in _checkpoints(folder) if fault(path) is None and _is_finite(path)), None)
 
 
 def _is_finite(checkpoint: Path) -> bool:
     metadata = read_metadata(checkpoint)
-    for index, info in metadata.storage_data.items():
+    for index, piece in metadata.storage_data.items():
         is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
         if not is_tensor or index.fqn.startswith(("optimizer.", "chained_")):
             continue
-        with open(checkpoint / info.relative_path, "rb") as file:
-            file.seek(info.offset)
-            tensor = torch.load(io.BytesIO(file.read(info.length)), weights_only=True, map_location="cpu")
+        content = read_piece(checkpoint, piece)
+        if not is_whole(content):
+            return False
+        tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         if not bool(tensor.isfinite().all()):
             return False
     return True
+
+
+def damage(folder: Path, checkpoint: Path, found: str) -> MoREError:
+    """Return what refuses a checkpoint of a `--save` folder in which a fault was found: it names another one."""
+    others = ((number, path) for number, path in _checkpoints(folder) if path != checkpoint)
+    complete = next((number for number, path in others if fault(path) is None), None)
+    remedy = (
+        "there is no complete one beside it"
+        if complete is None
+        else f"--ckpt-step {complete} loads the newest complete one beside it"
+    )
+    return MoREError(f"checkpoint {checkpoint} is damaged: {found}; {remedy}")
 
 
 def repair_tracker(folder: Path) -> None:
@@ -119,12 +126,12 @@ def repair_tracker(folder: Path) -> None:
     """
     if _named_checkpoint(folder) is not None:
         return
-    entry, tracker = _read_tracker(folder), folder / _TRACKER
+    entry, tracker = _read_tracker(folder), folder / TRACKER
     complete = newest_complete_iteration(folder)
     if complete is not None:
         say(f"> {tracker} is missing or damaged; continuing from the newest complete checkpoint, {complete}")
         write_whole(tracker, str(complete))
-    elif entry is not None and not _iterations(folder):
+    elif entry is not None and not _checkpoints(folder):
         raise MoREError(f"{tracker} is damaged and there is no checkpoint beside it: load another folder, or remove it")
     elif entry is not None:
         say(f"> {tracker} was left by a save that did not finish, the first one: starting anew")
@@ -141,10 +148,10 @@ def clear_for_save(folder: Path, iteration: int) -> None:
     if not checkpoint.exists():
         return
     if _read_tracker(folder) == str(iteration):
-        (folder / _TRACKER).unlink()
+        (folder / TRACKER).unlink()
         earlier = newest_complete_iteration(folder, before=iteration)
         if earlier is not None:
-            write_whole(folder / _TRACKER, str(earlier))
+            write_whole(folder / TRACKER, str(earlier))
     if checkpoint.is_symlink():
         checkpoint.unlink()
         return
@@ -164,7 +171,8 @@ def fault(checkpoint: Path) -> str | None:
     if backend != "torch_dist":
         return f"it is of the format {backend}, not torch_dist"
     try:
-        sizes = _expected_sizes(checkpoint)
+        pieces = _pieces(checkpoint).items()
+        sizes = {name: max(info.offset + info.length for info in infos) for name, infos in pieces}
     except MoREError as error:
         return str(error)
     except Exception:  # whatever a damaged pickle raises
@@ -195,21 +203,23 @@ def content_fault(checkpoint: Path, rank: int, ranks: int) -> str | None:
     return None
 
 
-def is_whole(content: bytes) -> bool:
-    """Return whether a tensor in a data file is as it was written.
+def read_piece(checkpoint: Path, piece: Any) -> bytes:
+    """Return what a data file holds of a tensor or an object, given the place that the checkpoint's index says."""
+    with open(checkpoint / piece.relative_path, "rb") as file:
+        file.seek(piece.offset)
+        return file.read(piece.length)
 
-    PyTorch writes it as an archive with checksums, and does not look at these when it reads.
+
+def is_whole(content: bytes) -> bool:
+    """Return whether such bytes are as they were written.
+
+    PyTorch writes an archive with checksums, and does not look at these when it reads.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             return archive.testzip() is None
     except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
         return False
-
-
-def _expected_sizes(checkpoint: Path) -> dict[str, int]:
-    """Return the least size in bytes of each data file, as the checkpoint's index implies it."""
-    return {name: max(info.offset + info.length for info in infos) for name, infos in _pieces(checkpoint).items()}
 
 
 def _pieces(checkpoint: Path) -> dict[str, list[Any]]:
@@ -224,15 +234,17 @@ def _iteration_folder(folder: Path, iteration: int) -> Path:
     return folder / f"iter_{iteration:07d}"
 
 
-def _iterations(folder: Path) -> list[int]:
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return iterations and folders of checkpoints, complete or not, the newest first."""
     names = [path.name.removeprefix("iter_") for path in folder.glob("iter_*") if path.is_dir()]
-    return [int(name) for name in names if name.isdecimal()]
+    numbers = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    return [(number, _iteration_folder(folder, number)) for number in numbers]
 
 
 def _read_tracker(folder: Path) -> str | None:
     try:
-        return (folder / _TRACKER).read_text(errors="replace").strip()
+        return (folder / TRACKER).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise MoREError(f"{folder / _TRACKER} cannot be read ({error.strerror}): name another folder") from error
+        raise MoREError(f"{folder / TRACKER} cannot be read ({error.strerror}): name another folder") from error

@@ -8,7 +8,6 @@ to import, becomes an `Opaque`.
 from __future__ import annotations
 
 import argparse
-import collections
 import importlib
 import io
 import pickle
@@ -24,16 +23,11 @@ from more_megatron.errors import MoREError
 
 __all__ = ["Opaque", "load", "load_strictly", "read_metadata"]
 
-_TYPES: dict[tuple[str, str], Any] = {
-    ("argparse", "Namespace"): argparse.Namespace,
-    ("types", "SimpleNamespace"): types.SimpleNamespace,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("collections", "defaultdict"): collections.defaultdict,
-    ("builtins", "set"): set,
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-    ("torch", "Size"): torch.Size,
-}
-
+# Beside what PyTorch takes for safe. Pairs, so that leaving `safe_globals` forgets nothing that Megatron has declared.
+_DATA: list[Any] = [
+    (argparse.Namespace, "argparse.Namespace"),
+    (types.SimpleNamespace, "types.SimpleNamespace"),
+]
 # What the index of a checkpoint is made of: PyTorch's description of the tensors, and of the plan that wrote them.
 _INDEX_TYPES: dict[str, tuple[str, ...]] = {
     "collections": ("OrderedDict", "defaultdict"),
@@ -43,14 +37,8 @@ _INDEX_TYPES: dict[str, tuple[str, ...]] = {
     "torch": ("Size",),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.distributed.checkpoint.metadata": (
-        "_MEM_FORMAT_ENCODING",
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
+        *("_MEM_FORMAT_ENCODING", "BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata"),
     ),
     "torch.distributed.checkpoint.planner": ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
     "torch.serialization": ("_get_layout",),
@@ -66,19 +54,6 @@ class Opaque:
     def __setstate__(self, state: Any) -> None:
         pass
 
-    def __hash__(self) -> int:
-        return id(self)
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = getattr(torch, name, None) if module == "torch" else None
-        if isinstance(found, torch.dtype):
-            return found
-        if module == "torch" and name.endswith("Storage"):
-            return found
-        return _TYPES.get((module, name), Opaque)
-
 
 class _IndexUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
@@ -92,26 +67,12 @@ class _IndexUnpickler(pickle.Unpickler):
         return getattr(importlib.import_module(module), name)
 
 
-class _Pickle:
-    """What `torch.load` asks of a pickle module."""
-
-    Unpickler = _Unpickler
-
-    @staticmethod
-    def load(file: Any, **kwargs: Any) -> Any:
-        """Unpickle the parts that files from before PyTorch 1.6 begin with."""
-        return _Unpickler(file, **kwargs).load()
-
-
 def load(content: bytes) -> Any:
-    """Return the object that `torch.save` wrote, given the whole file.
-
-    Raises:
-        MoREError: If it is a program of TorchScript, which no pickle module is asked about.
-    """
-    if b"constants.pkl" in content:
-        raise MoREError("it is a TorchScript archive, which could run code")
-    return torch.load(io.BytesIO(content), map_location="cpu", pickle_module=_Pickle, weights_only=False)
+    """Return the object that `torch.save` wrote, given the whole file, with an `Opaque` for each that is not known."""
+    with torch.serialization.safe_globals(_DATA):
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+        with torch.serialization.safe_globals([(Opaque, name) for name in unknown]):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
 
 
 def load_strictly(content: Any) -> Any:

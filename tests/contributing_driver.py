@@ -39,12 +39,12 @@ def _convert(folder: str) -> list[str]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from more_megatron.hf.conversion.export import ToHF, to_hf
-    from more_megatron.hf.conversion.importer import FromHF, from_hf
+    from more_megatron.hf.conversion.export import to_hf
+    from more_megatron.hf.conversion.importer import from_hf
 
     place = Path(folder)
-    said = to_hf(ToHF(place / "run", place / "hf", verify=True, progress=False))
-    said += from_hf(FromHF(place / "hf", place / "back", verify=True, progress=False))
+    said = to_hf(place / "run", place / "hf", verify=True, progress=False)
+    said += from_hf(place / "hf", place / "back", verify=True, progress=False)
     assert any("differ from Megatron's by" in line for line in said), said
     model = AutoModelForCausalLM.from_pretrained(place / "hf", trust_remote_code=True)
     assert torch.isfinite(model(torch.arange(8).unsqueeze(0)).logits).all()

@@ -11,16 +11,15 @@ import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 
+from more_megatron.blocks import segment_attention as kernels
 from more_megatron.blocks.backends import (
     LocalAttention,
     LocalNorm,
     backend_of,
     grouped_linear,
-    local,
-    segment_attention,
 )
-from more_megatron.blocks.backends.short_segments import are_short
-from more_megatron.blocks.segments import Segments
+from more_megatron.blocks.rows import Segments
+from more_megatron.blocks.segment_attention import are_short, segment_attention
 from tests.helpers.models import small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -101,7 +100,7 @@ def test_the_kernel_for_segments_of_any_length_gets_what_it_takes(
     leaves = [torch.randn(8, heads, 8, generator=generator).requires_grad_() for heads in (4, 2, 2)]
     segments = Segments(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), 16)
     expected = segment_attention(*leaves, segments)
-    monkeypatch.setattr(local, "_varlen_can", lambda query: True)
+    monkeypatch.setattr(kernels, "_varlen_can", lambda query: True)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", with_groups if has_groups else attend)
     _compare(segment_attention(*leaves, segments), expected, leaves)
 

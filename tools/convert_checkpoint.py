@@ -5,6 +5,7 @@ import argparse
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,16 +23,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     to_hf = commands.add_parser("to-hf", help="a torch_dist checkpoint of any layout to a Hugging Face folder")
     to_hf.add_argument("--load", type=Path, required=True, metavar="CKPT", help="folder that the run saved to")
     to_hf.add_argument("--save", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
-    to_hf.add_argument("--ckpt-step", type=int, metavar="N", help="iteration of the checkpoint (default: the newest)")
+    to_hf.add_argument(
+        "--ckpt-step", dest="step", type=int, metavar="N", help="iteration of the checkpoint (default: the newest)"
+    )
     to_hf.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weights file (default: 5GB)"
     )
-    to_hf.add_argument(
-        "--format", default="more", metavar="F", help=f"more, or a form that others publish: {', '.join(names())}"
-    )
+    forms = f"more, or a form that others publish: {', '.join(names())}"
+    to_hf.add_argument("--format", dest="form", default="more", metavar="F", help=forms)
     tokenizer = to_hf.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer-model", metavar="M", help="where the tokenizer is, if it has moved")
-    tokenizer.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer out")
+    tokenizer.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer out")
     to_hf.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run code of its own")
     from_hf = commands.add_parser("from-hf", help="a Hugging Face folder to a checkpoint that runs begin from")
     from_hf.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of the Hugging Face model")
@@ -39,7 +41,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     for command in (to_hf, from_hf):
         command.add_argument("--dtype", choices=_DTYPES, help="dtype of the weights (default: as they are)")
         command.add_argument("--verify", action="store_true", help="read the result again and compare")
-        command.add_argument("--no-progress", action="store_true", help="draw no progress bar")
+        command.add_argument("--no-progress", dest="progress", action="store_false", help="draw no progress bar")
     return parser.parse_args(arguments)
 
 
@@ -52,39 +54,25 @@ def _size(text: str) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool and return its exit code."""
-    args = parse_arguments(arguments)
+    options = vars(parse_arguments(arguments))
     with one_line_errors(Path(__file__).name):
         try:
-            for line in _run(args):
+            for line in _run(options.pop("command"), options):
                 print(line)
         except KeyboardInterrupt:
             raise MoREError("interrupted; nothing was written") from None
     return 0
 
 
-def _run(args: argparse.Namespace) -> list[str]:
+def _run(command: str, options: dict[str, Any]) -> list[str]:
     # The libraries take seconds to import, and --help needs none of them.
-    if args.command == "from-hf":
-        from more_megatron.hf.conversion.importer import FromHF, from_hf
+    if command == "from-hf":
+        from more_megatron.hf.conversion.importer import from_hf
 
-        return from_hf(FromHF(args.load, args.save, args.dtype, args.verify, not args.no_progress))
-    from more_megatron.hf.conversion.export import ToHF, to_hf
+        return from_hf(**options)
+    from more_megatron.hf.conversion.export import to_hf
 
-    return to_hf(
-        ToHF(
-            load=args.load,
-            save=args.save,
-            step=args.ckpt_step,
-            dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            tokenizer=not args.no_tokenizer,
-            tokenizer_model=args.tokenizer_model,
-            trust_remote_code=args.trust_remote_code,
-            verify=args.verify,
-            progress=not args.no_progress,
-            form=None if args.format == "more" else args.format,
-        )
-    )
+    return to_hf(**options)
 
 
 if __name__ == "__main__":

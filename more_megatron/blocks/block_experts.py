@@ -1,6 +1,7 @@
-"""Experts around recurrent blocks (Synthesis I).
+"""Experts around recurrent blocks, and the MoE layers whose experts share one (Synthesis I).
 
-Each is its own (option A), or is projections around one that all share (option B), or a light network in front of one.
+Each is its own block (option A), or is projections around one that all share (option B), or a light network in front of
+one (option B in another reading).
 """
 
 from __future__ import annotations
@@ -10,23 +11,29 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.utils import get_pg_rank, get_pg_size
 
-from more_megatron.blocks.experts import Experts, RoutedExperts
-from more_megatron.blocks.padding import RowPadding
-from more_megatron.blocks.parameters import draw_parameters, grouped_linear_weights
-from more_megatron.blocks.recurrent_block import RecurrentBlock, block_cost
-from more_megatron.blocks.replication import enter_replicated, leave_replicated
-from more_megatron.blocks.rows import Rows
+from more_megatron.blocks.dispatch import RowMoELayer
+from more_megatron.blocks.experts import Experts, RoutedExperts, enter_replicated, leave_replicated
+from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
+from more_megatron.blocks.parameters import Placement, Weight
+from more_megatron.blocks.recurrent_block import RecurrentBlock, SequenceBlock, block_cost
+from more_megatron.blocks.rows import RowPadding, Rows
+from more_megatron.blocks.statistics import record_loss
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.initialization import BlockInitializer, takase_std
+from more_megatron.model.noise import TokenGrid
 from more_megatron.monitoring.watch import Key, Watch
 
 __all__ = [
     "BlockExperts",
+    "CombinedBlockMoELayer",
     "LightExperts",
     "ProjectionExperts",
+    "SharedBlockMoELayer",
     "block_experts_cost",
     "light_experts_cost",
     "projection_experts_cost",
@@ -62,17 +69,10 @@ class ProjectionExperts(Experts):
 
     def build(self) -> None:
         config: Any = self.config
-        shape = (config.hidden_size, config.hidden_size)
-        self.proj_in = grouped_linear_weights(config, self.placement, shape)
-        self.proj_out = grouped_linear_weights(config, self.placement, shape)
+        for name in ("proj_in", "proj_out"):
+            shape = (config.hidden_size, config.hidden_size)
+            setattr(self, name, self.linear_weights(Weight(shape, f"{name}/{{}}", BlockInitializer.orthogonal)))
         self.dropout = torch.nn.Dropout(config.projection_dropout)
-
-    def draw(self, initializer: BlockInitializer) -> None:
-        def draw(name: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
-            return initializer.orthogonal(shape, f"{name}/{group}")
-
-        shape = (self.config.hidden_size, self.config.hidden_size)
-        draw_parameters(self, dict.fromkeys(("proj_in", "proj_out"), shape), self.placement, draw)
 
     def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth, block: RecurrentBlock) -> torch.Tensor:
         """Return the projected last states of the shared block, otherwise as `BlockExperts.forward`."""
@@ -112,20 +112,12 @@ class LightExperts(RoutedExperts):
     """Expert i computes `W2_i . GELU(W1_i . x)` with dropout on the result; h -> 2h -> h."""
 
     def build(self) -> None:
-        hidden = self.config.hidden_size
-        self._shapes = {"fc1": (2 * hidden, hidden), "fc2": (hidden, 2 * hidden)}
-        self.fc1 = grouped_linear_weights(self.config, self.placement, self._shapes["fc1"], split_dim=0)
-        self.fc2 = grouped_linear_weights(self.config, self.placement, self._shapes["fc2"], split_dim=1)
-        self.dropout = torch.nn.Dropout(self.config.hidden_dropout)
-
-    def draw(self, initializer: BlockInitializer) -> None:
+        config, hidden = self.config, self.config.hidden_size
         # What they compute is the input of a block, not added to the stream: nothing is to keep it small.
-        stds = {"fc1": initializer.in_std, "fc2": initializer.in_std / _routed_length(self.config)}
-
-        def draw(name: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
-            return initializer.truncated_normal(shape, f"light/{group}/{name}", stds[name])
-
-        draw_parameters(self, self._shapes, self.placement, draw)
+        inner = Weight((2 * hidden, hidden), "light/{}/fc1", BlockInitializer.takase_in, split_dim=0)
+        outer = Weight((hidden, 2 * hidden), "light/{}/fc2", _of_combined, split_dim=1)
+        self.fc1, self.fc2 = self.linear_weights(inner), self.linear_weights(outer)
+        self.dropout = torch.nn.Dropout(config.hidden_dropout)
 
     def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
         inner = self.backend.linear(x, self.fc1, padding.groups)
@@ -134,11 +126,68 @@ class LightExperts(RoutedExperts):
         return (output * probs.unsqueeze(-1)).to(output.dtype)
 
 
-def _routed_length(config: MoREConfig) -> float:
-    """Return how long the sum of the chosen experts' outputs is, each of length 1, if routers know nothing yet."""
-    chosen = config.moe_router_topk
+def _of_combined(initializer: BlockInitializer, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    """Draw what keeps the length of the sum of the chosen experts' outputs, if routers know nothing yet."""
+    config, chosen = initializer.config, initializer.config.moe_router_topk
     is_share_of_all = config.moe_router_score_function == "softmax" and config.moe_router_pre_softmax
-    return math.sqrt(chosen) / (config.num_moe_experts if is_share_of_all else chosen)
+    length = math.sqrt(chosen) / (config.num_moe_experts if is_share_of_all else chosen)
+    return initializer.truncated_normal(shape, name, takase_std(config) / length)
+
+
+class SharedBlockMoELayer(RowMoELayer):
+    """Per-expert projections around one recurrent block, which is a dense parameter of the layer.
+
+    Every expert rank holds the block and computes it on the rows of its experts. Where experts are split over the
+    tensor-parallel ranks, so is the block. `ffn_hidden_size` is the width of the MLP in it.
+    """
+
+    def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config, groups = self.config, kwargs["pg_collection"]
+        split_experts = get_pg_size(groups.expt_tp) > 1
+        placement = Placement(
+            groups=range(1),
+            num_groups=1,
+            split_group=groups.expt_tp if split_experts else None,
+            replica_rank=get_pg_rank(groups.dp_cp if split_experts else groups.tp_dp_cp),
+        )
+        self.recurrent_block = RecurrentBlock(config, placement, ffn_hidden_size, name="shared")
+        # Replicas of experts see other rows on each tensor-parallel rank: their gradients are summed, as under
+        # sequence parallelism.
+        for parameter in self.recurrent_block.parameters():
+            parameter.sequence_parallel = config.sequence_parallel and not split_experts
+        # Megatron averages the gradients of experts over fewer replicas than those of dense parameters.
+        self._replica_ratio = get_pg_size(groups.dp_cp) / get_pg_size(groups.expt_dp)
+
+    def _apply_experts(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
+        return self._attach_penalty(self.experts(hidden_states, rows, depth, self.recurrent_block))
+
+    def _attach_penalty(self, output: torch.Tensor) -> torch.Tensor:
+        """Attach the orthogonality penalty of the local experts to the backward pass."""
+        coefficient = self.config.projection_orthogonality_coeff
+        if coefficient == 0.0 or not (self.training and torch.is_grad_enabled()):
+            return output
+        penalty = self.experts.orthogonality_penalty()
+        record_loss("orthogonality_loss", penalty, self.router)
+        share = self.num_local_experts / self.config.num_moe_experts
+        weight = coefficient * share * self._replica_ratio
+        return MoEAuxLossAutoScaler.apply(output, penalty * weight)
+
+
+class CombinedBlockMoELayer(BaseMoELayer):
+    """Light experts, combined, and then one recurrent block over the whole sequence, with an MLP of that width."""
+
+    def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.recurrent_block = SequenceBlock(self.config, ffn_hidden_size, kwargs["pg_collection"])
+
+    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
+        """Route, compute and combine the experts, then iterate the block: its last state, [s, b, h], and no bias."""
+        combined, _ = super().forward(hidden_states, padding_mask=inputs.padding_mask)
+        grid = TokenGrid.of(combined, inputs.micro_batch, self.config, self.attn_tp_group)
+        state = grid.noise(self.layer_number, self.config.recurrence_state_std)
+        attention = {"attention_mask": inputs.attention_mask, "rotary_pos_emb": inputs.rotary_pos_emb}
+        return self.recurrent_block(combined, state, inputs.micro_batch.depth, **attention), None
 
 
 def _routed_context(config: MoREConfig, seq_length: int) -> float:

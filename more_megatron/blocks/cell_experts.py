@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -19,20 +18,18 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_scatter_last_dim_to_tensor_parallel_region,
 )
 
-from more_megatron.blocks.backends import RowGroups
-from more_megatron.blocks.base_moe import BaseMoELayer
 from more_megatron.blocks.cells import ExpertBias, gru_step, lstm_step
-from more_megatron.blocks.expert_linear import (
+from more_megatron.blocks.experts import (
     ExpertFeedForward,
     ExpertLinear,
+    RoutedExperts,
     biased_linear_cost,
     feed_forward_cost,
     gather_columns,
 )
-from more_megatron.blocks.experts import RoutedExperts
-from more_megatron.blocks.layer import LayerInputs
-from more_megatron.blocks.padding import RowPadding
-from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_bias, grouped_parameter
+from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
+from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
@@ -105,11 +102,9 @@ class GRUExperts(CellExperts):
     def build(self) -> None:
         width = self.config.moe_ffn_hidden_size
         self.ffn = ExpertFeedForward(self.config, self.placement)
-        self.gru = ExpertLinear(self.config, self.placement, (4, width, width), split_dim=1)
-
-    def draw(self, initializer: BlockInitializer) -> None:
-        self.ffn.draw(initializer)
-        self.gru.draw("gru", initializer.gru_of_its_state, initializer.gru_of_its_state)
+        draw = BlockInitializer.gru_of_its_state
+        weight = Weight((4, width, width), "gru", draw, split_dim=1)
+        self.gru = ExpertLinear(self.config, self.placement, weight, bias=draw)
 
     def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         groups = padding.groups
@@ -120,7 +115,7 @@ class GRUExperts(CellExperts):
             return gru_step(products, bias, state), None
 
         state = iterate_residual(step, self.ffn.expand(x, groups), depth, self.watched(padding, depth))
-        return self.ffn.contract(state, groups)
+        return self.ffn.fc2(state, groups)
 
 
 class SequentialExperts(CellExperts):
@@ -132,13 +127,10 @@ class SequentialExperts(CellExperts):
     def build(self) -> None:
         hidden = self.config.hidden_size
         self.ffn = ExpertFeedForward(self.config, self.placement)
-        self.lstm = ExpertLinear(self.config, self.placement, (4, hidden, hidden), split_dim=1)
+        draw = BlockInitializer.recurrent_sum
+        weight = Weight((4, hidden, hidden), "lstm", draw, split_dim=1)
+        self.lstm = ExpertLinear(self.config, self.placement, weight, bias=draw)
         self.gate = _TokenGate(self.config, self.placement)
-
-    def draw(self, initializer: BlockInitializer) -> None:
-        self.ffn.draw(initializer)
-        self.lstm.draw("lstm", initializer.recurrent_sum, initializer.recurrent_sum)
-        self.gate.draw(initializer)
 
     def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         groups = padding.groups
@@ -155,61 +147,42 @@ class SequentialExperts(CellExperts):
                 watched.add(refined, after, gate)
             return after, cell
 
-        refined = iterate_residual(step, self._own_columns(self.ffn(x, groups)), depth, self.watched(padding, depth))
+        # Of the sum over the ranks that split an expert each refines its own columns, [rows, h / ranks].
+        start, ranks, group = self.ffn(x, groups), self.placement.split_size, self.placement.split_group
+        if ranks > 1:
+            start = reduce_scatter_last_dim_to_tensor_parallel_region(start, group=group)
+        refined = iterate_residual(step, start, depth, self.watched(padding, depth))
         if watched is not None:
-            watched.record(padding.unpad, self.placement.split_group if self.placement.split_size > 1 else None)
-        return self._as_part_of_sum(refined)
-
-    def _own_columns(self, part: torch.Tensor) -> torch.Tensor:
-        """Return this rank's columns of a sum over the ranks, [rows, h / ranks], given its part of it, [rows, h]."""
-        if self.placement.split_size == 1:
-            return part
-        columns: torch.Tensor = reduce_scatter_last_dim_to_tensor_parallel_region(
-            part, group=self.placement.split_group
-        )
-        return columns
-
-    def _as_part_of_sum(self, columns: torch.Tensor) -> torch.Tensor:
-        """Return this rank's columns with zeros in the place of the others', [rows, h]."""
-        width, rank, ranks = columns.size(1), self.placement.split_rank, self.placement.split_size
-        return torch.nn.functional.pad(columns, (rank * width, (ranks - 1 - rank) * width))
+            watched.record(padding.unpad, group if ranks > 1 else None)
+        # As a part of a sum: with zeros in the place of the others' columns.
+        width, rank = refined.size(1), self.placement.split_rank
+        return torch.nn.functional.pad(refined, (rank * width, (ranks - 1 - rank) * width))
 
 
-class _TokenGate(torch.nn.Module):
-    """One number from 0 to 1 for each row: `sigma(v . q + b)`, with weights of its expert."""
+class _TokenGate(GroupedModule):
+    """One number from 0 to 1 for each row, half on average at first: `sigma(v . q + b)`, with weights of its expert."""
 
     def __init__(self, config: MoREConfig, placement: Placement) -> None:
-        super().__init__()
-        self._placement, self._shape = placement, (1, config.hidden_size)
-        self.weight = grouped_parameter(config, placement, self._shape, split_dim=1)
-        self.bias = grouped_bias(config, placement, (1,))
+        super().__init__(config, placement)
+        shape, draws = (1, config.hidden_size), BlockInitializer
+        self.weight = self.stacked_weight(Weight(shape, "gate/{}/weight", draws.megatron_in, split_dim=1))
+        self.bias = self.stacked_bias(Weight((1,), "gate/{}/bias", draws.zeros))
 
-    def draw(self, initializer: BlockInitializer) -> None:
-        """Draw the initial weights: half of each side on average."""
-        draw_parameter(
-            self.weight, self._placement, lambda group: initializer.megatron_in(self._shape, f"gate/{group}/weight")
-        )
-        torch.nn.init.zeros_(self.bias)
-
-    def for_rows(self, x: torch.Tensor, groups: RowGroups) -> Any:
+    def for_rows(self, x: torch.Tensor, groups: RowGroups) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return the gate of these rows as a function of this rank's columns, [rows, h / ranks], to [rows, 1]."""
         weight = ExpertBias.of(self.weight.flatten(1), groups, len(x)).of_rows()
         bias = ExpertBias.of(self.bias, groups, len(x))
+        is_split, group = self.placement.split_size > 1, self.placement.split_group
 
         def gate(columns: torch.Tensor) -> torch.Tensor:
             logits = torch.linalg.vecdot(columns, weight).unsqueeze(1)
-            return torch.sigmoid(self._whole(logits, bias))
+            if not is_split:
+                return torch.sigmoid(bias.add_to(logits))
+            logits = bias.add_to(reduce_from_tensor_model_parallel_region(logits, group=group))
+            # Every rank contributes to the gradient of the sum.
+            return torch.sigmoid(copy_to_tensor_model_parallel_region(logits, group=group))
 
         return gate
-
-    def _whole(self, part: torch.Tensor, bias: ExpertBias) -> torch.Tensor:
-        """Return the logits, given this rank's part of the sum; every rank contributes to their gradient."""
-        if self._placement.split_size == 1:
-            return bias.add_to(part)
-        group = self._placement.split_group
-        logits = bias.add_to(reduce_from_tensor_model_parallel_region(part, group=group))
-        whole: torch.Tensor = copy_to_tensor_model_parallel_region(logits, group=group)
-        return whole
 
 
 def gru_experts_cost(config: MoREConfig, seq_length: int) -> Cost:

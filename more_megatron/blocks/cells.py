@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from more_megatron.blocks.backends import RowGroups
+from more_megatron.blocks.rows import RowGroups
 
 __all__ = ["ExpertBias", "gelu", "gru_step", "lstm_step"]
 

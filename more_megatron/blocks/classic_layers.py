@@ -20,9 +20,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from more_megatron.blocks.backends import backend_of
-from more_megatron.blocks.iterated_moe import RepeatedMoETransformerLayer, RepeatedTransformerLayer
-from more_megatron.blocks.layers import decoder_layers, dense_layer, repeated_moe_layer
-from more_megatron.blocks.sandwich import RepeatedMoESandwichLayer, RepeatedSandwichLayer
+from more_megatron.blocks.iterated_moe import IteratedMoELayer, RepeatedTransformerLayer
+from more_megatron.blocks.layers import repeated_layers
+from more_megatron.blocks.sandwich import RepeatedSandwichLayer
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
 from more_megatron.model.stack import Layer
@@ -36,13 +36,8 @@ def classic_layers(config: MoREConfig, *, post_norm: bool) -> tuple[Layer, ...]:
     With `post_norm` norms stand behind the residual sums, as in the paper, and not in front of the parts.
     """
     # With its norms in front left out, a sandwich layer is a layer of the paper.
-    layer = RepeatedSandwichLayer if post_norm else RepeatedTransformerLayer
-    layer_with_experts = RepeatedMoESandwichLayer if post_norm else RepeatedMoETransformerLayer
-
-    def moe() -> Layer:
-        return _classic(config, repeated_moe_layer(config, layer_with_experts), post_norm, is_moe=True)
-
-    return decoder_layers(config, _classic(config, dense_layer(config, layer), post_norm), moe)
+    layers = repeated_layers(config, RepeatedSandwichLayer if post_norm else RepeatedTransformerLayer)
+    return tuple(_classic(config, layer, post_norm) for layer in layers)
 
 
 class _Attention(SelfAttention):
@@ -53,11 +48,12 @@ class _Attention(SelfAttention):
         super().__init__(_glorot(config, config.hidden_size, queries), *args, **kwargs)
 
 
-def _classic(config: MoREConfig, layer: Layer, post_norm: bool, is_moe: bool = False) -> Layer:
+def _classic(config: MoREConfig, layer: Layer, post_norm: bool) -> Layer:
     """Return a layer of Megatron's as one of the original transformer."""
     submodules: TransformerLayerSubmodules = layer.spec.submodules
     attention = dataclasses.replace(submodules.self_attention, module=_Attention)
     mlp: Any = submodules.mlp
+    is_moe = mlp.func is IteratedMoELayer
     if post_norm:
         linear_qkv, _ = backend_of(config).linears()
         attention.submodules = dataclasses.replace(attention.submodules, linear_qkv=linear_qkv)

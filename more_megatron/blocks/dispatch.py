@@ -1,20 +1,28 @@
-"""Dispatchers that tell the experts where each token stands: its sequence, its position and its sample.
+"""The MoE layer of experts that mix tokens, and dispatchers that tell them where each token stands.
 
-An expert that mixes tokens must know which of the rows that reached it belong together, and in which order. These
-integers take the way of the tokens: the same permutation, the same all-to-all or all-gather.
-
-`dispatch_coordinates` takes those of the tokens on this rank, int64 [tokens, 3], and returns those of the rows that the
-local experts received, int64 [rows, 3]. It is called after `dispatch_postprocess` of the same forward pass.
+Such an expert must know which of the rows that reached it belong together, and in which order: the sequence, the
+position and the sample of each. These integers take the way of the tokens: the same permutation, the same all-to-all or
+all-gather. `dispatch_coordinates` takes those of the tokens on this rank, int64 [tokens, 3], and returns those of the
+rows that the local experts received, int64 [rows, 3]. It is called after `dispatch_postprocess` of the same forward
+pass.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_sequence_parallel_region
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
-__all__ = ["DISPATCHERS", "CoordinateAllGatherDispatcher", "CoordinateAlltoAllDispatcher"]
+from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
+from more_megatron.blocks.rows import Rows
+from more_megatron.model.depth import Depth
+from more_megatron.model.noise import TokenGrid
+
+__all__ = ["DISPATCHERS", "RowMoELayer"]
 
 
 class CoordinateAllGatherDispatcher(MoEAllGatherTokenDispatcher):
@@ -49,3 +57,63 @@ DISPATCHERS: dict[str, type[CoordinateAllGatherDispatcher] | type[CoordinateAllt
     "allgather": CoordinateAllGatherDispatcher,
     "alltoall": CoordinateAlltoAllDispatcher,
 }
+
+
+class RowMoELayer(BaseMoELayer):
+    """Megatron's MoE layer for experts that mix tokens: they receive coordinates along with the rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        dispatcher = DISPATCHERS[self.config.moe_token_dispatcher_type]
+        self.token_dispatcher = dispatcher(
+            self.num_local_experts,
+            self.local_expert_indices,
+            config=self.config,
+            pg_collection=kwargs.get("pg_collection"),
+        )
+        if self.shared_expert_overlap:
+            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        # Data-parallel replicas whose tokens meet on one expert rank.
+        ranks_of_experts = self.token_dispatcher.tp_size * self.token_dispatcher.ep_size
+        self._replicas = ranks_of_experts // self.attn_tp_group.size()
+
+    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
+        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
+        shared_output = self.shared_experts_compute(hidden_states)
+        probs, routing_map = self.route(hidden_states, inputs.token_padding_mask)
+        dispatched, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
+        dispatched, tokens_per_expert, probs = self.token_dispatcher.dispatch_postprocess(dispatched, probs)
+        rows, order = self._sort(hidden_states, tokens_per_expert, inputs)
+        output = self._compute_experts(dispatched, probs, rows, order, inputs.micro_batch.depth)
+        output = self.combine(self.token_dispatcher.combine_preprocess(output))
+        return self.postprocess(output, shared_output), None
+
+    def _compute_experts(
+        self, dispatched: torch.Tensor, probs: torch.Tensor, rows: Rows, order: torch.Tensor, depth: Depth
+    ) -> torch.Tensor:
+        """Return the weighed output of the experts for the dispatched rows, [rows, h], in the dispatcher's order."""
+        output = self._apply_experts(dispatched.index_select(0, order), rows, depth)
+        output = (output * probs.index_select(0, order).unsqueeze(-1)).to(output.dtype)
+        restore = torch.empty_like(order)
+        restore[order] = torch.arange(len(order), device=order.device)
+        return output.index_select(0, restore)
+
+    def _apply_experts(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
+        """Return the output of the local experts, [rows, h], given the sorted rows."""
+        return self.experts(hidden_states, rows, depth)
+
+    def _sort(
+        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, inputs: LayerInputs
+    ) -> tuple[Rows, torch.Tensor]:
+        (length, batch), config = hidden_states.shape[:2], self.config
+        replica = parallel_state.get_data_parallel_rank() % self._replicas
+        grid = TokenGrid.of(
+            hidden_states, inputs.micro_batch, config, self.attn_tp_group, first_sequence=replica * batch
+        )
+        return Rows.sort(
+            self.token_dispatcher.dispatch_coordinates(grid.coordinates),
+            tokens_per_expert,
+            num_sequences=self._replicas * batch * inputs.micro_batch.parts,
+            seq_length=length * self.attn_tp_group.size() if config.sequence_parallel else length,
+            rotary_pos_emb=inputs.rotary_pos_emb,
+        )

@@ -1,32 +1,47 @@
-"""What kinds of experts have in common."""
+"""What kinds of experts have in common: the rows they are called with, linear maps with biases, a feed-forward network.
+
+Megatron's dispatchers treat the ranks that split an expert as holding parts of a sum: inputs are gathered, outputs are
+summed, and so are the gradients of inputs. What needs the whole activation in between, as norms do, holds it on every
+rank, between `enter_replicated` and `leave_replicated`, which keep sums over the ranks what they would be on one.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from abc import abstractmethod
 from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
+from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.utils import get_pg_rank
 
-from more_megatron.blocks.backends import RowGroups, backend_of
-from more_megatron.blocks.padding import RowPadding
-from more_megatron.blocks.parameters import Placement, sharded_parameters
+from more_megatron.blocks.cells import ExpertBias, gelu
+from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
-from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.costs import Cost, linear_cost
+from more_megatron.model.initialization import BlockInitializer, Draw
 
-__all__ = ["Experts", "RoutedExperts"]
+__all__ = [
+    "ExpertFeedForward",
+    "ExpertLinear",
+    "Experts",
+    "RoutedExperts",
+    "biased_linear_cost",
+    "enter_replicated",
+    "feed_forward_cost",
+    "gather_columns",
+    "leave_replicated",
+]
 
 
-class Experts(MegatronModule):
+class Experts(GroupedModule):
     """All experts of a layer that are on this rank. Takes the arguments of Megatron's experts.
 
     The weights of an expert are split over the expert-tensor-parallel group.
     """
-
-    config: MoREConfig
-    layer_number = 0
 
     def __init__(
         self,
@@ -36,34 +51,19 @@ class Experts(MegatronModule):
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
     ) -> None:
-        super().__init__(config=config)
         first = get_pg_rank(pg_collection.ep) * num_local_experts
-        self.placement = Placement(
+        placement = Placement(
             groups=range(first, first + num_local_experts),
             num_groups=config.num_moe_experts,
             split_group=pg_collection.expt_tp,
             replica_rank=get_pg_rank(pg_collection.expt_dp),
         )
-        self.backend = backend_of(config)
+        super().__init__(config, placement)
         self.build()
 
     @abstractmethod
     def build(self) -> None:
         """Create the weights."""
-
-    def initialize(self, layer_number: int) -> None:
-        """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
-        self.layer_number = layer_number
-        if self.config.perform_initialization:
-            self.draw(BlockInitializer(self.config, layer_number))
-
-    @abstractmethod
-    def draw(self, initializer: BlockInitializer) -> None:
-        """Draw the initial weights."""
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Return the weights of all experts as slices of one tensor each."""
-        return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
 
 
 class RoutedExperts(Experts):
@@ -86,3 +86,107 @@ class RoutedExperts(Experts):
     @abstractmethod
     def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
         """Return the weighed outputs, [rows, h], given the rows with padding, and the weights without."""
+
+
+class ExpertLinear(GroupedModule):
+    """A linear map with bias for each expert on this rank.
+
+    If its input is split over ranks, the outputs of the ranks are parts of a sum.
+    """
+
+    def __init__(self, config: MoREConfig, placement: Placement, weight: Weight, bias: Draw) -> None:
+        super().__init__(config, placement)
+        self._is_summed = weight.split_dim == len(weight.shape) - 1
+        split_dim = None if self._is_summed else weight.split_dim
+        self.weight = self.linear_weights(dataclasses.replace(weight, name=f"{weight.name}/{{}}/weight"))
+        self.bias = self.stacked_bias(Weight(weight.shape[:-1], f"{weight.name}/{{}}/bias", bias, split_dim))
+
+    def product(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Return the products without the bias, [rows, out], given [rows, in]."""
+        return self.backend.linear(rows, self.weight, groups)
+
+    def row_bias(self, rows: torch.Tensor, groups: RowGroups) -> ExpertBias:
+        """Return the bias for these rows, or this rank's part of it."""
+        bias = leave_replicated(self.bias, self.placement.split_size) if self._is_summed else self.bias
+        return ExpertBias.of(bias, groups, len(rows))
+
+    def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Return [rows, out] for [rows, in]."""
+        return self.row_bias(rows, groups).add_to(self.product(rows, groups))
+
+
+class ExpertFeedForward(GroupedModule):
+    """A feed-forward network for each expert: linear, GELU, linear; `moe_ffn_hidden_size` is its width.
+
+    Its inner layer is split over the ranks that split an expert; the outputs of the ranks are parts of a sum. Weights
+    are drawn as Megatron draws those of an MLP.
+    """
+
+    def __init__(self, config: MoREConfig, placement: Placement) -> None:
+        super().__init__(config, placement)
+        hidden, width, draws = config.hidden_size, config.moe_ffn_hidden_size, BlockInitializer
+        self.fc1 = ExpertLinear(
+            config, placement, Weight((width, hidden), "fc1", draws.megatron_in, split_dim=0), draws.zeros
+        )
+        self.fc2 = ExpertLinear(
+            config, placement, Weight((hidden, width), "fc2", draws.megatron_out, split_dim=1), draws.zeros
+        )
+
+    def expand(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Return this rank's part of the inner layer, [rows, width / ranks], given [rows, h]."""
+        return gelu(self.fc1.product(rows, groups), self.fc1.row_bias(rows, groups))
+
+    def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
+        return self.fc2(self.expand(rows, groups), groups)
+
+
+def gather_columns(x: torch.Tensor, placement: Placement) -> torch.Tensor:
+    """Return the columns of all ranks that split an expert, [rows, n], given those of this rank, [rows, n / ranks]."""
+    if placement.split_size == 1:
+        return x
+    gathered: torch.Tensor = all_gather_last_dim_from_tensor_parallel_region(x, group=placement.split_group)
+    return gathered
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, ranks: int) -> torch.Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad / ctx.ranks, None
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, ranks: int) -> torch.Tensor:
+        return x / ranks
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
+
+
+def enter_replicated(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Return `x`, which every rank holds; the gradients that the ranks send back add up to its gradient."""
+    return x if ranks == 1 else _Enter.apply(x, ranks)
+
+
+def leave_replicated(x: torch.Tensor, ranks: int) -> torch.Tensor:
+    """Return this rank's part of a sum over the ranks that gives `x`; the gradient is that of the sum."""
+    return x if ranks == 1 else _Leave.apply(x, ranks)
+
+
+def biased_linear_cost(*shape: int) -> Cost:
+    """Return the cost of a linear map with bias, given the shape of its weight."""
+    biases = math.prod(shape[:-1])
+    return linear_cost(shape[-1], biases) + Cost(biases, biases)
+
+
+def feed_forward_cost(config: Any) -> Cost:
+    """Return the cost of `ExpertFeedForward` for one expert."""
+    hidden, width = config.hidden_size, config.moe_ffn_hidden_size
+    return biased_linear_cost(width, hidden) + biased_linear_cost(hidden, width)

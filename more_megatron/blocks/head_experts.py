@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +11,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_rank, get_pg_size
 
-from more_megatron.blocks.backends import RowGroups, backend_of
-from more_megatron.blocks.padding import RowPadding
-from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_linear_weights, sharded_parameters
+from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.blocks.statistics import routing_entropy
 from more_megatron.config import MoREConfig
-from more_megatron.model.initialization import BlockInitializer, replicated_parameter
+from more_megatron.model.initialization import BlockInitializer
 from more_megatron.monitoring.figures import record_figure
 
 __all__ = ["Choice", "HeadExperts", "HeadRouter", "head_figures", "record_use"]
@@ -38,34 +38,21 @@ def _sum_of_rows(rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, 
     return rows.new_zeros(len(rows) // copies, rows.size(1)).scatter_add_(0, items, rows)
 
 
-class _Copy(torch.autograd.Function):
-    """A copy of an item for each of its rows, in the order of the rows. Backward: the sum over an item's rows."""
+class _Move(torch.autograd.Function):
+    """A copy of an item for each of its rows, in their order, or the sum over them: each is the other's backward."""
 
     @staticmethod
-    def forward(ctx, items: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, sums: bool, order: torch.Tensor, places: torch.Tensor, copies: int) -> Any:
         ctx.save_for_backward(order, places)
-        ctx.copies = copies
-        return items.index_select(0, order // copies)
+        ctx.sums, ctx.copies = sums, copies
+        return _sum_of_rows(x, order, places, copies) if sums else x.index_select(0, order // copies)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         order, places = ctx.saved_tensors
-        return _sum_of_rows(grad, order, places, ctx.copies), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over an item's rows. Backward: a copy of its gradient for each of them."""
-
-    @staticmethod
-    def forward(ctx, rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
-        ctx.save_for_backward(order)
-        ctx.copies = copies
-        return _sum_of_rows(rows, order, places, copies)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        (order,) = ctx.saved_tensors
-        return grad.index_select(0, order // ctx.copies), None, None, None
+        copies = ctx.copies
+        grad = grad.index_select(0, order // copies) if ctx.sums else _sum_of_rows(grad, order, places, copies)
+        return grad, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -112,11 +99,11 @@ class Choice:
 
     def copy(self, items: torch.Tensor) -> torch.Tensor:
         """Return rows, [rows, ...], of items that each have the same number of them, [items, ...]."""
-        return _Copy.apply(items, self.order, self.places, len(self.order) // len(items))
+        return _Move.apply(items, False, self.order, self.places, len(self.order) // len(items))
 
     def sum(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """Return sums over the rows of each of `count` items, [count, ...]."""
-        return _Sum.apply(rows, self.order, self.places, len(self.order) // count)
+        return _Move.apply(rows, True, self.order, self.places, len(self.order) // count)
 
 
 @torch.no_grad()
@@ -141,10 +128,9 @@ class HeadRouter(MegatronModule):
         super().__init__(config=config)
         self._num_experts = num_experts
         shape = (config.num_attention_heads * num_experts, config.hidden_size)
+        draw = functools.partial(BlockInitializer.scaled_normal, inputs=config.hidden_size)
         initializer = BlockInitializer(config, layer_number)
-        self.weight = replicated_parameter(
-            config, shape, lambda: initializer.scaled_normal(shape, f"switchhead/{name}_router", config.hidden_size)
-        )
+        self.weight = initializer.replicated_parameter(shape, f"switchhead/{name}_router", draw)
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         """Return logits, float32 [s, b, heads, experts], given [s, b, h]."""
@@ -152,7 +138,7 @@ class HeadRouter(MegatronModule):
         return logits.float().unflatten(-1, (-1, self._num_experts))
 
 
-class HeadExperts(MegatronModule):
+class HeadExperts(GroupedModule):
     """A linear map without bias for each expert of the heads on this rank.
 
     `fan_in` is the number of inputs that the initial weights are scaled by, and `name` unique within the layer.
@@ -170,26 +156,20 @@ class HeadExperts(MegatronModule):
         outputs: int,
         fan_in: int,
     ) -> None:
-        super().__init__(config=config)
         total = config.num_attention_heads * num_experts
         local = total // get_pg_size(groups.tp)
         first = get_pg_rank(groups.tp) * local
         replica = get_pg_rank(groups.dp_cp)
-        self._placement = Placement(range(first, first + local), total, split_group=None, replica_rank=replica)
-        self._backend = backend_of(config)
+        placement = Placement(range(first, first + local), total, split_group=None, replica_rank=replica)
+        super().__init__(config, placement)
         self._weighs_inputs = inputs < outputs
-        self.weight = grouped_linear_weights(config, self._placement, (outputs, inputs))
+        draw = functools.partial(BlockInitializer.scaled_normal, inputs=fan_in)
+        self.weight = self.linear_weights(Weight((outputs, inputs), f"switchhead/{{}}/{name}", draw))
         for parameter in self.parameters():
             # Other ranks hold other heads.
             setattr(parameter, "tensor_model_parallel", True)  # noqa: B010
             setattr(parameter, "partition_dim", 0)  # noqa: B010
-        if config.perform_initialization:
-            initializer = BlockInitializer(config, layer_number)
-
-            def draw(group: int) -> torch.Tensor:
-                return initializer.scaled_normal((outputs, inputs), f"switchhead/{group}/{name}", fan_in)
-
-            draw_parameter(self.weight, self._placement, draw)
+        self.initialize(layer_number)
 
     def forward(self, items: torch.Tensor, choice: Choice, count: int) -> torch.Tensor:
         """Apply to each item the experts that were chosen for it, and sum up the weighed results, [count, out].
@@ -205,8 +185,5 @@ class HeadExperts(MegatronModule):
         return choice.sum(self._linear(rows, choice.groups) * weights, count)
 
     def _linear(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        padding = RowPadding.of(groups, self._backend.row_multiple(self.config))
-        return padding.unpad(self._backend.linear(padding.pad(rows), self.weight, padding.groups))
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        return sharded_parameters(self, self._placement, prefix, sharded_offsets, metadata)
+        padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
+        return padding.unpad(self.backend.linear(padding.pad(rows), self.weight, padding.groups))

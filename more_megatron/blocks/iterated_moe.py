@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.blocks.backends import backend_of
-from more_megatron.blocks.base_moe import BaseMoELayer
-from more_megatron.blocks.layer import LayerInputs, MicroBatchTransformerLayer
+from more_megatron.blocks.layer import BaseMoELayer, LayerInputs, MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter, RouterStep
 from more_megatron.config import MoREConfig
 from more_megatron.model.micro_batch import Pass
@@ -19,7 +17,6 @@ from more_megatron.monitoring.recurrence import watch_states
 __all__ = [
     "IteratedMoELayer",
     "RecurrentMoETransformerLayer",
-    "RepeatedMoETransformerLayer",
     "RepeatedTransformerLayer",
 ]
 
@@ -31,6 +28,9 @@ class IteratedMoELayer(BaseMoELayer):
     """Megatron's MoE layer as one step of an iteration."""
 
     router: IteratedRouter
+
+    def __init__(self, *, config: MoREConfig, **kwargs: Any) -> None:
+        super().__init__(config=backend_of(config).looped(config), **kwargs)
 
     def forward(
         self, hidden_states: torch.Tensor, inputs: LayerInputs, step: RouterStep
@@ -72,15 +72,8 @@ class RecurrentMoETransformerLayer(MicroBatchTransformerLayer):
         return super()._forward_post_mlp((output, bias), residual)
 
 
-class RepeatedTransformerLayer(TransformerLayer):
-    """A layer without experts in a group that is repeated."""
-
-    def __init__(self, config: MoREConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(backend_of(config).looped(config), *args, **kwargs)
-
-
-class RepeatedMoETransformerLayer(MicroBatchTransformerLayer):
-    """A layer with experts in a group that is repeated. Its router is asked once a pass.
+class RepeatedTransformerLayer(MicroBatchTransformerLayer):
+    """A layer in a group that is repeated, dense or with experts, whose router is asked once a pass.
 
     The losses of the router are averaged over the passes with gradient, and every pass is counted once.
     """

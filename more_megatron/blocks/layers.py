@@ -12,9 +12,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.blocks.backends import backend_of
-from more_megatron.blocks.base_moe import BaseMoELayer
-from more_megatron.blocks.iterated_moe import IteratedMoELayer, RepeatedMoETransformerLayer, RepeatedTransformerLayer
-from more_megatron.blocks.layer import MicroBatchTransformerLayer
+from more_megatron.blocks.iterated_moe import IteratedMoELayer, RepeatedTransformerLayer
+from more_megatron.blocks.layer import BaseMoELayer, MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
@@ -23,20 +22,17 @@ from more_megatron.model.stack import Group, Layer, Stack
 
 __all__ = [
     "beside_experts_cost",
-    "decoder_layers",
     "decoder_stack",
-    "dense_layer",
     "expert_stack",
     "moe_layer",
     "plain_layers",
     "repeated_layers",
-    "repeated_moe_layer",
 ]
 
 
 def decoder_stack(config: MoREConfig, moe: Layer) -> Stack:
     """Return a stack without loops: layers with experts, and dense ones where `moe_layer_freq` says so."""
-    layers = decoder_layers(config, dense_layer(config), lambda: moe)
+    layers = _arranged(config, TransformerLayer, lambda: moe)
     return Stack(config, (Group(layers),), backend_of(config).norm())
 
 
@@ -54,27 +50,29 @@ def expert_stack(config: MoREConfig, moe: Callable[..., MoELayer], experts: Any,
 
 def plain_layers(config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer) -> tuple[Layer, ...]:
     """Return the layers of Megatron's model, dense or with experts."""
-    return decoder_layers(config, dense_layer(config, layer), lambda: moe_layer(config, layer=layer))
+    return _arranged(config, layer, lambda: moe_layer(config, layer=layer))
 
 
 def repeated_layers(
-    config: MoREConfig,
-    layer: type[RepeatedTransformerLayer] = RepeatedTransformerLayer,
-    layer_with_experts: type[RepeatedMoETransformerLayer] = RepeatedMoETransformerLayer,
+    config: MoREConfig, layer: type[RepeatedTransformerLayer] = RepeatedTransformerLayer
 ) -> tuple[Layer, ...]:
     """Return the layers of Megatron's model, dense or with experts, for groups that are repeated."""
-    return decoder_layers(config, dense_layer(config, layer), lambda: repeated_moe_layer(config, layer_with_experts))
+    parts = {"router": IteratedRouter}
+    moe = functools.partial(moe_layer, config, layer=layer, moe=IteratedMoELayer, parts=parts)
+    return _arranged(config, layer, moe)
 
 
-def decoder_layers(config: MoREConfig, dense: Layer, moe: Callable[[], Layer]) -> tuple[Layer, ...]:
+def _arranged(config: MoREConfig, layer: type[TransformerLayer], moe: Callable[[], Layer]) -> tuple[Layer, ...]:
     """Return the layers of a model, as `moe_layer_freq` arranges those with and those without experts.
 
     `moe` returns a layer with experts, which only a configuration with experts has.
-
-    Raises:
-        MoREError: If the arrangement is one of another number of layers.
     """
-    frequency = config.moe_layer_freq
+    submodules = backend_of(config).layer_submodules(config, moe=False)
+
+    def cost(seq_length: int) -> Cost:
+        return _attention_part_cost(config, seq_length) + mlp_cost(config, config.ffn_hidden_size)
+
+    dense, frequency = Layer(ModuleSpec(module=layer, submodules=submodules), cost), config.moe_layer_freq
     if config.num_moe_experts is None:
         return (dense,) * config.num_layers
     if isinstance(frequency, int):
@@ -83,20 +81,6 @@ def decoder_layers(config: MoREConfig, dense: Layer, moe: Callable[[], Layer]) -
         raise MoREError(f"--moe-layer-freq names {len(frequency)} layers, --num-layers is {config.num_layers}")
     with_experts = moe()
     return tuple(with_experts if is_moe else dense for is_moe in frequency)
-
-
-def dense_layer(config: MoREConfig, layer: type[TransformerLayer] = TransformerLayer) -> Layer:
-    """Return a layer with an MLP."""
-
-    def cost(seq_length: int) -> Cost:
-        return _attention_part_cost(config, seq_length) + mlp_cost(config, config.ffn_hidden_size)
-
-    return Layer(ModuleSpec(module=layer, submodules=backend_of(config).layer_submodules(config, moe=False)), cost)
-
-
-def repeated_moe_layer(config: MoREConfig, layer: type[RepeatedMoETransformerLayer]) -> Layer:
-    """Return a layer with Megatron's experts for groups that are repeated."""
-    return moe_layer(config, layer=layer, moe=IteratedMoELayer, parts={"router": IteratedRouter})
 
 
 def moe_layer(
@@ -116,13 +100,13 @@ def moe_layer(
         parts: Parts of the MoE layer that take the place of Megatron's: `experts`, `router`, `shared_experts`.
         experts_cost: Cost of the routed experts and of what they share, given the length of a sequence. Default: that
             of Megatron's.
-        repeated: Whether the MoE part runs in every step of a recurrence.
+        repeated: Whether the MoE part, and nothing else of the layer, runs in every step of a recurrence.
     """
     submodules = backend_of(config).layer_submodules(config, moe=True)
     # Megatron's submodules hold `functools.partial(MoELayer, submodules=...)`.
     megatron_moe: Any = submodules.mlp
     moe_submodules = dataclasses.replace(megatron_moe.keywords["submodules"], **(parts or {}))
-    mlp = functools.partial(functools.partial(_repeated, moe) if repeated else moe, submodules=moe_submodules)
+    mlp = functools.partial(moe, submodules=moe_submodules)
     spec = ModuleSpec(module=layer, submodules=dataclasses.replace(submodules, mlp=mlp))
 
     def cost(seq_length: int) -> Cost:
@@ -135,11 +119,6 @@ def moe_layer(
         return _attention_part_cost(config, seq_length) + (part.in_every_step() if repeated else part)
 
     return Layer(spec, cost)
-
-
-def _repeated(moe: Callable[..., MoELayer], *, config: MoREConfig, **kwargs: Any) -> MoELayer:
-    """Build a layer whose parts, Megatron's own among them, run in every step of a recurrence."""
-    return moe(config=backend_of(config).looped(config), **kwargs)
 
 
 def beside_experts_cost(config: MoREConfig) -> Cost:

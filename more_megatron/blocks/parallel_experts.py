@@ -7,19 +7,18 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
-from more_megatron.blocks.backends import RowGroups
 from more_megatron.blocks.cells import ExpertBias
-from more_megatron.blocks.expert_linear import (
+from more_megatron.blocks.experts import (
     ExpertFeedForward,
     ExpertLinear,
+    Experts,
     biased_linear_cost,
+    enter_replicated,
     feed_forward_cost,
     gather_columns,
 )
-from more_megatron.blocks.experts import Experts
-from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_bias, grouped_parameter
-from more_megatron.blocks.replication import enter_replicated
-from more_megatron.blocks.rows import Rows
+from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.rows import RowGroups, Rows
 from more_megatron.blocks.segment_lstm import TimeSteps, segment_lstm
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
@@ -49,10 +48,6 @@ class ParallelExperts(Experts):
         self.lstm = _SegmentLSTM(self.config, self.placement, hidden)
         self.gate = _BranchGate(self.config, self.placement)
 
-    def draw(self, initializer: BlockInitializer) -> None:
-        for part in (self.ffn, self.lstm, self.gate):
-            part.draw(initializer)
-
     def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Return the mixed branches, [rows, h], of the rows that were sent to the local experts.
 
@@ -71,30 +66,27 @@ class ParallelExperts(Experts):
         return weights[:, :1] * ffn + weights[:, 1:] * self.lstm(gates, rows)
 
 
-class _SegmentLSTM(torch.nn.Module):
-    """An LSTM of a size for each expert. Over the ranks that split an expert its weights are split by channel."""
+class _SegmentLSTM(GroupedModule):
+    """An LSTM of a size for each expert, drawn as PyTorch draws its own, which has two biases.
+
+    Over the ranks that split an expert its weights are split by channel.
+    """
 
     def __init__(self, config: MoREConfig, placement: Placement, size: int) -> None:
-        super().__init__()
-        self._placement, self._shape = placement, (4, size, size)
-        self.input = ExpertLinear(config, placement, (4, size, config.hidden_size), split_dim=1)
-        self.state = grouped_parameter(config, placement, self._shape, split_dim=1)
-
-    def draw(self, initializer: BlockInitializer) -> None:
-        """Draw the initial weights as PyTorch does, whose LSTM has two biases."""
-        self.input.draw("lstm/input", initializer.recurrent, initializer.recurrent_sum)
-        draw_parameter(
-            self.state, self._placement, lambda group: initializer.recurrent(self._shape, f"lstm/state/{group}")
-        )
+        super().__init__(config, placement)
+        draws = BlockInitializer
+        weight = Weight((4, size, config.hidden_size), "lstm/input", draws.recurrent, split_dim=1)
+        self.input = ExpertLinear(config, placement, weight, bias=draws.recurrent_sum)
+        self.state = self.stacked_weight(Weight((4, size, size), "lstm/state/{}", draws.recurrent, split_dim=1))
 
     def gates(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return what the inputs, [rows, h], contribute to the gates, [rows, 4n], on every rank."""
         own = self.input(x, groups)
-        return own if self._placement.split_size == 1 else self._whole(own).flatten(1)
+        return own if self.placement.split_size == 1 else self._whole(own).flatten(1)
 
     def forward(self, gates: torch.Tensor, rows: Rows) -> torch.Tensor:
         """Return the hidden states, [rows, n], of the segments that this rank runs; zeros in the others."""
-        placement = self._placement
+        placement = self.placement
         weight: torch.Tensor = self.state
         if placement.split_size > 1:
             # Channels of the output last, gathered, and back.
@@ -104,38 +96,31 @@ class _SegmentLSTM(torch.nn.Module):
 
     def _whole(self, own: torch.Tensor) -> torch.Tensor:
         """Return [..., 4, n] of all ranks, given this rank's channels of it, [..., 4 * n / ranks]."""
-        parts = gather_columns(own, self._placement).unflatten(-1, (self._placement.split_size, 4, -1))
+        parts = gather_columns(own, self.placement).unflatten(-1, (self.placement.split_size, 4, -1))
         return parts.transpose(-3, -2).flatten(-2)
 
 
-class _BranchGate(torch.nn.Module):
-    """Two weights for each row that add up to 1: a small network of its expert. Every rank holds all of it."""
+class _BranchGate(GroupedModule):
+    """Two weights for each row that add up to 1, about half at first: a small network of its expert, on every rank."""
 
     def __init__(self, config: MoREConfig, placement: Placement) -> None:
-        super().__init__()
-        self._placement, self._shape = placement, (2, _GATE_WIDTH)
-        self.inner = ExpertLinear(config, placement, (_GATE_WIDTH, config.hidden_size))
-        self.weight = grouped_parameter(config, placement, self._shape)
-        self.bias = grouped_bias(config, placement, (2,))
-
-    def draw(self, initializer: BlockInitializer) -> None:
-        """Draw the initial weights: about half of each branch."""
-        self.inner.draw("gate/inner", initializer.megatron_in, initializer.zeros)
-        draw_parameter(
-            self.weight, self._placement, lambda group: initializer.megatron_in(self._shape, f"gate/{group}")
-        )
-        torch.nn.init.zeros_(self.bias)
+        super().__init__(config, placement)
+        draws = BlockInitializer
+        weight = Weight((_GATE_WIDTH, config.hidden_size), "gate/inner", draws.megatron_in)
+        self.inner = ExpertLinear(config, placement, weight, bias=draws.zeros)
+        self.weight = self.stacked_weight(Weight((2, _GATE_WIDTH), "gate/{}", draws.megatron_in))
+        self.bias = self.stacked_bias(Weight((2,), "gate/{}/bias", draws.zeros))
 
     def forward(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return [rows, 2] for [rows, h]; every rank contributes to its gradient."""
-        ranks = self._placement.split_size
+        ranks = self.placement.split_size
         inner = torch.relu(self.inner(enter_replicated(x, ranks), groups)).unsqueeze(1)
-        weight = ExpertBias.of(self.weight.flatten(1), groups, len(x)).of_rows().unflatten(1, self._shape)
+        weight = ExpertBias.of(self.weight.flatten(1), groups, len(x)).of_rows().unflatten(1, (2, _GATE_WIDTH))
         logits = ExpertBias.of(self.bias, groups, len(x)).add_to((inner * weight).sum(-1))
         weights = torch.softmax(logits, dim=-1)
         if ranks == 1:
             return weights
-        shared: torch.Tensor = copy_to_tensor_model_parallel_region(weights, group=self._placement.split_group)
+        shared: torch.Tensor = copy_to_tensor_model_parallel_region(weights, group=self.placement.split_group)
         return shared
 
 

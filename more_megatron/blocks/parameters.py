@@ -6,35 +6,25 @@ as the backend wants it.
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from more_megatron.blocks.backends import Weights, backend_of
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
-from more_megatron.model.initialization import parameter_device
+from more_megatron.model.initialization import BlockInitializer, Draw, parameter_device
 
-__all__ = [
-    "Placement",
-    "draw_parameter",
-    "draw_parameters",
-    "grouped_bias",
-    "grouped_linear_weights",
-    "grouped_norm_weight",
-    "grouped_parameter",
-    "linear_columns",
-    "local_groups",
-    "sharded_parameters",
-]
+__all__ = ["GroupedModule", "Placement", "Weight", "linear_columns", "local_groups"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +51,16 @@ class Placement:
         return get_pg_rank(self.split_group)
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A weight that each group has."""
+
+    shape: tuple[int, ...]  # shape of a group's whole weight; the last dimension of a linear map is the input
+    name: str  # by which a group's is drawn: unique within the layer, with {} for the number of the group
+    draw: Draw  # draws a group's whole weight
+    split_dim: int | None = None  # dimension that is split over ranks; None if every rank holds all of it
+
+
 # Attribute of a parameter: what it holds.
 _CONTENT = "content_of_groups"
 
@@ -69,6 +69,7 @@ _CONTENT = "content_of_groups"
 class _Content:
     """What a parameter holds of a weight that each group has."""
 
+    weight: Weight
     shape: tuple[int, ...]  # shape of what it holds of one group, as in checkpoints
     split_dim: int | None  # dimension of a group's weight that is split over ranks; None if it is not
     group: int | None = None  # number of the group among those of the rank; None if it holds all, stacked
@@ -78,102 +79,114 @@ class _Content:
     # Whether checkpoints have an axis for the groups that a parameter of one dimension has not
     has_group_axis: bool = False
 
-    def of_whole(self, weight: torch.Tensor, placement: Placement) -> torch.Tensor:
-        """Return what is here of a group's whole weight."""
-        if self.split_dim is not None:
-            weight = weight.chunk(placement.split_size, dim=self.split_dim)[placement.split_rank]
-        return weight.chunk(self.columns, dim=-1)[self.column]
 
+class GroupedModule(MegatronModule):
+    """A module that holds nothing but weights of groups: creates them, draws them, writes them to checkpoints.
 
-def grouped_parameter(
-    config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None
-) -> torch.nn.Parameter:
-    """Return the weights of all groups on this rank as one parameter, [groups, ...], not yet drawn.
-
-    A weight of one dimension is laid out flat, [groups * size]: Megatron decays no parameter of one dimension.
-
-    Args:
-        shape: Shape of a group's whole weight.
-        split_dim: Dimension of a group's weight that is split over ranks; None if every rank holds all of it.
-
-    Raises:
-        MoREError: If the split does not come out even.
+    Parts of it may be such modules too; it draws and writes theirs with its own.
     """
-    local, split_dim = _local_shape(placement, shape, split_dim)
-    groups = len(placement.groups)
-    return _new(config, (groups * local[0],) if len(local) == 1 else (groups, *local), _Content(local, split_dim))
 
+    config: MoREConfig
+    layer_number = 0
 
-def grouped_bias(
-    config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None
-) -> torch.nn.Parameter:
-    """Return the biases of all groups on this rank as one parameter; otherwise as `grouped_parameter`.
+    def __init__(self, config: MoREConfig, placement: Placement) -> None:
+        super().__init__(config=config)
+        self.placement, self.backend = placement, backend_of(config)
 
-    It is laid out flat, for the same reason. In a checkpoint the biases are one tensor with an axis for the groups, as
-    weights are: [groups, ...].
-    """
-    local, split_dim = _local_shape(placement, shape, split_dim)
-    size = len(placement.groups) * math.prod(local)
-    return _new(config, (size,), _Content(local, split_dim, has_group_axis=True))
+    def stacked_weight(self, weight: Weight) -> torch.nn.Parameter:
+        """Return the weights of all groups on this rank as one parameter, [groups, ...], not yet drawn.
 
+        A weight of one dimension is laid out flat, [groups * size]: Megatron decays no parameter of one dimension.
 
-def grouped_linear_weights(
-    config: MoREConfig, placement: Placement, shape: tuple[int, ...], split_dim: int | None = None, columns: int = 1
-) -> Weights:
-    """Return the weights of a linear map for each group on this rank, as the backend keeps them.
+        Raises:
+            MoREError: If the split does not come out even.
+        """
+        content, groups = self._content(weight), len(self.placement.groups)
+        local = content.shape
+        return self._new((groups * local[0],) if len(local) == 1 else (groups, *local), content)
 
-    Arguments are those of `grouped_parameter`, the last dimension of the shape being the input, and `columns`, the
-    number of equal parts of the input that are multiplied separately.
-    """
-    local, split_dim = _local_shape(placement, shape, split_dim)
-    backend = backend_of(config)
-    weights = backend.linear_weights(config, len(placement.groups), local, columns)
-    names = _names(weights)
-    for piece in backend.pieces(weights):
-        held = (*local[:-1], local[-1] // piece.columns)
-        part = (piece.group, piece.column, piece.columns)
-        _mark(piece.parameter, _Content(held, split_dim, *part, tail=names[piece.parameter]))
-    return weights
+    def stacked_bias(self, weight: Weight) -> torch.nn.Parameter:
+        """Return the biases of all groups on this rank as one parameter; otherwise as `stacked_weight`.
 
+        It is laid out flat, for the same reason. In a checkpoint the biases are one tensor with an axis for the groups,
+        as weights are: [groups, ...].
+        """
+        content = self._content(weight, has_group_axis=True)
+        return self._new((len(self.placement.groups) * math.prod(content.shape),), content)
 
-def grouped_norm_weight(config: MoREConfig, placement: Placement) -> Weights:
-    """Return the weights of an RMSNorm for each group, not yet drawn: a norm of the backend's if it has one."""
-    shape = (config.hidden_size,)
-    norm = backend_of(config).row_norm(config) if len(placement.groups) == 1 else None
-    if norm is None:
-        return grouped_parameter(config, placement, shape)
-    for parameter, tail in _names(norm).items():
-        _mark(parameter, _Content(shape, None, tail=tail))
-    return norm
+    def linear_weights(self, weight: Weight, columns: int = 1) -> Weights:
+        """Return the weights of a linear map for each group on this rank, not yet drawn, as the backend keeps them.
 
+        `columns` is the number of equal parts of the input that are multiplied separately.
+        """
+        content, groups = self._content(weight), len(self.placement.groups)
+        module = self.backend.linear_module(self.config, groups, content.shape, columns)
+        if module is None:
+            return self.stacked_weight(weight)
+        held = (*content.shape[:-1], content.shape[-1] // columns)
+        for index, (name, parameter) in enumerate(module.named_parameters()):
+            column, group = divmod(index, groups)
+            part = dataclasses.replace(content, shape=held, group=group, column=column, columns=columns)
+            _mark(parameter, dataclasses.replace(part, tail=f".{name}"))
+        return module
 
-def _new(config: MoREConfig, size: tuple[int, ...], content: _Content) -> torch.nn.Parameter:
-    parameter = torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
-    _mark(parameter, content)
-    return parameter
+    def norm_weights(self) -> Weights:
+        """Return the weights of an RMSNorm for each group, not yet drawn: a norm of the backend's if it has one."""
+        weight = Weight((self.config.hidden_size,), "norm", BlockInitializer.ones)
+        norm = self.backend.row_norm(self.config) if len(self.placement.groups) == 1 else None
+        if norm is None:
+            return self.stacked_weight(weight)
+        for name, parameter in norm.named_parameters():
+            _mark(parameter, self._content(weight, tail=f".{name}"))
+        return norm
 
+    def _content(self, weight: Weight, **more: Any) -> _Content:
+        parts, local, split_dim = self.placement.split_size, list(weight.shape), weight.split_dim
+        if split_dim is None or parts == 1:
+            return _Content(weight, weight.shape, None, **more)
+        if local[split_dim] % parts != 0:
+            raise MoREError(
+                f"a weight of shape {weight.shape} cannot be split over {parts} ranks: "
+                "choose an --expert-tensor-parallel-size that divides heads, query groups and MLP width"
+            )
+        local[split_dim] //= parts
+        return _Content(weight, tuple(local), split_dim, **more)
 
-def _local_shape(
-    placement: Placement, shape: tuple[int, ...], split_dim: int | None
-) -> tuple[tuple[int, ...], int | None]:
-    """Return the shape of what is here of one group's weight, and the dimension that is really split."""
-    if split_dim is None or placement.split_size == 1:
-        return shape, None
-    if shape[split_dim] % placement.split_size != 0:
-        raise MoREError(
-            f"a weight of shape {shape} cannot be split over {placement.split_size} ranks: "
-            "choose an --expert-tensor-parallel-size that divides heads, query groups and MLP width"
-        )
-    local = list(shape)
-    local[split_dim] //= placement.split_size
-    return tuple(local), split_dim
+    def _new(self, size: tuple[int, ...], content: _Content) -> torch.nn.Parameter:
+        device, dtype = parameter_device(self.config), self.config.params_dtype
+        parameter = torch.nn.Parameter(torch.empty(size, dtype=dtype, device=device))
+        _mark(parameter, content)
+        return parameter
 
+    def initialize(self, layer_number: int) -> None:
+        """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
+        self.layer_number = layer_number
+        if self.config.perform_initialization:
+            self._draw(BlockInitializer(self.config, layer_number))
 
-def _names(weights: Weights) -> dict[torch.nn.Parameter, str]:
-    """Return what follows the name of the weight in the names of its parameters."""
-    if isinstance(weights, torch.nn.Parameter):
-        return {weights: ""}
-    return {parameter: f".{name}" for name, parameter in weights.named_parameters()}
+    @torch.no_grad()
+    def _draw(self, initializer: BlockInitializer) -> None:
+        groups, parts = self.placement.groups, self.placement.split_size
+        for parameter in self.parameters():
+            content: _Content = getattr(parameter, _CONTENT)
+            weight, targets = content.weight, [(parameter, groups[content.group or 0])]
+            if content.group is None:
+                targets = list(zip(parameter.view(len(groups), -1), groups, strict=True))
+            for target, group in targets:
+                values = weight.draw(initializer, weight.shape, weight.name.format(group))
+                if content.split_dim is not None:
+                    values = values.chunk(parts, dim=content.split_dim)[self.placement.split_rank]
+                target.copy_(values.chunk(content.columns, dim=-1)[content.column].reshape(target.shape))
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Return the weights as slices of global tensors, one key for each weight whatever the backend."""
+        ensure_metadata_has_dp_cp_group(metadata)
+        sharded = {}
+        for name, parameter in self.named_parameters():
+            content: _Content = getattr(parameter, _CONTENT)
+            key = prefix + name.removesuffix(content.tail)
+            sharded[prefix + name] = _slice(key, parameter, content, self.placement, sharded_offsets)
+        return sharded
 
 
 def _mark(parameter: torch.nn.Parameter, content: _Content) -> None:
@@ -186,33 +199,6 @@ def _mark(parameter: torch.nn.Parameter, content: _Content) -> None:
     if content.split_dim is not None:
         dim = 0 if content.has_group_axis else content.split_dim + (content.group is None)
     set_tensor_model_parallel_attributes(parameter, dim >= 0, dim, 1)
-
-
-@torch.no_grad()
-def draw_parameter(weights: Weights, placement: Placement, draw: Callable[[int], torch.Tensor]) -> None:
-    """Fill weights from the functions above; `draw` returns the whole weight of a group, given its global number."""
-    for parameter in _names(weights):
-        content: _Content = getattr(parameter, _CONTENT)
-        if content.group is None:
-            targets = list(zip(parameter.view(len(placement.groups), -1), placement.groups, strict=True))
-        else:
-            targets = [(parameter, placement.groups[content.group])]
-        for target, group in targets:
-            target.copy_(content.of_whole(draw(group), placement).reshape(target.shape))
-
-
-def draw_parameters(
-    module: torch.nn.Module,
-    shapes: Mapping[str, tuple[int, ...]],
-    placement: Placement,
-    draw: Callable[[str, tuple[int, ...], int], torch.Tensor],
-) -> None:
-    """Fill several weights of a module, given the shape of a group's whole weight by their names.
-
-    `draw` returns the whole weight of a group, given the weight's name, its shape and the group's global number.
-    """
-    for name, shape in shapes.items():
-        draw_parameter(getattr(module, name), placement, functools.partial(draw, name, shape))
 
 
 def local_groups(parameter: torch.nn.Parameter, number: int) -> range:
@@ -229,26 +215,6 @@ def linear_columns(parameter: torch.nn.Parameter, number: int) -> dict[int, torc
     if content is not None and content.columns > 1:
         return {content.column: parameter}
     return dict(enumerate(parameter.chunk(number, dim=-1)))
-
-
-def sharded_parameters(
-    module: torch.nn.Module,
-    placement: Placement,
-    prefix: str,
-    sharded_offsets: tuple[tuple[int, int, int], ...],
-    metadata: dict[str, Any] | None,
-) -> dict[str, ShardedTensor | ShardedTensorFactory]:
-    """Return a module's weights as slices of global tensors, one key for each weight whatever the backend.
-
-    The module holds nothing but weights from the functions above; the last three arguments are as Megatron passes them.
-    """
-    ensure_metadata_has_dp_cp_group(metadata)
-    sharded = {}
-    for name, parameter in module.named_parameters():
-        content: _Content = getattr(parameter, _CONTENT)
-        key = prefix + name.removesuffix(content.tail)
-        sharded[prefix + name] = _slice(key, parameter, content, placement, sharded_offsets)
-    return sharded
 
 
 def _slice(

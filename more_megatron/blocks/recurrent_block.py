@@ -25,20 +25,16 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 
-from more_megatron.blocks.backends import backend_of, segment_attention
-from more_megatron.blocks.parameters import (
-    Placement,
-    draw_parameters,
-    grouped_linear_weights,
-    grouped_norm_weight,
-    sharded_parameters,
-)
+from more_megatron.blocks.backends import backend_of
+from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
 from more_megatron.blocks.row_ops import rms_norm, rotate, rotation_of
 from more_megatron.blocks.rows import Rows
+from more_megatron.blocks.segment_attention import segment_attention
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.initialization import BlockInitializer, replicated_parameter, takase
+from more_megatron.model.initialization import BlockInitializer, takase
+from more_megatron.model.loops import linear_injection
 from more_megatron.model.noise import state_noise
 from more_megatron.model.truncation import iterate_state
 from more_megatron.monitoring.recurrence import watch_states
@@ -48,7 +44,7 @@ __all__ = ["RecurrentBlock", "SequenceBlock", "block_cost"]
 _NORMS = ("norm_1", "norm_2", "norm_3", "norm_4")
 
 
-class RecurrentBlock(MegatronModule):
+class RecurrentBlock(GroupedModule):
     """Recurrent blocks, one for each group; `name` is unique within the layer.
 
     Over the ranks of `placement.split_group` attention is split by heads and the MLP by width, as in tensor
@@ -56,51 +52,31 @@ class RecurrentBlock(MegatronModule):
     """
 
     def __init__(self, config: MoREConfig, placement: Placement, ffn_hidden_size: int, name: str) -> None:
-        super().__init__(config=config)
-        self.placement = placement
-        self.layer_number = 0
-        self._backend = backend_of(config)
-        self._name = name
+        super().__init__(config, placement)
         self._head_dim = config.kv_channels
         self._queries_per_group = config.num_attention_heads // config.num_query_groups
         hidden, heads = config.hidden_size, config.num_attention_heads * self._head_dim
         # For each query group its queries, then its key and its value: Megatron's order, which splits by groups.
         qkv = config.num_query_groups * (self._queries_per_group + 2) * self._head_dim
-        weights: dict[str, tuple[tuple[int, ...], int | None]] = {
-            "adapter": ((hidden, 2 * hidden), None),
-            "qkv": ((qkv, hidden), 0),
-            "proj": ((hidden, heads), 1),
-            "fc1": ((2, ffn_hidden_size, hidden), 1),
-            "fc2": ((hidden, ffn_hidden_size), 1),
-        }
-        self._shapes = {key: shape for key, (shape, _) in weights.items()}
-        for key, (shape, split_dim) in weights.items():
-            columns = 2 if key == "adapter" else 1
-            setattr(self, key, grouped_linear_weights(config, placement, shape, split_dim, columns))
+        inward, outward = BlockInitializer.takase_in, BlockInitializer.takase_out
+        for key, shape, draw, split_dim in (
+            ("adapter", (hidden, 2 * hidden), inward, None),
+            ("qkv", (qkv, hidden), inward, 0),
+            ("proj", (hidden, heads), outward, 1),
+            ("fc1", (2, ffn_hidden_size, hidden), inward, 1),
+            ("fc2", (hidden, ffn_hidden_size), outward, 1),
+        ):
+            weight = Weight(shape, f"{name}/{{}}/{key}", draw, split_dim)
+            setattr(self, key, self.linear_weights(weight, columns=2 if key == "adapter" else 1))
         for key in _NORMS:
-            setattr(self, key, grouped_norm_weight(config, placement))
-
-    def initialize(self, layer_number: int) -> None:
-        """Learn the number of the layer, from 1, and draw the initial weights, which depend on it."""
-        self.layer_number = layer_number
-        if not self.config.perform_initialization:
-            return
-        initializer = BlockInitializer(self.config, layer_number)
-
-        def draw(key: str, shape: tuple[int, ...], group: int) -> torch.Tensor:
-            std = initializer.out_std if key in ("proj", "fc2") else initializer.in_std
-            return initializer.truncated_normal(shape, f"{self._name}/{group}/{key}", std)
-
-        draw_parameters(self, self._shapes, self.placement, draw)
-        ones = torch.ones(self.config.hidden_size)
-        draw_parameters(self, dict.fromkeys(_NORMS, ()), self.placement, lambda *_: ones)
+            setattr(self, key, self.norm_weights())
 
     def forward(self, inputs: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Iterate from a random state, and return the last one, [rows, h], the same on every rank of the split group.
 
         The inputs, [rows, h], are injected in every step; they are the same on every rank of the split group.
         """
-        adapter_state, adapter_input = self._backend.columns(self.adapter, 2)
+        adapter_state, adapter_input = self.backend.columns(self.adapter, 2)
         injected = self._linear(inputs, adapter_input, rows)
         norm_1, norm_2, norm_3, norm_4 = self._norms(rows)
         rotation = None
@@ -118,7 +94,7 @@ class RecurrentBlock(MegatronModule):
         return iterate_state(step, self._initial_state(rows).to(inputs.dtype), depth, see)
 
     def _linear(self, x: torch.Tensor, weights: Any, rows: Rows) -> torch.Tensor:
-        return self._backend.linear(x, weights, rows.groups)
+        return self.backend.linear(x, weights, rows.groups)
 
     def _initial_state(self, rows: Rows) -> torch.Tensor:
         config, layer = self.config, self.layer_number
@@ -169,9 +145,6 @@ class RecurrentBlock(MegatronModule):
             return x
         return reduce_from_tensor_model_parallel_region(x, group=self.placement.split_group)
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        return sharded_parameters(self, self.placement, prefix, sharded_offsets, metadata)
-
 
 class SequenceBlock(MegatronModule):
     """One recurrent block over whole sequences, from Megatron's own attention and MLP and with its parallelism."""
@@ -184,7 +157,9 @@ class SequenceBlock(MegatronModule):
         config.ffn_hidden_size = ffn_hidden_size
         takase(config, config.num_layers * config.mean_steps).apply(config)
         backend, hidden = backend_of(config), config.hidden_size
-        self.adapter = replicated_parameter(config, (hidden, 2 * hidden))
+        # Drawn when the number of the layer is known.
+        draw = BlockInitializer.zeros
+        self.adapter = BlockInitializer(config, 0).replicated_parameter((hidden, 2 * hidden), "", draw)
         self.attention = build_module(backend.attention(), config=config, layer_number=1, pg_collection=pg_collection)
         self.mlp = MLP(config, backend.mlp(), ffn_hidden_size=ffn_hidden_size, tp_group=pg_collection.tp)
         for number in range(1, 5):
@@ -196,19 +171,17 @@ class SequenceBlock(MegatronModule):
         self.layer_number = layer_number
         if self.config.perform_initialization:
             initializer = BlockInitializer(self.config, layer_number)
-            weight = initializer.truncated_normal(tuple(self.adapter.shape), "sequence/adapter", initializer.in_std)
-            self.adapter.data.copy_(weight)
+            self.adapter.data.copy_(initializer.takase_in(tuple(self.adapter.shape), "sequence/adapter"))
 
     def forward(self, inputs: torch.Tensor, state: torch.Tensor, depth: Depth, **attention_kwargs: Any) -> torch.Tensor:
         """Iterate from a state, and return the last one, [s, b, h].
 
         The inputs, [s, b, h], are injected in every step; mask and angles are for Megatron's attention.
         """
-        adapter_state, adapter_input = self.adapter.split(self.config.hidden_size, dim=1)
-        injected = torch.nn.functional.linear(inputs, adapter_input)
+        inject = linear_injection(self.adapter, inputs)
 
         def step(state: torch.Tensor) -> torch.Tensor:
-            mixed = torch.nn.functional.linear(state, adapter_state) + injected
+            mixed = inject(state)
             attended = self.norm_2(mixed + self.attention(self.norm_1(mixed), **attention_kwargs)[0])
             return self.norm_4(attended + self.mlp(self.norm_3(attended))[0])
 

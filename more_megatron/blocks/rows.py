@@ -1,18 +1,171 @@
-"""The rows that experts work on: dispatched tokens, sorted by expert, sequence and position."""
+"""The rows that experts work on: dispatched tokens, sorted by expert, sequence and position.
+
+`Rows` says which there are; it is made of `RowGroups`, the rows of each expert, and `Segments`, those of each expert
+and sequence. `RowPadding` fills groups up to a number that a kernel wants, once around a whole recurrence.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from more_megatron.blocks.backends import RowGroups
-from more_megatron.blocks.padding import RowPadding
-from more_megatron.blocks.segments import Segments
+__all__ = ["RowGroups", "RowPadding", "Rows", "Segments"]
 
-__all__ = ["Rows"]
+# Rectangles of each padded layout: with more of them there is less padding, and there are more calls.
+_RECTANGLES = 4
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """Rows sorted by group; `ends` is where the rows of each group end, int32 [groups]."""
+
+    ends: torch.Tensor
+
+    @classmethod
+    def of_sizes(cls, sizes: list[int], device: torch.device) -> RowGroups:
+        """Return groups whose sizes are known on the host."""
+        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        groups = cls(ends.to(device, non_blocking=True))
+        groups.__dict__["sizes"] = sizes  # what the property would find out
+        return groups
+
+    @classmethod
+    def of_counts(cls, counts: torch.Tensor, device: torch.device) -> RowGroups:
+        """Return groups of as many rows as were counted, [groups], on the device or, without waiting, on the host."""
+        if counts.device == device:
+            return cls(counts.cumsum(0).to(torch.int32))
+        return cls.of_sizes(counts.tolist(), device)
+
+    @functools.cached_property
+    def sizes(self) -> list[int]:
+        """Number of rows of each group, on the host: waits for the device, once."""
+        ends = self.ends.tolist()
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+    def members(self, number: int) -> torch.Tensor:
+        """Return whether each row is of each group, bool [rows, groups], given how many rows there are in all."""
+        if "_members" not in self.__dict__:
+            rows = torch.arange(number, device=self.ends.device).unsqueeze(1)
+            starts = torch.nn.functional.pad(self.ends[:-1], (1, 0))
+            self.__dict__["_members"] = (rows < self.ends) & (rows >= starts)
+        return self.__dict__["_members"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where attention is confined: consecutive rows that belong together, in ascending position."""
+
+    # First row of each segment and the end of the last, int32 [segments + 1]. Segments may be empty
+    offsets: torch.Tensor
+    longest: int  # upper bound of the length of a segment
+
+    def pad(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return [rows, heads, d] as rectangles [segments, heads, longest, d], zeros behind the rows of a segment.
+
+        Short and long segments come in rectangles of their own, in which there is less to pad.
+        """
+        shapes, places = self.rectangles
+        sizes = [segments * length for segments, length in shapes]
+        padded = rows.new_zeros(sum(sizes), *rows.shape[1:]).index_copy_(0, places, rows)
+        return tuple(
+            part.view(*shape, *rows.shape[1:]).transpose(1, 2)
+            for part, shape in zip(padded.split(sizes), shapes, strict=True)
+        )
+
+    def unpad(self, rectangles: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Undo `pad`."""
+        padded = torch.cat([rectangle.transpose(1, 2).flatten(0, 1) for rectangle in rectangles])
+        return padded.index_select(0, self.rectangles[1])
+
+    @functools.cached_property
+    def derived(self) -> dict[Any, Any]:
+        """What kernels have worked out of the segments, kept for their next call."""
+        return {}
+
+    @functools.cached_property
+    def rectangles(self) -> tuple[list[tuple[int, int]], torch.Tensor]:
+        """Segments and length of each rectangle, and each row's place in them, laid end to end."""
+        lengths = self.offsets.diff().long()
+        lengths = lengths[lengths > 0]
+        first, shapes = torch.empty_like(lengths), []
+        start = 0
+        for part in lengths.argsort().tensor_split(_RECTANGLES):
+            length = int(lengths[part].max()) if len(part) > 0 else 0
+            first[part] = start + length * torch.arange(len(part), device=lengths.device)
+            shapes.append((len(part), length))
+            start += len(part) * length
+        segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        within = torch.arange(len(segment), device=lengths.device) - (lengths.cumsum(0) - lengths)[segment]
+        return [shape for shape in shapes if shape[0] > 0] or shapes[:1], first[segment] + within
+
+
+@dataclass(frozen=True)
+class RowPadding:
+    """Where the rows of each group lie once padding follows them. Padding rows are zero and are dropped again."""
+
+    groups: RowGroups  # where the groups are, with padding
+    places: torch.Tensor | None = None  # for each row its place among all rows, int64 [rows]; None without padding
+    shifts: torch.Tensor | None = None  # how far the rows of each group moved, int32 [groups]
+    longest: int = 0  # largest number of padding rows of a group
+
+    @classmethod
+    def of(cls, groups: RowGroups, multiple: int | None) -> RowPadding:
+        """Return the padding after which each group's number of rows is a multiple, and there is a row at all.
+
+        Without a multiple there is no padding.
+        """
+        if multiple is None:
+            return cls(groups)
+        sizes = groups.sizes
+        padded = [-(-size // multiple) * multiple for size in sizes]
+        if sum(padded) == 0:
+            padded[0] = multiple
+        if padded == sizes:
+            return cls(groups)
+        device = groups.ends.device
+        padded_groups = RowGroups.of_sizes(padded, device)
+        # How much padding lies before the end of each group.
+        padding = padded_groups.ends - groups.ends
+        shifts = torch.nn.functional.pad(padding[:-1], (1, 0))
+        lengths = torch.tensor(sizes).to(device, non_blocking=True)
+        moved = torch.repeat_interleave(shifts, lengths, output_size=sum(sizes))
+        places = torch.arange(sum(sizes), device=device) + moved
+        longest = max(new - old for new, old in zip(padded, sizes, strict=True))
+        return cls(padded_groups, places, shifts, longest)
+
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return [rows, ...] with zeros where padding is."""
+        if self.places is None:
+            return rows
+        padded = rows.new_zeros(sum(self.groups.sizes), *rows.shape[1:])
+        return padded.index_copy(0, self.places, rows)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """Undo `pad`."""
+        return padded if self.places is None else padded.index_select(0, self.places)
+
+    def is_padding(self) -> torch.Tensor | None:
+        """Return True for each row that is padding, [rows]; None without padding."""
+        if self.places is None:
+            return None
+        padding = torch.ones(sum(self.groups.sizes), dtype=torch.bool, device=self.places.device)
+        return padding.index_fill(0, self.places, False)
+
+    def pad_segments(self, segments: Segments) -> Segments:
+        """Return the segments with one more behind those of each group, of its padding: no row attends to padding.
+
+        Each group has the same number of segments, and they are sorted by group.
+        """
+        if self.shifts is None:
+            return segments
+        ends = segments.offsets[1:].view(len(self.shifts), -1) + self.shifts.unsqueeze(1)
+        ends = torch.cat((ends, self.groups.ends.unsqueeze(1)), dim=1).flatten()
+        return Segments(torch.nn.functional.pad(ends, (1, 0)), max(segments.longest, self.longest))
 
 
 @dataclass(frozen=True)
@@ -85,7 +238,7 @@ class Rows:
 
     def as_one_group(self) -> Rows:
         """Return the rows for one block that all groups share; they still attend within their segments only."""
-        return dataclasses.replace(self, groups=self.groups.as_one())
+        return dataclasses.replace(self, groups=RowGroups(self.groups.ends[-1:]))
 
     def padded(self, multiple: int | None) -> tuple[Rows, RowPadding]:
         """Return the rows with padding after each group, as `RowPadding.of` lays it, and the padding."""

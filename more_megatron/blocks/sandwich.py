@@ -14,13 +14,13 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.utils import make_viewless_tensor
 
 from more_megatron.blocks.backends import backend_of
-from more_megatron.blocks.iterated_moe import RepeatedMoETransformerLayer, RepeatedTransformerLayer
+from more_megatron.blocks.iterated_moe import RepeatedTransformerLayer
 from more_megatron.blocks.layers import plain_layers, repeated_layers
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
 from more_megatron.model.stack import Layer
 
-__all__ = ["RepeatedMoESandwichLayer", "RepeatedSandwichLayer", "SandwichLayer", "sandwich_layers"]
+__all__ = ["RepeatedSandwichLayer", "SandwichLayer", "sandwich_layers"]
 
 
 class SandwichLayer(TransformerLayer):
@@ -60,11 +60,7 @@ class SandwichLayer(TransformerLayer):
 
 
 class RepeatedSandwichLayer(SandwichLayer, RepeatedTransformerLayer):
-    """A sandwich layer without experts in a group that is repeated."""
-
-
-class RepeatedMoESandwichLayer(SandwichLayer, RepeatedMoETransformerLayer):
-    """A sandwich layer with experts in a group that is repeated."""
+    """A sandwich layer in a group that is repeated."""
 
 
 def sandwich_layers(config: MoREConfig) -> tuple[list[Layer], list[Layer]]:
@@ -76,8 +72,7 @@ def sandwich_layers(config: MoREConfig) -> tuple[list[Layer], list[Layer]]:
     heads = config.num_attention_heads + 2 * config.num_query_groups
     parameters = 2 * config.hidden_size + (heads * config.kv_channels if has_bias else 0)
     more = Cost(parameters, parameters)
-    once = plain_layers(config, SandwichLayer)
-    repeated = repeated_layers(config, RepeatedSandwichLayer, RepeatedMoESandwichLayer)
+    once, repeated = plain_layers(config, SandwichLayer), repeated_layers(config, RepeatedSandwichLayer)
     return [layer.with_cost(more) for layer in once], [layer.with_cost(more) for layer in repeated]
 
 

@@ -7,13 +7,12 @@ depends on the step before, everything is computed for all steps at once.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from more_megatron.blocks.segments import Segments
+from more_megatron.blocks.rows import Segments
 
 __all__ = ["TimeSteps", "segment_lstm"]
 
@@ -39,41 +38,29 @@ class TimeSteps:
             part: Number of the part wanted; a group's segments are dealt out to the parts, the longest first.
             parts: Number of parts.
         """
-        device = segments.offsets.device
-        lengths = segments.offsets.diff().long().view(groups, -1).cpu()
-        number = lengths.size(1)
+        device, lengths = segments.offsets.device, segments.offsets.diff().long().view(groups, -1).cpu()
         lengths = torch.nn.functional.pad(lengths, (0, -lengths.size(1) % parts))
-        dealt = lengths.argsort(dim=1, descending=True, stable=True)[:, part::parts]
-        order = lengths.gather(1, dealt)[:, 0].argsort(descending=True, stable=True)
-        by_length = dealt[order]  # for each line and column of the rectangles its segment
-        sizes = lengths[order].gather(1, by_length)
+        by_length = lengths.argsort(dim=1, descending=True, stable=True)
+        rank = by_length.argsort(dim=1)  # place of each segment among those of its group
+        sizes = lengths.gather(1, by_length)[:, part::parts]
+        order = sizes[:, 0].argsort(descending=True, stable=True)
         # As many lines and columns as have a segment that is longer.
         time = torch.arange(int(sizes.max())).unsqueeze(1)
         lines, columns = (sizes.amax(1) > time).sum(1), (sizes.amax(0) > time).sum(1)
         starts = torch.nn.functional.pad((lines * columns).cumsum(0), (1, 0))
-        segment = (by_length + order.unsqueeze(1) * number).flatten()
-        grid = [x.to(device, non_blocking=True) for x in (segment, sizes.flatten(), columns, starts)]
-        rows, places = cls._rows(segments, by_length.size(1), int(sizes.sum()), *grid)
-        order, former = (x.to(device, non_blocking=True) for x in (order, cls._former(lines, columns, starts)))
-        layout = cls(lines.tolist(), columns.tolist(), order, rows, places, former)
-        return layout if parts > 1 else layout._for_all()
-
-    @staticmethod
-    def _rows(
-        segments: Segments,
-        width: int,
-        count: int,
-        segment: torch.Tensor,
-        sizes: torch.Tensor,
-        columns: torch.Tensor,
-        starts: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows of the segments, so many, one segment after the other, and their places."""
-        number = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes, output_size=count)
-        time = torch.arange(count, device=sizes.device) - (sizes.cumsum(0) - sizes)[number]
-        rows = segments.offsets.long()[segment[number]] + time
-        line, column = number // width, number % width
-        return rows, starts[time] + line * columns[time] + column
+        lengths = lengths.flatten()
+        segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        within = torch.arange(len(segment)) - (lengths.cumsum(0) - lengths)[segment]
+        rows = None
+        if parts > 1:
+            rows = (rank.flatten()[segment] % parts == part).nonzero().flatten()
+            segment, within = segment[rows], within[rows]
+        line, column = order.argsort()[segment // rank.size(1)], rank.flatten()[segment] // parts
+        places = starts[within] + line * columns[within] + column
+        tensors = (order, places, cls._former(lines, columns, starts))
+        order, places, former = (x.to(device, non_blocking=True) for x in tensors)
+        rows = None if rows is None else rows.to(device, non_blocking=True)
+        return cls(lines.tolist(), columns.tolist(), order, rows, places, former)
 
     @staticmethod
     def _former(lines: torch.Tensor, columns: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -82,12 +69,6 @@ class TimeSteps:
         line, column = within // columns[time], within % columns[time]
         before = (time - 1).clamp(min=0)
         return torch.where(time > 0, starts[before] + line * columns[before] + column, -1)
-
-    def _for_all(self) -> TimeSteps:
-        """Return the layout with the places in the order of the rows, all of which are laid out."""
-        places = torch.empty_like(self.places)
-        places[self.rows] = self.places
-        return dataclasses.replace(self, rows=None, places=places)
 
     @property
     def num_places(self) -> int:

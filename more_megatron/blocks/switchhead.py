@@ -118,8 +118,11 @@ class SwitchHeadAttention(MegatronModule):
         if not self._is_dense:
             logits["value"] = self.value_router(normed)
         choices = {kind: self._choice(kind, of_kind, current) for kind, of_kind in logits.items()}
-        query, key = self._query_and_key(normed, rotary_pos_emb)
-        context = self._attend(query, key, self._values(stream, choices.get("value")), attention_mask)
+        attend = functools.partial(self.core_attention, attn_mask_type=AttnMaskType.causal)
+        if self._recomputes_core and self.training:
+            attend = functools.partial(tensor_parallel.checkpoint, attend, False)
+        query_and_key = self._query_and_key(normed, rotary_pos_emb)
+        context = attend(*query_and_key, self._values(stream, choices.get("value")), attention_mask)
         output = self._outputs(context, choices["output"])
         if self._is_dense or not (self.training and current.in_graph):
             return output
@@ -127,16 +130,13 @@ class SwitchHeadAttention(MegatronModule):
             output = self._balances[kind].attach(output, sum_over_positions(of_kind), current, self.layer_number)
         return output
 
-    def _query_and_key(
-        self, normed: torch.Tensor, rotary_pos_emb: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _query_and_key(self, normed: torch.Tensor, rotary_pos_emb: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Return both, [s, b, heads, head_dim]; in the weight each head's query is followed by its key."""
         both = self.query_key(normed)[0].unflatten(-1, (-1, self.config.kv_channels))
         if rotary_pos_emb is not None:
             interleaved = self.config.rotary_interleaved
             both = rotate(both, *rotation_of(rotary_pos_emb, interleaved, both.dtype), interleaved)
-        query, key = both.unflatten(-2, (-1, 2)).unbind(-2)
-        return query, key
+        return both.unflatten(-2, (-1, 2)).unbind(-2)
 
     def _values(self, stream: torch.Tensor, choice: Choice | torch.Tensor | None) -> torch.Tensor:
         """Return [s, b, heads, head_dim]."""
@@ -153,16 +153,11 @@ class SwitchHeadAttention(MegatronModule):
         if isinstance(choice, torch.Tensor):
             return self.output((heads * choice.to(heads.dtype)).flatten(-2))[0]
         length, batch = heads.shape[:2]
-        output = self.output(heads.flatten(0, 2), choice, length * batch)
-        return self._reduced(output.view(length, batch, -1))
-
-    def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        attend = functools.partial(self.core_attention, attn_mask_type=AttnMaskType.causal)
-        if self._recomputes_core and self.training:
-            return tensor_parallel.checkpoint(attend, False, query, key, value, attention_mask)
-        return attend(query, key, value, attention_mask)
+        output = self.output(heads.flatten(0, 2), choice, length * batch).view(length, batch, -1)
+        # The sum over all ranks' heads, of this rank's positions.
+        if self.config.sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(output, group=self._groups.tp)
+        return reduce_from_tensor_model_parallel_region(output, group=self._groups.tp)
 
     def _choice(self, kind: str, logits: torch.Tensor, current: Pass) -> Choice | torch.Tensor:
         """Return the experts of this rank's heads at all positions, or their gates, [s, b, heads, 1]."""
@@ -184,12 +179,6 @@ class SwitchHeadAttention(MegatronModule):
         if self.config.sequence_parallel:
             return gather_from_sequence_parallel_region(x, group=self._groups.tp)
         return copy_to_tensor_model_parallel_region(x, group=self._groups.tp)
-
-    def _reduced(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the sum over all ranks' heads, of this rank's positions."""
-        if self.config.sequence_parallel:
-            return reduce_scatter_to_sequence_parallel_region(x, group=self._groups.tp)
-        return reduce_from_tensor_model_parallel_region(x, group=self._groups.tp)
 
 
 def switchhead_cost(config: Any, context: float) -> Cost:

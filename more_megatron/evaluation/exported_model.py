@@ -107,11 +107,11 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
                 raise MoREError(f"{flag(name)} is of checkpoints: give --load, or leave it out")
         yield _load(args, args.model)
         return
-    from more_megatron.hf.conversion.export import ToHF, to_hf
+    from more_megatron.hf.conversion.export import to_hf
 
     with tempfile.TemporaryDirectory(prefix="more-export-") as temporary:
         folder, trust = Path(temporary) / "model", args.trust_remote_code
-        to_hf(ToHF(args.load, folder, args.ckpt_step, tokenizer_model=args.tokenizer_model, trust_remote_code=trust))
+        to_hf(args.load, folder, step=args.ckpt_step, tokenizer_model=args.tokenizer_model, trust_remote_code=trust)
         yield _load(args, folder)
 
 

@@ -102,14 +102,14 @@ def entries(config: Config, form: Form | None = None) -> list[Entry]:
     system = get_system(config["variant"])
     source = form or system
     features, sizes = _features(config) | system.features(config), _sizes(config) | system.sizes(config)
-    behind = [(row, None, "") for row in source.model_rows(config)]
-    before = [place for place in behind if place[0].megatron.startswith("embedding.")]
-    of_layers = []
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{layer}." if form is None else form.layer_prefix(config, layer)
-        of_layers += [(row, layer, prefix) for row in source.layer_rows(config, layer)]
-    ordered = [*before, *of_layers, *behind[len(before) :]]
-    return [entry for place in ordered for entry in _apply(*place, features, sizes)]
+    places: list[tuple[Row, int | None, str]] = [(row, None, "") for row in source.model_rows(config)]
+    inputs = sum(row.megatron.startswith("embedding.") for row, *_ in places)
+    places[inputs:inputs] = [
+        (row, layer, f"model.layers.{layer}." if form is None else form.layer_prefix(config, layer))
+        for layer in range(config["num_hidden_layers"])
+        for row in source.layer_rows(config, layer)
+    ]
+    return [_entry(*place, sizes) for place in places if _is_there(place[0], features)]
 
 
 def extra_states(config: Config) -> Iterator[tuple[str, int | None, bool]]:
@@ -125,19 +125,19 @@ def extra_states(config: Config) -> Iterator[tuple[str, int | None, bool]]:
             yield LAYERS + name.removeprefix("N "), layer, name.startswith("N ")
 
 
-def _apply(row: Row, layer: int | None, prefix: str, features: set[str], sizes: dict[str, int]) -> Iterator[Entry]:
-    """Yield the entry of a row, if the model has what the row is about."""
-    if not all((word.removeprefix("!") in features) != word.startswith("!") for word in row.when.split()):
-        return
-    names = _names(row.hf)
+def _is_there(row: Row, features: set[str]) -> bool:
+    return all((word.removeprefix("!") in features) != word.startswith("!") for word in row.when.split())
+
+
+def _entry(row: Row, layer: int | None, prefix: str, sizes: dict[str, int]) -> Entry:
+    names = tuple(prefix + name for name in _names(row.hf))
     shape, view = _shape(row.shape, sizes), _shape(row.view or row.shape, sizes)
     qkv = (sizes["q"], sizes["k"], sizes["k"])
     # Rows under each name.
     rows = {Layout.HALVES: (shape[0] // 2,) * 2, Layout.QKV: qkv}.get(row.layout, (view[0],) * len(names))
     shapes = tuple((number, *view[1:]) for number in rows)
     key = row.megatron if layer is None else LAYERS + row.megatron
-    names = tuple(prefix + name for name in names)
-    yield Entry(key, layer, shape, names, shapes, row.layout, sizes["groups"], qkv, row.fp32)
+    return Entry(key, layer, shape, names, shapes, row.layout, sizes["groups"], qkv, row.fp32)
 
 
 def _names(pattern: str) -> tuple[str, ...]:

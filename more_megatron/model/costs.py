@@ -44,10 +44,6 @@ class Cost:
         """Return the cost of the part if it is computed in every recurrence step."""
         return Cost(self.parameters, self.active_parameters, 0.0, self.once + self.per_step)
 
-    def forward_flops(self, steps: float) -> float:
-        """Return operations a token of a forward pass."""
-        return self.once + steps * self.per_step
-
     def training_flops(self, no_grad_steps: float, grad_steps: float) -> float:
         """Return operations a token of a training step: a backward pass costs two forward passes, and steps without
         gradient have none.

@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint
 
 from more_megatron.errors import MoREError
 from more_megatron.model.halting import StateInPass
-from more_megatron.model.loops import TokenGrid
 from more_megatron.model.micro_batch import CARRIER, MicroBatch, Pass
+from more_megatron.model.noise import TokenGrid
 from more_megatron.model.stack import Stack
 
 __all__ = ["RepeatingDecoder", "repeat_groups"]
@@ -100,11 +100,7 @@ class RepeatingDecoder(TransformerBlock):
     def forward(self, hidden_states: Any, attention_mask: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Compute the layers of this stage; arguments as for Megatron's decoder, with the record of the micro-batch.
 
-        Args:
-            hidden_states: [s, b, h]; on later pipeline stages what `set_input_tensor` was given counts.
-            attention_mask: True where attention is forbidden.
-            args: None: all further arguments are given by name.
-            kwargs: The further ones.
+        Hidden states are [s, b, h]; on later pipeline stages what `set_input_tensor` was given counts.
         """
         assert not args, "arguments of a repeating decoder are given by name"
         if kwargs.get("extract_layer_indices"):

@@ -20,8 +20,8 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.attached_loss import attach_mean
 from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.initialization import BlockInitializer, replicated_parameter
-from more_megatron.model.truncation import detached_increments, unseen
+from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.truncation import detached_increments, iterate
 from more_megatron.monitoring.figures import record_figure
 
 __all__ = ["HALTING_FIGURES", "Halting", "StateInPass", "halting_cost"]
@@ -86,10 +86,10 @@ class Halting(MegatronModule):
         super().__init__(config=config)
         self._epsilon, self._accumulates, self._ponder_coeff = epsilon, accumulates, ponder_coeff
         self._tp_group = pg_collection.tp
-        shape, initializer = (1, config.hidden_size), BlockInitializer(config, group + 1)
-        self.weight = replicated_parameter(config, shape, lambda: initializer.glorot(shape, "loop/halting"))
+        create = BlockInitializer(config, group + 1).replicated_parameter
+        self.weight = create((1, config.hidden_size), "loop/halting", BlockInitializer.glorot)
         # Positions would rather halt early at first.
-        self.bias = replicated_parameter(config, (1,), lambda: torch.ones(1))
+        self.bias = create((1,), "loop/halting bias", BlockInitializer.ones)
 
     def forward(
         self,
@@ -108,25 +108,19 @@ class Halting(MegatronModule):
             depth: Number of passes: none halts later. The increments of the first ones are constants.
             see: Called with the input and the state after each pass; None if nobody watches.
         """
-        progress = _Progress.start(inputs)
-        see = see or unseen
-        see(inputs)
-        if depth.no_grad_steps > 0:
-            with torch.no_grad():
-                progress = progress.detached()
-                for index in range(depth.no_grad_steps):
-                    # Megatron adds residuals with gradient whatever the mode.
-                    progress = self._step(progress, enter, run, index).detached()
-                    see(progress.state)
-            progress = progress.incremented(inputs)
-        for index in range(depth.no_grad_steps, depth.steps):
-            progress = self._step(progress, enter, run, index)
-            see(progress.state)
+        progress = iterate(
+            lambda progress, index: self._step(progress, enter, run, index),
+            _Progress.start(inputs),
+            depth,
+            detach=_Progress.detached,
+            rejoin=lambda before, after: after.incremented(inputs),
+            see=None if see is None else lambda progress: see(progress.state),
+        )
         return self._with_ponder_loss(progress)
 
     def _step(self, progress: _Progress, enter: StateInPass, run: StateInPass, index: int) -> _Progress:
         entering = enter(progress.state, index)
-        probability = self._probability(entering)
+        probability = torch.nn.functional.linear(entering.float(), self.weight.float(), self.bias.float()).sigmoid()
         halts = ~progress.halted & (progress.probability + probability > 1.0 - self._epsilon)
         goes_on = ~progress.halted & ~halts
         remainder = 1.0 - progress.probability
@@ -143,10 +137,6 @@ class Halting(MegatronModule):
             halted=progress.halted | halts,
         )
 
-    def _probability(self, entering: torch.Tensor) -> torch.Tensor:
-        logit = torch.nn.functional.linear(entering.float(), self.weight.float(), self.bias.float())
-        return logit.sigmoid()
-
     def _combined(self, output: torch.Tensor, state: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self._accumulates:
             return torch.addcmul(output, weight, state)
@@ -157,7 +147,9 @@ class Halting(MegatronModule):
         if not (self.training and torch.is_grad_enabled()):
             return progress.output
         ponder = (progress.steps + progress.remainder).mean()
-        self._record(progress)
+        figures = (progress.steps, progress.remainder, ~progress.halted, progress.steps + progress.remainder)
+        for name, values in zip(HALTING_FIGURES, figures, strict=True):
+            record_figure(name, values)
         if self._ponder_coeff == 0.0 or not ponder.requires_grad:
             return progress.output
         return attach_mean(
@@ -166,13 +158,6 @@ class Halting(MegatronModule):
             ranks=self._tp_group.size() if self.config.sequence_parallel else 1,
             tokens=progress.steps.numel() if self.config.calculate_per_token_loss else None,
         )
-
-    @staticmethod
-    def _record(progress: _Progress) -> None:
-        ponder = progress.steps + progress.remainder
-        figures = (progress.steps, progress.remainder, ~progress.halted, ponder)
-        for name, values in zip(HALTING_FIGURES, figures, strict=True):
-            record_figure(name, values)
 
 
 def halting_cost(config: MoREConfig) -> Cost:

@@ -21,10 +21,11 @@ from more_megatron.config import MoREConfig
 
 __all__ = [
     "BlockInitializer",
+    "Draw",
     "Initialization",
     "parameter_device",
-    "replicated_parameter",
     "takase",
+    "takase_std",
     "uniform_head",
 ]
 
@@ -32,17 +33,6 @@ __all__ = [
 def parameter_device(config: MoREConfig) -> Any:
     """Return where parameters are created."""
     return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-
-
-def replicated_parameter(
-    config: MoREConfig, shape: tuple[int, ...], draw: Callable[[], torch.Tensor] | None = None
-) -> torch.nn.Parameter:
-    """Return a parameter that every tensor-parallel rank holds, as norms are; without `draw` it is drawn later."""
-    parameter = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=parameter_device(config)))
-    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
-    if draw is not None and config.perform_initialization:
-        parameter.data.copy_(draw())
-    return parameter
 
 
 @dataclass(frozen=True)
@@ -61,11 +51,12 @@ class Initialization:
 
 def takase(config: MoREConfig, unrolled_depth: int) -> Initialization:
     """Return the initialization of Takase et al. for a model of so many layers, counting repetitions."""
-    std = _takase_std(config)
+    std = takase_std(config)
     return Initialization(_normal(std), _normal(std / math.sqrt(2.0 * unrolled_depth)))
 
 
-def _takase_std(config: MoREConfig) -> float:
+def takase_std(config: MoREConfig) -> float:
+    """Return the standard deviation of projections out of the stream."""
     return math.sqrt(2.0 / (5.0 * config.hidden_size))
 
 
@@ -82,46 +73,37 @@ def _normal(std: float) -> Callable[[torch.Tensor], Any]:
 
 @dataclass(frozen=True)
 class BlockInitializer:
-    """Draws the weights of one layer, or of one loop.
+    """Draws the weights of one layer, or of one loop, in float32.
 
     Each weight has a generator of its own, seeded by its name: a model starts with the same weights under any layout.
+    Methods that take a shape and a name are a `Draw`: the shape of the whole weight, before it is split over ranks, and
+    a name that is unique within the layer, with the number of the expert.
     """
 
     config: MoREConfig
     layer_number: int
 
-    @property
-    def in_std(self) -> float:
-        """Standard deviation of projections out of the stream."""
-        return _takase_std(self.config)
-
-    @property
-    def out_std(self) -> float:
-        """Standard deviation of projections back into the stream."""
-        unrolled_depth = self.config.num_layers * self.config.mean_steps
-        return self.in_std / math.sqrt(2.0 * unrolled_depth)
+    def replicated_parameter(self, shape: tuple[int, ...], name: str, draw: Draw) -> torch.nn.Parameter:
+        """Return a parameter that every tensor-parallel rank holds, as norms are."""
+        config = self.config
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=parameter_device(config)))
+        setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010
+        if config.perform_initialization:
+            parameter.data.copy_(draw(self, shape, name))
+        return parameter
 
     def truncated_normal(self, shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
-        """Return a weight in float32, cut off at three standard deviations.
-
-        Args:
-            shape: Shape of the whole weight, before it is split over ranks.
-            name: Name of the weight, unique within the layer, with the number of the expert.
-            std: Standard deviation before the cut.
-        """
+        """Return a weight of that deviation before it is cut off at three of them."""
         return self._drawn(torch.nn.init.trunc_normal_, shape, name, std=std, a=-3 * std, b=3 * std)
 
-    def normal(self, shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
-        """Return a weight in float32, normally distributed."""
-        return self._drawn(torch.nn.init.normal_, shape, name, std=std)
+    def takase_in(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a projection out of the stream as wide as Takase et al. draw it."""
+        return self.truncated_normal(shape, name, takase_std(self.config))
 
-    def glorot(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
-        """Return a matrix in float32, uniform as Glorot and Bengio draw it (AISTATS 2010)."""
-        return self._drawn(torch.nn.init.xavier_uniform_, shape, name)
-
-    def orthogonal(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
-        """Return a matrix with orthonormal rows or columns in float32 (Saxe et al., arXiv 1312.6120)."""
-        return self._drawn(torch.nn.init.orthogonal_, shape, name)
+    def takase_out(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a projection back into the stream as wide as Takase et al. draw it."""
+        unrolled_depth = self.config.num_layers * self.config.mean_steps
+        return self.truncated_normal(shape, name, takase_std(self.config) / math.sqrt(2.0 * unrolled_depth))
 
     def megatron_in(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return a projection out of the stream as wide as Megatron draws it."""
@@ -131,23 +113,39 @@ class BlockInitializer:
         """Return a projection back into the stream as wide as Megatron draws it."""
         return self.truncated_normal(shape, name, self.config.init_method_std / math.sqrt(2.0 * self.config.num_layers))
 
+    def normal(self, shape: tuple[int, ...], name: str, std: float) -> torch.Tensor:
+        """Return a normally distributed weight."""
+        return self._drawn(torch.nn.init.normal_, shape, name, std=std)
+
     def scaled_std(self, inputs: int) -> float:
         """Return the standard deviation that MoEUT gives a map of so many inputs."""
         return math.sqrt(2.0 / (self.config.num_layers * self.config.mean_steps)) / math.sqrt(inputs)
 
     def scaled_normal(self, shape: tuple[int, ...], name: str, inputs: int) -> torch.Tensor:
-        """Return a weight in float32, as narrow as MoEUT has a map of so many inputs."""
+        """Return a weight as narrow as MoEUT has a map of so many inputs."""
         return self.normal(shape, name, self.scaled_std(inputs))
 
-    def rows_of_equal_norm(self, shape: tuple[int, int], name: str) -> torch.Tensor:
-        """Return a weight in float32 whose rows have one norm: no expert is preferred at the start."""
+    def rows_of_equal_norm(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a matrix whose rows have one norm: no expert is preferred at the start."""
         weight = self.scaled_normal(shape, name, inputs=shape[1])
         rows = weight / weight.norm(dim=1, keepdim=True)
         return rows * (weight.std() / rows.std())
 
+    def glorot(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a matrix, uniform as Glorot and Bengio draw it (AISTATS 2010)."""
+        return self._drawn(torch.nn.init.xavier_uniform_, shape, name)
+
+    def orthogonal(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return a matrix with orthonormal rows or columns (Saxe et al., arXiv 1312.6120)."""
+        return self._drawn(torch.nn.init.orthogonal_, shape, name)
+
     def zeros(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return zeros."""
         return torch.zeros(shape, device=torch.cuda.current_device())
+
+    def ones(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
+        """Return ones."""
+        return torch.ones(shape, device=torch.cuda.current_device())
 
     def recurrent(self, shape: tuple[int, ...], name: str) -> torch.Tensor:
         """Return a weight of a recurrent cell as PyTorch draws it, or a bias: uniform, as narrow as the cell is wide.
@@ -174,3 +172,7 @@ class BlockInitializer:
         key = f"{self.config.seed}/{self.layer_number}/{name}".encode()
         seed = int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
         return fill(weight, generator=torch.Generator(device=weight.device).manual_seed(seed), **options)
+
+
+# Draws a weight, given who draws, the weight's shape and its name.
+Draw = Callable[[BlockInitializer, tuple[int, ...], str], torch.Tensor]

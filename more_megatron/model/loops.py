@@ -8,71 +8,77 @@ gradient; residual ones start from their input, and the increments of those step
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.config import MoREConfig
+from more_megatron.errors import MoREError
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.halting import Halting, StateInPass
-from more_megatron.model.initialization import BlockInitializer, replicated_parameter
-from more_megatron.model.micro_batch import MicroBatch
-from more_megatron.model.noise import local_coordinates, state_noise
-from more_megatron.model.signals import Signals
+from more_megatron.model.initialization import BlockInitializer
+from more_megatron.model.noise import TokenGrid
 from more_megatron.model.stack import Loop
 from more_megatron.model.truncation import iterate_residual, iterate_state
 from more_megatron.monitoring.recurrence import watch_states
 
-__all__ = ["InjectedLoop", "ResidualLoop", "TokenGrid", "injected_loop"]
+__all__ = ["InjectedLoop", "ResidualLoop", "Signals", "injected_loop", "linear_injection", "signals_cost"]
 
 
-@dataclass(frozen=True)
-class TokenGrid:
-    """Where the tokens of this rank stand."""
+def _sinusoid(places: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return the sines, then the cosines, of places at wavelengths that grow geometrically; float32 [..., channels]."""
+    pairs = channels // 2
+    exponent = torch.arange(pairs, dtype=torch.float32, device=places.device) / max(pairs - 1, 1)
+    angles = places.float().unsqueeze(-1) * torch.exp(exponent * -math.log(1e4))
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
-    shape: torch.Size  # of the hidden states, [s, b, h]; s is this rank's part of the sequence
-    coordinates: torch.Tensor  # sequence, position and sample id of each token, int64 [s * b, 3]
-    seed: int  # seed of the run
-    place: str = ""  # where in the model they are, in words
 
-    @classmethod
-    def of(
-        cls,
-        hidden_states: torch.Tensor,
-        micro_batch: MicroBatch,
-        config: MoREConfig,
-        tp_group: torch.distributed.ProcessGroup,
-        place: str = "",
-        first_sequence: int = 0,
-    ) -> TokenGrid:
-        """Return the grid of this rank's hidden states, [s, b, h]; sequence parallelism splits s over `tp_group`.
+class Signals(MegatronModule):
+    """What is added to the stream in front of every pass: the position of each token, and the number of the pass.
 
-        Sequences are counted from `first_sequence`.
+    Dehghani et al., arXiv 1807.03819, section 2, as Tensor2Tensor computes it: both stay in the stream. Up to
+    `learned_steps` passes there is a learned time signal; if that is None, it is the sinusoid.
+    """
+
+    def __init__(self, config: MoREConfig, group: int, *, learned_steps: int | None) -> None:
+        super().__init__(config=config)
+        self._rows = learned_steps
+        if learned_steps is not None:
+            shape, initializer = (learned_steps, config.hidden_size), BlockInitializer(config, group + 1)
+            draw = functools.partial(BlockInitializer.normal, std=config.hidden_size**-0.5)
+            self.time = initializer.replicated_parameter(shape, "loop/time", draw)
+
+    def of_positions(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return the signal of positions, int64 [s, b], as [s, b, h]."""
+        return _sinusoid(positions, self.config.hidden_size).to(dtype)
+
+    def forward(self, state: torch.Tensor, of_positions: torch.Tensor, index: int) -> torch.Tensor:
+        """Return a state, [s, b, h], with both signals of a pass of a number.
+
+        It is a call of a module because the overlapped gathering of parameters waits for the table in front of one.
         """
-        coordinates = local_coordinates(
-            hidden_states.shape,
-            micro_batch.sample_ids,
-            first_sequence=first_sequence,
-            sequence_shard=tp_group.rank() if config.sequence_parallel else 0,
-            device=hidden_states.device,
-            starts=micro_batch.starts,
-        )
-        return cls(hidden_states.shape, coordinates, config.seed, place)
+        return state + of_positions + self._time(index, state)
 
-    @property
-    def positions(self) -> torch.Tensor:
-        """Position of each token, int64 [s, b]."""
-        return self.coordinates[:, 1].view(self.shape[:2])
+    def _time(self, index: int, state: torch.Tensor) -> torch.Tensor:
+        if self._rows is None:
+            place = torch.full((), float(index), device=state.device)
+            return _sinusoid(place, self.config.hidden_size).to(state.dtype)
+        if index >= self._rows:
+            raise MoREError(
+                f"the learned time signal was trained for {self._rows} steps, and more were asked for: take at most "
+                "that many, or train with --universal-time-signal sinusoid"
+            )
+        return (self.time[index] * math.sqrt(self.config.hidden_size)).to(state.dtype)
 
-    def noise(self, layer: int, std: float) -> torch.Tensor:
-        """Return random states, float32 [s, b, h]; `layer` sets those of one recurrence apart from those of another."""
-        _, positions, sample_ids = self.coordinates.unbind(1)
-        noise = state_noise(sample_ids, positions, self.shape[-1], seed=self.seed, layer=layer, std=std)
-        return noise.view(self.shape)
+
+def signals_cost(config: MoREConfig, learned_steps: int | None) -> Cost:
+    """Return the cost of `Signals`: a token meets the whole table over the passes."""
+    weights = (learned_steps or 0) * config.hidden_size
+    return Cost(weights, weights)
 
 
 class ResidualLoop(torch.nn.Module):
@@ -144,25 +150,25 @@ class InjectedLoop(MegatronModule):
         self._injection, self._random_state, self._group = injection, random_state, group
         if injection == "linear":
             shape, initializer = (config.hidden_size, 2 * config.hidden_size), BlockInitializer(config, group + 1)
-            self.adapter = replicated_parameter(
-                config, shape, lambda: initializer.truncated_normal(shape, "loop/adapter", initializer.in_std)
-            )
+            self.adapter = initializer.replicated_parameter(shape, "loop/adapter", BlockInitializer.takase_in)
 
     def forward(self, inputs: torch.Tensor, run: StateInPass, depth: Depth, grid: TokenGrid) -> torch.Tensor:
         """Return the hidden states after all passes, [s, b, h], given those in front of the group."""
         state = inputs
         if self._random_state:
             state = grid.noise(self._group + 1, self.config.recurrence_state_std).to(inputs.dtype)
-        inject, passes = self._injector(inputs), iter(range(depth.steps))
+        inject, passes = lambda state: state + inputs, iter(range(depth.steps))
+        if self._injection == "linear":
+            inject = linear_injection(self.adapter, inputs)
         see = watch_states(grid.place, depth.steps, inputs)
         return iterate_state(lambda state: run(inject(state), next(passes)), state, depth, see)
 
-    def _injector(self, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-        if self._injection == "add":
-            return lambda state: state + inputs
-        of_state, of_input = self.adapter.split(self.config.hidden_size, dim=1)
-        injected = torch.nn.functional.linear(inputs, of_input)
-        return lambda state: torch.nn.functional.linear(state, of_state) + injected
+
+def linear_injection(adapter: torch.Tensor, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return `A [s; e]` as a function of the state, given A, [h, 2h]: what the input contributes is computed once."""
+    of_state, of_input = adapter.chunk(2, dim=1)
+    injected = torch.nn.functional.linear(inputs, of_input)
+    return lambda state: torch.nn.functional.linear(state, of_state) + injected
 
 
 def injected_loop(config: MoREConfig, injection: str, *, random_state: bool = True) -> Loop:

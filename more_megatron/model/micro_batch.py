@@ -89,12 +89,6 @@ class Pass:
     in_graph: bool  # whether the decoder itself was called with gradient
     is_replay: bool = False  # whether the pass was computed before and is recomputed
 
-    @classmethod
-    def of_layer(cls, kwargs: dict[str, Any]) -> Pass | None:
-        """Return the pass that arrived with a layer's keyword arguments; None in a layer that runs once."""
-        carrier = kwargs.get(CARRIER)
-        return carrier if isinstance(carrier, cls) else None
-
     @property
     def has_grad(self) -> bool:
         """Whether the pass is one of those with gradient."""

@@ -11,10 +11,14 @@ by a 32-bit finalizer (Wellons' lowbias32), give two uniform numbers, and these 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["local_coordinates", "state_noise"]
+from more_megatron.config import MoREConfig
+from more_megatron.model.micro_batch import MicroBatch
+
+__all__ = ["TokenGrid", "state_noise"]
 
 # Numbers made at a time on a CPU: intermediate results stay in its cache.
 _CHUNK = 1 << 16
@@ -91,35 +95,51 @@ def _uniform(bits: torch.Tensor) -> torch.Tensor:
     return (bits >> 8).bitwise_and_((1 << 24) - 1).to(torch.float32).add_(0.5).mul_(2.0**-24)
 
 
-def local_coordinates(
-    hidden_shape: torch.Size,
-    sample_ids: tuple[int, ...],
-    *,
-    first_sequence: int,
-    sequence_shard: int,
-    device: torch.device,
-    starts: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return the coordinates of the tokens on this rank, in the order in which Megatron flattens hidden states.
+@dataclass(frozen=True)
+class TokenGrid:
+    """Where the tokens of this rank stand."""
 
-    Args:
-        hidden_shape: Shape of the hidden states, [s, b, h]; s is this rank's part of the sequence.
-        sample_ids: Position of each of the b sequences in the stream of samples; empty for zeros.
-        first_sequence: Number of this rank's first sequence among those that its expert ranks share.
-        sequence_shard: Index of this rank's part of the sequence.
-        device: Where the result is wanted.
-        starts: Where the problems of each row begin, int64 [b, problems]; None: a row is one sequence.
+    shape: torch.Size  # of the hidden states, [s, b, h]; s is this rank's part of the sequence
+    # Sequence, position and sample id of each token, in the order in which Megatron flattens hidden states, int64
+    # [s * b, 3]. Each problem of a row is a sequence of its own
+    coordinates: torch.Tensor
+    seed: int  # seed of the run
+    place: str = ""  # where in the model they are, in words
 
-    Returns:
-        Sequence, position and sample id of each token, int64 [s * b, 3]. Each problem is a sequence of its own.
-    """
-    length, batch = hidden_shape[0], hidden_shape[1]
-    position = (torch.arange(length, device=device) + sequence_shard * length).unsqueeze(1).expand(length, batch)
-    sequence = (torch.arange(batch, device=device) + first_sequence).expand(length, batch)
-    if starts is not None:
-        starts = starts.to(device, non_blocking=True)
-        problem = torch.searchsorted(starts, position.t().contiguous(), right=True) - 1
-        sequence = sequence * starts.size(1) + problem.t()
-        position = position - starts.gather(1, problem).t()
-    sample = torch.tensor(sample_ids or (0,) * batch, dtype=torch.int64).to(device, non_blocking=True)
-    return torch.stack((sequence, position, sample.expand(length, batch)), dim=-1).flatten(0, 1)
+    @classmethod
+    def of(
+        cls,
+        hidden_states: torch.Tensor,
+        micro_batch: MicroBatch,
+        config: MoREConfig,
+        tp_group: torch.distributed.ProcessGroup,
+        place: str = "",
+        first_sequence: int = 0,
+    ) -> TokenGrid:
+        """Return the grid of this rank's hidden states, [s, b, h]; sequence parallelism splits s over `tp_group`.
+
+        Sequences are counted from `first_sequence`.
+        """
+        (length, batch), device, starts = hidden_states.shape[:2], hidden_states.device, micro_batch.starts
+        first = tp_group.rank() * length if config.sequence_parallel else 0
+        position = (torch.arange(length, device=device) + first).unsqueeze(1).expand(length, batch)
+        sequence = (torch.arange(batch, device=device) + first_sequence).expand(length, batch)
+        if starts is not None:
+            starts = starts.to(device, non_blocking=True)
+            problem = torch.searchsorted(starts, position.t().contiguous(), right=True) - 1
+            sequence = sequence * starts.size(1) + problem.t()
+            position = position - starts.gather(1, problem).t()
+        sample = torch.tensor(micro_batch.sample_ids or (0,) * batch, dtype=torch.int64).to(device, non_blocking=True)
+        coordinates = torch.stack((sequence, position, sample.expand(length, batch)), dim=-1).flatten(0, 1)
+        return cls(hidden_states.shape, coordinates, config.seed, place)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position of each token, int64 [s, b]."""
+        return self.coordinates[:, 1].view(self.shape[:2])
+
+    def noise(self, layer: int, std: float) -> torch.Tensor:
+        """Return random states, float32 [s, b, h]; `layer` sets those of one recurrence apart from those of another."""
+        _, positions, sample_ids = self.coordinates.unbind(1)
+        noise = state_noise(sample_ids, positions, self.shape[-1], seed=self.seed, layer=layer, std=std)
+        return noise.view(self.shape)

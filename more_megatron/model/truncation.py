@@ -1,4 +1,4 @@
-"""Truncated backpropagation through a residual recurrence."""
+"""Truncated backpropagation through a recurrence: its first steps carry no gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from more_megatron.model.depth import Depth
 
-__all__ = ["detached_increments", "iterate_residual", "iterate_state", "unseen"]
+__all__ = ["detached_increments", "iterate", "iterate_residual", "iterate_state"]
 
 
 class _DetachedIncrements(torch.autograd.Function):
@@ -32,44 +32,70 @@ def detached_increments(before: torch.Tensor, after: torch.Tensor) -> torch.Tens
     return _DetachedIncrements.apply(before, after)
 
 
+def iterate[State](
+    step: Callable[[State, int], State],
+    start: State,
+    depth: Depth,
+    *,
+    detach: Callable[[State], State],
+    rejoin: Callable[[State, State], State],
+    see: Callable[[State], None] | None,
+) -> State:
+    """Apply `step` as often as `depth` says, the first n times without gradient, and return the last state.
+
+    Args:
+        step: Maps a state and the index of the step to the next state.
+        start: Where the iteration starts.
+        depth: Number of steps.
+        detach: Returns a state as a constant.
+        rejoin: Returns the state after the steps without gradient as what the others go on from, given the state in
+            front of them and it.
+        see: Called with the state in front of the first step and after each; None if nobody watches.
+    """
+    see, state = see or _unseen, start
+    see(state)
+    if depth.no_grad_steps > 0:
+        with torch.no_grad():
+            state = detach(state)
+            for index in range(depth.no_grad_steps):
+                # Megatron adds residuals with gradient whatever the mode.
+                state = detach(step(state, index))
+                see(state)
+        state = rejoin(start, state)
+    for index in range(depth.no_grad_steps, depth.steps):
+        state = step(state, index)
+        see(state)
+    return state
+
+
 def iterate_residual(
     step: Callable[[torch.Tensor, Any, int], tuple[torch.Tensor, Any]],
     hidden_states: torch.Tensor,
     depth: Depth,
     see: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Apply `step` as often as `depth` says, the first n times without gradient.
+    """Iterate on a residual stream, and return it.
 
-    Each step adds an increment to the residual stream. The increments of the first n steps are constants to the
-    backward pass; the stream itself is not, so that what lies below keeps its gradient.
+    Each step adds an increment to the stream. The increments of the first n steps are constants to the backward pass;
+    the stream itself is not, so that what lies below keeps its gradient.
 
     Args:
         step: Maps the hidden states, [s, b, h], what the step before carried over (None at first), and the index of the
             step to new hidden states and what is carried over.
         hidden_states: Where the iteration starts, [s, b, h].
         depth: Number of steps.
-        see: Called with the hidden states in front of the first step and after each; None if nobody watches.
-
-    Returns:
-        Hidden states after all steps, [s, b, h].
+        see: Called with the hidden states, as by `iterate`.
     """
-    carried = None
-    see = see or unseen
-    see(hidden_states)
-    if depth.no_grad_steps > 0:
-        with torch.no_grad():
-            state = hidden_states.detach()
-            for index in range(depth.no_grad_steps):
-                state, carried = step(state, carried, index)
-                # Megatron adds residuals with gradient whatever the mode.
-                state = state.detach()
-                see(state)
-        hidden_states = detached_increments(hidden_states, state)
-        carried = None if carried is None else carried.detach()
-    for index in range(depth.no_grad_steps, depth.steps):
-        hidden_states, carried = step(hidden_states, carried, index)
-        see(hidden_states)
-    return hidden_states
+    start: tuple[torch.Tensor, Any] = (hidden_states, None)
+    last, _ = iterate(
+        lambda state, index: step(*state, index),
+        start,
+        depth,
+        detach=lambda state: (state[0].detach(), None if state[1] is None else state[1].detach()),
+        rejoin=lambda before, after: (detached_increments(before[0], after[0]), after[1]),
+        see=None if see is None else lambda state: see(state[0]),
+    )
+    return last
 
 
 def iterate_state(
@@ -78,27 +104,19 @@ def iterate_state(
     depth: Depth,
     see: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Apply `step` to a state as often as `depth` says, the first n times without gradient.
+    """Iterate on a state without gradient into which `step` injects its input, and return the last one.
 
-    For recurrences that inject their input in every step: the input keeps its gradient through the last b steps.
-
-    Args:
-        step: Maps a state to the next.
-        state: Initial state, without gradient.
-        depth: Number of steps.
-        see: Called with the initial state and the state after each step; None if nobody watches.
+    The input keeps its gradient through the last b steps. Arguments as of `iterate`.
     """
-    see = see or unseen
-    see(state)
-    with torch.no_grad():
-        for _ in range(depth.no_grad_steps):
-            state = step(state).detach()
-            see(state)
-    for _ in range(depth.grad_steps):
-        state = step(state)
-        see(state)
-    return state
+    return iterate(
+        lambda state, index: step(state),
+        state,
+        depth,
+        detach=torch.Tensor.detach,
+        rejoin=lambda before, after: after,
+        see=see,
+    )
 
 
-def unseen(state: torch.Tensor) -> None:
+def _unseen(state: Any) -> None:
     """See nothing."""

@@ -51,7 +51,7 @@ class ParallelExperts(System):
         return {"system/lstm gate entropy": (0.02, None)}
 
     def stack(self, config: MoREConfig) -> Stack:
-        from more_megatron.blocks.layer import RowMoELayer
+        from more_megatron.blocks.dispatch import RowMoELayer
         from more_megatron.blocks.layers import expert_stack
         from more_megatron.blocks.parallel_experts import ParallelExperts, parallel_experts_cost
 

@@ -45,7 +45,7 @@ class RecurrentExperts(System):
 
     def stack(self, config: MoREConfig) -> Stack:
         from more_megatron.blocks.block_experts import BlockExperts, block_experts_cost
-        from more_megatron.blocks.layer import RowMoELayer
+        from more_megatron.blocks.dispatch import RowMoELayer
         from more_megatron.blocks.layers import expert_stack
 
         width = self.ffn_hidden_size(config)

@@ -72,14 +72,13 @@ class SharedBlock(System):
 
     def record_health(self, watch: "Watch", module: Any, share: float) -> None:
         """Record how far the projections are from orthogonal, and from each other."""
-        from more_megatron.blocks.block_moe import SharedBlockMoELayer
+        from more_megatron.blocks.block_experts import SharedBlockMoELayer
 
         if isinstance(module, SharedBlockMoELayer):
             module.experts.record_projections(watch, f"layer {module.layer_number}", share)
 
     def stack(self, config: "MoREConfig") -> "Stack":
-        from more_megatron.blocks.block_experts import ProjectionExperts, projection_experts_cost
-        from more_megatron.blocks.block_moe import SharedBlockMoELayer
+        from more_megatron.blocks.block_experts import ProjectionExperts, SharedBlockMoELayer, projection_experts_cost
         from more_megatron.blocks.layers import expert_stack
 
         width = self.ffn_hidden_size(config)

@@ -55,8 +55,7 @@ class CombinedBlock(System):
         return {"recurrence/token correlation": (None, 0.98), "recurrence/last step share": (0.05, None)}
 
     def stack(self, config: MoREConfig) -> Stack:
-        from more_megatron.blocks.block_experts import LightExperts, light_experts_cost
-        from more_megatron.blocks.block_moe import CombinedBlockMoELayer
+        from more_megatron.blocks.block_experts import CombinedBlockMoELayer, LightExperts, light_experts_cost
         from more_megatron.blocks.layers import expert_stack
 
         width = self.ffn_hidden_size(config)

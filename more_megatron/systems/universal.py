@@ -130,8 +130,7 @@ class UniversalTransformer(System):
         from more_megatron.blocks.backends import backend_of
         from more_megatron.blocks.classic_layers import classic_layers
         from more_megatron.model.halting import Halting, halting_cost
-        from more_megatron.model.loops import ResidualLoop
-        from more_megatron.model.signals import Signals, signals_cost
+        from more_megatron.model.loops import ResidualLoop, Signals, signals_cost
         from more_megatron.model.stack import Group, Loop, Stack
 
         steps = config.max_steps if config.universal_time_signal == "learned" else None

@@ -9,13 +9,7 @@ from pathlib import Path
 
 from megatron.training import get_tokenizer
 
-from more_megatron.checkpoint_files import (
-    checkpoint_to_load,
-    content_fault,
-    fault,
-    newest_complete_iteration,
-    repair_tracker,
-)
+from more_megatron.checkpoint_files import content_fault, damage, fault, repair_tracker
 from more_megatron.config import MoREConfig
 from more_megatron.console import say
 from more_megatron.errors import MoREError
@@ -28,30 +22,12 @@ __all__ = ["check_checkpoint"]
 
 # Arguments that decide which tensors a model has, and of which shape.
 _ARCHITECTURE = (
-    "more_variant",
-    "num_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "kv_channels",
-    "group_query_attention",
-    "num_query_groups",
-    "ffn_hidden_size",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_layer_freq",
-    "recurrence_ffn_hidden_size",
-    "normalization",
-    "position_embedding_type",
-    "swiglu",
-    "add_bias_linear",
-    "qk_layernorm",
-    "moe_router_enable_expert_bias",
-    "untie_embeddings_and_output_weights",
-    "vocab_size",
+    *("more_variant", "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "group_query_attention"),
+    *("num_query_groups", "ffn_hidden_size", "num_experts", "moe_ffn_hidden_size"),
+    *("moe_shared_expert_intermediate_size", "moe_layer_freq", "recurrence_ffn_hidden_size", "normalization"),
+    *("position_embedding_type", "swiglu", "add_bias_linear", "qk_layernorm", "moe_router_enable_expert_bias"),
+    *("untie_embeddings_and_output_weights", "vocab_size"),
 )
-
-
 # Fields of Megatron's configuration that say how something is computed, not what.
 _HOW = re.compile(
     r"backend|capacity_factor_c|checkpoint|comm|cuda_graph|deepep|dispatcher|fusi|fuse|gemm|hybridep|impl|inference|log"
@@ -88,14 +64,16 @@ def check_checkpoint(args: argparse.Namespace) -> None:
         return
     folder, checkpoint = source
     if args.rank == 0:
-        _refuse(folder, checkpoint, fault(checkpoint))
+        if found := fault(checkpoint):
+            raise damage(folder, checkpoint, found)
         saved = stored_arguments(checkpoint)
         if saved is not None:
             _check_architecture(checkpoint, saved, args)
             _check_tokenizer(checkpoint, saved, args)
             _check_optimizer(checkpoint, saved, args)
             _warn_of_changes(checkpoint, saved, args)
-    _refuse(folder, checkpoint, content_fault(checkpoint, args.rank, args.world_size))
+    if found := content_fault(checkpoint, args.rank, args.world_size):
+        raise damage(folder, checkpoint, found)
 
 
 def _what_it_is(folder: Path) -> str | None:
@@ -108,21 +86,6 @@ def _what_it_is(folder: Path) -> str | None:
             f"it is a model of transformers, convert it: tools/convert_checkpoint.py from-hf --load {folder} --save NEW"
         )
     return None
-
-
-def _refuse(folder: Path, checkpoint: Path, found: str | None) -> None:
-    """Refuse a checkpoint if something was found to be wrong with it."""
-    if found is None:
-        return
-    complete = newest_complete_iteration(folder)
-    if complete is not None and checkpoint == checkpoint_to_load(folder, complete):
-        complete = newest_complete_iteration(folder, before=complete)
-    remedy = (
-        "there is no complete one beside it"
-        if complete is None
-        else f"--ckpt-step {complete} loads the newest complete one beside it"
-    )
-    raise MoREError(f"checkpoint {checkpoint} is damaged: {found}; {remedy}")
 
 
 def _check_architecture(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.console import say
-from more_megatron.systems import System, get_system, names
+from more_megatron.systems import get_system, names
 from more_megatron.systems.export import FEED_FORWARD
 from more_megatron.training.stored_flags import checkpoint_source, stored_arguments
 
@@ -41,49 +43,39 @@ def ask_for_former_weights(args: argparse.Namespace, model: list[MegatronModule]
     if saved is None or former not in names() or not system.former_keys:
         return model
     if get_system(former).expert_rows is FEED_FORWARD:
-        weights = _FormerWeights(system, parts=2 if saved.swiglu else 1, has_biases=saved.add_bias_linear)
+        biased = saved.add_bias_linear
+        keys = {own: key for own, key in system.former_keys.items() if biased or not key.endswith(".bias")}
+        anew = [row.megatron for row in system.expert_rows if row.megatron not in keys]
+        # A gated expansion has two parts there, of which the last is taken: what is gated.
+        request = functools.partial(_request, keys=keys, anew=anew, parts=2 if saved.swiglu else 1)
         for chunk in model:
-            weights.serve(chunk)
-        say(f"> {system.name} starts from {former}; drawn anew: {', '.join(weights.anew)}")
+            _replace_first_request(chunk, request)
+        say(f"> {system.name} starts from {former}; drawn anew: {', '.join(anew)}")
     return model
 
 
-class _FormerWeights:
-    """Turns what a model asks a checkpoint for into what a checkpoint with Megatron's experts has.
+def _replace_first_request(chunk: Any, request: Callable[[Any], Any]) -> None:
+    def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
+        del chunk.sharded_state_dict
+        return dict_list_map_inplace(request, chunk.sharded_state_dict(*args, **kwargs))
 
-    Args:
-        system: The model's system.
-        parts: Number of parts of the expansion there, of which the last is taken: of a gated one what is gated.
-        has_biases: Whether the experts there have biases.
-    """
+    chunk.sharded_state_dict = sharded_state_dict
 
-    def __init__(self, system: System, parts: int, has_biases: bool) -> None:
-        self._parts = parts
-        self._keys = {own: key for own, key in system.former_keys.items() if has_biases or not key.endswith(".bias")}
-        self.anew = [row.megatron for row in system.expert_rows if row.megatron not in self._keys]
 
-    def serve(self, chunk: Any) -> None:
-        """Replace what a chunk asks for when it is asked for the first time."""
-
-        def sharded_state_dict(*args: Any, **kwargs: Any) -> Any:
-            del chunk.sharded_state_dict
-            return dict_list_map_inplace(self._replace, chunk.sharded_state_dict(*args, **kwargs))
-
-        chunk.sharded_state_dict = sharded_state_dict
-
-    def _replace(self, value: Any) -> Any:
-        if not isinstance(value, ShardedTensor | ShardedTensorFactory | ShardedObject):
-            return value
-        if any(value.key.endswith(f".{name}") for name in self.anew):
-            return LocalNonpersistentObject(value.data)
-        own = next((name for name in self._keys if value.key.endswith(f".{name}")), None)
-        if own is None:
-            return value
-        value = dataclasses.replace(value, key=value.key.removesuffix(own) + self._keys[own])
-        if self._parts == 1 or "linear_fc1" not in value.key:
-            return value
-        # The output of the expansion is the last axis but one of a weight, and the last of a bias.
-        return _last_part(value, -1 if own.endswith(".bias") else -2, self._parts)
+def _request(value: Any, keys: Mapping[str, str], anew: Sequence[str], parts: int) -> Any:
+    """Return what a checkpoint with Megatron's experts is asked for in the place of what the model asks for."""
+    if not isinstance(value, ShardedTensor | ShardedTensorFactory | ShardedObject):
+        return value
+    if any(value.key.endswith(f".{name}") for name in anew):
+        return LocalNonpersistentObject(value.data)
+    own = next((name for name in keys if value.key.endswith(f".{name}")), None)
+    if own is None:
+        return value
+    value = dataclasses.replace(value, key=value.key.removesuffix(own) + keys[own])
+    if parts == 1 or "linear_fc1" not in value.key:
+        return value
+    # The output of the expansion is the last axis but one of a weight, and the last of a bias.
+    return _last_part(value, -1 if own.endswith(".bias") else -2, parts)
 
 
 def _last_part(value: ShardedTensor | ShardedTensorFactory, axis: int, parts: int) -> ShardedTensorFactory:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
-from more_megatron.blocks.backends import RowGroups
 from more_megatron.blocks.cells import ExpertBias, gelu, gru_step, lstm_step
+from more_megatron.blocks.rows import RowGroups
 
 _WIDTH, _SIZES = 4, [3, 0, 5]
 _CELLS: dict[str, Callable[..., torch.Tensor]] = {

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from megatron.core import parallel_state
 
-from more_megatron.blocks.dispatch import DISPATCHERS
-from more_megatron.blocks.layer import LayerInputs, RowMoELayer
+from more_megatron.blocks.dispatch import DISPATCHERS, RowMoELayer
+from more_megatron.blocks.layer import LayerInputs
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
-from more_megatron.model.noise import local_coordinates
+from more_megatron.model.noise import TokenGrid
 from tests.helpers.models import EXPERTS, HIDDEN, gpt_model, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -192,10 +193,12 @@ def test_each_row_that_arrives_is_the_token_that_its_coordinates_name(ranks: int
 
 
 def test_coordinates_follow_the_order_of_flattened_hidden_states() -> None:
-    device = torch.device("cpu")
-    coordinates = local_coordinates(
-        torch.Size((2, 3, 8)), (70, 71, 72), first_sequence=6, sequence_shard=1, device=device
-    )
-    assert coordinates.tolist() == [[6, 2, 70], [7, 2, 71], [8, 2, 72], [6, 3, 70], [7, 3, 71], [8, 3, 72]]
-    unknown = local_coordinates(torch.Size((1, 2, 8)), (), first_sequence=0, sequence_shard=0, device=device)
-    assert unknown[:, 2].tolist() == [0, 0]
+    config, group = SimpleNamespace(sequence_parallel=True, seed=0), SimpleNamespace(rank=lambda: 1)
+
+    def coordinates(shape: tuple[int, ...], sample_ids: tuple[int, ...], first: int) -> list[list[int]]:
+        micro_batch = MicroBatch(Depth(0, 1), sample_ids)
+        return TokenGrid.of(torch.empty(shape), micro_batch, config, group, first_sequence=first).coordinates.tolist()  # type: ignore[arg-type]
+
+    expected = [[6, 2, 70], [7, 2, 71], [8, 2, 72], [6, 3, 70], [7, 3, 71], [8, 3, 72]]
+    assert coordinates((2, 3, 8), (70, 71, 72), 6) == expected
+    assert [sample for _, _, sample in coordinates((1, 2, 8), (), 0)] == [0, 0]

@@ -9,15 +9,10 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from more_megatron.blocks.parameters import (
-    Placement,
-    draw_parameter,
-    grouped_bias,
-    grouped_parameter,
-    sharded_parameters,
-)
-from more_megatron.blocks.replication import enter_replicated, leave_replicated
+from more_megatron.blocks.experts import enter_replicated, leave_replicated
+from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
 from more_megatron.errors import MoREError
+from more_megatron.model.initialization import BlockInitializer
 from tests.helpers.models import small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -60,13 +55,18 @@ def _whole(name: str, expert: int) -> torch.Tensor:
     return torch.arange(float(size)).view(shape) + 1000 * expert + 100_000 * number
 
 
-def _module(placement: Placement) -> torch.nn.Module:
-    module = torch.nn.Module()
+def _draw(initializer: BlockInitializer, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    weight, expert = name.split("/")
+    assert _whole(weight, int(expert)).shape == shape
+    return _whole(weight, int(expert))
+
+
+def _module(placement: Placement) -> GroupedModule:
+    module = GroupedModule(small_config("recurrent_experts"), placement)
     for name, (shape, split_dim) in (_WEIGHTS | _BIASES).items():
-        make = grouped_bias if name in _BIASES else grouped_parameter
-        parameter = make(small_config("recurrent_experts"), placement, shape, split_dim)
-        draw_parameter(parameter, placement, lambda expert, name=name: _whole(name, expert))
-        module.register_parameter(name, parameter)
+        create = module.stacked_bias if name in _BIASES else module.stacked_weight
+        module.register_parameter(name, create(Weight(shape, f"{name}/{{}}", _draw, split_dim)))
+    module.initialize(1)
     return module
 
 
@@ -87,7 +87,7 @@ def _slices(prefix: str = "", layer: tuple = ()) -> dict[tuple[int, int], dict[s
         together: dict[str, torch.Tensor] = {}
         for placement in _placements(expert_ranks, split):
             module = _module(placement)
-            for key, shard in sharded_parameters(module, placement, prefix, layer, metadata).items():
+            for key, shard in module.sharded_state_dict(prefix, layer, metadata).items():
                 _lay(together, key, shard.build() if isinstance(shard, ShardedTensorFactory) else shard)
         found[expert_ranks, split] = together
     return found
@@ -128,23 +128,28 @@ def test_layers_are_an_axis_before_the_experts() -> None:
 def _marks() -> None:
     start_ranks()
     config = small_config("recurrent_experts")
-    split, whole = Placement(range(2), 2, _Group(2, 1), 0), Placement(range(2), 2, None, 0)
-    parameter = grouped_parameter(config, split, (6, 4), split_dim=0)
+    split = GroupedModule(config, Placement(range(2), 2, _Group(2, 1), 0))
+    whole = GroupedModule(config, Placement(range(2), 2, None, 0))
+
+    def weight(shape: tuple[int, ...], split_dim: int | None = None) -> Weight:
+        return Weight(shape, "", BlockInitializer.zeros, split_dim)
+
+    parameter = split.stacked_weight(weight((6, 4), 0))
     assert parameter.shape == (2, 3, 4)
     assert parameter.tensor_model_parallel
     assert parameter.partition_dim == 1
-    for placement, split_dim in ((whole, 0), (split, None)):
-        parameter = grouped_parameter(config, placement, (6, 4), split_dim=split_dim)
+    for module, split_dim in ((whole, 0), (split, None)):
+        parameter = module.stacked_weight(weight((6, 4), split_dim))
         assert parameter.shape == (2, 6, 4)
         assert not parameter.tensor_model_parallel
     # Megatron decays no parameter of one dimension.
-    assert grouped_parameter(config, split, (5,)).shape == (10,)
-    bias = grouped_bias(config, split, (4, 6), split_dim=1)
+    assert split.stacked_weight(weight((5,))).shape == (10,)
+    bias = split.stacked_bias(weight((4, 6), 1))
     assert bias.shape == (2 * 4 * 3,)
     assert bias.tensor_model_parallel
-    assert not grouped_bias(config, split, (6,)).tensor_model_parallel
+    assert not split.stacked_bias(weight((6,))).tensor_model_parallel
     with pytest.raises(MoREError, match="--expert-tensor-parallel-size"):
-        grouped_parameter(config, split, (5, 4), split_dim=0)
+        split.stacked_weight(weight((5, 4), 0))
 
 
 def test_shapes_and_marks_are_what_megatron_reads() -> None:

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
+from more_megatron.blocks.rows import Segments
 from more_megatron.blocks.segment_lstm import TimeSteps, segment_lstm
-from more_megatron.blocks.segments import Segments
 
 _SIZE = 8
 # Lengths of the segments of each group.

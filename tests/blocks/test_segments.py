@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from more_megatron.blocks.segments import Segments
+from more_megatron.blocks.rows import Segments
 
 
 def _segments(lengths: list[int]) -> Segments:

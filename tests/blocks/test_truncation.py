@@ -12,70 +12,19 @@ from more_megatron.blocks.layer import LayerInputs
 from more_megatron.blocks.router import RouterStep
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
-from more_megatron.model.truncation import iterate_residual, iterate_state
 from more_megatron.systems import get_system, systems
 from tests.helpers.models import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
-_DEPTHS = [Depth(0, 1), Depth(0, 3), Depth(1, 1), Depth(3, 2), Depth(4, 0), Depth(0, 0)]
 _RECURRENT = tuple(name for name, system in systems().items() if system.recurrent)
 _LENGTH, _BATCH = 16, 2
 _SAMPLES = (4, 9)
-
-
-def _leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
 def _gradients(output: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
     weights = torch.linspace(-1.0, 2.0, output.numel(), dtype=output.dtype).view_as(output)
     gradients = torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True)
     return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
-
-
-@pytest.mark.parametrize("depth", _DEPTHS, ids=str)
-def test_a_state_has_the_gradient_of_a_detached_loop(depth: Depth) -> None:
-    inputs, start, mix, inject = leaves = _leaves((3, 4), (3, 4), (4, 4), (4, 4))
-
-    def step(state: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(state @ mix + inputs @ inject)
-
-    state = start.detach()
-    for _ in range(depth.no_grad_steps):
-        state = step(state).detach()
-    for _ in range(depth.grad_steps):
-        state = step(state)
-    output = iterate_state(step, start.detach(), depth)
-    assert torch.equal(output, state)
-    assert output.requires_grad == (depth.grad_steps > 0)
-    if depth.grad_steps > 0:
-        for ours, plain in zip(_gradients(output, leaves), _gradients(state, leaves), strict=True):
-            assert torch.equal(ours, plain)
-
-
-@pytest.mark.parametrize("depth", _DEPTHS, ids=str)
-def test_a_residual_stream_has_the_gradient_of_detached_increments(depth: Depth) -> None:
-    start, mix, memory = leaves = _leaves((3, 4), (4, 4), (4, 4))
-    indices = []
-
-    def step(hidden: torch.Tensor, carried: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        indices.append(index)
-        carried = hidden @ memory if carried is None else 0.5 * carried + hidden @ memory
-        return hidden + torch.tanh(hidden @ mix + carried), carried
-
-    hidden, carried = start, None
-    for index in range(depth.no_grad_steps):
-        after, carried = step(hidden, carried, index)
-        hidden, carried = hidden + (after - hidden).detach(), carried.detach()
-    for index in range(depth.no_grad_steps, depth.steps):
-        hidden, carried = step(hidden, carried, index)
-    indices.clear()
-    output = iterate_residual(step, start, depth)
-    assert indices == list(range(depth.steps))
-    torch.testing.assert_close(output, hidden, rtol=1e-12, atol=1e-12)
-    for ours, plain in zip(_gradients(output, leaves), _gradients(hidden, leaves), strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
 
 
 def _model(variant: str, **fields: Any) -> GPTModel:
@@ -117,7 +66,7 @@ def _detached_layer(layer: torch.nn.Module, hidden: torch.Tensor, depth: Depth, 
 
 
 def test_an_iterated_layer_has_the_gradient_of_a_detached_loop() -> None:
-    # Layers that iterate a state are compared with a detached loop in tests/experts/test_reference.py.
+    # Layers that iterate a state are compared with a detached loop in tests/blocks/test_reference.py.
     run_ranks(1, _iterated_layer)
 
 

@@ -161,10 +161,10 @@ def _direct_loss(run: _Run) -> tuple[float, int]:
     """Return the summed loss of the text and its tokens, from an export that transformers loads."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from more_megatron.hf.conversion.export import ToHF, to_hf
+    from more_megatron.hf.conversion.export import to_hf
 
     folder = run.folder / "exported"
-    to_hf(ToHF(run.folder / "checkpoint", folder, progress=False))
+    to_hf(run.folder / "checkpoint", folder, progress=False)
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     tokens = [tokenizer.eos_token_id, *tokenizer((run.folder / "text").read_text())["input_ids"]]

@@ -120,7 +120,7 @@ def test_statistics_of_a_place() -> None:
 def _export(folder: Path, variant: str, **values: Any) -> None:
     """Write a model of random weights with a tokenizer, and a text."""
     from more_megatron.hf.conversion.architecture import config_from_args
-    from more_megatron.hf.conversion.export import ToHF, to_hf
+    from more_megatron.hf.conversion.export import to_hf
     from tests.hf.conversion_sources import make_args, write_source
     from tests.hf.test_conversion_tokenizers import MODELS, train
 
@@ -129,7 +129,7 @@ def _export(folder: Path, variant: str, **values: Any) -> None:
     (folder / "text").write_text(text[:3_000])
     args = make_args(more_variant=variant, tokenizer_model=str(folder / "model"), init_method_std=0.2, **values)
     write_source(folder / "ckpt", config_from_args(args, 608), args)
-    to_hf(ToHF(folder / "ckpt", folder / "hf", progress=False))
+    to_hf(folder / "ckpt", folder / "hf", progress=False)
 
 
 def test_a_text_is_analyzed(tmp_path: Path) -> None:

@@ -139,18 +139,18 @@ def convert(folder: Path, names: list[str]) -> dict[str, list[str]]:
         For each run what the two first conversions said, what that to half precision said, and the loss of the model on
         the validation file.
     """
-    from more_megatron.hf.conversion.export import ToHF, to_hf
-    from more_megatron.hf.conversion.importer import FromHF, from_hf
+    from more_megatron.hf.conversion.export import to_hf
+    from more_megatron.hf.conversion.importer import from_hf
 
     said = {}
     for name in names:
         place = folder / name
-        lines = to_hf(ToHF(place / "run", place / "hf", max_shard_size=50_000, verify=True, progress=False))
+        lines = to_hf(place / "run", place / "hf", max_shard_size=50_000, verify=True, progress=False)
         if name == WITHOUT_ARGUMENTS:
             (place / "hf" / "megatron_args.json").unlink()
-        lines += from_hf(FromHF(place / "hf", place / "back", verify=True, progress=False))
-        to_hf(ToHF(place / "back", place / "again", tokenizer=name != WITHOUT_ARGUMENTS, progress=False))
-        lines += to_hf(ToHF(place / "run", place / "half", dtype="bfloat16", verify=True, progress=False))
+        lines += from_hf(place / "hf", place / "back", verify=True, progress=False)
+        to_hf(place / "back", place / "again", tokenizer=name != WITHOUT_ARGUMENTS, progress=False)
+        lines += to_hf(place / "run", place / "half", dtype="bfloat16", verify=True, progress=False)
         # Threads of a group must not meet the end of the interpreter.
         assert not torch.distributed.is_initialized()
         said[name] = [*lines, str(_loss(place / "hf", folder / "valid"))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import pickle
@@ -23,11 +24,11 @@ from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.flags import MoREFlags
 from more_megatron.hf.conversion.architecture import args_from_config, config_from_args
-from more_megatron.hf.conversion.export import ToHF, to_hf
-from more_megatron.hf.conversion.importer import FromHF, from_hf
+from more_megatron.hf.conversion.export import to_hf
+from more_megatron.hf.conversion.importer import from_hf
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.megatron_writer import write_release
-from more_megatron.hf.conversion.safetensors_files import Group, plan_files, tensor_bytes
+from more_megatron.hf.conversion.safetensors_files import tensor_bytes, write_files
 from more_megatron.hf.mapping import entries
 from more_megatron.systems import base
 from more_megatron.systems.export import Row
@@ -41,7 +42,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a checkpoint and the Hugging Face model it makes."""
     folder = tmp_path_factory.mktemp("sources")
     write_source(folder / "ckpt", config_from_args(make_args(), 24), make_args())
-    to_hf(ToHF(folder / "ckpt", folder / "hf", tokenizer=False, progress=False))
+    to_hf(folder / "ckpt", folder / "hf", tokenizer=False, progress=False)
     return folder
 
 
@@ -64,12 +65,11 @@ def _refused(convert: Callable[[], Any], place: Path, *parts: str) -> None:
 
 
 def _export(folder: Path, **fields: Any) -> Callable[[], Any]:
-    job = ToHF(folder / "ckpt", folder / "out", **{"tokenizer": False, "progress": False, **fields})
-    return lambda: to_hf(job)
+    return lambda: to_hf(folder / "ckpt", folder / "out", **{"tokenizer": False, "progress": False, **fields})
 
 
 def _import(folder: Path) -> Callable[[], Any]:
-    return lambda: from_hf(FromHF(folder / "hf", folder / "out", progress=False))
+    return lambda: from_hf(folder / "hf", folder / "out", progress=False)
 
 
 def _data_file(folder: Path) -> Path:
@@ -237,8 +237,8 @@ def test_numbers_that_are_not_finite(number: float, folder: Path) -> None:
     broken = folder / "broken"
     broken.mkdir()
     write_release(broken, config, args, parameters, lambda entry: torch.full(entry.shape, number))
-    job = ToHF(broken, folder / "out", tokenizer=False, progress=False)
-    _refused(lambda: to_hf(job), folder / "out", "embedding.word_embeddings.weight", "holds NaN or infinity")
+    export = functools.partial(to_hf, broken, folder / "out", tokenizer=False, progress=False)
+    _refused(export, folder / "out", "embedding.word_embeddings.weight", "holds NaN or infinity")
 
 
 def test_numbers_that_a_dtype_cannot_hold(folder: Path) -> None:
@@ -246,8 +246,8 @@ def test_numbers_that_a_dtype_cannot_hold(folder: Path) -> None:
     weights = load_file(path)
     weights["model.norm.weight"][3] = 1e6
     save_file(weights, path)
-    job = FromHF(folder / "hf", folder / "out", dtype="float16", progress=False)
-    _refused(lambda: from_hf(job), folder / "out", "model.norm.weight", "reaches 1e+06", "use --dtype bfloat16")
+    narrow = functools.partial(from_hf, folder / "hf", folder / "out", dtype="float16", progress=False)
+    _refused(narrow, folder / "out", "model.norm.weight", "reaches 1e+06", "use --dtype bfloat16")
 
 
 def test_a_bit_that_has_flipped(folder: Path) -> None:
@@ -276,16 +276,16 @@ def test_an_index_that_is_a_list(folder: Path) -> None:
 
 
 def test_weights_that_are_there_twice(folder: Path) -> None:
-    to_hf(ToHF(folder / "ckpt", folder / "shards", tokenizer=False, progress=False, max_shard_size=20_000))
+    to_hf(folder / "ckpt", folder / "shards", tokenizer=False, progress=False, max_shard_size=20_000)
     files = sorted((folder / "shards").glob("*.safetensors"))
     first, second = (load_file(file) for file in files[:2])
     name = next(iter(first))
     save_file({**second, name: first[name] + 1.0}, files[1])
-    job = FromHF(folder / "shards", folder / "out", progress=False)
-    _refused(lambda: from_hf(job), folder / "out", f"holds {name} in both {files[0].name} and {files[1].name}")
+    back = functools.partial(from_hf, folder / "shards", folder / "out", progress=False)
+    _refused(back, folder / "out", f"holds {name} in both {files[0].name} and {files[1].name}")
     # Whoever saves a smaller model over it leaves the index, and the other way round the single file.
     shutil.copy(folder / "hf" / "model.safetensors", folder / "shards")
-    _refused(lambda: from_hf(job), folder / "out", "holds both model.safetensors and model.safetensors.index.json")
+    _refused(back, folder / "out", "holds both model.safetensors and model.safetensors.index.json")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "megatron_args.json"])
@@ -301,7 +301,7 @@ def test_the_cache_of_the_hub_is_read(folder: Path) -> None:
         place.mkdir(parents=True)
     for file in (folder / "hf").iterdir():
         (snapshot / file.name).symlink_to(shutil.move(file, blobs / f"hash-of-{file.name}"))
-    assert len(from_hf(FromHF(snapshot, folder / "out", progress=False))) == 1
+    assert len(from_hf(snapshot, folder / "out", progress=False)) == 1
 
 
 def test_two_conversions_into_one_folder(folder: Path) -> None:
@@ -409,18 +409,20 @@ def test_the_tool_ends_with_one_line(folder: Path) -> None:
 
 
 def test_dtype_is_asked_for(folder: Path) -> None:
-    to_hf(ToHF(folder / "ckpt", folder / "out", dtype="bfloat16", tokenizer=False, progress=False))
+    to_hf(folder / "ckpt", folder / "out", dtype="bfloat16", tokenizer=False, progress=False)
     exact, rounded = (load_file(folder / name / "model.safetensors") for name in ("hf", "out"))
     assert all(torch.equal(exact[name].bfloat16(), rounded[name]) for name in exact)
     assert json.loads((folder / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_files_are_filled_up_to_the_limit() -> None:
-    groups = [Group((str(number),), ((size,),), torch.float32) for number, size in enumerate((10, 10, 30, 5, 5))]
-    files = plan_files(groups, limit=80)
-    assert [[group.names[0] for group in file] for file in files] == [["0", "1"], ["2"], ["3", "4"]]
-    mixed = [Group(("half",), ((3,),), torch.float16), Group(("whole",), ((3,),), torch.float32)]
-    assert [group.names[0] for group in plan_files(mixed, limit=80)[0]] == ["whole", "half"]
+def test_files_are_filled_up_to_the_limit(tmp_path: Path) -> None:
+    tensors = {str(number): torch.rand(size) for number, size in enumerate((10, 10, 5, 5))}
+    # What is read behind a tensor of smaller numbers would not be aligned to its own.
+    tensors["2"] = tensors["2"].half()
+    write_files(tmp_path, {name: tensor.to("meta") for name, tensor in tensors.items()}, tensors.__getitem__, 80)
+    files = [load_file(path) for path in sorted(tmp_path.glob("model-*-of-00002.safetensors"))]
+    assert [list(file) for file in files] == [["0", "1"], ["3", "2"]]
+    assert all(torch.equal(tensor, tensors[name]) for file in files for name, tensor in file.items())
 
 
 def test_arguments_and_configuration_say_the_same() -> None:

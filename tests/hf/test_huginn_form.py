@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.architecture import config_from_args
-from more_megatron.hf.conversion.export import ToHF, to_hf
-from more_megatron.hf.conversion.importer import FromHF, from_hf
+from more_megatron.hf.conversion.export import to_hf
+from more_megatron.hf.conversion.importer import from_hf
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
@@ -131,12 +131,12 @@ def _write(folder: Path, tensors: Tensors, **fields: Any) -> Path:
 
 
 def _import(source: Path, target: Path) -> Path:
-    from_hf(FromHF(source, target, verify=True, progress=False))
+    from_hf(source, target, verify=True, progress=False)
     return target
 
 
-def _export(source: Path, target: Path, form: str | None) -> Path:
-    to_hf(ToHF(source, target, verify=True, progress=False, tokenizer=False, form=form))
+def _export(source: Path, target: Path, form: str) -> Path:
+    to_hf(source, target, verify=True, progress=False, tokenizer=False, form=form)
     return target
 
 
@@ -144,7 +144,7 @@ def _export(source: Path, target: Path, form: str | None) -> Path:
 def test_a_published_folder_computes_the_same_here(tmp_path: Path) -> None:
     tensors = _tensors()
     checkpoint = _import(_write(tmp_path / "published", tensors), tmp_path / "checkpoint")
-    model = MoREForCausalLM.from_pretrained(_export(checkpoint, tmp_path / "more", form=None)).eval()
+    model = MoREForCausalLM.from_pretrained(_export(checkpoint, tmp_path / "more", form="more")).eval()
     assert model.config.mean_recurrence == 4
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(_VOCABULARY, (2, _LENGTH), generator=generator)

@@ -30,7 +30,7 @@ def faults_of_all_systems() -> dict[str, dict[str, int]]:
     """Return what a training step of each system does that it must not on a GPU."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
-    from more_megatron.blocks.backends import local
+    from more_megatron.blocks import segment_attention
 
     start_ranks()
     move = moe_utils.maybe_move_tensor_to_cpu
@@ -38,7 +38,7 @@ def faults_of_all_systems() -> dict[str, dict[str, int]]:
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: move(
         tensor, as_numpy
     )
-    local._varlen_attention = _varlen_attention
+    segment_attention._varlen_attention = _varlen_attention
     return {name: _faults(name) for name in systems()}
 
 

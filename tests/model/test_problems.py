@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
-from more_megatron.model.noise import local_coordinates
+from more_megatron.model.noise import TokenGrid
 from more_megatron.systems import systems
 from more_megatron.training.problems import Problems
 from tests.helpers.models import HIDDEN, gpt_model, logits, small_config, start_ranks
@@ -30,14 +32,10 @@ def test_a_record_carries_problems() -> None:
 
 def test_positions_restart_and_sequences_differ() -> None:
     # The second half of the rows, as under sequence parallelism.
-    coordinates = local_coordinates(
-        torch.Size((6, 2, HIDDEN)),
-        (3, 4),
-        first_sequence=2,
-        sequence_shard=1,
-        device=torch.device("cpu"),
-        starts=_STARTS,
-    ).view(6, 2, 3)
+    config, group = SimpleNamespace(sequence_parallel=True, seed=0), SimpleNamespace(rank=lambda: 1)
+    micro_batch = MicroBatch(_DEPTH, (3, 4), _STARTS)
+    grid = TokenGrid.of(torch.empty(6, 2, HIDDEN), micro_batch, config, group, first_sequence=2)  # type: ignore[arg-type]
+    coordinates = grid.coordinates.view(6, 2, 3)
     sequence, position, sample = coordinates.unbind(-1)
     assert position[:, 0].tolist() == [1, 2, 3, 0, 1, 0]
     assert sequence[:, 0].tolist() == [9, 9, 9, 10, 10, 11]

@@ -1,8 +1,6 @@
-"""Truncated backpropagation against plain autograd."""
+"""Truncated backpropagation against plain autograd on a loop that is detached explicitly."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 import torch
@@ -10,65 +8,62 @@ import torch
 from more_megatron.model.depth import Depth
 from more_megatron.model.truncation import detached_increments, iterate_residual, iterate_state
 
-_SIZE = 6
+_DEPTHS = [Depth(0, 1), Depth(0, 3), Depth(1, 1), Depth(3, 2), Depth(4, 0), Depth(0, 0)]
 
 
-@pytest.fixture
-def linear() -> torch.nn.Linear:
-    """Return what the steps of the tests apply, in double precision."""
-    torch.manual_seed(0)
-    return torch.nn.Linear(_SIZE, _SIZE, dtype=torch.float64)
+def _leaves(*shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
 
 
-def _start() -> torch.Tensor:
-    return torch.randn(3, _SIZE, dtype=torch.float64, requires_grad=True)
+def _gradients(output: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    weights = torch.linspace(-1.0, 2.0, output.numel(), dtype=output.dtype).view_as(output)
+    gradients = torch.autograd.grad((output * weights).sum(), leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
 
 
-def _gradients(output: torch.Tensor, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.autograd.grad(output.square().sum(), inputs)
+@pytest.mark.parametrize("depth", _DEPTHS, ids=str)
+def test_a_state_has_the_gradient_of_a_detached_loop(depth: Depth) -> None:
+    inputs, start, mix, inject = leaves = _leaves((3, 4), (3, 4), (4, 4), (4, 4))
+
+    def step(state: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(state @ mix + inputs @ inject)
+
+    state = start.detach()
+    for _ in range(depth.no_grad_steps):
+        state = step(state).detach()
+    for _ in range(depth.grad_steps):
+        state = step(state)
+    output = iterate_state(step, start.detach(), depth)
+    assert torch.equal(output, state)
+    assert output.requires_grad == (depth.grad_steps > 0)
+    if depth.grad_steps > 0:
+        for ours, plain in zip(_gradients(output, leaves), _gradients(state, leaves), strict=True):
+            assert torch.equal(ours, plain)
 
 
-@pytest.mark.parametrize(("no_grad_steps", "grad_steps"), [(0, 3), (1, 1), (3, 2), (4, 0)])
-def test_residual_equals_explicitly_detached_loop(linear: torch.nn.Linear, no_grad_steps: int, grad_steps: int) -> None:
-    start = _start()
-    expected = start
-    for _ in range(no_grad_steps):
-        expected = expected + torch.tanh(linear(expected)).detach()
-    for _ in range(grad_steps):
-        expected = expected + torch.tanh(linear(expected))
+@pytest.mark.parametrize("depth", _DEPTHS, ids=str)
+def test_a_residual_stream_has_the_gradient_of_detached_increments(depth: Depth) -> None:
+    start, mix, memory = leaves = _leaves((3, 4), (4, 4), (4, 4))
+    indices = []
 
-    def step(state: torch.Tensor, carried: Any, index: int) -> tuple[torch.Tensor, Any]:
-        return state + torch.tanh(linear(state)), None
-
-    result = iterate_residual(step, start, Depth(no_grad_steps, grad_steps))
-    torch.testing.assert_close(result, expected)
-    inputs = (start, linear.weight) if grad_steps > 0 else (start,)
-    for gradient, expected_gradient in zip(_gradients(result, *inputs), _gradients(expected, *inputs), strict=True):
-        torch.testing.assert_close(gradient, expected_gradient)
-
-
-def test_what_steps_carry_over_is_detached_with_them(linear: torch.nn.Linear) -> None:
-    carried_into = []
-
-    def step(state: torch.Tensor, carried: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        carried_into.append(carried)
-        increment = linear(state)
-        return state + increment, increment
-
-    iterate_residual(step, _start(), Depth(2, 2))
-    assert carried_into[0] is None
-    assert [carried.requires_grad for carried in carried_into[1:]] == [False, False, True]
-
-
-def test_indices_count_all_steps() -> None:
-    indices: list[int] = []
-
-    def step(state: torch.Tensor, carried: Any, index: int) -> tuple[torch.Tensor, Any]:
+    def step(hidden: torch.Tensor, carried: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         indices.append(index)
-        return state, carried
+        carried = hidden @ memory if carried is None else 0.5 * carried + hidden @ memory
+        return hidden + torch.tanh(hidden @ mix + carried), carried
 
-    iterate_residual(step, _start(), Depth(2, 3))
-    assert indices == [0, 1, 2, 3, 4]
+    hidden, carried = start, None
+    for index in range(depth.no_grad_steps):
+        after, carried = step(hidden, carried, index)
+        hidden, carried = hidden + (after - hidden).detach(), carried.detach()
+    for index in range(depth.no_grad_steps, depth.steps):
+        hidden, carried = step(hidden, carried, index)
+    indices.clear()
+    output = iterate_residual(step, start, depth)
+    assert indices == list(range(depth.steps))
+    torch.testing.assert_close(output, hidden, rtol=1e-12, atol=1e-12)
+    for ours, plain in zip(_gradients(output, leaves), _gradients(hidden, leaves), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
 
 
 def test_detached_increments_are_exact() -> None:
@@ -77,22 +72,3 @@ def test_detached_increments_are_exact() -> None:
     assert torch.equal(result, after)
     (gradient,) = torch.autograd.grad(result.sum(), before)
     assert torch.equal(gradient, torch.ones(5))
-
-
-def test_state_keeps_gradient_through_the_last_steps_only(linear: torch.nn.Linear) -> None:
-    injected = _start()
-    initial = torch.zeros_like(injected.detach())
-
-    def step(state: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(linear(state) + injected)
-
-    expected = initial
-    for index in range(5):
-        expected = step(expected if index >= 3 else expected.detach())
-        expected = expected.detach() if index < 3 else expected
-    result = iterate_state(step, initial, Depth(3, 2))
-    torch.testing.assert_close(result, expected)
-    for gradient, expected_gradient in zip(
-        _gradients(result, injected, linear.weight), _gradients(expected, injected, linear.weight), strict=True
-    ):
-        torch.testing.assert_close(gradient, expected_gradient)

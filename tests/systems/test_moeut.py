@@ -125,7 +125,7 @@ def _costs_what_it_holds() -> None:
             2 * hidden * heads * 6 + (2 - (head_experts == 1)) * heads * head_experts * hidden  # queries, keys, routers
             + 2 * chosen * heads * 6 * hidden + 6 * hidden + 2 * _TOPK * hidden * _WIDTH + 3 * hidden * 8
         )  # fmt: skip
-        assert cost.forward_flops(2) == 2 * _LAYERS * (2 * per_token + 4 * heads * 6 * _LENGTH / 2)
+        assert cost.once + 2 * cost.per_step == 2 * _LAYERS * (2 * per_token + 4 * heads * 6 * _LENGTH / 2)
         assert cost.once == 0.0
 
 

@@ -66,6 +66,10 @@ def test_checkpoint_that_is_not_clean_is_not_loaded(tmp_path: Path, monkeypatch:
     clean = checkpoint_files._is_finite
     monkeypatch.setattr(checkpoint_files, "_is_finite", lambda path: path.name != "iter_0000004" and clean(path))
     assert newest_clean_iteration(tmp_path) == 2
+    monkeypatch.undo()
+    for data in (tmp_path / "iter_0000004").glob("*.distcp"):
+        data.write_bytes(b"\xa5" * data.stat().st_size)
+    assert newest_clean_iteration(tmp_path) == 2
 
 
 @pytest.mark.parametrize("flags", ["", "--async-save"])

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import inspect
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, Weights
-from more_megatron.blocks.backends.short_segments import are_short, short_segment_attention
-from more_megatron.blocks.segments import Segments
+from more_megatron.blocks.rows import RowGroups
 from more_megatron.config import MoREConfig
-from more_megatron.model.initialization import parameter_device
 
-__all__ = ["LocalAttention", "LocalBackend", "LocalNorm", "grouped_linear", "segment_attention"]
+__all__ = ["Backend", "LocalAttention", "LocalNorm", "Weights", "grouped_linear"]
+
+# Weights of a linear map or of a norm. Assigned to an attribute of a module they become its parameter or its submodule.
+Weights = torch.nn.Parameter | torch.nn.Module
 
 
 class LocalNorm(torch.nn.Module):
@@ -112,61 +114,16 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, ends: torch.Tensor)
     return torch.nn.functional.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
 
-def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
-    """Attend causally within each segment, all segments together; return [rows, heads, head_dim].
+class Backend:
+    """Building blocks in plain PyTorch. Systems call these methods and do not know which backend answers.
 
-    Both backends use it. Transformer Engine has kernels for segments too; but where cuDNN does not offer them, it pads
-    every segment to the longest and stores all scores, at seven times the time and half of the device's memory.
-
-    Args:
-        query: [rows, heads, head_dim]; the rows of a segment are consecutive and in ascending position.
-        key: [rows, groups, head_dim].
-        value: [rows, groups, head_dim].
-        segments: Where the segments are.
+    Another backend overrides what it has of its own. Here the weights of all groups are one parameter, [groups, ...].
     """
-    if _varlen_can(query):
-        return _varlen_attention(query, key, value, segments)
-    if are_short(query, segments):
-        return short_segment_attention(query, key, value, segments)
-    # Padding comes after the rows of a segment, so the causal mask hides it.
-    attend = functools.partial(
-        torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=query.size(1) != key.size(1)
-    )
-    return segments.unpad(map(attend, *(segments.pad(x) for x in (query, key, value))))
 
-
-def _varlen_can(query: torch.Tensor) -> bool:
-    """Return whether PyTorch's attention for segments of any length, a flash kernel, takes these heads."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.size(-1) % 8 == 0
-        and query.size(-1) <= 256
-        and query.size(0) > 0
-    )
-
-
-def _varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
-    # Imported here: it imports PyTorch's compiler, which takes a second.
-    from torch.nn.attention.varlen import varlen_attn
-
-    offsets, longest = segments.offsets, segments.longest
-    shared = query.size(1) // key.size(1)
-    options: dict[str, Any] = {}
-    if shared > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    elif shared > 1:
-        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-    context: Any = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0), **options)
-    return context
-
-
-class LocalBackend(Backend):
-    """Plain PyTorch. The weights of all groups are one parameter, [groups, ...]."""
-
-    core_attention = LocalAttention
+    core_attention: ClassVar[Any] = LocalAttention  # attention between queries, keys and values
 
     def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
+        """Return the submodules of one transformer layer; its feed-forward part is a mixture of experts, or not."""
         submodules = get_gpt_layer_local_submodules(
             num_experts=config.num_moe_experts if moe else None,
             qk_layernorm=config.qk_layernorm,
@@ -192,36 +149,73 @@ class LocalBackend(Backend):
         )
 
     def linears(self) -> tuple[Any, Any]:
+        """Return the linear layers that are split by output and by input, without a norm of their own."""
         parts = LocalSpecProvider()
         return parts.column_parallel_linear(), parts.row_parallel_linear()
 
+    def attention(self) -> ModuleSpec:
+        """Return causal self-attention over whole sequences, without a norm of its own."""
+        column, row = self.linears()
+        submodules = SelfAttentionSubmodules(
+            linear_qkv=column,
+            core_attention=self.core_attention,
+            linear_proj=row,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        )
+        return ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, submodules)
+
+    def mlp(self) -> MLPSubmodules:
+        """Return the linear layers of an MLP over whole sequences, without a norm of its own."""
+        column, row = self.linears()
+        return MLPSubmodules(linear_fc1=column, linear_fc2=row)
+
     def norm(self) -> LayerNormBuilder:
+        """Return the builder of norms over whole sequences."""
         return LocalNorm
 
     def looped(self, config: MoREConfig) -> MoREConfig:
+        """Return the configuration for modules of Megatron's that run several times in one forward pass."""
         return config
 
-    def row_multiple(self, config: MoREConfig) -> None:
+    def row_multiple(self, config: MoREConfig) -> int | None:
+        """Return the number of which each group's rows must be a multiple in the pass that is under way.
+
+        There must also be that many rows at least. None: the rows are taken as they come.
+        """
         return None
 
-    def linear_weights(self, config: MoREConfig, groups: int, shape: tuple[int, ...], columns: int = 1) -> Weights:
-        size = (groups, *shape)
-        return torch.nn.Parameter(torch.empty(size, dtype=config.params_dtype, device=parameter_device(config)))
+    def row_norm(self, config: MoREConfig) -> torch.nn.Module | None:
+        """Return an RMSNorm over rows with one weight for all of them; None if the caller shall compute it."""
+        return None
 
-    def pieces(self, weights: Weights) -> Iterator[Piece]:
-        assert isinstance(weights, torch.nn.Parameter)
-        yield Piece(weights)
+    def linear_module(
+        self, config: MoREConfig, groups: int, shape: tuple[int, ...], columns: int
+    ) -> torch.nn.Module | None:
+        """Return the weights of a linear map without bias for each group, not yet drawn, as a module of the backend's.
 
-    def columns(self, weights: Weights, number: int) -> tuple[torch.Tensor, ...]:
+        It has a parameter for each group, and that for each of the `columns` equal parts of the input that are
+        multiplied separately. None: the weights are one parameter, [groups, ...].
+
+        Args:
+            shape: Shape of one group's weight on this rank; the last dimension is the input.
+        """
+        return None
+
+    def columns(self, weights: Weights, number: int) -> Sequence[Any]:
+        """Return the weights for each of the `number` parts of the input, as `linear` takes them."""
         assert isinstance(weights, torch.nn.Parameter)
         return weights.chunk(number, dim=-1)
 
-    def linear(self, rows: torch.Tensor, weights: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+    def linear(self, rows: torch.Tensor, weights: Any, groups: RowGroups) -> torch.Tensor:
+        """Apply to the rows of each group, [rows, in], a linear map of its own.
+
+        The weights are those of a linear map, or one of its `columns`; the result is [rows, out], more dimensions of
+        the weight are flattened.
+        """
         return grouped_linear(rows, weights.flatten(1, -2), groups.ends)
 
     def stacked(self, weights: Weights) -> torch.Tensor:
+        """Return the weights of a linear map as a tensor that carries gradient, [groups, ...]."""
         assert isinstance(weights, torch.nn.Parameter)
         return weights
-
-    def row_norm(self, config: MoREConfig) -> None:
-        return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +24,8 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 
-from more_megatron.blocks.backends.interface import Backend, Piece, RowGroups, Weights
+from more_megatron.blocks.backends.local import Backend, Weights
+from more_megatron.blocks.rows import RowGroups
 from more_megatron.config import MoREConfig
 from more_megatron.model.initialization import parameter_device
 
@@ -94,18 +94,11 @@ class TransformerEngineBackend(Backend):
         # Megatron enters FP8 layer by layer; some layers may stay in bf16.
         return get_fp8_align_size(config.fp8_recipe) if FP8GlobalStateManager.is_fp8_enabled() else 1
 
-    def linear_weights(self, config: MoREConfig, groups: int, shape: tuple[int, ...], columns: int = 1) -> Weights:
+    def linear_module(self, config: MoREConfig, groups: int, shape: tuple[int, ...], columns: int) -> torch.nn.Module:
         sizes = shape[-1] // columns, math.prod(shape[:-1])
         if columns > 1:
             return torch.nn.ModuleList(_linear(config, groups, *sizes) for _ in range(columns))
         return _linear(config, groups, *sizes)
-
-    def pieces(self, weights: Weights) -> Iterator[Piece]:
-        assert isinstance(weights, torch.nn.Module)
-        modules = list(weights) if isinstance(weights, torch.nn.ModuleList) else [weights]
-        for column, module in enumerate(modules):
-            for group, parameter in enumerate(module.parameters()):
-                yield Piece(parameter, group, column, len(modules))
 
     def columns(self, weights: Weights, number: int) -> tuple[Any, ...]:
         assert isinstance(weights, torch.nn.ModuleList)

@@ -137,14 +137,14 @@ def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         MoREError: If Megatron cannot express it.
     """
     system, fields = get_system(config["variant"]), known_fields(config["variant"])
-    heads, groups = config["num_attention_heads"], config["num_key_value_heads"]
+    groups, moe_layers = config["num_key_value_heads"], config["moe_layers"]
     if config["rope_scaling_factor"] not in (None, _ROPE_SCALING_FACTOR):
         raise MoREError(f"rope_scaling_factor {config['rope_scaling_factor']} has no counterpart in Megatron")
     arguments = {
         "more_variant": config["variant"],
         "padded_vocab_size": config["vocab_size"],
         **{argument: config[name] for name, argument in _SAME.items() if name in fields},
-        "group_query_attention": groups != heads,
+        "group_query_attention": groups != config["num_attention_heads"],
         "num_query_groups": groups,
         "kv_channels": config["head_dim"],
         **_activation_flags(config),
@@ -153,7 +153,8 @@ def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
         "position_embedding_type": _POSITIONS[config["position_embedding"]],
         "use_rope_scaling": config["rope_scaling_factor"] is not None,
         "untie_embeddings_and_output_weights": not config["tie_word_embeddings"],
-        "moe_layer_freq": _layer_frequency(config["moe_layers"]),
+        # Dense models have the default.
+        "moe_layer_freq": 1 if len(set(moe_layers)) == 1 else [int(is_moe) for is_moe in moe_layers],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         "moe_aux_loss_coeff": config["router_aux_loss_coef"],
         "recurrence_eval_steps": config["mean_recurrence"],
@@ -218,8 +219,3 @@ def _experts(args: argparse.Namespace) -> dict[str, Any]:
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "router_aux_loss_coef": sum(coefficient) if isinstance(coefficient, list) else coefficient,
     }
-
-
-def _layer_frequency(moe_layers: list[bool]) -> int | list[int]:
-    """Return `--moe-layer-freq`; dense models have its default."""
-    return 1 if len(set(moe_layers)) == 1 else [int(is_moe) for is_moe in moe_layers]

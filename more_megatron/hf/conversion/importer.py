@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.megatron_writer import write_release
 from more_megatron.hf.conversion.parameters import Source
 from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder
-from more_megatron.hf.conversion.stored_args import args_path, read_args
+from more_megatron.hf.conversion.stored_args import ARGS_FILE, read_args
 from more_megatron.hf.conversion.verification import compare_tensors
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
 from more_megatron.unfinished import unfinished_folder
 
-__all__ = ["FromHF", "from_hf"]
+__all__ = ["from_hf"]
 
 # The checkpoint holds no optimizer and no random state, and begins a run.
 _OF_A_RELEASE = {
@@ -40,41 +39,39 @@ _OF_A_RELEASE = {
 _DEFAULTS = {"quick_geglu": False, "squared_relu": False, "moe_router_load_balancing_type": "aux_loss"}
 
 
-@dataclass(frozen=True)
-class FromHF:
-    """What is imported, where to and how."""
-
-    load: Path  # folder of the Hugging Face model
-    save: Path  # folder that runs will name with `--load`
-    dtype: str | None = None  # name of the dtype of the weights; None: that of the files
-    verify: bool = False  # whether what was written is read again and compared
-    progress: bool = True  # whether to draw a progress bar
-
-
-def from_hf(job: FromHF) -> list[str]:
+def from_hf(
+    load: Path, save: Path, *, dtype: str | None = None, verify: bool = False, progress: bool = True
+) -> list[str]:
     """Convert a Hugging Face model of ours into a checkpoint that runs of any layout begin from; return what was done.
+
+    Args:
+        load: Folder of the Hugging Face model.
+        save: Folder that runs will name with `--load`.
+        dtype: Name of the dtype of the weights; None: that of the files.
+        verify: Whether what was written is read again and compared.
+        progress: Whether to draw a progress bar.
 
     Raises:
         MoREError: If the model or the place to write to is not as it must be. Nothing is left under the final name.
     """
-    with unfinished_folder(job.save) as folder:
-        config, form = read_config(job.load)
-        files = SafetensorsFolder(job.load)
-        source = Source(files, entries(config, form), job.dtype)
+    with unfinished_folder(save) as folder:
+        config, form = read_config(load)
+        files = SafetensorsFolder(load)
+        source = Source(files, entries(config, form), dtype)
         files.check(source.entries, () if form is None else form.buffers(config))
-        args = argparse.Namespace(**{**_DEFAULTS, **_arguments(job.load, config), **_OF_A_RELEASE})
-        with progress_bar(len(source.entries), "parameter", "weights", job.progress) as bar:
+        args = argparse.Namespace(**{**_DEFAULTS, **_arguments(load, config), **_OF_A_RELEASE})
+        with progress_bar(len(source.entries), "parameter", "weights", progress) as bar:
 
             def read(entry: Entry) -> torch.Tensor:
                 bar.update()
                 return source.read(entry)
 
             write_release(folder, config, args, [(entry, source.dtype(entry)) for entry in source.entries], read)
-        lines = [f"{job.save}: {config['variant']} of {job.load}, {source.parameters:,} parameters"]
-        if job.verify:
+        lines = [f"{save}: {config['variant']} of {load}, {source.parameters:,} parameters"]
+        if verify:
             written = MegatronCheckpoint(folder)
             written.check(source.entries, config["num_hidden_layers"])
-            lines.append(compare_tensors(job.load, source.entries, written.read, job.progress))
+            lines.append(compare_tensors(load, source.entries, written.read, progress))
     return lines
 
 
@@ -91,7 +88,7 @@ def _arguments(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         described = config_from_args(argparse.Namespace(**stored), config["vocab_size"])
     except MoREError as error:
         raise MoREError(
-            f"{args_path(folder)} does not hold the arguments of a run ({error}): remove it, and they are derived from "
-            "config.json"
+            f"{folder / ARGS_FILE} does not hold the arguments of a run ({error}): remove it, and they are derived "
+            "from config.json"
         ) from error
     return stored if all(config.get(name) == value for name, value in described.items()) else {**stored, **derived}

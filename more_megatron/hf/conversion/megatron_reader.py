@@ -5,17 +5,25 @@ from __future__ import annotations
 import argparse
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from more_megatron import pickles
-from more_megatron.checkpoint_files import checkpoint_to_load, fault, is_whole, newest_complete_iteration
+from more_megatron.checkpoint_files import (
+    checkpoint_to_load,
+    damage,
+    fault,
+    is_whole,
+    newest_complete_iteration,
+    read_piece,
+)
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.parameters import check_shapes
 from more_megatron.hf.mapping import LAYERS, Entry
@@ -74,10 +82,8 @@ class MegatronCheckpoint:
         Raises:
             MoREError: If a parameter is missing, unknown, of another shape or no floating point.
         """
-        expected = []
-        for entry in entries:
-            key, layer = self._place(entry)
-            expected.append((key, entry.shape if layer is None else (num_layers, *entry.shape)))
+        places = ((entry.shape, *self._place(entry)) for entry in entries)
+        expected = [(key, shape if layer is None else (num_layers, *shape)) for shape, key, layer in places]
         check_shapes(f"checkpoint {self.path}", self.shapes(), expected)
         for key, info in self._tensors.items():
             if not info.properties.dtype.is_floating_point:
@@ -102,8 +108,8 @@ class MegatronCheckpoint:
         try:
             for item in items:
                 piece = torch.load(io.BytesIO(self._content(item.storage_index)), weights_only=True)
-                part = piece[_window(item.storage_offsets, item.lengths)]
-                target[_window(item.dest_offsets, item.lengths)] = part
+                part = narrow_tensor_by_index(piece, item.storage_offsets, item.lengths)
+                narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(part)
         except Exception as error:  # whatever damaged content raises
             raise MoREError(f"checkpoint {self.path} is damaged: {key} cannot be read") from error
         return target.view(entry.shape)
@@ -117,34 +123,24 @@ class MegatronCheckpoint:
     def _common(self) -> dict[str, Any]:
         """Return what the checkpoint holds beside tensors."""
         legacy = self.path / _LEGACY_COMMON
+        is_legacy = legacy.is_file()
         try:
-            if legacy.is_file():
+            if is_legacy:
                 found = pickles.load(legacy.read_bytes())
             else:
-                index = next(index for index in self._pieces if index.fqn == _COMMON)
-                (found,) = pickles.load(self._content(index))
-        except MoREError:
-            raise
+                (found,) = pickles.load(self._content(next(index for index in self._pieces if index.fqn == _COMMON)))
         except Exception as error:  # whatever damaged content raises
-            what = "its arguments" if legacy.is_file() else _COMMON
+            what = "its arguments" if is_legacy else _COMMON
             raise MoREError(f"checkpoint {self.path} is damaged: {what} cannot be read") from error
         if not isinstance(found, dict) or not isinstance(found.get("args"), argparse.Namespace):
             raise MoREError(f"checkpoint {self.path} is damaged: its arguments cannot be read")
         return found
 
     def _content(self, index: MetadataIndex) -> bytes:
-        """Return the bytes of a piece; a `ValueError` is raised if they are not what was written."""
-        piece = self._pieces[index]
-        with open(self.path / piece.relative_path, "rb") as file:
-            file.seek(piece.offset)
-            content = file.read(piece.length)
+        content = read_piece(self.path, self._pieces[index])
         if not is_whole(content):
             raise ValueError("a checksum differs")
         return content
-
-
-def _window(starts: Sequence[int], lengths: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
 
 
 def layer_key(key: str, layer: int) -> str:
@@ -160,11 +156,6 @@ def _find(folder: Path, step: int | None) -> Path:
         newest = newest_complete_iteration(folder)
         remedy = "name another folder" if newest is None else f"--ckpt-step {newest} takes the newest complete one"
         raise MoREError(f"--load {folder} does not say which checkpoint is the newest: {remedy}")
-    found = fault(path)
-    if found is not None:
-        newest = newest_complete_iteration(folder)
-        remedy = (
-            "there is no complete one beside it" if newest is None else f"--ckpt-step {newest} takes a complete one"
-        )
-        raise MoREError(f"checkpoint {path} is damaged: {found}; {remedy}")
+    if found := fault(path):
+        raise damage(folder, path, found)
     return path

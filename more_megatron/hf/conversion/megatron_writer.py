@@ -11,18 +11,16 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import FileSystemWriter, SavePlan
-from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 
+from more_megatron.checkpoint_files import RELEASE, TRACKER
 from more_megatron.hf.conversion.megatron_reader import layer_key
 from more_megatron.hf.mapping import Entry, extra_states
 
 __all__ = ["write_release"]
 
-_DATA_FILE = "__0_0.distcp"
 # What `--save` writes of the layout of a checkpoint: megatron/training/checkpointing.py,
 # `_build_sharded_state_dict_metadata`.
 _CONTENT = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
@@ -54,35 +52,35 @@ def write_release(
         "num_floating_point_operations_so_far": 0,
         "content_metadata": dict(_CONTENT),
     }
-    sources: list[tuple[WriteItem, Entry | Any]] = [(_object("common_state", (0,), (1,)), common)]
-    sources += [(_object(*place), None) for place in _states(config, layers)]
-    sources += [(_tensor(entry, dtype, layers), entry) for entry, dtype in parameters]
-    release = folder / "release"
+    items: list[tuple[WriteItem, Any]] = [(_object("common_state", (0,), (1,)), common)]
+    items += [(_object(*place), None) for place in _states(config, layers)]
+    items += [(_tensor(entry, dtype, layers), entry) for entry, dtype in parameters]
+    release = folder / RELEASE
     release.mkdir()
+    # On a GPU's machine it would read ahead, the smallest first.
+    writer = FileSystemWriter(release, per_thread_copy_ahead=0)
     # The metadata number the items, and refer to them by these numbers.
-    (plan,), metadata = create_default_global_save_plan([SavePlan([item for item, _ in sources])])
-    results = _write(release / _DATA_FILE, plan.items, [source for _, source in sources], read)
-    FileSystemWriter(release).finish(metadata, [results])
+    plans, metadata = create_default_global_save_plan([SavePlan([item for item, _ in items])])
+    (plan,) = writer.prepare_global_plan(plans)
+    planner = _Planner({item.index: source for item, source in items}, read)
+    writer.finish(metadata, [writer.write_data(plan, planner).wait()])
     (release / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    (folder / "latest_checkpointed_iteration.txt").write_text("release")
+    (folder / TRACKER).write_text(RELEASE)
 
 
-def _write(
-    path: Path, items: Iterable[WriteItem], sources: Iterable[Any], read: Callable[[Entry], torch.Tensor]
-) -> list[WriteResult]:
-    results = []
-    with open(path, "wb") as stream:
-        for item, source in zip(items, sources, strict=True):
-            start = stream.tell()
-            if isinstance(source, Entry) and item.tensor_data is not None:
-                torch.save(read(source).reshape(item.tensor_data.chunk.sizes).clone(), stream)
-            else:
-                content = io.BytesIO()
-                torch.save([source], content)
-                stream.write(content.getbuffer())
-            info = _StorageInfo(path.name, start, stream.tell() - start)
-            results.append(WriteResult(index=item.index, size_in_bytes=info.length, storage_data=info))
-    return results
+class _Planner(DefaultSavePlanner):
+    """Reads each parameter when PyTorch's writer asks for it."""
+
+    def __init__(self, sources: Mapping[MetadataIndex, Any], read: Callable[[Entry], torch.Tensor]) -> None:
+        super().__init__()
+        self._sources = sources
+        self._read = read
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        source = self._sources[write_item.index]
+        if write_item.tensor_data is None:
+            return self.transform_object(write_item, [source])
+        return self._read(source).reshape(write_item.tensor_data.chunk.sizes)
 
 
 def _object(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> WriteItem:

@@ -12,9 +12,8 @@ import torch
 from more_megatron.errors import MoREError
 from more_megatron.hf.mapping import Entry
 
-__all__ = ["DTYPES", "Source", "check_shapes"]
+__all__ = ["Source", "check_shapes"]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _SHOWN = 3
 
 
@@ -39,7 +38,7 @@ class Source:
 
     def __init__(self, store: _Store, entries: Sequence[Entry], dtype: str | None) -> None:
         self.entries = entries
-        self.rounded = None if dtype is None else DTYPES[dtype]
+        self.rounded: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self._store = store
 
     @property

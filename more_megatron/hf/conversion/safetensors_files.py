@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +20,7 @@ from more_megatron.hf.conversion.parameters import check_shapes
 from more_megatron.hf.mapping import Entry
 from more_megatron.systems.export import Layout
 
-__all__ = ["Group", "SafetensorsFolder", "plan_files", "sha256", "tensor_bytes", "write_files"]
+__all__ = ["SafetensorsFolder", "sha256", "tensor_bytes", "write_files"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -30,50 +28,26 @@ _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HASHES = "sha256"
 
 
-@dataclass(frozen=True)
-class Group:
-    """Tensors that are written together."""
-
-    names: tuple[str, ...]
-    shapes: tuple[tuple[int, ...], ...]
-    dtype: torch.dtype
-
-    @property
-    def size(self) -> int:
-        """Bytes of all of them."""
-        return self.dtype.itemsize * sum(prod(shape) for shape in self.shapes)
-
-
-def plan_files(groups: Sequence[Group], limit: int) -> list[list[Group]]:
-    """Divide groups into files, in order; a group that is larger than the limit, in bytes, has a file of its own."""
-    files: list[list[Group]] = [[]]
-    for group in groups:
-        if files[-1] and sum(part.size for part in files[-1]) + group.size > limit:
-            files.append([])
-        files[-1].append(group)
-    # The format aligns each tensor to the size of its numbers.
-    return [sorted(file, key=lambda group: -group.dtype.itemsize) for file in files]
-
-
 def write_files(
-    folder: Path, files: Sequence[Sequence[Group]], read: Callable[[Group], Sequence[torch.Tensor]]
+    folder: Path, tensors: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor], max_shard_size: int
 ) -> None:
     """Write the files of a model, and their index if there are several.
 
     Args:
         folder: Where to.
-        files: From `plan_files`.
-        read: Returns the tensors of a group; called once for each.
+        tensors: What there will be, on the meta device.
+        read: Returns a tensor by name; called once for each.
+        max_shard_size: Largest size of a file in bytes; a tensor that is larger has a file of its own.
     """
-    count = len(files)
-    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    names = [_SINGLE] if count == 1 else names
-    for name, file in zip(names, files, strict=True):
-        _write(folder / name, file, read)
-    if count > 1:
-        placed = {tensor: name for name, file in zip(names, files, strict=True) for g in file for tensor in g.names}
-        total = sum(group.size for file in files for group in file)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    plan = split_torch_state_dict_into_shards(dict(tensors), max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        # The format aligns each tensor to the size of its numbers.
+        held = sorted(names, key=lambda name: -tensors[name].itemsize)
+        _write(folder / file, {name: tensors[name] for name in held}, read)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": dict(sorted(plan.tensor_to_filename.items()))}
         (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -87,35 +61,33 @@ def sha256(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
 
 
-def _write(path: Path, groups: Sequence[Group], read: Callable[[Group], Sequence[torch.Tensor]]) -> None:
+def _write(path: Path, tensors: Mapping[str, torch.Tensor], read: Callable[[str], torch.Tensor]) -> None:
     # https://huggingface.co/docs/safetensors: length of the header, the header, the tensors without gaps.
-    hashes = {name: "0" * 64 for group in groups for name in group.names}
+    hashes = dict.fromkeys(tensors, "0" * 64)
     with open(path, "wb") as stream:
-        stream.write(_header(groups, hashes))
-        for group in groups:
-            for name, tensor in zip(group.names, read(group), strict=True):
-                stream.write(tensor_bytes(tensor))
-                hashes[name] = sha256(tensor)
+        stream.write(_header(tensors, hashes))
+        for name in tensors:
+            tensor = read(name)
+            stream.write(tensor_bytes(tensor))
+            hashes[name] = sha256(tensor)
         # The same again, now that they are known.
         stream.seek(0)
-        stream.write(_header(groups, hashes))
+        stream.write(_header(tensors, hashes))
 
 
-def _header(groups: Sequence[Group], hashes: dict[str, str]) -> bytes:
+def _header(tensors: Mapping[str, torch.Tensor], hashes: dict[str, str]) -> bytes:
     content: dict[str, Any] = {"__metadata__": {"format": "pt", _HASHES: json.dumps(hashes)}}
     offset = 0
-    for group in groups:
-        for name, shape in zip(group.names, group.shapes, strict=True):
-            end = offset + group.dtype.itemsize * prod(shape)
-            content[name] = {"dtype": _NAMES[group.dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        content[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-@dataclass(frozen=True)
-class _Stored:
+class _Stored(NamedTuple):
     """Where a tensor is, and what its file's header says of it."""
 
     file: str
@@ -136,7 +108,10 @@ class SafetensorsFolder:
         self._tensors: dict[str, _Stored] = {}
         for file in self._files():
             with self._open(file) as opened:
-                hashes = self._written_hashes(file, (opened.metadata() or {}).get(_HASHES, "{}"))
+                try:
+                    hashes = dict(json.loads((opened.metadata() or {}).get(_HASHES, "{}")))
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise MoREError(f"{folder / file} is damaged: its hashes cannot be read; copy it again") from error
                 for name in opened.keys():  # noqa: SIM118
                     if name in self._tensors:
                         both = f"{self._tensors[name].file} and {file}"
@@ -144,14 +119,14 @@ class SafetensorsFolder:
                     part = opened.get_slice(name)
                     self._tensors[name] = _Stored(file, tuple(part.get_shape()), part.get_dtype(), hashes.get(name))
 
-    def check(self, entries: Iterable[Entry], others: Iterable[str]) -> None:
+    def check(self, entries: Sequence[Entry], others: Iterable[str]) -> None:
         """Check that the folder holds exactly these parameters, in their shapes, and nothing else but some others.
 
         Raises:
             MoREError: If not.
         """
-        parts = ((entry, *part) for entry in entries for part in zip(entry.names, entry.shapes, strict=True))
-        expected = [(name, shape) for entry, name, shape in parts if name in self.names(entry)]
+        shapes = {name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
+        expected = [(name, shapes[name]) for entry in entries for name in self.names(entry)]
         found = {name: stored.shape for name, stored in self._tensors.items()}
         check_shapes(self.folder, found, expected, others, ", which its config.json asks for")
 
@@ -173,8 +148,7 @@ class SafetensorsFolder:
         name = self.names(entry)[0]
         stored = self._tensors[name]
         if stored.dtype not in _DTYPES:
-            path = self.folder / stored.file
-            raise MoREError(f"{path} holds {name} as {stored.dtype}: save it in floating point")
+            raise MoREError(f"{self.folder / stored.file} holds {name} as {stored.dtype}: save it in floating point")
         return _DTYPES[stored.dtype]
 
     def read(self, entry: Entry) -> torch.Tensor:
@@ -212,12 +186,6 @@ class SafetensorsFolder:
         if has_single and _SINGLE not in names:
             raise MoREError(f"{self.folder} holds both {_SINGLE} and {_INDEX}: remove the one that is stale")
         return sorted(names)
-
-    def _written_hashes(self, file: str, text: str) -> dict[str, str]:
-        try:
-            return dict(json.loads(text))
-        except (ValueError, TypeError) as error:
-            raise MoREError(f"{self.folder / file} is damaged: its hashes cannot be read; copy it again") from error
 
     def _open(self, file: str) -> Any:
         path = self.folder / file

@@ -12,7 +12,6 @@ __all__ = ["write_sentencepiece"]
 
 _UNIGRAM, _BPE = 1, 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
-_NORMAL = (1, _USER_DEFINED)
 # No text is made of these.
 _OUTSIDE = (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
 _NEVER = -1000.0
@@ -63,13 +62,8 @@ def _tokenizer(proto: Any, model: Path, pad: str) -> Any:
     segmentation: Any
     if trainer.model_type == _BPE:
         vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-        segmentation = models.BPE(
-            vocabulary,
-            _merges(proto),
-            unk_token=_unknown(proto),
-            fuse_unk=True,
-            byte_fallback=trainer.byte_fallback,
-        )
+        options = {"unk_token": _unknown(proto), "fuse_unk": True, "byte_fallback": trainer.byte_fallback}
+        segmentation = models.BPE(vocabulary, _merges(proto), **options)
     elif trainer.model_type == _UNIGRAM:
         # So low for those outside of texts that any other way is better.
         scores = [(piece.piece, _NEVER if piece.type in _OUTSIDE else piece.score) for piece in proto.pieces]
@@ -77,9 +71,7 @@ def _tokenizer(proto: Any, model: Path, pad: str) -> Any:
     else:
         raise MoREError(f"{model} is neither a BPE nor a unigram model: --no-tokenizer leaves the tokenizer out")
     tokenizer = Tokenizer(segmentation)
-    normalizer = _normalizer(proto)
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
+    tokenizer.normalizer = _normalizer(proto)
     if trainer.model_type == _UNIGRAM:
         tokenizer.pre_tokenizer = _unknown_runs(proto)
     tokenizer.decoder = _decoder(proto)
@@ -99,12 +91,8 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
     piece, as in a run of one character, the pair with the longer left half is the leftmost.
     """
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type not in _OUTSIDE}
-    merges = []
-    for piece, score in scores.items():
-        for end in range(len(piece) - 1, 0, -1):
-            left, right = piece[:end], piece[end:]
-            if left in scores and right in scores:
-                merges.append((-score, -end, left, right))
+    halves = ((score, end, piece[:end], piece[end:]) for piece, score in scores.items() for end in range(1, len(piece)))
+    merges = [(-score, -end, left, right) for score, end, left, right in halves if left in scores and right in scores]
     return [(left, right) for _, _, left, right in sorted(merges)]
 
 
@@ -116,7 +104,7 @@ def _unknown_runs(proto: Any) -> Any:
     """
     from tokenizers import Regex, pre_tokenizers
 
-    known = {character for piece in proto.pieces if piece.type in _NORMAL for character in piece.piece}
+    known = {character for piece in proto.pieces if piece.type not in _OUTSIDE for character in piece.piece}
     pattern = "[^" + "".join(f"\\x{{{ord(character):X}}}" for character in sorted(known)) + "]+"
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
@@ -134,7 +122,7 @@ def _normalizer(proto: Any) -> Any:
         steps.append(normalizers.Prepend(" "))
     if spec.escape_whitespaces:
         steps.append(normalizers.Replace(" ", _MARK))
-    return normalizers.Sequence(steps) if steps else None
+    return normalizers.Sequence(steps)
 
 
 def _decoder(proto: Any) -> Any:

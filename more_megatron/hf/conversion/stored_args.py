@@ -11,9 +11,9 @@ import torch
 
 from more_megatron.errors import MoREError
 
-__all__ = ["args_path", "read_args", "write_args"]
+__all__ = ["ARGS_FILE", "read_args", "write_args"]
 
-_FILE = "megatron_args.json"
+ARGS_FILE = "megatron_args.json"
 # Where the run stood and on which machine: nothing that describes the model.
 _OF_THE_MACHINE = frozenset(
     (
@@ -29,11 +29,6 @@ _OF_THE_MACHINE = frozenset(
 )
 
 
-def args_path(folder: Path) -> Path:
-    """Return the place of the arguments in a folder."""
-    return folder / _FILE
-
-
 def write_args(folder: Path, args: argparse.Namespace) -> None:
     """Write the arguments that JSON can hold, without those of the machine that the run was on."""
     kept = {}
@@ -42,7 +37,7 @@ def write_args(folder: Path, args: argparse.Namespace) -> None:
             kept[name] = {"dtype": str(value).removeprefix("torch.")}
         elif name not in _OF_THE_MACHINE and _is_plain(value):
             kept[name] = value
-    args_path(folder).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    (folder / ARGS_FILE).write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
 
 
 def read_args(folder: Path) -> dict[str, Any]:
@@ -51,7 +46,7 @@ def read_args(folder: Path) -> dict[str, Any]:
     Raises:
         MoREError: If they are damaged.
     """
-    path = args_path(folder)
+    path = folder / ARGS_FILE
     if not path.is_file():
         return {}
     try:

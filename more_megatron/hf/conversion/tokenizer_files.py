@@ -17,6 +17,7 @@ from more_megatron.data.tokenizers import (
     TokenizerType,
     build_megatron,
     load,
+    open_sentencepiece,
     tokenizer_sha256,
 )
 from more_megatron.errors import MoREError
@@ -24,12 +25,7 @@ from more_megatron.hf.conversion.sentencepiece_tokenizer import write_sentencepi
 
 __all__ = ["ExportedTokenizer", "open_tokenizer", "plan_tokenizer"]
 
-_HUGGINGFACE_TYPES = (
-    TokenizerType.HUGGINGFACE,
-    TokenizerType.GPT2_BPE,
-    TokenizerType.BERT_CASE,
-    TokenizerType.BERT_LOWER,
-)
+_OWN_FILES = (TokenizerType.HUGGINGFACE, TokenizerType.GPT2_BPE, TokenizerType.BERT_CASE, TokenizerType.BERT_LOWER)
 _NULL_TYPES = (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL)
 _REMEDY = "--no-tokenizer leaves the tokenizer out"
 
@@ -88,7 +84,7 @@ def plan_tokenizer(
         tokenizer = load(options)
         _check_size(options, tokenizer.vocab_size, rows)
         return ExportedTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.eod, tokenizer.eod, None)
-    if kind not in (*SENTENCEPIECE_TYPES, *_HUGGINGFACE_TYPES):
+    if kind not in (*SENTENCEPIECE_TYPES, *_OWN_FILES):
         raise MoREError(f"--tokenizer-type {kind} has no files for AutoTokenizer: {_REMEDY}")
     _check_place(options, is_asked=model is not None)
     _check_hash(args, trained, options)
@@ -139,12 +135,9 @@ def _sentencepiece(options: TokenizerOptions, rows: int, max_length: int) -> Exp
             "--no-tokenizer-sentencepiece-ignore-extra-whitespaces has no counterpart in files for AutoTokenizer: "
             + _REMEDY
         )
-    import sentencepiece
-
-    path, tokenizer = Path(str(options.tokenizer_model)), load(options)
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    _check_size(options, tokenizer.vocab_size, rows)
+    path, processor = Path(str(options.tokenizer_model)), open_sentencepiece(options)
     pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
+    _check_size(options, len(pieces), rows)
     pad = _pad_id(processor, pieces, rows)
     pad_name = pieces[pad] if pad < len(pieces) else _PAD
 
@@ -153,8 +146,8 @@ def _sentencepiece(options: TokenizerOptions, rows: int, max_length: int) -> Exp
         texts = (*_TEXTS, *_drawn([piece.replace("\u2581", " ") for piece in pieces]))
         _compare(open_tokenizer(folder, literal=True), texts, processor.encode, processor.decode)
 
-    size = max(tokenizer.vocab_size, pad + 1)
-    return ExportedTokenizer(size, tokenizer.eod, tokenizer.eod, pad, write)
+    end = processor.eos_id() if processor.eos_id() >= 0 else None
+    return ExportedTokenizer(max(len(pieces), pad + 1), end, end, pad, write)
 
 
 def _pad_id(processor: Any, pieces: Sequence[str], rows: int) -> int:

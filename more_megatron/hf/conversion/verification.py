@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint import CheckpointException
@@ -18,7 +17,6 @@ from torch.distributed.checkpoint import CheckpointException
 from more_megatron.errors import MoREError, last_line
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder, sha256
-from more_megatron.hf.conversion.tokenizer_files import open_tokenizer
 from more_megatron.hf.mapping import Entry
 from more_megatron.progress import progress_bar
 
@@ -26,10 +24,6 @@ __all__ = ["compare_logits", "compare_tensors"]
 
 _TOKENS = 64
 _TOLERANCE = 1e-4
-_TEXT = (
-    "The tower is 324 metres tall, about the same height as an 81-storey building. Its base is square, measuring 125 "
-    "metres on each side. It was the first structure in the world to pass both the 200-metre and the 300-metre mark."
-)
 # Copies of the weights in float32: one of each side, and one while a side is loaded.
 _COPIES = 3
 
@@ -62,7 +56,7 @@ def compare_tensors(
 def compare_logits(
     folder: Path, checkpoint: MegatronCheckpoint, entries: Sequence[Entry], dtype: torch.dtype | None
 ) -> str:
-    """Compare the logits of both sides on a text, in float32 on the CPU, where this machine can hold both.
+    """Compare the logits of both sides on some tokens, in float32 on the CPU, where this machine can hold both.
 
     Return how far they are apart, or why they were not compared. `dtype` is what the weights were rounded to on their
     way; None: they were not.
@@ -76,7 +70,9 @@ def compare_logits(
     available = psutil.virtual_memory().available
     if needed > available:
         return f"logits not compared: both sides take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
-    tokens = _tokens(folder, checkpoint.args)
+    args = checkpoint.args
+    positions = torch.arange(min(_TOKENS, args.max_position_embeddings))
+    tokens = ((7 * positions + 3) % (getattr(args, "vocab_size", None) or args.padded_vocab_size)).unsqueeze(0)
     with _quiet():
         os.environ.setdefault("MORE_PLATFORM", "cpu")
         from more_megatron.hf.conversion.megatron_model import megatron_logits
@@ -107,16 +103,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _tokens(folder: Path, args: Any) -> torch.Tensor:
-    length = min(_TOKENS, args.max_position_embeddings)
-    if (folder / "tokenizer_config.json").is_file():
-        ids = open_tokenizer(folder)(_TEXT)["input_ids"]
-    else:
-        vocabulary = getattr(args, "vocab_size", None) or args.padded_vocab_size
-        ids = [(7 * position + 3) % vocabulary for position in range(length)]
-    return torch.tensor([ids[:length]])
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.blocks.cell_experts import CellExperts
-from more_megatron.blocks.padding import RowPadding
-from more_megatron.blocks.parameters import Placement, draw_parameter, grouped_linear_weights, sharded_parameters
-from more_megatron.blocks.rows import Rows
+from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.rows import RowPadding, Rows
 from more_megatron.model.depth import Depth
+from more_megatron.model.initialization import BlockInitializer
 from more_megatron.systems import get_system, systems
 from more_megatron.systems.export import FEED_FORWARD
 from tests.blocks.backends import stand_in
@@ -210,6 +210,11 @@ class _Group:
         return self.own
 
 
+def _numbers(initializer: BlockInitializer, shape: tuple[int, ...], name: str) -> torch.Tensor:
+    number, group = map(int, name.split("/"))
+    return torch.arange(float(torch.Size(shape).numel())).view(shape) + 1000 * number + 100 * group
+
+
 def splits() -> dict[str, Any]:
     """Return weights that come together from two ranks that split them, on both backends, and their marks."""
     weights = {"wide": ((6, 4), 0, 1), "long": ((3, 8), 1, 1), "gated": ((2, 6, 4), 1, 1), "adapter": ((4, 8), None, 2)}
@@ -218,13 +223,14 @@ def splits() -> dict[str, Any]:
         config = small_config("recurrent_experts", transformer_impl=backend)
         found[backend] = {}
         for rank in range(2):
-            placement, module = Placement(range(2, 4), 4, _Group(2, rank), 0), torch.nn.Module()
+            placement = Placement(range(2, 4), 4, _Group(2, rank), 0)
+            module = GroupedModule(config, placement)
             for number, (name, (shape, split, columns)) in enumerate(weights.items()):
-                setattr(module, name, grouped_linear_weights(config, placement, shape, split, columns))
-                whole = torch.arange(float(torch.Size(shape).numel())).view(shape) + 1000 * number
-                draw_parameter(getattr(module, name), placement, lambda group, whole=whole: whole + 100 * group)
+                weight = Weight(shape, f"{number}/{{}}", _numbers, split)
+                setattr(module, name, module.linear_weights(weight, columns))
+            module.initialize(1)
             metadata = {"dp_cp_group": torch.distributed.group.WORLD}
-            for value in sharded_parameters(module, placement, "", ((0, 1, 3),), metadata).values():
+            for value in module.sharded_state_dict("", ((0, 1, 3),), metadata).values():
                 lay(found[backend], value)
         found["marks"][backend] = {
             name: (parameter.tensor_model_parallel, parameter.partition_dim, tuple(parameter.shape))

@@ -21,7 +21,7 @@ from more_megatron.evaluation.gpu_check.work.environment import fp8_obstacle
 from more_megatron.evaluation.gpu_check.work.tensors import sharded
 from more_megatron.evaluation.runs import configure, fresh_model, train
 from more_megatron.evaluation.step_benchmark import forward
-from more_megatron.hf.conversion.export import ToHF, to_hf
+from more_megatron.hf.conversion.export import to_hf
 
 __all__ = ["learn_and_hand_on", "learn_in_fp8", "save_losses", "under_layout", "write_corpus"]
 
@@ -94,7 +94,7 @@ def _mean_of_last(losses: list[float]) -> float:
 @torch.no_grad()
 def _export_distance(flags: str, checkpoints: Path, export: Path) -> float:
     """Export the newest checkpoint and return how far its logits are from Megatron's, as a part of the largest."""
-    to_hf(ToHF(load=checkpoints, save=export, dtype="float32", tokenizer=False, progress=False))
+    to_hf(load=checkpoints, save=export, dtype="float32", tokenizer=False, progress=False)
     args, model_config = configure(flags)
     model = fresh_model(model_config).eval()
     checkpoint = checkpoint_to_load(checkpoints, None)

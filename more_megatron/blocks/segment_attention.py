@@ -1,10 +1,13 @@
-"""Causal attention within short segments on a CPU: a batched product for all heads of many segments.
+"""Causal attention within segments of any length, the same on both backends.
 
-PyTorch's fused kernel takes a head of a segment at a time, in blocks that a few dozen rows do not fill.
+Transformer Engine has kernels for segments too; but where cuDNN does not offer them, it pads every segment to the
+longest and stores all scores, at seven times the time and half of the device's memory.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +15,60 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from more_megatron.blocks.segments import Segments
+from more_megatron.blocks.rows import Segments
 
-__all__ = ["are_short", "short_segment_attention"]
+__all__ = ["are_short", "segment_attention"]
 
 # Beyond as many scores a row, which are all stored, the fused kernel is faster.
 _MOST_SCORES = 64
+
+
+def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+    """Attend causally within each segment, all segments together; return [rows, heads, head_dim].
+
+    Args:
+        query: [rows, heads, head_dim]; the rows of a segment are consecutive and in ascending position.
+        key: [rows, groups, head_dim].
+        value: [rows, groups, head_dim].
+        segments: Where the segments are.
+    """
+    if _varlen_can(query):
+        return _varlen_attention(query, key, value, segments)
+    if are_short(query, segments):
+        counts = query.size(1), key.size(1)
+        tiles = segments.derived.get(counts) or segments.derived.setdefault(counts, _Tiles.of(segments, *counts))
+        return _ShortSegmentAttention.apply(query, key, value, tiles)
+    # Padding comes after the rows of a segment, so the causal mask hides it.
+    attend = functools.partial(
+        torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=query.size(1) != key.size(1)
+    )
+    return segments.unpad(map(attend, *(segments.pad(x) for x in (query, key, value))))
+
+
+def _varlen_can(query: torch.Tensor) -> bool:
+    """Return whether PyTorch's attention for segments of any length, a flash kernel, takes these heads."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.size(-1) % 8 == 0
+        and query.size(-1) <= 256
+        and query.size(0) > 0
+    )
+
+
+def _varlen_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments) -> torch.Tensor:
+    # Imported here: it imports PyTorch's compiler, which takes a second.
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets, longest = segments.offsets, segments.longest
+    shared = query.size(1) // key.size(1)
+    options: dict[str, Any] = {}
+    if shared > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    elif shared > 1:
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    context: Any = varlen_attn(query, key, value, offsets, offsets, longest, longest, window_size=(-1, 0), **options)
+    return context
 
 
 def are_short(query: torch.Tensor, segments: Segments) -> bool:
@@ -27,15 +78,6 @@ def are_short(query: torch.Tensor, segments: Segments) -> bool:
     shapes, _ = segments.rectangles
     rows = sum(number * length for number, length in shapes)
     return sum(number * length**2 for number, length in shapes) <= _MOST_SCORES * rows
-
-
-def short_segment_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments
-) -> torch.Tensor:
-    """Attend causally within each segment; arguments and result as those of `segment_attention`."""
-    counts = query.size(1), key.size(1)
-    tiles = segments.derived.get(counts) or segments.derived.setdefault(counts, _Tiles.of(segments, *counts))
-    return _ShortSegmentAttention.apply(query, key, value, tiles)
 
 
 @dataclass(frozen=True)
@@ -70,6 +112,11 @@ class _Tiles:
 
 
 class _ShortSegmentAttention(torch.autograd.Function):
+    """A batched product for all heads of many segments on a CPU.
+
+    PyTorch's fused kernel takes a head of a segment at a time, in blocks that a few dozen rows do not fill.
+    """
+
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tiles: _Tiles) -> torch.Tensor:
         # Padding comes after the rows of a segment, so the causal mask hides it.
