@@ -159,7 +159,7 @@ class CallContext:
         return dataclasses.replace(self, positions=rows(self.positions), stream=stream, places=places, whole=self)
 
     def beside(self, part: Tensor | None) -> CallContext:
-        """Return the context of a recurrence to whose result a part, [b, s, h], is added, among others."""
+        """Return the context of a recurrence whose result is added to a part, [b, s, h], and to the stream before."""
         criterion = self.options.criterion
         if part is None or criterion is None or not criterion.reads_logits:
             return self
@@ -211,8 +211,8 @@ def _find_documents(positions: Tensor, padding: Tensor | None, memory: Memory) -
     """
     if memory.past > 0 and memory.held("positions") is None:
         return None
-    kept = (positions[:, None, :, None],) * 2
-    every = positions if memory.past == 0 else memory.extend("positions", *kept)[0][:, 0, :, 0]
+    kept = positions[:, None, :, None]
+    every = positions if memory.past == 0 else memory.extend("positions", kept, kept)[0][:, 0, :, 0]
     begins = torch.zeros_like(every, dtype=torch.bool)
     begins[:, 1:] = every[:, 1:] != every[:, :-1] + 1
     if padding is not None:
@@ -221,5 +221,5 @@ def _find_documents(positions: Tensor, padding: Tensor | None, memory: Memory) -
     if memory.past == 0:
         if not torch.compiler.is_compiling() and not bool(begins.any()):
             return None
-        memory.extend("positions", *kept)
+        memory.extend("positions", kept, kept)
     return begins.long().cumsum(-1)
