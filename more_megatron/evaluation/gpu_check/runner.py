@@ -108,7 +108,8 @@ def check(args: argparse.Namespace, command: str) -> Report:
             raise MoREError(f"--systems {name} does not exist: choose among {', '.join(names())}")
     with tempfile.TemporaryDirectory(prefix="more-check-") as folder, contextlib.ExitStack() as stack:
         has_te = not args.dry_run and has_package("transformer_engine")
-        sizes, systems = DRY if args.dry_run else GPU, tuple(args.systems or names())
+        sizes = DRY if args.dry_run else GPU
+        systems = tuple(args.systems or names())
         plan = Plan(args.dry_run, sizes, systems, Path(folder), ranks, has_te)
         # Small models leave a device idle: several processes share it.
         size = min(_WORLDS, cores if plan.dry else max(cores // 2, 1))

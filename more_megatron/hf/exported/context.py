@@ -126,7 +126,8 @@ class CallContext:
         given = self._last_state(index) if states is None else states[index].to(like)
         if given is not None and given.size(1) == like.size(1):
             return given
-        number, std = index + 1 if layer is None else layer, self.config.state_std * self.options.init_scale
+        number = index + 1 if layer is None else layer
+        std = self.config.state_std * self.options.init_scale
         noise = state_noise(self.positions, like.size(-1), self.config.noise_seed, number, std)
         noise = noise.to(like.dtype).expand_as(like)
         return noise if given is None else torch.cat((given, noise[:, given.size(1) :]), dim=1)
