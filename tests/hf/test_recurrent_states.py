@@ -142,6 +142,6 @@ def test_router_logits_by_layer_and_step() -> None:
     by_layer = logits.by_layer()
     assert list(by_layer) == [1]
     assert by_layer[1].shape == (_STEPS, *tokens().shape, 4)
-    assert torch.equal(by_layer[1][2].flatten(0, 1), logits[2])
+    assert torch.equal(by_layer[1][2].flatten(0, 1), logits.at(1, 2))
     heads = random_model("moeut")(tokens(), output_router_logits=True, num_steps=2).router_logits.by_layer("value")
     assert heads[0].shape == (2, *tokens().shape, 4, 8)

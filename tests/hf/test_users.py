@@ -327,9 +327,9 @@ def test_router_logits_know_where_they_were_made() -> None:
     model, ids = random_model("recurrent_moe", moe_layers=[True, False]), tokens()
     logits = model(ids, output_router_logits=True, num_steps=3).router_logits
     assert (logits.layers, logits.steps, logits.routers) == ((0, 0, 0), (0, 1, 2), ("router",) * 3)
-    by_layer = logits.by_layer()
-    assert list(by_layer) == [0]
-    assert torch.equal(by_layer[0][2].flatten(0, 1), logits[2])
+    assert torch.equal(logits.at(0, 2), logits[2])
+    with pytest.raises(KeyError, match="0 routing decisions in layer 1, step 0"):
+        logits.at(1)
     # As transformers rebuilds tuples.
     assert type(logits)(part.cpu() for part in logits) == RouterLogits(logits)
 

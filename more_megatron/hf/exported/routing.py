@@ -166,6 +166,14 @@ class RouterLogits(tuple):
                 steps.setdefault(layer, {}).setdefault(step, logits.unflatten(0, (self.batch, -1)))
         return {layer: torch.stack([found[step] for step in sorted(found)]) for layer, found in steps.items()}
 
+    def at(self, layer: int, step: int = 0, router: str | None = None) -> Tensor:
+        """Return the logits of one decision; a `KeyError` is raised if it was not made, or there are several."""
+        places = zip(self, self.layers, self.steps, self.routers, strict=True)
+        found = [logits for logits, *place, name in places if place == [layer, step] and router in (None, name)]
+        if len(found) != 1:
+            raise KeyError(f"{len(found)} routing decisions in layer {layer}, step {step}, router {router}")
+        return found[0]
+
 
 def load_balancing_loss(router_logits: Iterable[Tensor], config: Config, mask: Tensor | None) -> Tensor:
     """Return the balance loss of the Switch Transformer (arXiv 2101.03961, equation 4), the mean over decisions.
