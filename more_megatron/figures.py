@@ -1,4 +1,4 @@
-"""What figures have in common, those of a run that trains and those of evaluation."""
+"""What figures have in common, those of a run that trains and those of evaluation, and how they are written."""
 
 from __future__ import annotations
 

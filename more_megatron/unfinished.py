@@ -29,7 +29,10 @@ def unfinished_folder(final: Path) -> Iterator[Path]:
     with _held(folder, final), _removed_on_failure(folder, final):
         # What an earlier conversion left when it was killed.
         for path in folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         yield folder
         folder.replace(final)
 

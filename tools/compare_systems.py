@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.evaluation.command_lines import parse_flags
 from more_megatron.evaluation.comparison import planning, timing
-from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment, evaluation
+from more_megatron.evaluation.comparison.experiment import MATCHES, Experiment, evaluation_flags
 from more_megatron.evaluation.comparison.report import check_packages, write_report
 from more_megatron.evaluation.comparison.runner import Runner, in_own_process
 from more_megatron.flags import check_ranges
@@ -107,7 +107,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _runner(args: argparse.Namespace, experiment: dict[str, Any]) -> Runner:
     tasks = experiment["tasks"]
-    asked = evaluation(tasks, experiment["problems"], experiment["depths"]) if tasks else None
+    asked = evaluation_flags(tasks, experiment["problems"], experiment["depths"]) if tasks else None
     return Runner(args.folder, args.jobs, args.nproc_per_node, args.keep_weights, experiment["finetune"], asked)
 
 

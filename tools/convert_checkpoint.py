@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(command: str, options: dict[str, Any]) -> list[str]:
+    """Convert; the flags of a command, by their `dest`, are the arguments of its function."""
     # The libraries take seconds to import, and --help needs none of them.
     if command == "from-hf":
         from more_megatron.hf.conversion.importer import from_hf

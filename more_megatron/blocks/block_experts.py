@@ -41,7 +41,7 @@ __all__ = [
 
 
 class BlockExperts(Experts):
-    """N independent recurrent blocks with MLPs of that width; the output of an expert is its last state."""
+    """N independent recurrent blocks with MLPs `ffn_hidden_size` wide; the output of an expert is its last state."""
 
     def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
         self._ffn_hidden_size = ffn_hidden_size
@@ -69,9 +69,9 @@ class ProjectionExperts(Experts):
 
     def build(self) -> None:
         config: Any = self.config
-        for name in ("proj_in", "proj_out"):
-            shape = (config.hidden_size, config.hidden_size)
-            setattr(self, name, self.linear_weights(Weight(shape, f"{name}/{{}}", BlockInitializer.orthogonal)))
+        shape = (config.hidden_size, config.hidden_size)
+        self.proj_in = self.linear_weights(Weight(shape, "proj_in/{}", BlockInitializer.orthogonal))
+        self.proj_out = self.linear_weights(Weight(shape, "proj_out/{}", BlockInitializer.orthogonal))
         self.dropout = torch.nn.Dropout(config.projection_dropout)
 
     def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth, block: RecurrentBlock) -> torch.Tensor:
@@ -100,8 +100,8 @@ class ProjectionExperts(Experts):
         """
         watch.add_mean(Key("system", "projection orthogonality", place), self.orthogonality_penalty(), share=share)
         number, group = self.placement.num_groups, parallel_state.get_expert_model_parallel_group()
-        for name in ("proj_in", "proj_out"):
-            weights = self.backend.stacked(getattr(self, name)).detach().float().flatten(1)
+        for name, projections in (("proj_in", self.proj_in), ("proj_out", self.proj_out)):
+            weights = self.backend.stacked(projections).detach().float().flatten(1)
             total = torch.nn.functional.normalize(weights, dim=1).sum(0)
             torch.distributed.all_reduce(total, group=group)
             divergence = 1.0 - (total.double().square().sum() - number) / max(number * (number - 1), 1)
@@ -175,7 +175,10 @@ class SharedBlockMoELayer(RowMoELayer):
 
 
 class CombinedBlockMoELayer(BaseMoELayer):
-    """Light experts, combined, and then one recurrent block over the whole sequence, with an MLP of that width."""
+    """Light experts, combined, and then one recurrent block over the whole sequence.
+
+    `ffn_hidden_size` is the width of the MLP in the block.
+    """
 
     def __init__(self, *args: Any, ffn_hidden_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -92,14 +92,14 @@ class BaseMoELayer(MoELayer):
     """
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Learn the number of the layer, from 1, on which the weights of parts of ours depend, which draw them."""
+        """Learn the number of the layer, from 1, and let parts of ours draw their weights, which depend on it."""
         super().set_layer_number(layer_number)
         for part in self.children():
             if hasattr(part, "initialize"):
                 part.initialize(layer_number)
 
     def train(self, mode: bool = True) -> Self:
-        """Drop tokens above capacity, as the configuration says, or in evaluation not."""
+        """In training drop tokens above capacity, if the configuration says so; in evaluation drop none."""
         super().train(mode)
         if self.config.moe_expert_capacity_factor is None:
             return self

@@ -169,9 +169,11 @@ class GroupedModule(MegatronModule):
         groups, parts = self.placement.groups, self.placement.split_size
         for parameter in self.parameters():
             content: _Content = getattr(parameter, _CONTENT)
-            weight, targets = content.weight, [(parameter, groups[content.group or 0])]
+            weight = content.weight
             if content.group is None:
                 targets = list(zip(parameter.view(len(groups), -1), groups, strict=True))
+            else:
+                targets = [(parameter, groups[content.group])]
             for target, group in targets:
                 values = weight.draw(initializer, weight.shape, weight.name.format(group))
                 if content.split_dim is not None:
@@ -196,8 +198,10 @@ def _mark(parameter: torch.nn.Parameter, content: _Content) -> None:
         if hasattr(parameter, name):
             delattr(parameter, name)
     dim = -1
-    if content.split_dim is not None:
-        dim = 0 if content.has_group_axis else content.split_dim + (content.group is None)
+    if content.has_group_axis and content.split_dim is not None:
+        dim = 0  # laid out flat
+    elif content.split_dim is not None:
+        dim = content.split_dim + (1 if content.group is None else 0)  # behind the axis of the groups, if there is one
     set_tensor_model_parallel_attributes(parameter, dim >= 0, dim, 1)
 
 

@@ -73,11 +73,11 @@ class SigmaExperts(RoutedExperts):
 
     def build(self) -> None:
         hidden, width = self.config.hidden_size, self.config.moe_ffn_hidden_size
+        draw_keys = functools.partial(BlockInitializer.scaled_normal, inputs=hidden)
         # The values of all experts together are one matrix.
-        inputs = {"keys": hidden, "values": self.config.num_moe_experts * width}
-        draws = {name: functools.partial(BlockInitializer.scaled_normal, inputs=inputs[name]) for name in inputs}
-        self.keys = self.linear_weights(Weight((width, hidden), "sigma/{}/keys", draws["keys"], split_dim=0))
-        self.values = self.linear_weights(Weight((hidden, width), "sigma/{}/values", draws["values"], split_dim=1))
+        draw_values = functools.partial(BlockInitializer.scaled_normal, inputs=self.config.num_moe_experts * width)
+        self.keys = self.linear_weights(Weight((width, hidden), "sigma/{}/keys", draw_keys, split_dim=0))
+        self.values = self.linear_weights(Weight((hidden, width), "sigma/{}/values", draw_values, split_dim=1))
 
     def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
         inner = self.backend.linear(x, self.keys, padding.groups)

@@ -25,7 +25,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 
-from more_megatron.blocks.backends import backend_of
+from more_megatron.blocks.backends import Weights, backend_of
 from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
 from more_megatron.blocks.row_ops import rms_norm, rotate, rotation_of
 from more_megatron.blocks.rows import Rows
@@ -33,7 +33,7 @@ from more_megatron.blocks.segment_attention import segment_attention
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.initialization import BlockInitializer, takase
+from more_megatron.model.initialization import BlockInitializer, Draw, takase
 from more_megatron.model.loops import linear_injection
 from more_megatron.model.noise import state_noise
 from more_megatron.model.truncation import iterate_state
@@ -59,15 +59,15 @@ class RecurrentBlock(GroupedModule):
         # For each query group its queries, then its key and its value: Megatron's order, which splits by groups.
         qkv = config.num_query_groups * (self._queries_per_group + 2) * self._head_dim
         inward, outward = BlockInitializer.takase_in, BlockInitializer.takase_out
-        for key, shape, draw, split_dim in (
-            ("adapter", (hidden, 2 * hidden), inward, None),
-            ("qkv", (qkv, hidden), inward, 0),
-            ("proj", (hidden, heads), outward, 1),
-            ("fc1", (2, ffn_hidden_size, hidden), inward, 1),
-            ("fc2", (hidden, ffn_hidden_size), outward, 1),
-        ):
-            weight = Weight(shape, f"{name}/{{}}/{key}", draw, split_dim)
-            setattr(self, key, self.linear_weights(weight, columns=2 if key == "adapter" else 1))
+
+        def linear(key: str, draw: Draw, *shape: int, split_dim: int | None = None, columns: int = 1) -> Weights:
+            return self.linear_weights(Weight(shape, f"{name}/{{}}/{key}", draw, split_dim), columns)
+
+        self.adapter = linear("adapter", inward, hidden, 2 * hidden, columns=2)
+        self.qkv = linear("qkv", inward, qkv, hidden, split_dim=0)
+        self.proj = linear("proj", outward, hidden, heads, split_dim=1)
+        self.fc1 = linear("fc1", inward, 2, ffn_hidden_size, hidden, split_dim=1)
+        self.fc2 = linear("fc2", outward, hidden, ffn_hidden_size, split_dim=1)
         for key in _NORMS:
             setattr(self, key, self.norm_weights())
 
@@ -84,7 +84,7 @@ class RecurrentBlock(GroupedModule):
             angles = rows.rotary_pos_emb[:, 0].index_select(0, rows.positions)
             rotation = rotation_of(angles, self.config.rotary_interleaved, self.config.params_dtype)
 
-        def step(state: torch.Tensor) -> torch.Tensor:
+        def step(state: torch.Tensor, index: int) -> torch.Tensor:
             mixed = self._linear(state, adapter_state, rows) + injected
             attended = norm_2(mixed + self._attention(norm_1(mixed), rows, rotation))
             return norm_4(attended + self._mlp(norm_3(attended), rows))
@@ -180,7 +180,7 @@ class SequenceBlock(MegatronModule):
         """
         inject = linear_injection(self.adapter, inputs)
 
-        def step(state: torch.Tensor) -> torch.Tensor:
+        def step(state: torch.Tensor, index: int) -> torch.Tensor:
             mixed = inject(state)
             attended = self.norm_2(mixed + self.attention(self.norm_1(mixed), **attention_kwargs)[0])
             return self.norm_4(attended + self.mlp(self.norm_3(attended))[0])

@@ -101,7 +101,9 @@ class Segments:
             start += len(part) * length
         segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
         within = torch.arange(len(segment), device=lengths.device) - (lengths.cumsum(0) - lengths)[segment]
-        return [shape for shape in shapes if shape[0] > 0] or shapes[:1], first[segment] + within
+        # Without any row one rectangle stays, which is empty.
+        shapes = [shape for shape in shapes if shape[0] > 0] or shapes[:1]
+        return shapes, first[segment] + within
 
 
 @dataclass(frozen=True)

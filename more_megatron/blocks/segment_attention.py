@@ -36,8 +36,9 @@ def segment_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
         return _varlen_attention(query, key, value, segments)
     if are_short(query, segments):
         counts = query.size(1), key.size(1)
-        tiles = segments.derived.get(counts) or segments.derived.setdefault(counts, _Tiles.of(segments, *counts))
-        return _ShortSegmentAttention.apply(query, key, value, tiles)
+        if counts not in segments.derived:
+            segments.derived[counts] = _Tiles.of(segments, *counts)
+        return _ShortSegmentAttention.apply(query, key, value, segments.derived[counts])
     # Padding comes after the rows of a segment, so the causal mask hides it.
     attend = functools.partial(
         torch.nn.functional.scaled_dot_product_attention, is_causal=True, enable_gqa=query.size(1) != key.size(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -68,12 +67,17 @@ def check_datasets(
     Raises:
         MoREError: The first fault that `check_dataset` finds.
     """
-    names = list(prefixes)
-    with contextlib.suppress(ValueError):  # prefixes alone
-        if len(names) % 2 == 0 and [float(weight) for weight in names[::2]]:
-            names = names[1::2]
-    for name in names:
+    has_weights = len(prefixes) % 2 == 0 and all(map(_is_number, prefixes[::2]))
+    for name in prefixes[1::2] if has_weights else prefixes:
         check_dataset(name, vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_bin(prefix: str | os.PathLike[str], index: IndexFile) -> None:

@@ -90,7 +90,10 @@ class Output:
             if done is None:
                 for path in self.folder.iterdir():
                     if path.name != "lock":
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+                        if path.is_dir():
+                            shutil.rmtree(path)
+                        else:
+                            path.unlink()
                 self._replace("plan.json", plan)
             self._tokens = self._open.enter_context((self.folder / "tokens").open("ab"))
             self._lengths = self._open.enter_context((self.folder / "lengths").open("ab"))

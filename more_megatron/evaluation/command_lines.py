@@ -37,7 +37,7 @@ def parse_flags(text: str) -> Flags:
     Raises:
         MoREError: If a word is neither a flag nor follows one.
     """
-    given: dict[str, list[Any]] = {}
+    given: dict[str, list[str]] = {}
     name = ""
     for word in shlex.split(text):
         if re.match(r"--[a-z]", word):
@@ -47,4 +47,10 @@ def parse_flags(text: str) -> Flags:
             raise MoREError(f"{word} follows no flag")
         else:
             given[name].append(word)
-    return {name: values if len(values) > 1 else (values or [True])[0] for name, values in given.items()}
+    return {name: _value(values) for name, values in given.items()}
+
+
+def _value(words: list[str]) -> Any:
+    if not words:
+        return True
+    return words if len(words) > 1 else words[0]

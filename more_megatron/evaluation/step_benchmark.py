@@ -116,9 +116,9 @@ def forward(
 def time_systems(
     benchmarks: Mapping[str, StepBenchmark], depths: Mapping[str, Depth], rounds: int, warmup: int
 ) -> list[StepTiming]:
-    """Time each system once a round at its depth; those without recurrence leave that be.
+    """Time each system once a round at its depth, which has no effect on one without recurrence.
 
-    Warm-up is one round at least, which does not count. A system's memory is that of the last of those rounds.
+    At least one round warms up and does not count; a system's memory is measured in the last of these.
     """
     for _ in range(max(warmup, 1)):
         memory = {name: benchmark.memory(depths[name]) for name, benchmark in benchmarks.items()}

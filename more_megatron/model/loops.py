@@ -1,4 +1,4 @@
-"""How a group of layers is repeated.
+"""How a group of layers is repeated, and what is added to the stream or injected in front of every pass.
 
 A loop is a module that a decoder calls with the hidden states in front of the group and a function that runs the group
 once. Recurrences that inject their input in every step start from a random state and take their first steps without
@@ -57,7 +57,7 @@ class Signals(MegatronModule):
         return _sinusoid(positions, self.config.hidden_size).to(dtype)
 
     def forward(self, state: torch.Tensor, of_positions: torch.Tensor, index: int) -> torch.Tensor:
-        """Return a state, [s, b, h], with both signals of a pass of a number.
+        """Return a state, [s, b, h], with both signals of the pass `index`, from 0.
 
         It is a call of a module because the overlapped gathering of parameters waits for the table in front of one.
         """
@@ -157,11 +157,14 @@ class InjectedLoop(MegatronModule):
         state = inputs
         if self._random_state:
             state = grid.noise(self._group + 1, self.config.recurrence_state_std).to(inputs.dtype)
-        inject, passes = lambda state: state + inputs, iter(range(depth.steps))
+        inject: Callable[[torch.Tensor], torch.Tensor] = functools.partial(torch.add, inputs)
         if self._injection == "linear":
             inject = linear_injection(self.adapter, inputs)
-        see = watch_states(grid.place, depth.steps, inputs)
-        return iterate_state(lambda state: run(inject(state), next(passes)), state, depth, see)
+
+        def step(state: torch.Tensor, index: int) -> torch.Tensor:
+            return run(inject(state), index)
+
+        return iterate_state(step, state, depth, watch_states(grid.place, depth.steps, inputs))
 
 
 def linear_injection(adapter: torch.Tensor, inputs: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -2,7 +2,7 @@
 
 Random numbers of a stateful generator would depend on the layout, on the order of micro-batches and on what was
 recomputed. Here each number is a hash of its coordinates (seed, layer, sample, position, channel): the same token gets
-the same noise on every rank, in recomputation and after a restart.
+the same noise on every rank, in recomputation and after a restart. A `TokenGrid` knows those of a rank's tokens.
 
 A token's coordinates make a 64-bit key (SplitMix64; Steele et al., OOPSLA 2014). Its two halves, mixed with the channel
 by a 32-bit finalizer (Wellons' lowbias32), give two uniform numbers, and these two normal ones (Box and Muller, 1958).

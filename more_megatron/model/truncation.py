@@ -11,6 +11,9 @@ from more_megatron.model.depth import Depth
 
 __all__ = ["detached_increments", "iterate", "iterate_residual", "iterate_state"]
 
+# Hidden states, and what a step carries over to the next.
+_Carrying = tuple[torch.Tensor, Any]
+
 
 class _DetachedIncrements(torch.autograd.Function):
     """Forward: the state after some steps. Backward: the gradient goes to the state before them, unchanged."""
@@ -52,7 +55,8 @@ def iterate[State](
             front of them and it.
         see: Called with the state in front of the first step and after each; None if nobody watches.
     """
-    see, state = see or _unseen, start
+    see = see or _unseen
+    state = start
     see(state)
     if depth.no_grad_steps > 0:
         with torch.no_grad():
@@ -86,20 +90,28 @@ def iterate_residual(
         depth: Number of steps.
         see: Called with the hidden states, as by `iterate`.
     """
-    start: tuple[torch.Tensor, Any] = (hidden_states, None)
+
+    def detach(state: _Carrying) -> _Carrying:
+        hidden_states, carried = state
+        return hidden_states.detach(), None if carried is None else carried.detach()
+
+    def rejoin(before: _Carrying, after: _Carrying) -> _Carrying:
+        return detached_increments(before[0], after[0]), after[1]
+
+    start: _Carrying = (hidden_states, None)
     last, _ = iterate(
         lambda state, index: step(*state, index),
         start,
         depth,
-        detach=lambda state: (state[0].detach(), None if state[1] is None else state[1].detach()),
-        rejoin=lambda before, after: (detached_increments(before[0], after[0]), after[1]),
+        detach=detach,
+        rejoin=rejoin,
         see=None if see is None else lambda state: see(state[0]),
     )
     return last
 
 
 def iterate_state(
-    step: Callable[[torch.Tensor], torch.Tensor],
+    step: Callable[[torch.Tensor, int], torch.Tensor],
     state: torch.Tensor,
     depth: Depth,
     see: Callable[[torch.Tensor], None] | None = None,
@@ -108,14 +120,7 @@ def iterate_state(
 
     The input keeps its gradient through the last b steps. Arguments as of `iterate`.
     """
-    return iterate(
-        lambda state, index: step(state),
-        state,
-        depth,
-        detach=torch.Tensor.detach,
-        rejoin=lambda before, after: after,
-        see=see,
-    )
+    return iterate(step, state, depth, detach=torch.Tensor.detach, rejoin=lambda before, after: after, see=see)
 
 
 def _unseen(state: Any) -> None:

@@ -64,8 +64,9 @@ def _own_gradients(group: Any) -> Iterator[tuple[torch.nn.Parameter, torch.Tenso
         for parameter, (first, last) in bucket.param_to_index.items():
             if param_is_not_shared(parameter):
                 is_own = param_is_not_tensor_parallel_duplicate(parameter, expert_tp_group=expert_ranks)
-                start, end = max(first, rank * size), min(last, (rank + 1) * size) if is_own else 0
-                yield parameter, bucket.grad_data[start : max(start, end)], start - first, 1.0 / replicas
+                start = max(first, rank * size)
+                end = max(start, min(last, (rank + 1) * size)) if is_own else start
+                yield parameter, bucket.grad_data[start:end], start - first, 1.0 / replicas
 
 
 def _record(watch: Watch, owner: Owner, size: int, gradient: torch.Tensor, start: int, share: float) -> None:

@@ -44,7 +44,8 @@ class States:
         # Where there is padding the device is waited for, but once and not in every step.
         self._kept = None if self.is_padding is None else (~self.is_padding.flatten()).nonzero().flatten()
         ranks = 1 if self.group is None else self.group.size()
-        self._share, self._split = 1.0 / ranks, self.group if self.split and ranks > 1 else None
+        self._share = 1.0 / ranks
+        self._split = self.group if self.split and ranks > 1 else None
         self._count = 0
         self._former: torch.Tensor | None = None
         self._start: torch.Tensor | None = None

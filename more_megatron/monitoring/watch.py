@@ -22,7 +22,7 @@ __all__ = ["Key", "Watch", "current_watch", "sum_and_number", "watch_of_step", "
 class Key:
     """What a sum is of."""
 
-    concern: str  # "recurrence", "routing", "gradient" or "system"
+    concern: str  # "recurrence", "routing", "gradient", "loss", "depth" or "system"
     name: str  # the figure
     place: str = ""  # where in the model: "layer 3", "layers 3-6"; empty for the whole model
     step: int = 0  # recurrence step, from 1; 0 where there is none

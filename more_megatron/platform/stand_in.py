@@ -51,7 +51,10 @@ class Table(list[StandIn]):
         return enter
 
     def surrounds(self, name: str, **facts: str) -> Callable[[Any], Any]:
-        """Return what does so with a function that calls, and gets as its first argument, what has stood there."""
+        """Return what enters a function that is called with the original as its first argument, and may call it.
+
+        Arguments are those of `replaces`. The original is looked up here, not when the row is put in place.
+        """
 
         def enter(around: Any) -> Any:
             former = pkgutil.resolve_name(name)

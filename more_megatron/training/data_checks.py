@@ -1,4 +1,4 @@
-"""The data that a run is given, checked before any rank opens them."""
+"""The flags of data, and the data that they name, checked before any rank opens them."""
 
 from __future__ import annotations
 
@@ -75,11 +75,12 @@ def data_blends(args: argparse.Namespace) -> list[list[str]]:
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     blends = list(filter(None, [blend, *(blend_per_split or [])]))
-    for weight in (weight for _, weights in blends for weight in weights or ()):
-        if not 0 < weight < math.inf:
-            raise MoREError(
-                f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
-            )
+    for _, weights in blends:
+        for weight in weights or ():
+            if not 0 < weight < math.inf:
+                raise MoREError(
+                    f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
+                )
     return [prefixes for prefixes, _ in blends]
 
 

@@ -57,11 +57,11 @@ class DepthEvaluation:
         global _steps
         consumed, results = get_args().consumed_valid_samples, {}
         parts = data if isinstance(data, list) else [data]
-        # What is read through a copy is kept for the next. Megatron's iterators have no `__iter__`.
-        kept = [None if part is None else itertools.tee(iter(part.__next__, None), 1)[0] for part in parts]
+        kept = [None if part is None else _kept(part) for part in parts]
         own: Any = None
         for steps in dict.fromkeys((self._own, *self._depths)):
-            get_args().consumed_valid_samples, _steps = consumed, None if steps == self._own else steps
+            get_args().consumed_valid_samples = consumed
+            _steps = None if steps == self._own else steps
             again = [copy.copy(part) for part in kept]
             try:
                 read = again if isinstance(data, list) else again[0]
@@ -71,7 +71,8 @@ class DepthEvaluation:
             if is_over:
                 return losses, other, is_over
             results[steps] = {name: float(loss) for name, loss in losses.items()}
-            own = own or ({name: loss for name, loss in losses.items() if name == LOSS}, other, is_over)
+            if own is None:
+                own = {name: loss for name, loss in losses.items() if name == LOSS}, other, is_over
         self._results.append(results)
         return own
 
@@ -98,6 +99,12 @@ class DepthEvaluation:
         figures += [f"{name}: {value:.4f}" for name, value in values.items() if name != LOSS and not math.isnan(value)]
         if figures:
             print_rank_last(f" evaluation at {prefix}{depth} | {' | '.join(figures)} |")
+
+
+def _kept(data: Any) -> Any:
+    """Return an iterator each copy of which begins here: what one of them has read is kept for the others."""
+    # Megatron's iterators have no `__iter__`, and never yield None.
+    return itertools.tee(iter(data.__next__, None), 1)[0]
 
 
 def _write(suffix: str, steps: int, values: dict[str, float], iteration: int, is_asked: bool) -> None:

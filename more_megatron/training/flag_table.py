@@ -67,7 +67,10 @@ _FILE_TOKENIZERS = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llam
 
 
 def broken_rules(a: Namespace) -> Iterator[str]:
-    """Yield what is wrong between parsed flags, in the order in which to say it; `{name}` is a flag and its value."""
+    """Yield what is wrong between parsed flags; `{name}` is a flag and its value.
+
+    Only the first is said, so that a rule may count on those before it to hold.
+    """
     for rules in (_basics, _schedule, _shapes, _experts, _data, _machine, _files, row_faults):
         yield from rules(a)
 

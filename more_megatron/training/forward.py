@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -79,7 +80,11 @@ def _greedy_into(
     """Return a block in which the likeliest tokens, [b, s], are collected where answers are evaluated."""
     if batch.problems is None or gpt.training or not gpt.post_process:
         return contextlib.nullcontext()
-    return gpt.output_layer.register_forward_hook(lambda *call: predicted.append(greedy_tokens(call[-1][0])))
+
+    def collect(module: torch.nn.Module, inputs: Any, output: tuple[torch.Tensor, Any]) -> None:
+        predicted.append(greedy_tokens(output[0]))
+
+    return gpt.output_layer.register_forward_hook(collect)
 
 
 def _loss(

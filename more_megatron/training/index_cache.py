@@ -7,7 +7,7 @@ import fcntl
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -68,9 +68,13 @@ def _reason_to_remove(description: Path, group: list[Path]) -> str | None:
     if not all(_is_whole(path) for path in group if path.suffix == ".npy"):
         return "it was not written to its end"
     prefixes: set[str | None] = set()
+
+    def note(part: dict[str, Any]) -> None:
+        prefixes.add(part.get("dataset_path"))
+
     try:
         # A blend nests the descriptions of its parts.
-        json.loads(description.read_text(), object_hook=lambda part: prefixes.add(part.get("dataset_path")))
+        json.loads(description.read_text(), object_hook=note)
     except ValueError:
         return "its description was not written to its end"
     oldest = min((path.stat().st_mtime for path in group), default=0.0)

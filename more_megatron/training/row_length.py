@@ -29,10 +29,12 @@ def row_length(args: argparse.Namespace) -> int:
 
 def announce_row_length() -> None:
     """Let pipeline stages expect hidden states of the length of rows from each other."""
-    surround(
-        "get_forward_backward_func",
-        lambda get_schedule, *args, **kwargs: functools.partial(_run, get_schedule(*args, **kwargs)),
-    )
+    surround("get_forward_backward_func", _get_schedule)
+
+
+def _get_schedule(get_schedule: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    """Take the place of Megatron's function that chooses the schedule."""
+    return functools.partial(_run, get_schedule(*args, **kwargs))
 
 
 def _run(

@@ -18,7 +18,7 @@ import pytest
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import arguments_of, parse_flags
 from more_megatron.evaluation.comparison import planning
-from more_megatron.evaluation.comparison.experiment import Experiment, evaluation
+from more_megatron.evaluation.comparison.experiment import Experiment, evaluation_flags
 from more_megatron.evaluation.comparison.health import entropy_by_step, loads
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, by_arm, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
@@ -297,12 +297,13 @@ def test_tasks_are_trained_on_and_answered_by_the_weights_at_the_end(tmp_path: P
     assert (experiment.finetune["loss-on-answers"], experiment.finetune["lr"]) == (True, 0.1)
     assert _experiment(tasks=tasks, flags=_FLAGS | {"loss-on-answers": True}).finetune is None
     with pytest.raises(MoREError, match=r"there is no .*chains_test\.jsonl"):
-        evaluation(tasks, 5, [1, 4])
+        evaluation_flags(tasks, 5, [1, 4])
     for split in ("test", "beyond"):
         (tmp_path / f"chains_{split}.jsonl").touch()
 
     plan = _plan(1, 2)
-    Runner(tmp_path, jobs=2, finetune=experiment.finetune, evaluation=evaluation(tasks, 5, [1, 4])).make(plan.runs)
+    asked = evaluation_flags(tasks, 5, [1, 4])
+    Runner(tmp_path, jobs=2, finetune=experiment.finetune, evaluation=asked).make(plan.runs)
     asked = (tmp_path / "runs" / "loop-seed1" / "evaluation.txt").read_text()
     assert "--num-steps 1 4 " in asked
     assert f"--load {tmp_path}/runs/loop-seed1/finetuned " in asked

@@ -26,14 +26,14 @@ def _gradients(output: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.T
 def test_a_state_has_the_gradient_of_a_detached_loop(depth: Depth) -> None:
     inputs, start, mix, inject = leaves = _leaves((3, 4), (3, 4), (4, 4), (4, 4))
 
-    def step(state: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(state @ mix + inputs @ inject)
+    def step(state: torch.Tensor, index: int) -> torch.Tensor:
+        return torch.tanh(state @ mix + (index + 1) * inputs @ inject)
 
     state = start.detach()
-    for _ in range(depth.no_grad_steps):
-        state = step(state).detach()
-    for _ in range(depth.grad_steps):
-        state = step(state)
+    for index in range(depth.no_grad_steps):
+        state = step(state, index).detach()
+    for index in range(depth.no_grad_steps, depth.steps):
+        state = step(state, index)
     output = iterate_state(step, start.detach(), depth)
     assert torch.equal(output, state)
     assert output.requires_grad == (depth.grad_steps > 0)

@@ -109,11 +109,11 @@ class TransformerEngineBackend(Backend):
 
     def stacked(self, weights: Weights) -> torch.Tensor:
         assert isinstance(weights, torch.nn.Module)
-        parameters = list(weights.parameters())
+        parameters = tuple(weights.parameters())
         for parameter in parameters:
             # With fused accumulation autograd's gradient is dropped as a dummy; so marked, it is added.
             setattr(parameter, "zero_out_wgrad", True)  # noqa: B010
-        return torch.stack([*parameters])
+        return torch.stack(parameters)
 
     def row_norm(self, config: MoREConfig) -> torch.nn.Module:
         config = copy.copy(config)

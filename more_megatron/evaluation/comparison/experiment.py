@@ -1,4 +1,4 @@
-"""What is compared: an experiment file, and the flags of each of its runs.
+"""What is compared: an experiment file, and the flags of each of its runs and of what evaluates them.
 
 Nothing here needs Megatron: costs and widths are found in `planning`.
 """
@@ -22,7 +22,7 @@ from more_megatron.platform.packages import has_package
 from more_megatron.systems import flag_names, get_system, systems
 from more_megatron.yaml_tables import read_table
 
-__all__ = ["MATCHES", "Arm", "Experiment", "evaluation", "mean_steps"]
+__all__ = ["MATCHES", "Arm", "Experiment", "evaluation_flags", "mean_steps"]
 
 MATCHES = {
     "flops": "training FLOPs a token at the mean depth",
@@ -198,6 +198,7 @@ def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:
         return content
     base = _content(path.parent / str(other), (*extending, path.resolve()))
     flags = [keys.get("flags") or {} for keys in (base, content)]
+    # What is no table is refused where all keys are checked.
     wrong = [value for value in flags if not isinstance(value, dict)]
     return base | content | {"flags": wrong[0] if wrong else flags[0] | flags[1]}
 
@@ -232,7 +233,7 @@ def _fine_tuning(tasks: Mapping[str, str]) -> Flags:
     return {"loss-on-answers": True, **data, **_FINE_TUNING}
 
 
-def evaluation(tasks: Mapping[str, str], problems: int, depths: list[int]) -> Flags:
+def evaluation_flags(tasks: Mapping[str, str], problems: int, depths: list[int]) -> Flags:
     """Return the flags of `tools/evaluate.py` that answer so many problems of each file of tasks, given their prefixes.
 
     These are `P_test.jsonl` and, where there are harder ones, `P_beyond.jsonl`.

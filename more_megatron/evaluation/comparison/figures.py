@@ -213,7 +213,8 @@ class _Drawing:
         # Letters as outlines look the same wherever the report is read.
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         uri = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        seeds = f"{' to '.join(map(str, sorted({min(counts), max(counts)})))} seed{'s' if counts != {1} else ''}"
+        fewest, most = min(counts), max(counts)
+        seeds = f"{most if fewest == most else f'{fewest} to {most}'} seed{'s' if counts != {1} else ''}"
         self.figures.append(Drawn(title, f"{note} Of each arm {seeds}; matched: {self._matched}.", uri))
 
 
@@ -247,7 +248,8 @@ def _focus(axes: Any, lines: Sequence[Sequence[float]], is_falling: bool) -> Non
 
     That is where all lines fall from, above the last of each; of others what is beyond three interquartile ranges.
     """
-    lines = [finite for line in lines if (finite := [y for y in line if math.isfinite(y)])]
+    lines = [[y for y in line if math.isfinite(y)] for line in lines]
+    lines = [line for line in lines if line]
     values = [y for line in lines for y in line]
     if not values:
         return

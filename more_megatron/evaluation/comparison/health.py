@@ -51,7 +51,7 @@ def entropy_over_training(arm: ArmResult) -> dict[int, Spread]:
 
 
 def entropy_by_step(arm: ArmResult) -> dict[int, Spread]:
-    """Return the same at each recurrence step of the last training step; none for routers that are asked once."""
+    """Return that entropy at each recurrence step of the last step watched; none for routers that are asked once."""
     return spreads((step, value) for run in arm.watched for step, value in _entropies(run[-1]).items() if step)
 
 

@@ -139,7 +139,8 @@ class Runner:
             for weights in folder.glob("*/iter_*"):
                 shutil.rmtree(weights)
         self._left -= 1
-        self._seconds += [] if reason else [seconds]
+        if not reason:
+            self._seconds.append(seconds)
         said = f"  {run.name}: FAILED: {reason}" if reason else f"  {run.name}: {seconds:.0f} s"
         if self._left and self._seconds:
             minutes = self._left * statistics.fmean(self._seconds) / self.jobs / 60
@@ -161,7 +162,10 @@ class Runner:
         for name in {"finetuned", EVALUATION, *commands} - {LOG}:
             # Of an attempt before; training itself goes on where it was.
             path = folder / name
-            path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+            if path.is_file():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
         for log, command in commands.items():
             if await self._call(command, folder / log, place):
                 return _reason(folder / log)

@@ -28,7 +28,7 @@ class Finding:
     faults: list[str] = field(default_factory=list)
     skipped: str = ""  # why nothing was done, where this device cannot
 
-    # Of whom that is found, which the runner knows
+    # What the runner adds: which case it was, and how it went
     stage: str = ""  # letter of the stage
     case: str = ""
     seconds: float = 0.0  # time it took
@@ -37,7 +37,9 @@ class Finding:
     @property
     def status(self) -> Status:
         """How the case ended."""
-        return Status.FAILED if self.faults else Status.SKIPPED if self.skipped else Status.PASSED
+        if self.faults:
+            return Status.FAILED
+        return Status.SKIPPED if self.skipped else Status.PASSED
 
     @property
     def reason(self) -> str:

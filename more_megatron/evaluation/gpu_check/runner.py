@@ -70,7 +70,8 @@ class Crew:
             finding.skipped = _NO_TIME
             return finding
         free = self._free.setdefault(case.ranks, [])
-        world, start = free.pop(0) if free else self._world(case.ranks), time.monotonic()
+        world = free.pop(0) if free else self._world(case.ranks)
+        start = time.monotonic()
         try:
             timeout = max(min(_LONGEST, self.deadline - start), 0.0)
             for found in world.call(case.work, *case.arguments, timeout=timeout):
@@ -107,13 +108,15 @@ def check(args: argparse.Namespace, command: str) -> Report:
             raise MoREError(f"--systems {name} does not exist: choose among {', '.join(names())}")
     with tempfile.TemporaryDirectory(prefix="more-check-") as folder, contextlib.ExitStack() as stack:
         has_te = not args.dry_run and has_package("transformer_engine")
-        sizes, systems = DRY if args.dry_run else GPU, tuple(args.systems or names())
+        sizes = DRY if args.dry_run else GPU
+        systems = tuple(args.systems or names())
         plan = Plan(args.dry_run, sizes, systems, Path(folder), ranks, has_te)
         # Small models leave a device idle: several processes share it.
         size = min(_WORLDS, cores if plan.dry else max(cores // 2, 1))
         crew = Crew(plan.platform, size, deadline, threads=max(cores // size // 2, 1))
         stack.callback(crew.close)
-        chosen, cpu = [stage for stage in stages(plan) if stage.letter in args.stages], crew
+        chosen = [stage for stage in stages(plan) if stage.letter in args.stages]
+        cpu = crew
         if not plan.dry and any(stage.before for stage in chosen):
             cpu = Crew("cpu", size, deadline, threads=max(cores // size // 2, 1))
             stack.callback(cpu.close)

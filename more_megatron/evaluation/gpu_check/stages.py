@@ -97,7 +97,8 @@ def _fp8(plan: Plan) -> list[Case]:
 
 
 def _speed(plan: Plan) -> list[Case]:
-    systems, few = plan.baseline_first, _IN_MINIATURE if plan.dry else None
+    systems = plan.baseline_first
+    few = _IN_MINIATURE if plan.dry else None
     in_fp8 = systems[:few] if plan.dry or plan.has_te else []
     return [
         _case("equal cost", "speed:save_target", plan),

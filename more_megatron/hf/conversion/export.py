@@ -20,7 +20,7 @@ from more_megatron.hf.conversion.stored_args import write_args
 from more_megatron.hf.conversion.tokenizer_files import ExportedTokenizer, plan_tokenizer
 from more_megatron.hf.conversion.verification import compare_logits, compare_tensors
 from more_megatron.hf.exported.system import write_code
-from more_megatron.hf.mapping import entries
+from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
 from more_megatron.systems.forms import Form, find_form
 from more_megatron.unfinished import unfinished_folder
@@ -111,8 +111,11 @@ def _write_weights(
         for name, (entry, part) in places.items()
     }
     tensors |= {name: buffer.to("meta") for name, buffer in buffers.items()}
-    # The parts of a parameter follow each other.
-    split = functools.lru_cache(maxsize=1)(lambda entry: entry.split(source.read(entry)))
+
+    @functools.lru_cache(maxsize=1)  # The parts of a parameter follow each other.
+    def split(entry: Entry) -> list[torch.Tensor]:
+        return entry.split(source.read(entry))
+
     with progress_bar(sum(tensor.nbytes for tensor in tensors.values()), "B", "weights", progress) as bar:
 
         def read(name: str) -> torch.Tensor:

@@ -91,4 +91,5 @@ def _arguments(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{folder / ARGS_FILE} does not hold the arguments of a run ({error}): remove it, and they are derived "
             "from config.json"
         ) from error
-    return stored if all(config.get(name) == value for name, value in described.items()) else {**stored, **derived}
+    is_as_exported = all(config.get(name) == value for name, value in described.items())
+    return stored if is_as_exported else {**stored, **derived}

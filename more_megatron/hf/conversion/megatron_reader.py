@@ -43,7 +43,7 @@ class MegatronCheckpoint:
         step: Iteration of the checkpoint, None for the newest.
 
     Raises:
-        MoREError: If there is no checkpoint, or it is not complete or damaged.
+        MoREError: If there is no checkpoint, or it is incomplete or damaged.
 
     Attributes:
         path: Folder of the checkpoint.

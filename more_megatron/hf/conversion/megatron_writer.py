@@ -113,6 +113,7 @@ def _states(config: Mapping[str, Any], layers: int | None) -> Iterable[tuple[str
         elif layer is not None:
             axes = [(layer, layers)]
         experts = config["num_experts"]
-        for places in [[*axes, (expert, experts)] for expert in range(experts)] if by_expert else [axes or [(0, 1)]]:
+        states = [[*axes, (expert, experts)] for expert in range(experts)] if by_expert else [axes or [(0, 1)]]
+        for places in states:
             offset, shape = zip(*places, strict=True)
             yield key, offset, shape

@@ -91,11 +91,11 @@ class Memory:
         if self.places is None and place.get_seq_length() == self.past:
             return place.update(keys, values)
         before = None if self.before is None else _place(self.cache, self.before + name)
-        found = map(self._written, _pair(place), _pair(before), (keys, values))
+        keys, values = map(self._written, _pair(place), _pair(before), (keys, values))
         if place.keys is None:
-            return place.update(*found)
-        place.keys, place.values = found
-        return _pair(place)
+            return place.update(keys, values)
+        place.keys, place.values = keys, values
+        return keys, values
 
     def _written(self, held: Tensor | None, earlier: Tensor | None, new: Tensor) -> Tensor:
         """Return what a place holds with new tokens; `earlier` is what that of the step before holds, all of them."""

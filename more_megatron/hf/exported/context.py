@@ -126,7 +126,8 @@ class CallContext:
         given = self._last_state(index) if states is None else states[index].to(like)
         if given is not None and given.size(1) == like.size(1):
             return given
-        number, std = index + 1 if layer is None else layer, self.config.state_std * self.options.init_scale
+        number = index + 1 if layer is None else layer
+        std = self.config.state_std * self.options.init_scale
         noise = state_noise(self.positions, like.size(-1), self.config.noise_seed, number, std)
         noise = noise.to(like.dtype).expand_as(like)
         return noise if given is None else torch.cat((given, noise[:, given.size(1) :]), dim=1)
@@ -159,7 +160,7 @@ class CallContext:
         return dataclasses.replace(self, positions=rows(self.positions), stream=stream, places=places, whole=self)
 
     def beside(self, part: Tensor | None) -> CallContext:
-        """Return the context of a recurrence to whose result a part, [b, s, h], is added, among others."""
+        """Return the context of a recurrence whose result is added to a part, [b, s, h], and to the stream before."""
         criterion = self.options.criterion
         if part is None or criterion is None or not criterion.reads_logits:
             return self
@@ -211,8 +212,8 @@ def _find_documents(positions: Tensor, padding: Tensor | None, memory: Memory) -
     """
     if memory.past > 0 and memory.held("positions") is None:
         return None
-    kept = (positions[:, None, :, None],) * 2
-    every = positions if memory.past == 0 else memory.extend("positions", *kept)[0][:, 0, :, 0]
+    kept = positions[:, None, :, None]
+    every = positions if memory.past == 0 else memory.extend("positions", kept, kept)[0][:, 0, :, 0]
     begins = torch.zeros_like(every, dtype=torch.bool)
     begins[:, 1:] = every[:, 1:] != every[:, :-1] + 1
     if padding is not None:
@@ -221,5 +222,5 @@ def _find_documents(positions: Tensor, padding: Tensor | None, memory: Memory) -
     if memory.past == 0:
         if not torch.compiler.is_compiling() and not bool(begins.any()):
             return None
-        memory.extend("positions", *kept)
+        memory.extend("positions", kept, kept)
     return begins.long().cumsum(-1)

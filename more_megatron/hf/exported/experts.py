@@ -73,7 +73,7 @@ class FeedForwardExperts(Experts):
 class CellExperts(Experts):
     """A feed-forward network with biases, linear, GELU, linear, and a cell that a subclass has beside it.
 
-    `shapes` are those of each further weight of one expert, by name.
+    `shapes` has the shapes of what the subclass has, for one expert, by name.
     """
 
     def __init__(self, config: Config, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -147,7 +147,7 @@ class RecurringMoE(MoREMoE):
         return routing.weigh(self.experts(routing.dispatch(x), rows))
 
     def contract(self, state: Tensor, routing: Routing) -> Tensor:
-        """Return what experts make of their last states, [rows, h]; for criteria also of others, while they run."""
+        """Return what experts make of their last states, or for a criterion of those of any step, [rows, h]."""
         return state
 
     def stream(self, state: Tensor, rows: Rows) -> Tensor:

@@ -14,6 +14,7 @@ from .fields import Config
 __all__ = ["OPTIONS", "WITHOUT_STEPS", "CallOptions", "positive"]
 
 WITHOUT_STEPS = "in this system the number of steps means nothing"
+_OTHER_NAMES = {"exit_criterion": "criterion"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,6 @@ def _settle_exit(given: dict[str, Any]) -> None:
     given.update(criterion=criterion, exit_threshold=threshold)
 
 
-_OTHER_NAMES = {"exit_criterion": "criterion"}
 # A tracer cannot ask a class for its fields.
 OPTIONS = frozenset(field.name for field in fields(CallOptions)) | set(_OTHER_NAMES)
 """Names of all options."""

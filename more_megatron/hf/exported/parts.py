@@ -44,7 +44,8 @@ class MoREMLP(nn.Module):
 
     def __init__(self, config: Config, width: int, bias: bool | None = None) -> None:
         super().__init__()
-        hidden, bias = config.hidden_size, config.linear_bias if bias is None else bias
+        hidden = config.hidden_size
+        bias = config.linear_bias if bias is None else bias
         self.gate_proj = nn.Linear(hidden, width, bias=bias) if config.gated_mlp else None
         self.up_proj = nn.Linear(hidden, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden, bias=bias)

@@ -31,8 +31,8 @@ class Rows:
     context: CallContext  # what is known about the call
     memory: Memory  # where keys and values are kept
     index: int  # which of the model's recurrences this is: the number of its loop or of its layer, from 0
-    # Returns what the last norm would be given, shaped as tokens, if the recurrence ended with a state of these
-    # rows, given both, for criteria that read logits; None: the state beside what it is added to
+    # For criteria that read logits: returns what the last norm would be given if the recurrence ended with a state,
+    # shaped as tokens, given the state and these rows; None: it is the state and what that is added to
     stream: Any = None
     # The `Routing` where rows are tokens that were sent to experts, [rows, h]; None where they are tokens themselves,
     # [b, s, h]

@@ -116,15 +116,21 @@ def _memory_stats(device: Any = None) -> dict[str, int]:
 
 # torch.manual_seed seeds CUDA as well and would come back here, hence the generator itself.
 _RANDOM, _GENERATOR = "core/tensor_parallel/random.py", torch.default_generator
-_torch_cuda("manual_seed", "parameters and dropout are drawn from the GPU's generator", _RANDOM)(
-    lambda seed: _GENERATOR.manual_seed(seed)
-)
-_torch_cuda("get_rng_state", "checkpoints and tracked random states hold the GPU's", _RANDOM)(
-    lambda device=None: _GENERATOR.get_state()
-)
-_torch_cuda("set_rng_state", "checkpoints restore the GPU's", "training/checkpointing.py")(
-    lambda state, device=None: _GENERATOR.set_state(state)
-)
+
+
+@_torch_cuda("manual_seed", "parameters and dropout are drawn from the GPU's generator", _RANDOM)
+def _manual_seed(seed: int) -> None:
+    _GENERATOR.manual_seed(seed)
+
+
+@_torch_cuda("get_rng_state", "checkpoints and tracked random states hold the GPU's", _RANDOM)
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return _GENERATOR.get_state()
+
+
+@_torch_cuda("set_rng_state", "checkpoints restore the GPU's", "training/checkpointing.py")
+def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    _GENERATOR.set_state(new_state)
 
 
 @TORCH_CUDA.replaces(
