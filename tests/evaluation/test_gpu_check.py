@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from more_megatron.evaluation.gpu_check import runner
 from more_megatron.evaluation.gpu_check.outcomes import Finding, Report, Status
 from more_megatron.evaluation.gpu_check.plan import DRY, GPU, Plan
 from more_megatron.evaluation.gpu_check.runner import Crew
@@ -143,9 +144,9 @@ def training_that_does_not_learn(folder: str) -> list[str]:
 def test_a_case_that_ends_its_process_ends_no_other() -> None:
     cases = [
         Case("dies", "os:_exit", (3,)),
-        Case("raises", "json:loads", ("{",)),
         Case("finds", "more_megatron.evaluation.gpu_check.work.environment:packages"),
         Case("cannot", f"{__name__}:without_a_device_that_can"),
+        Case("raises", f"{__name__}:one_of_two_ranks_raises", ranks=2),
     ]
     crew = Crew("cpu", 1, time.monotonic() + 300.0, 1)
     try:
@@ -159,7 +160,9 @@ def test_a_case_that_ends_its_process_ends_no_other() -> None:
         "cannot": Status.SKIPPED,
     }
     assert "process of rank 0 ended" in outcomes["dies"].reason
-    assert outcomes["raises"].reason.startswith("JSONDecodeError")
+    assert outcomes["raises"].reason == "ValueError: this is rank 1"
+    # Nobody waits for the rank that waits for the one that raised.
+    assert outcomes["raises"].seconds < runner._LONGEST
     assert "Traceback" in outcomes["raises"].details
     assert outcomes["finds"].figures["torch"] == torch.__version__
     assert outcomes["cannot"].reason == "no FP8"
@@ -168,6 +171,14 @@ def test_a_case_that_ends_its_process_ends_no_other() -> None:
 def without_a_device_that_can() -> Finding:
     """Return what a case finds whose device has not what it takes."""
     return Finding(skipped="no FP8")
+
+
+def one_of_two_ranks_raises() -> Finding:
+    """Raise on the last rank, for which the first waits as in a collective: longer than any case may take."""
+    if os.environ["RANK"] == "1":
+        raise ValueError("this is rank 1")
+    time.sleep(600.0)
+    return Finding()
 
 
 def test_what_does_not_fit_into_the_time_is_named() -> None:
