@@ -67,8 +67,9 @@ def test_beams_and_samples_with_a_cache_equal_those_without(variant: str) -> Non
 def test_drafts_are_rolled_back(variant: str) -> None:
     # A text that repeats itself, so that there are drafts; without an end they would not be made.
     model, ids = random_model(variant), tokens()[:1, :6].repeat(1, 3)
-    drafted = _generate(model, ids, prompt_lookup_num_tokens=3, eos_token_id=VOCABULARY)
-    assert torch.equal(drafted, _generate(model, ids))
+    plain = _generate(model, ids)
+    for drafts in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": random_model(SYSTEMS[0])}):
+        assert torch.equal(_generate(model, ids, eos_token_id=VOCABULARY, **drafts), plain), drafts
 
 
 @pytest.mark.parametrize("variant", SYSTEMS)

@@ -50,7 +50,9 @@ class MoREGenerationMixin(GenerationMixin):
         if draft is not None:
             return super().generate(*args, custom_generate=partial(speculate, **draft), **kwargs)
         steps: list[Tensor] = []
-        output = super().generate(*args, exit_log=steps, **kwargs)
+        if kwargs.get("criterion", kwargs.get("exit_criterion")) is not None:
+            kwargs["exit_log"] = steps  # Overwrites what an assistant is given of the model it assists.
+        output = super().generate(*args, **kwargs)
         is_whole = len({part.shape[:2] for part in steps}) == 1 and getattr(output, "beam_indices", None) is None
         if is_whole and not isinstance(output, Tensor):
             found = torch.cat(steps, dim=-1)
