@@ -180,6 +180,8 @@ def test_forms_of_the_output() -> None:
     assert torch.equal(embedded, output.logits)
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
         model()
+    with pytest.raises(ValueError, match=r"input_ids must have the shape \(b, T\)"):
+        model(tokens()[0])
     with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 5\), and not \(b, T\) = \(2, 24\)"):
         model(ids, attention_mask=torch.ones(2, 5))
 

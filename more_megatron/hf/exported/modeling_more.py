@@ -147,6 +147,8 @@ class MoREModel(MoREPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if hidden_states.dim() != 3:
+            raise ValueError("input_ids must have the shape (b, T), inputs_embeds (b, T, hidden_size)")
         options = CallOptions.taken_from(kwargs, self.config)
         self.system.check_call(self.config, options, hidden_states)
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
