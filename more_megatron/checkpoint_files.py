@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
-import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,20 @@ import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from more_megatron.console import say
-from more_megatron.errors import MoREError
-from more_megatron.pickles import read_metadata
+from more_megatron.errors import MoREError, last_line
+from more_megatron.pickles import read_metadata, read_piece
 from more_megatron.unfinished import write_whole
 
 __all__ = [
     "RELEASE",
     "TRACKER",
+    "check_content",
+    "check_files",
     "checkpoint_to_load",
     "clear_for_save",
-    "content_fault",
-    "damage",
     "fault",
-    "is_whole",
     "newest_clean_iteration",
     "newest_complete_iteration",
-    "read_piece",
     "repair_tracker",
     "unnamed_iteration",
 ]
@@ -54,9 +51,8 @@ def unnamed_iteration(folder: Path) -> int | None:
     """
     named = _named_checkpoint(folder)
     last = -1 if named is None or named.name == RELEASE else int(named.name.removeprefix("iter_"))
-    later = ((number, path) for number, path in _checkpoints(folder) if number > last)
     since = _completion_time(named)
-    return next((number for number, path in later if fault(path) is None and _completion_time(path) >= since), None)
+    return next(_complete(folder, lambda number, path: number > last and _completion_time(path) >= since), None)
 
 
 def _named_checkpoint(folder: Path) -> Path | None:
@@ -75,12 +71,8 @@ def _completion_time(checkpoint: Path | None) -> int:
 
 
 def newest_complete_iteration(folder: Path, before: int | None = None) -> int | None:
-    """Return the iteration of the newest complete checkpoint in a `--save` folder, None if there is none.
-
-    Only those before an iteration count if one is given.
-    """
-    earlier = ((number, path) for number, path in _checkpoints(folder) if before is None or number < before)
-    return next((number for number, path in earlier if fault(path) is None), None)
+    """Return the iteration of the newest complete checkpoint, or the newest before another; None without one."""
+    return next(_complete(folder, lambda number, _: before is None or number < before), None)
 
 
 def newest_clean_iteration(folder: Path) -> int | None:
@@ -88,7 +80,7 @@ def newest_clean_iteration(folder: Path) -> int | None:
 
     It reads them.
     """
-    return next((number for number, path in _checkpoints(folder) if fault(path) is None and _is_finite(path)), None)
+    return next((number for number in _complete(folder) if _is_finite(_iteration_folder(folder, number))), None)
 
 
 def _is_finite(checkpoint: Path) -> bool:
@@ -97,19 +89,44 @@ def _is_finite(checkpoint: Path) -> bool:
         is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
         if not is_tensor or index.fqn.startswith(("optimizer.", "chained_")):
             continue
-        content = read_piece(checkpoint, piece)
-        if not is_whole(content):
+        try:
+            tensor = torch.load(read_piece(checkpoint, piece), weights_only=True, map_location="cpu")
+        except MoREError:
             return False
-        tensor = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
         if not bool(tensor.isfinite().all()):
             return False
     return True
 
 
-def damage(folder: Path, checkpoint: Path, found: str) -> MoREError:
-    """Return what refuses a checkpoint of a `--save` folder in which a fault was found: it names another one."""
-    others = ((number, path) for number, path in _checkpoints(folder) if path != checkpoint)
-    complete = next((number for number, path in others if fault(path) is None), None)
+def check_files(folder: Path, checkpoint: Path) -> None:
+    """Check that the files of a checkpoint in a `--save` folder are all there and whole.
+
+    Raises:
+        MoREError: If not; it names the newest complete checkpoint beside it.
+    """
+    if found := fault(checkpoint):
+        raise _damage(folder, checkpoint, found)
+
+
+def check_content(folder: Path, checkpoint: Path, rank: int, ranks: int) -> None:
+    """Check that each tensor in such files is as it was written.
+
+    Each rank looks at its part of the files, about as much as it is going to load.
+
+    Raises:
+        MoREError: As above.
+    """
+    pieces = _pieces(checkpoint)
+    try:
+        for name in sorted(pieces)[rank::ranks]:
+            for piece in pieces[name]:
+                read_piece(checkpoint, piece)
+    except (MoREError, OSError) as error:
+        raise _damage(folder, checkpoint, last_line(error)) from error
+
+
+def _damage(folder: Path, checkpoint: Path, found: str) -> MoREError:
+    complete = next(_complete(folder, lambda _, path: path != checkpoint), None)
     remedy = (
         "there is no complete one beside it"
         if complete is None
@@ -186,42 +203,6 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def content_fault(checkpoint: Path, rank: int, ranks: int) -> str | None:
-    """Return what is wrong inside the data files of a checkpoint, None if each tensor is as it was written.
-
-    The checkpoint has no `fault`. Each rank looks at its part of the files, about as much as it is going to load.
-    """
-    pieces = _pieces(checkpoint)
-    for name in sorted(pieces)[rank::ranks]:
-        if not (checkpoint / name).is_file():
-            return f"{name} is missing"
-        with open(checkpoint / name, "rb") as file:
-            for info in pieces[name]:
-                file.seek(info.offset)
-                if not is_whole(file.read(info.length)):
-                    return f"bytes {info.offset} to {info.offset + info.length} of {name} are not what was written"
-    return None
-
-
-def read_piece(checkpoint: Path, piece: Any) -> bytes:
-    """Return what a data file holds of a tensor or an object, given the place that the checkpoint's index says."""
-    with open(checkpoint / piece.relative_path, "rb") as file:
-        file.seek(piece.offset)
-        return file.read(piece.length)
-
-
-def is_whole(content: bytes) -> bool:
-    """Return whether such bytes are as they were written.
-
-    PyTorch writes an archive with checksums, and does not look at these when it reads.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
-        return False
-
-
 def _pieces(checkpoint: Path) -> dict[str, list[Any]]:
     """Return by data file where each tensor of it begins and how long it is, as the checkpoint's index says."""
     pieces: dict[str, list[Any]] = {}
@@ -239,6 +220,11 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     names = [path.name.removeprefix("iter_") for path in folder.glob("iter_*") if path.is_dir()]
     numbers = sorted((int(name) for name in names if name.isdecimal()), reverse=True)
     return [(number, _iteration_folder(folder, number)) for number in numbers]
+
+
+def _complete(folder: Path, is_wanted: Callable[[int, Path], bool] = lambda number, path: True) -> Iterator[int]:
+    """Yield the iterations of complete checkpoints, the newest first, that are wanted by iteration and folder."""
+    return (number for number, path in _checkpoints(folder) if is_wanted(number, path) and fault(path) is None)
 
 
 def _read_tracker(folder: Path) -> str | None:

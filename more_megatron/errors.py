@@ -74,6 +74,8 @@ class MoREError(ValueError):
 
 def last_line(error: BaseException) -> str:
     """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks."""
+    if isinstance(error, MoREError):
+        return str(error)
     if _UNSAFE in str(error):  # PyTorch goes on to say how to run it.
         return "it is damaged, or holds more than data and could run code"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Reading the pickles of a checkpoint without running what they name.
+"""Reading a checkpoint without running what its pickles name, and without believing what is damaged.
 
 Whatever a pickle names is imported and called. Here only types that hold data are built. What else a checkpoint's index
 names is refused; what else its arguments hold, such as members of Megatron's enumerations, whose modules take seconds
@@ -13,15 +13,19 @@ import io
 import pickle
 import re
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from more_megatron.errors import MoREError
+from more_megatron.errors import MoREError, last_line
 
-__all__ = ["Opaque", "load", "load_strictly", "read_metadata"]
+__all__ = ["Opaque", "common_state", "load", "load_strictly", "read_metadata", "read_piece"]
+
+# What a checkpoint holds beside tensors: an object among them, or, as Megatron used to write it, a file.
+_COMMON, _LEGACY_COMMON = "common_state/shard_0_1", "common.pt"
 
 # Beside what PyTorch takes for safe. Pairs, so that leaving `safe_globals` forgets nothing that Megatron has declared.
 _DATA: list[Any] = [
@@ -67,12 +71,13 @@ class _IndexUnpickler(pickle.Unpickler):
         return getattr(importlib.import_module(module), name)
 
 
-def load(content: bytes) -> Any:
-    """Return the object that `torch.save` wrote, given the whole file, with an `Opaque` for each that is not known."""
+def load(content: io.BytesIO) -> Any:
+    """Return the object that `torch.save` wrote into a file, with an `Opaque` for each that is not known."""
     with torch.serialization.safe_globals(_DATA):
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content))
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(content)
+        content.seek(0)
         with torch.serialization.safe_globals([(Opaque, name) for name in unknown]):
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return torch.load(content, map_location="cpu", weights_only=True)
 
 
 def load_strictly(content: Any) -> Any:
@@ -90,19 +95,63 @@ def load_strictly(content: Any) -> Any:
         raise MoREError(f"it names {named[1]}, which is not known to hold data only and could run code") from error
 
 
-def read_metadata(checkpoint: Path, name: str = ".metadata") -> Metadata:
+def read_metadata(checkpoint: Path) -> Metadata:
     """Return the index in the folder of a checkpoint.
 
     Raises:
-        MoREError: If it names what could run code, or a file outside of the checkpoint's folder, or is no index.
+        MoREError: If it names what could run code, or a file outside of the checkpoint's folder.
     """
-    with open(checkpoint / name, "rb") as file:
+    with open(checkpoint / ".metadata", "rb") as file:
         metadata: Metadata = _IndexUnpickler(file).load()
-    parts = (metadata.storage_data, metadata.state_dict_metadata)
-    if not all(isinstance(part, dict) for part in parts):
-        raise MoREError("its .metadata does not say what is in it")
     inside = checkpoint.resolve()
     for file_name in {info.relative_path for info in metadata.storage_data.values()}:
         if (checkpoint / file_name).resolve().parent != inside:
             raise MoREError(f"its .metadata names the file {file_name}, which is not in its folder")
     return metadata
+
+
+def common_state(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors: `args`, those of the run, if it has any, and its `iteration`.
+
+    Types that are not known to hold nothing but data are `Opaque`.
+
+    Raises:
+        MoREError: If it is damaged.
+    """
+    legacy = checkpoint / _LEGACY_COMMON
+    try:
+        if legacy.is_file():
+            found = load(io.BytesIO(legacy.read_bytes()))
+        else:
+            pieces = read_metadata(checkpoint).storage_data
+            [found] = load(read_piece(checkpoint, pieces[next(index for index in pieces if index.fqn == _COMMON)]))
+        if not isinstance(found, dict) or not isinstance(found.get("args", argparse.Namespace()), argparse.Namespace):
+            raise TypeError("it holds more than data and could run code")
+    except Exception as error:  # whatever damaged content raises
+        raise MoREError(
+            f"checkpoint {checkpoint} is damaged: {_COMMON}, with its arguments, cannot be read ({last_line(error)}); "
+            "load an older one with --ckpt-step"
+        ) from error
+    return found
+
+
+def read_piece(checkpoint: Path, piece: Any) -> io.BytesIO:
+    """Return what a data file holds of a tensor or an object, given the place that the checkpoint's index says.
+
+    Raises:
+        MoREError: If it is not as it was written. PyTorch writes an archive with checksums, and does not look at these
+            when it reads.
+    """
+    with open(checkpoint / piece.relative_path, "rb") as file:
+        file.seek(piece.offset)
+        content = io.BytesIO(file.read(piece.length))
+    try:
+        with zipfile.ZipFile(content) as archive:
+            is_whole = archive.testzip() is None
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+        is_whole = False
+    if not is_whole:
+        place = f"bytes {piece.offset} to {piece.offset + piece.length} of {piece.relative_path}"
+        raise MoREError(f"{place} are not what was written")
+    content.seek(0)
+    return content

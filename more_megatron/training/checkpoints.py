@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.training import get_tokenizer
 
-from more_megatron.checkpoint_files import content_fault, damage, fault, repair_tracker
+from more_megatron.checkpoint_files import check_content, check_files, repair_tracker
 from more_megatron.config import MoREConfig
 from more_megatron.console import say
 from more_megatron.errors import MoREError
@@ -64,16 +64,13 @@ def check_checkpoint(args: argparse.Namespace) -> None:
         return
     folder, checkpoint = source
     if args.rank == 0:
-        if found := fault(checkpoint):
-            raise damage(folder, checkpoint, found)
+        check_files(folder, checkpoint)
         saved = stored_arguments(checkpoint)
-        if saved is not None:
-            _check_architecture(checkpoint, saved, args)
-            _check_tokenizer(checkpoint, saved, args)
-            _check_optimizer(checkpoint, saved, args)
-            _warn_of_changes(checkpoint, saved, args)
-    if found := content_fault(checkpoint, args.rank, args.world_size):
-        raise damage(folder, checkpoint, found)
+        _check_architecture(checkpoint, saved, args)
+        _check_tokenizer(checkpoint, saved, args)
+        _check_optimizer(checkpoint, saved, args)
+        _warn_of_changes(checkpoint, saved, args)
+    check_content(folder, checkpoint, args.rank, args.world_size)
 
 
 def _what_it_is(folder: Path) -> str | None:

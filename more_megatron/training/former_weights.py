@@ -38,9 +38,9 @@ def ask_for_former_weights(args: argparse.Namespace, model: list[MegatronModule]
     call only, which is that of loading.
     """
     source = checkpoint_source(args) if args.finetune and args.ckpt_format == "torch_dist" else None
-    saved = None if source is None else stored_arguments(source[1])
+    saved = argparse.Namespace() if source is None else stored_arguments(source[1])
     former, system = getattr(saved, "more_variant", None), get_system(args.more_variant)
-    if saved is None or former not in names() or not system.former_keys:
+    if former not in names() or not system.former_keys:
         return model
     if get_system(former).expert_rows is FEED_FORWARD:
         biased = saved.add_bias_linear

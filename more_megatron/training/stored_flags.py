@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing.serialization import load_common_state_dict
 from megatron.training.checkpointing import load_args_from_checkpoint
-from torch.distributed.checkpoint import CheckpointException
 
 from more_megatron.checkpoint_files import checkpoint_to_load, fault, unnamed_iteration
 from more_megatron.console import say
 from more_megatron.data.tokenizers import TokenizerOptions
-from more_megatron.errors import MoREError, last_line
 from more_megatron.flags import flag
+from more_megatron.pickles import common_state
 from more_megatron.systems import flag_names
 
 __all__ = ["checkpoint_source", "given_flags", "stored_arguments", "take_stored_flags"]
@@ -67,22 +64,13 @@ def take_stored_flags(args: argparse.Namespace, given: set[str]) -> None:
             setattr(args, name, value)
 
 
-def stored_arguments(checkpoint: Path) -> argparse.Namespace | None:
-    """Return the arguments of the run that saved a checkpoint.
+def stored_arguments(checkpoint: Path) -> argparse.Namespace:
+    """Return the arguments of the run that saved a checkpoint, empty if it does not hold them.
 
     Raises:
-        MoREError: If they cannot be read, or hold more than data.
+        MoREError: If they cannot be read.
     """
-    try:
-        with warnings.catch_warnings():
-            # That it loads on one rank is meant.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            return load_common_state_dict(str(checkpoint)).get("args")
-    except (Exception, CheckpointException) as error:  # whatever damaged content raises
-        raise MoREError(
-            f"checkpoint {checkpoint} is damaged: its arguments cannot be read ({last_line(error)}); "
-            "load an older one with --ckpt-step"
-        ) from error
+    return common_state(checkpoint).get("args", argparse.Namespace())
 
 
 def checkpoint_source(args: argparse.Namespace) -> tuple[Path, Path] | None:
@@ -94,7 +82,7 @@ def checkpoint_source(args: argparse.Namespace) -> tuple[Path, Path] | None:
     return None
 
 
-def _take_megatron_arguments(args: argparse.Namespace, stored: argparse.Namespace | None, given: set[str]) -> None:
+def _take_megatron_arguments(args: argparse.Namespace, stored: argparse.Namespace, given: set[str]) -> None:
     """Take what Megatron takes, but not the name of code to import, and only once; and all that makes a tokenizer."""
     spec: Any = args.spec
     for name in ("pretrained_checkpoint", "load"):

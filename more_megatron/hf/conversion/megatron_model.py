@@ -21,6 +21,7 @@ from megatron.training.argument_utils import core_transformer_config_from_args, 
 from more_megatron.config import config_class  # noqa: E402
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint  # noqa: E402
 from more_megatron.model.builder import MoREModelConfig  # noqa: E402
+from more_megatron.pickles import common_state  # noqa: E402
 from more_megatron.systems import get_system  # noqa: E402
 
 __all__ = ["megatron_logits"]
@@ -61,7 +62,8 @@ def megatron_logits(
     """
     if _PLATFORM is not Platform.CPU:
         return "this process has set itself up for a GPU"
-    common = dist_checkpointing.serialization.load_common_state_dict(str(checkpoint.path))
+    # Read again: before Megatron is imported, its types are not known.
+    common = common_state(checkpoint.path)
     args: argparse.Namespace = common["args"]
     if not hasattr(args, "transformer_impl"):
         return "the checkpoint does not hold the arguments of a run"

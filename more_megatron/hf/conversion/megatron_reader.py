@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import io
 import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from more_megatron import pickles
-from more_megatron.checkpoint_files import (
-    checkpoint_to_load,
-    damage,
-    fault,
-    is_whole,
-    newest_complete_iteration,
-    read_piece,
-)
+from more_megatron.checkpoint_files import check_files, checkpoint_to_load, newest_complete_iteration
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.parameters import check_shapes
 from more_megatron.hf.mapping import LAYERS, Entry
+from more_megatron.pickles import common_state, read_metadata, read_piece
 
 __all__ = ["MegatronCheckpoint", "layer_key"]
 
-_COMMON = "common_state/shard_0_1"
-_LEGACY_COMMON = "common.pt"
 _NOT_OF_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
@@ -53,15 +42,15 @@ class MegatronCheckpoint:
 
     def __init__(self, folder: Path, step: int | None = None) -> None:
         self.path = _find(folder, step)
-        metadata = pickles.read_metadata(self.path)
+        metadata = read_metadata(self.path)
         self._pieces = metadata.storage_data
         self._tensors: dict[str, TensorStorageMetadata] = {
             key: info
             for key, info in metadata.state_dict_metadata.items()
             if isinstance(info, TensorStorageMetadata) and not _NOT_OF_THE_MODEL.match(key)
         }
-        common = self._common()
-        self.args: argparse.Namespace = common["args"]
+        common = common_state(self.path)
+        self.args: argparse.Namespace = common.get("args", argparse.Namespace())
         self.iteration: int = common.get("iteration", 0)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -107,7 +96,7 @@ class MegatronCheckpoint:
             raise MoREError(f"checkpoint {self.path} is damaged: a part of {key} is missing")
         try:
             for item in items:
-                piece = torch.load(io.BytesIO(self._content(item.storage_index)), weights_only=True)
+                piece = torch.load(read_piece(self.path, self._pieces[item.storage_index]), weights_only=True)
                 part = narrow_tensor_by_index(piece, item.storage_offsets, item.lengths)
                 narrow_tensor_by_index(target, item.dest_offsets, item.lengths).copy_(part)
         except Exception as error:  # whatever damaged content raises
@@ -119,28 +108,6 @@ class MegatronCheckpoint:
         if entry.layer is None or entry.key in self._tensors:
             return entry.key, entry.layer
         return layer_key(entry.key, entry.layer), None
-
-    def _common(self) -> dict[str, Any]:
-        """Return what the checkpoint holds beside tensors."""
-        legacy = self.path / _LEGACY_COMMON
-        is_legacy = legacy.is_file()
-        try:
-            if is_legacy:
-                found = pickles.load(legacy.read_bytes())
-            else:
-                (found,) = pickles.load(self._content(next(index for index in self._pieces if index.fqn == _COMMON)))
-        except Exception as error:  # whatever damaged content raises
-            what = "its arguments" if is_legacy else _COMMON
-            raise MoREError(f"checkpoint {self.path} is damaged: {what} cannot be read") from error
-        if not isinstance(found, dict) or not isinstance(found.get("args"), argparse.Namespace):
-            raise MoREError(f"checkpoint {self.path} is damaged: its arguments cannot be read")
-        return found
-
-    def _content(self, index: MetadataIndex) -> bytes:
-        content = read_piece(self.path, self._pieces[index])
-        if not is_whole(content):
-            raise ValueError("a checksum differs")
-        return content
 
 
 def layer_key(key: str, layer: int) -> str:
@@ -156,6 +123,5 @@ def _find(folder: Path, step: int | None) -> Path:
         newest = newest_complete_iteration(folder)
         remedy = "name another folder" if newest is None else f"--ckpt-step {newest} takes the newest complete one"
         raise MoREError(f"--load {folder} does not say which checkpoint is the newest: {remedy}")
-    if found := fault(path):
-        raise damage(folder, path, found)
+    check_files(folder, path)
     return path

@@ -35,9 +35,9 @@ CHECKPOINTING = Table()
     text="return FileSystemReader(checkpoint_dir)",
     file="core/dist_checkpointing/strategies/torch.py",
 )
-def _read_metadata(self: FileSystemReader, *args: Any, rank: int | None = None, **kwargs: Any) -> Metadata:
+def _read_metadata(self: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
     """Read the index of a checkpoint as PyTorch does, but build only what belongs into one."""
-    metadata = read_metadata(Path(self.path), Path(self._get_metadata_path(rank)).name)
+    metadata = read_metadata(Path(self.path))
     if getattr(metadata, "storage_meta", None) is None:
         metadata.storage_meta = StorageMeta()
     assert metadata.storage_meta is not None
