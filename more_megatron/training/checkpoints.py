@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from megatron.training import get_tokenizer
@@ -90,31 +91,25 @@ def _check_architecture(checkpoint: Path, saved: argparse.Namespace, args: argpa
     skipped = set() if args.group_query_attention else {"num_query_groups"}
     if args.finetune:
         skipped.add("more_variant")
-    system = get_system(args.more_variant)
-    both = [{name: getattr(of, name) for name in _ARCHITECTURE if hasattr(of, name)} for of in (saved, args)]
+    names = _ARCHITECTURE
     if getattr(saved, "more_variant", None) == args.more_variant:
-        both = [values | system.architecture(of) for values, of in zip(both, (saved, args), strict=True)]
-    before, current = both
-    for name, was in before.items():
-        now = current.get(name, was)
-        if name not in skipped and was != now:
-            raise MoREError(
-                f"checkpoint {checkpoint} is of another architecture: {flag(name)} was {was} and is {now} now; "
-                "give it the former value or another --load"
-            )
+        own = get_system(args.more_variant).architecture
+        names = (*names, *own(args))
+        saved, args = (argparse.Namespace(**{**vars(of), **own(of)}) for of in (saved, args))
+    for change in _changes(saved, args, [name for name in names if name not in skipped]):
+        raise MoREError(
+            f"checkpoint {checkpoint} is of another architecture: {change}; give it the former value or another --load"
+        )
 
 
 def _check_optimizer(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:
     if args.no_load_optim or args.finetune or getattr(saved, "no_save_optim", None):
         return
-    for name in ("use_distributed_optimizer", "optimizer"):
-        was, now = getattr(saved, name, None), getattr(args, name)
-        if was is not None and was != now:
-            former = f"{flag(name)} was {was} and is {now} now"
-            raise MoREError(
-                f"the optimizer state of checkpoint {checkpoint} does not fit: {former}; "
-                "give it the former value, or --no-load-optim to start without that state"
-            )
+    for change in _changes(saved, args, ("use_distributed_optimizer", "optimizer")):
+        raise MoREError(
+            f"the optimizer state of checkpoint {checkpoint} does not fit: {change}; "
+            "give it the former value, or --no-load-optim to start without that state"
+        )
 
 
 def _check_tokenizer(checkpoint: Path, saved: argparse.Namespace, args: argparse.Namespace) -> None:
@@ -138,14 +133,18 @@ def _warn_of_changes(checkpoint: Path, saved: argparse.Namespace, args: argparse
     """Say what the model computes otherwise than when it was saved, and what the schedule counts otherwise."""
     names = {field.name for field in dataclasses.fields(MoREConfig)} | flag_names()
     fields = [name for name in sorted(names) if not _HOW.search(name)]
-    changes = [
-        f"{flag(name.removeprefix('layer'))} was {getattr(saved, name)} and is {getattr(args, name)} now"
-        for name in (*fields, *_ALSO_WHAT)
-        if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
-    ]
-    was, now = getattr(saved, "global_batch_size", None), args.global_batch_size
-    scheduled = args.step_batch_size_schedule is not None or checkpoint.name == "release" or args.finetune
-    if was is not None and was != now and not scheduled:
-        changes.append(f"--global-batch-size was {was} and is {now} now, and the schedule counts samples")
+    changes = _changes(saved, args, (*fields, *_ALSO_WHAT))
+    if not (args.step_batch_size_schedule is not None or checkpoint.name == "release" or args.finetune):
+        batch = _changes(saved, args, ("global_batch_size",))
+        changes += [f"{change}, and the schedule counts samples" for change in batch]
     for change in dict.fromkeys(changes):
         say(f"WARNING: {checkpoint}: {change}")
+
+
+def _changes(saved: argparse.Namespace, args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Return which of the arguments that both know are others now, each in words."""
+    return [
+        f"{flag(name.removeprefix('layer'))} was {getattr(saved, name)} and is {getattr(args, name)} now"
+        for name in names
+        if hasattr(saved, name) and hasattr(args, name) and getattr(saved, name) != getattr(args, name)
+    ]
