@@ -73,7 +73,10 @@ class MoREError(ValueError):
 
 
 def last_line(error: BaseException) -> str:
-    """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks."""
+    """Return the kind of an error and the last line of its text: those of checkpoints hold whole tracebacks.
+
+    A `MoREError` says all by itself.
+    """
     if isinstance(error, MoREError):
         return str(error)
     if _UNSAFE in str(error):  # PyTorch goes on to say how to run it.

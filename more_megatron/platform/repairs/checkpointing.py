@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from more_megatron.checkpoint_files import clear_for_save, newest_complete_iteration
-from more_megatron.checkpoint_lock import check_still_held
+from more_megatron.output_folders import check_still_held
 from more_megatron.console import say, start_is_over
 from more_megatron.errors import MoREError, is_out_of_space, last_line
 from more_megatron.pickles import load_strictly, read_metadata
@@ -100,8 +100,6 @@ def _load_schedule(former: Any, self: OptimizerParamScheduler, state_dict: dict[
 def _load_checkpoint(former: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         loaded = former(model, *args, **kwargs)
-    except MoREError:
-        raise
     except (Exception, CheckpointException, SystemExit) as error:
         detail = last_line(error)
         remedy = "load an older one with --ckpt-step, or MORE_TRACEBACK=1 shows where it failed"
@@ -160,8 +158,6 @@ def _finalize(former: Any, *args: Any, **kwargs: Any) -> Any:
 def _one_line_on_failure(what: str) -> Iterator[None]:
     try:
         yield
-    except MoREError:
-        raise
     except (Exception, CheckpointException) as error:
         folder = get_args().save
         complete = newest_complete_iteration(Path(folder))

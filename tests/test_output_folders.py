@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from more_megatron import checkpoint_lock
-from more_megatron.checkpoint_lock import check_still_held, only_trainer
+from more_megatron import output_folders
+from more_megatron.output_folders import check_still_held, only_trainer
 from more_megatron.errors import MoREError
 
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -20,15 +20,15 @@ _CONTEXT = multiprocessing.get_context("spawn")
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wait less."""
-    monkeypatch.setattr(checkpoint_lock, "_PATIENCE_HERE_SECONDS", 1.0)
-    monkeypatch.setattr(checkpoint_lock, "_PATIENCE_ELSEWHERE_SECONDS", 3.0)
+    monkeypatch.setattr(output_folders, "_PATIENCE_HERE_SECONDS", 1.0)
+    monkeypatch.setattr(output_folders, "_PATIENCE_ELSEWHERE_SECONDS", 3.0)
 
 
 def _hold(folder: Path, held: Any, machine: str | None) -> None:
-    checkpoint_lock._BEAT_SECONDS = 0.2
+    output_folders._BEAT_SECONDS = 0.2
     if machine is not None:
-        checkpoint_lock._machine = lambda: machine  # type: ignore[assignment]
-        checkpoint_lock._lock = lambda file: True  # A file system that does not share locks.
+        output_folders._machine = lambda: machine  # type: ignore[assignment]
+        output_folders._lock = lambda file: True  # A file system that does not share locks.
     with only_trainer(folder):
         held.set()
         signal.pause()
@@ -55,7 +55,7 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path: Path, machine
 
 def test_lock_that_outlived_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".trainer.lock").write_text("a machine that died 17 token")
-    monkeypatch.setattr(checkpoint_lock, "_lock", lambda file: False)
+    monkeypatch.setattr(output_folders, "_lock", lambda file: False)
     with only_trainer(tmp_path):
         check_still_held()
 
@@ -63,8 +63,8 @@ def test_lock_that_outlived_its_machine(tmp_path: Path, monkeypatch: pytest.Monk
 def test_one_after_the_other_need_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with only_trainer(tmp_path):
         pass
-    monkeypatch.setattr(checkpoint_lock.time, "sleep", lambda seconds: pytest.fail("it waited"))
-    monkeypatch.setattr(checkpoint_lock, "_machine", lambda: "another")
+    monkeypatch.setattr(output_folders.time, "sleep", lambda seconds: pytest.fail("it waited"))
+    monkeypatch.setattr(output_folders, "_machine", lambda: "another")
     with only_trainer(tmp_path):
         pass
 

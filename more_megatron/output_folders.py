@@ -1,4 +1,4 @@
-"""One run at a time writes checkpoints into a folder.
+"""The folders a run writes to: tried before it starts, and that of `--save` kept from other runs.
 
 A lock of the file system ends with the process that holds it, but only some file systems share locks between machines,
 and some keep those of a machine that died. So the holder also touches the file: who waits for it, from another machine,
@@ -7,9 +7,11 @@ takes the folder over when the file stays as it is.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import os
+import tempfile
 import threading
 import time
 import uuid
@@ -17,11 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from more_megatron.console import say
+from more_megatron.console import say, write_start_to
 from more_megatron.errors import MoREError
+from more_megatron.flags import flag
 
-__all__ = ["check_still_held", "only_trainer"]
+__all__ = ["check_still_held", "only_trainer", "output_folders"]
 
+_FOLDERS = ("save", "tensorboard_dir", "data_cache_path", "wandb_save_dir")
 _NAME = ".trainer.lock"
 _BEAT_SECONDS = 5.0
 # A process that was killed can take a moment to end; a machine that died is silent for longer than a few beats.
@@ -29,6 +33,39 @@ _PATIENCE_HERE_SECONDS = 10.0
 _PATIENCE_ELSEWHERE_SECONDS = 30.0
 
 _held: tuple[Path, str] | None = None
+
+
+def output_folders(args: argparse.Namespace) -> contextlib.AbstractContextManager[None]:
+    """Make the folders that flags name, and return what keeps other runs out of that of `--save`.
+
+    Rank 0 does so for all. What Megatron says of the start goes into `--save` from then on.
+
+    Raises:
+        MoREError: If a folder cannot be made or written to; in the block, if another run writes into `--save`.
+    """
+    if args.rank == 0:
+        _make_folders(args)
+    write_start_to(args.save)
+    saves = args.rank == 0 and args.save and not args.skip_train
+    return only_trainer(Path(args.save)) if saves else contextlib.nullcontext()
+
+
+def _make_folders(args: argparse.Namespace) -> None:
+    if args.save_interval and not args.save:
+        say("> --save-interval without --save: this run saves nothing")
+    for name in _FOLDERS:
+        folder = getattr(args, name)
+        if not folder:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise MoREError(
+                f"{flag(name)} {folder} is not a folder that can be written to ({error.strerror}): "
+                "name another or change its permissions"
+            ) from error
 
 
 @contextlib.contextmanager
