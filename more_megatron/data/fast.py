@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from more_megatron.errors import MoREError
 
-__all__ = ["DocumentError", "Encode", "FastEncode", "Recipe", "checked", "first_difference"]
+__all__ = ["HOSTILE_TEXTS", "DocumentError", "Encode", "FastEncode", "Recipe", "checked", "first_difference"]
 
 Encode = Callable[[Sequence[bytes]], Sequence[ArrayLike]]
 """Gives the ids of each of some documents, which come as UTF-8."""
@@ -25,7 +25,7 @@ _SAMPLE_BYTES = 1 << 20
 # A longer document is not encoded twice if its task has a shorter one.
 _CHECKED_BYTES = 1 << 13
 
-_HOSTILE = (
+HOSTILE_TEXTS = (
     "", " ", "   ", "\n\n \n", "a", " a", "a ", "  a   b    c  ", "\ta\t\tb\t", "a\0b \0 c\0", "\u2581",
     "a\u2581b \u2581 c \u2581\u2581d\u2581", "\U0001f600\U0001f600 \U0001f469\u200d\U0001f469\u200d\U0001f467 x",
     "\U0001f1e9\U0001f1ea", "e\u0301 a\u0308 \u0301 \u0308a", "\u00a8 \u00b4x y\u00a8", "\ufdfa \u202e a \u202c",
@@ -108,7 +108,7 @@ def first_difference(fast: Encode, reference: Encode, pieces: Sequence[str], doc
     They are compared on every piece, on hostile texts and on the first megabyte of the documents.
     """
     around = [f"a {piece}b{piece} \n{piece}" for piece in pieces if piece.startswith(("<", "["))]
-    texts = [text.encode() for text in (*_HOSTILE, *around, *pieces)]
+    texts = [text.encode() for text in (*HOSTILE_TEXTS, *around, *pieces)]
     size = 0
     for document in documents:
         # A document may be larger than the sample; its last character may be cut.

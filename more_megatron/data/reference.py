@@ -20,8 +20,8 @@ from numpy.typing import ArrayLike
 
 from more_megatron.data.fast import DocumentError, Recipe
 from more_megatron.data.tokenizers import (
+    NULL_TYPES,
     Tokenizer,
-    TokenizerType,
     build_megatron,
     is_direct_sentencepiece,
     open_sentencepiece,
@@ -31,7 +31,6 @@ from more_megatron.errors import last_line
 __all__ = ["Reference", "open_reference"]
 
 _SHORT = 100
-_NUMBERS = (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL)
 
 
 class Reference:
@@ -173,7 +172,7 @@ class _Megatron(Reference):
             try:
                 ids.append(self._tokenize(document.decode()))
             except Exception as error:
-                hint = "; it reads numbers, as in '17 4 8'" if self._kind in _NUMBERS else ""
+                hint = "; it reads numbers, as in '17 4 8'" if self._kind in NULL_TYPES else ""
                 reason = f"cannot be encoded by {self._kind}: {last_line(error)[:200]}{hint}"
                 raise DocumentError(index, reason) from error
         return ids

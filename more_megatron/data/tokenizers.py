@@ -21,6 +21,7 @@ from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
 
 __all__ = [
+    "NULL_TYPES",
     "SENTENCEPIECE_TYPES",
     "Tokenizer",
     "TokenizerOptions",
@@ -51,6 +52,7 @@ class TokenizerType(StrEnum):
 
 
 SENTENCEPIECE_TYPES = (TokenizerType.SENTENCEPIECE, TokenizerType.GPT_SENTENCEPIECE, TokenizerType.LLAMA2)
+NULL_TYPES = (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL)
 _TYPES_OF_FILES = (*SENTENCEPIECE_TYPES, TokenizerType.HUGGINGFACE, TokenizerType.TIKTOKEN, TokenizerType.SFT)
 _MOST_IDS = 2**31
 # transformers' class of no model in particular, under its names of versions 4 and 5.
@@ -149,7 +151,7 @@ def _check(options: TokenizerOptions) -> None:
         raise MoREError(f"--tokenizer-type {kind} is not known; choose one of {', '.join(TokenizerType)}")
     if kind in _TYPES_OF_FILES and not options.tokenizer_model:
         raise MoREError(f"--tokenizer-type {kind} needs --tokenizer-model")
-    if kind in (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL) and not options.vocab_size:
+    if kind in NULL_TYPES and not options.vocab_size:
         raise MoREError(f"--tokenizer-type {kind} needs --vocab-size, the number of its ids")
 
 

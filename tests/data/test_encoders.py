@@ -26,7 +26,7 @@ needs_gigatoken = pytest.mark.skipif(not _INSTALLED, reason="the extra `fast` is
 
 FAST = {"bpe", "bpe_kept_spaces", "bpe_kept_nfkc", "bpe_no_prefix"}
 HOSTILE = [
-    *fast._HOSTILE, "\u2581 x", "x \u2581", "</s> <s> <unk> <pad> a</s>b <0x41> <sep> x<sep>y",
+    *fast.HOSTILE_TEXTS, "\u2581 x", "x \u2581", "</s> <s> <unk> <pad> a</s>b <0x41> <sep> x<sep>y",
     "the theing\tthe the\u2581", "\u0627\u0644\u0633 \u202e abc \u202c \ufdfa", "word\n" * 50,
     "ab" * 8 + " " + "ab" * 8,
 ]  # fmt: skip

@@ -12,22 +12,20 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.architecture import config_from_args
+from more_megatron.hf.conversion.json_files import write_args
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.model_card import model_card
 from more_megatron.hf.conversion.parameters import Source
 from more_megatron.hf.conversion.safetensors_files import write_files
-from more_megatron.hf.conversion.stored_args import write_args
 from more_megatron.hf.conversion.tokenizer_files import ExportedTokenizer, plan_tokenizer
 from more_megatron.hf.conversion.verification import compare_logits, compare_tensors
 from more_megatron.hf.exported.system import write_code
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
-from more_megatron.systems.forms import Form, find_form
+from more_megatron.systems.forms import Form, forms
 from more_megatron.unfinished import unfinished_folder
 
 __all__ = ["to_hf"]
-
-_EMBEDDING = "embedding.word_embeddings.weight"
 
 
 def to_hf(
@@ -84,17 +82,16 @@ def to_hf(
 
 
 def _config(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
-    shapes = checkpoint.shapes()
-    if _EMBEDDING not in shapes:
-        raise MoREError(f"checkpoint {checkpoint.path} lacks the parameter {_EMBEDDING}")
     try:
-        return config_from_args(checkpoint.args, shapes[_EMBEDDING][0])
+        return config_from_args(checkpoint.args)
     except MoREError as error:
         raise MoREError(f"the arguments in checkpoint {checkpoint.path}: {error}") from error
 
 
 def _form(name: str, config: dict[str, Any]) -> Form:
-    form = find_form(name)
+    if name not in forms():
+        raise MoREError(f"--format {name} does not exist: choose one of more, {', '.join(forms())}")
+    form = forms()[name]
     if config["variant"] != form.system:
         raise MoREError(f"--format {name} is one of {form.system}, and the checkpoint is of {config['variant']}")
     for fault in form.faults(config):
@@ -136,10 +133,9 @@ def _write_texts(
     tokenizer: ExportedTokenizer | None,
     parameters: int,
 ) -> None:
-    args, ids = checkpoint.args, {}
-    if tokenizer is not None:
-        found = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-        ids = {name: token for name, token in found.items() if token is not None}
+    args = checkpoint.args
+    found = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {name: token for name, token in found.items() if token is not None}
     written = config if form is None else form.to_form(config, args)
     for name, content in (("config.json", {**written, **ids}), ("generation_config.json", ids)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

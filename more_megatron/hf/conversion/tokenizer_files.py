@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from more_megatron.data.fast import HOSTILE_TEXTS
 from more_megatron.data.tokenizers import (
+    NULL_TYPES,
     SENTENCEPIECE_TYPES,
     TokenizerOptions,
     TokenizerType,
     build_megatron,
+    is_direct_sentencepiece,
     load,
     open_sentencepiece,
     tokenizer_sha256,
@@ -26,24 +29,8 @@ from more_megatron.hf.conversion.sentencepiece_tokenizer import write_sentencepi
 __all__ = ["ExportedTokenizer", "open_tokenizer", "plan_tokenizer"]
 
 _OWN_FILES = (TokenizerType.HUGGINGFACE, TokenizerType.GPT2_BPE, TokenizerType.BERT_CASE, TokenizerType.BERT_LOWER)
-_NULL_TYPES = (TokenizerType.NULL, TokenizerType.NULL_MULTIMODAL)
 _REMEDY = "--no-tokenizer leaves the tokenizer out"
 
-_TEXTS = (
-    "The quick brown fox jumps over the lazy dog.",
-    " = Robert Boulter = \n \n Robert Boulter is an English film , television and theatre actor .\n",
-    "In 2008 , he starred in <unk> , </s> at the @-@ 1,234.5 @,@ 6789 km/h <s> mark .",
-    "def f(x):\n\treturn [x ** 2 for x in range(10)]\n\n\nprint(f(3))",
-    "  two spaces before,   three between, one behind ",
-    "na\u00efve caf\u00e9 \u2013 \u201cquoted\u201d \u2026 Stra\u00dfe, \u0130stanbul",
-    "\u03b5\u03bb\u03bb\u03b7\u03bd\u03b9\u03ba\u03ac, \u0440\u0443\u0441\u0441\u043a\u0438\u0439",
-    "\u4e2d\u6587\u5b57\u7b26 \u65e5\u672c\u8a9e\u306e\u6587 \ud55c\uad6d\uc5b4",
-    "\u0939\u093f\u0928\u094d\u0926\u0940 \u0639\u0631\u0628\u064a",
-    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00a9\u2122 \u00bd \u2212273.15 \u00b0C",
-    "aaaaaaaaaaaaaaaaaaaaaaaaaaa ------------------- ......... !!!!!!! 00000000 ======",
-    "x",
-    "",
-)
 _PAD = "<pad>"
 _DRAWN_TEXTS = 2000
 _SEED = 1
@@ -53,10 +40,9 @@ _SEED = 1
 class ExportedTokenizer:
     """What a model's configuration says of its tokenizer, and how its files are written."""
 
-    vocab_size: int  # number of tokens, without padding of the vocabulary
-    bos: int | None  # token before a text
-    eos: int | None  # token that ends a text
-    pad: int | None  # token that fills up a batch
+    bos_token_id: int | None  # token before a text
+    eos_token_id: int | None  # token that ends a text
+    pad_token_id: int | None  # token that fills up a batch
     # Writes the files into a folder and checks that they encode as training did; None if there are none
     write: Callable[[Path], None] | None
 
@@ -80,10 +66,10 @@ def plan_tokenizer(
     trained = replace(TokenizerOptions.from_args(args), trust_remote_code=trust_remote_code)
     options = trained if model is None else replace(trained, tokenizer_model=model)
     kind = options.tokenizer_type
-    if kind in _NULL_TYPES:
+    if kind in NULL_TYPES:
         tokenizer = load(options)
         _check_size(options, tokenizer.vocab_size, rows)
-        return ExportedTokenizer(tokenizer.vocab_size, tokenizer.eod, tokenizer.eod, tokenizer.eod, None)
+        return ExportedTokenizer(tokenizer.eod, tokenizer.eod, tokenizer.eod, None)
     if kind not in (*SENTENCEPIECE_TYPES, *_OWN_FILES):
         raise MoREError(f"--tokenizer-type {kind} has no files for AutoTokenizer: {_REMEDY}")
     _check_place(options, is_asked=model is not None)
@@ -128,12 +114,10 @@ def _check_size(options: TokenizerOptions, size: int, rows: int) -> None:
 
 
 def _sentencepiece(options: TokenizerOptions, rows: int, max_length: int) -> ExportedTokenizer:
-    if options.tokenizer_sentencepiece_legacy or options.special_tokens or options.metadata_path:
-        raise MoREError(f"SentencePiece with special tokens beside the model has no files for AutoTokenizer: {_REMEDY}")
-    if not options.tokenizer_sentencepiece_ignore_extra_whitespaces:
+    if not is_direct_sentencepiece(options):
         raise MoREError(
-            "--no-tokenizer-sentencepiece-ignore-extra-whitespaces has no counterpart in files for AutoTokenizer: "
-            + _REMEDY
+            "SentencePiece with special tokens beside the model, or with "
+            f"--no-tokenizer-sentencepiece-ignore-extra-whitespaces, has no files for AutoTokenizer: {_REMEDY}"
         )
     path, processor = Path(str(options.tokenizer_model)), open_sentencepiece(options)
     pieces = [processor.id_to_piece(index) for index in range(processor.get_piece_size())]
@@ -143,11 +127,11 @@ def _sentencepiece(options: TokenizerOptions, rows: int, max_length: int) -> Exp
 
     def write(folder: Path) -> None:
         write_sentencepiece(path, folder, max_length, pad_name)
-        texts = (*_TEXTS, *_drawn([piece.replace("\u2581", " ") for piece in pieces]))
+        texts = (*HOSTILE_TEXTS, *_drawn([piece.replace("\u2581", " ") for piece in pieces]))
         _compare(open_tokenizer(folder, literal=True), texts, processor.encode, processor.decode)
 
     end = processor.eos_id() if processor.eos_id() >= 0 else None
-    return ExportedTokenizer(max(len(pieces), pad + 1), end, end, pad, write)
+    return ExportedTokenizer(end, end, pad, write)
 
 
 def _pad_id(processor: Any, pieces: Sequence[str], rows: int) -> int:
@@ -178,9 +162,9 @@ def _huggingface(options: TokenizerOptions, rows: int) -> ExportedTokenizer:
         saved = folder / "tokenizer_config.json"
         saved.write_text(json.dumps({**json.loads(saved.read_text()), "padding_side": "left"}, indent=2) + "\n")
         tokenizer = open_tokenizer(folder, trust_remote_code=options.trust_remote_code)
-        _compare(tokenizer, _TEXTS, megatron.tokenize, None)
+        _compare(tokenizer, HOSTILE_TEXTS, megatron.tokenize, None)
 
-    return ExportedTokenizer(len(inner), inner.bos_token_id, inner.eos_token_id, inner.pad_token_id, write)
+    return ExportedTokenizer(inner.bos_token_id, inner.eos_token_id, inner.pad_token_id, write)
 
 
 def _drawn(pieces: Sequence[str]) -> Iterable[str]:
