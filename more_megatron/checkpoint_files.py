@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from more_megatron.console import say
 from more_megatron.errors import MoREError, last_line
-from more_megatron.pickles import read_metadata, read_piece
+from more_megatron.pickles import model_tensors, read_metadata, read_piece
 from more_megatron.unfinished import write_whole
 
 __all__ = [
@@ -85,17 +84,15 @@ def newest_clean_iteration(folder: Path) -> int | None:
 
 def _is_finite(checkpoint: Path) -> bool:
     metadata = read_metadata(checkpoint)
-    for index, piece in metadata.storage_data.items():
-        is_tensor = isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata)
-        if not is_tensor or index.fqn.startswith(("optimizer.", "chained_")):
-            continue
-        try:
-            tensor = torch.load(read_piece(checkpoint, piece), weights_only=True, map_location="cpu")
-        except MoREError:
-            return False
-        if not bool(tensor.isfinite().all()):
-            return False
-    return True
+    parameters = model_tensors(metadata)
+    pieces = (piece for index, piece in metadata.storage_data.items() if index.fqn in parameters)
+    try:
+        contents = (
+            torch.load(read_piece(checkpoint, piece), weights_only=True, map_location="cpu") for piece in pieces
+        )
+        return all(bool(content.isfinite().all()) for content in contents)
+    except MoREError:
+        return False
 
 
 def check_files(folder: Path, checkpoint: Path) -> None:

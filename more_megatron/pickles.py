@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from more_megatron.errors import MoREError, last_line
 
-__all__ = ["Opaque", "common_state", "load", "load_strictly", "read_metadata", "read_piece"]
+__all__ = ["Opaque", "common_state", "load", "load_strictly", "model_tensors", "read_metadata", "read_piece"]
+
+_OF_THE_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 # What a checkpoint holds beside tensors: an object among them, or, as Megatron used to write it, a file.
 _COMMON, _LEGACY_COMMON = "common_state/shard_0_1", "common.pt"
@@ -108,6 +110,15 @@ def read_metadata(checkpoint: Path) -> Metadata:
         if (checkpoint / file_name).resolve().parent != inside:
             raise MoREError(f"its .metadata names the file {file_name}, which is not in its folder")
     return metadata
+
+
+def model_tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Return what the index of a checkpoint says of each tensor of the model, by key; the optimizer's are not these."""
+    return {
+        key: info
+        for key, info in metadata.state_dict_metadata.items()
+        if isinstance(info, TensorStorageMetadata) and not _OF_THE_OPTIMIZER.match(key)
+    }
 
 
 def common_state(checkpoint: Path) -> dict[str, Any]:

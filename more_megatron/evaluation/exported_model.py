@@ -118,7 +118,7 @@ def open_model(args: argparse.Namespace) -> Iterator[ExportedModel]:
 def _load(args: argparse.Namespace, folder: Path) -> ExportedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from more_megatron.hf.conversion.config_file import check_links
+    from more_megatron.hf.conversion.json_files import check_links
     from more_megatron.hf.exported.configuration_more import MoREConfig
     from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 

@@ -127,8 +127,9 @@ def _export(folder: Path, variant: str, **values: Any) -> None:
     text = sample_text(40_000)
     train(text, folder / "model", **MODELS["ours"])
     (folder / "text").write_text(text[:3_000])
-    args = make_args(more_variant=variant, tokenizer_model=str(folder / "model"), init_method_std=0.2, **values)
-    write_source(folder / "ckpt", config_from_args(args, 608), args)
+    run = {"more_variant": variant, "tokenizer_model": str(folder / "model"), "padded_vocab_size": 608}
+    args = make_args(**run, init_method_std=0.2, **values)
+    write_source(folder / "ckpt", config_from_args(args), args)
     to_hf(folder / "ckpt", folder / "hf", progress=False)
 
 

@@ -59,6 +59,7 @@ VALUES: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.01,
     "seed": 1234,
     "vocab_size": 24,
+    "padded_vocab_size": 24,
     "seq_length": 16,
     "tokenizer_type": "SentencePieceTokenizer",
     "tokenizer_model": "absent.model",

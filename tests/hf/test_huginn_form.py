@@ -237,7 +237,7 @@ def test_what_the_form_has_no_place_for_is_said_in_one_line(
     tmp_path: Path, values: dict[str, Any], message: str
 ) -> None:
     args = make_args(**{**_HUGINN, **values})
-    write_source(tmp_path / "run", config_from_args(args, 24), args)
+    write_source(tmp_path / "run", config_from_args(args), args)
     with pytest.raises(MoREError, match=message) as refusal:
         _export(tmp_path / "run", tmp_path / "out", form="huginn")
     assert "\n" not in str(refusal.value)
@@ -246,7 +246,7 @@ def test_what_the_form_has_no_place_for_is_said_in_one_line(
 
 def test_an_unknown_form_is_refused_by_name(tmp_path: Path) -> None:
     args = make_args(**_HUGINN)
-    write_source(tmp_path / "run", config_from_args(args, 24), args)
+    write_source(tmp_path / "run", config_from_args(args), args)
     with pytest.raises(MoREError, match="--format raven does not exist: choose one of more, huginn"):
         _export(tmp_path / "run", tmp_path / "out", form="raven")
 

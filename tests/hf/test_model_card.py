@@ -15,7 +15,7 @@ from tests.hf.conversion_sources import make_args
 
 def _card(folder: Path, iteration: int) -> str:
     args = make_args(tensorboard_dir=str(folder))
-    config = {**config_from_args(args, 24), "dtype": "float32"}
+    config = {**config_from_args(args), "dtype": "float32"}
     return model_card(config, args, iteration, 1000, has_tokenizer=True)
 
 
@@ -43,7 +43,7 @@ def test_losses_that_are_not_here_are_not_quoted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", names())
 def test_each_system_is_introduced(name: str) -> None:
     args = make_args(more_variant=name)
-    config = {**config_from_args(args, 24), "dtype": "float32"}
+    config = {**config_from_args(args), "dtype": "float32"}
     card = model_card(config, args, 7, 1000, has_tokenizer=False)
     assert f"# MoRE `{name}`: {get_system(name).summary}" in card
     assert ("recurrence steps in evaluation" in card) == get_system(name).recurrent

@@ -8,8 +8,9 @@ from typing import Any
 
 from more_megatron.errors import MoREError, last_line
 from more_megatron.flags import flag
-from more_megatron.hf.conversion.config_file import check_config, known_fields
-from more_megatron.systems import get_system, names
+from more_megatron.hf.conversion.json_files import check_config
+from more_megatron.hf.exported.system import find_system, system_names
+from more_megatron.systems import get_system
 
 __all__ = ["args_from_config", "config_from_args"]
 
@@ -21,15 +22,9 @@ _OFF = (
     *("moe_latent_size", "moe_apply_probs_on_input", "moe_mlp_glu_interleave_size"),
     *("moe_shared_expert_glu_interleave_size", "moe_router_force_load_balancing", "moe_router_force_biased"),
 )
-# Arguments that the Hugging Face model knows under few values only.
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(_OFF, (None, False, 0)),
-    "softmax_type": ("vanilla",),
-    "rotary_seq_len_interpolation_factor": (None, 1),
-}
-
 # Fields of config.json that are arguments under another name; systems may lack the last of them.
 _SAME = {
+    "vocab_size": "padded_vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_attention_heads",
@@ -60,6 +55,15 @@ _SAME = {
 }
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 _POSITIONS = {"rope": "rope", "none": "none", "learned": "learned_absolute"}
+# Arguments that the Hugging Face model knows under few values only. Of routing that is balanced otherwise it lacks the
+# state.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(_OFF, (None, False, 0)),
+    "softmax_type": ("vanilla",),
+    "rotary_seq_len_interpolation_factor": (None, 1),
+    "position_embedding_type": tuple(_POSITIONS.values()),
+    "moe_router_load_balancing_type": ("aux_loss", "seq_aux_loss", "global_aux_loss", "none"),
+}
 # Activation function and whether it is gated, by argument; the fused bias and GELU is the tanh approximation:
 # megatron/core/fusions/fused_bias_gelu.py.
 _ACTIVATIONS = {
@@ -68,7 +72,6 @@ _ACTIVATIONS = {
     "squared_relu": ("relu2", False),
     "bias_gelu_fusion": ("gelu_pytorch_tanh", False),
 }
-_ROUTINGS_WITH_A_STATE = ("sinkhorn", "quantile_balancing")
 # Factor of Megatron's --use-rope-scaling, whatever else is asked for: megatron/training/models/gpt.py.
 _ROPE_SCALING_FACTOR = 8.0
 _OF_THE_CODE = {
@@ -82,34 +85,31 @@ _OF_THE_CODE = {
 }
 
 
-def config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+def config_from_args(args: argparse.Namespace) -> dict[str, Any]:
     """Return the content of `config.json` for a model that Megatron trained, without token ids and dtype.
 
-    Given are the arguments from its checkpoint, and the rows of the embedding, with padding.
+    Given are the arguments from its checkpoint.
 
     Raises:
         MoREError: If there is no such system, the Hugging Face model cannot express what the flags ask for, or they are
             not the arguments of a run.
     """
     try:
-        return _config_from_args(args, vocab_size)
-    except MoREError:
-        raise
+        return _config_from_args(args)
     except AttributeError as error:
         raise MoREError(f"they do not say {error.name}: they were not written by this version") from error
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise MoREError(last_line(error)) from error
 
 
-def _config_from_args(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+def _config_from_args(args: argparse.Namespace) -> dict[str, Any]:
     _check(args)
-    system, fields = get_system(args.more_variant), known_fields(args.more_variant)
+    system, fields = get_system(args.more_variant), find_system(args.more_variant).all_fields
     heads = args.num_attention_heads
     activation, gated = _activation(args)
     config = {
         **_OF_THE_CODE,
         "variant": args.more_variant,
-        "vocab_size": vocab_size,
         **{name: getattr(args, argument) for name, argument in _SAME.items() if name in fields},
         "num_key_value_heads": args.num_query_groups if args.group_query_attention else heads,
         "head_dim": args.kv_channels or args.hidden_size // heads,
@@ -136,13 +136,12 @@ def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         MoREError: If Megatron cannot express it.
     """
-    system, fields = get_system(config["variant"]), known_fields(config["variant"])
+    system, fields = get_system(config["variant"]), find_system(config["variant"]).all_fields
     groups, moe_layers = config["num_key_value_heads"], config["moe_layers"]
     if config["rope_scaling_factor"] not in (None, _ROPE_SCALING_FACTOR):
         raise MoREError(f"rope_scaling_factor {config['rope_scaling_factor']} has no counterpart in Megatron")
     arguments = {
         "more_variant": config["variant"],
-        "padded_vocab_size": config["vocab_size"],
         **{argument: config[name] for name, argument in _SAME.items() if name in fields},
         "group_query_attention": groups != config["num_attention_heads"],
         "num_query_groups": groups,
@@ -168,32 +167,21 @@ def args_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(args: argparse.Namespace) -> None:
     variant = getattr(args, "more_variant", None)
-    if variant not in names():
+    if variant not in system_names():
         system = "a run without --more-variant" if variant is None else f"--more-variant {variant}"
-        raise MoREError(f"the checkpoint is of {system}: systems that can be converted are {', '.join(names())}")
+        raise MoREError(f"the checkpoint is of {system}: systems that can be converted are {', '.join(system_names())}")
     for name, supported in _SUPPORTED.items():
         value = getattr(args, name, supported[0])
-        if value not in supported:
+        # Several kinds of balancing make a list.
+        if not all(part in supported for part in (value if isinstance(value, list) else [value])):
             raise MoREError(f"{flag(name)} {value} has no counterpart in the Hugging Face model")
-    if args.position_embedding_type not in _POSITIONS.values():
-        raise MoREError(
-            f"--position-embedding-type {args.position_embedding_type} has no counterpart in the Hugging Face model, "
-            f"which knows {', '.join(_POSITIONS.values())}"
-        )
-    balancing = args.moe_router_load_balancing_type
-    for name in [balancing] if isinstance(balancing, str) else balancing:
-        if name in _ROUTINGS_WITH_A_STATE:
-            raise MoREError(f"--moe-router-load-balancing-type {name} has no counterpart in the Hugging Face model")
 
 
 def _activation(args: argparse.Namespace) -> tuple[str, bool]:
     plain = get_system(args.more_variant).activation
-    for name in ("swiglu", "quick_geglu", "squared_relu"):
-        if getattr(args, name):
-            return _ACTIVATIONS[name]
-    if plain == "gelu" and args.add_bias_linear and args.bias_gelu_fusion:
-        return _ACTIVATIONS["bias_gelu_fusion"]
-    return plain, False
+    asked = {name: getattr(args, name) for name in _ACTIVATIONS}
+    asked["bias_gelu_fusion"] = asked["bias_gelu_fusion"] and args.add_bias_linear and plain == "gelu"
+    return next((_ACTIVATIONS[name] for name, is_asked in asked.items() if is_asked), (plain, False))
 
 
 def _activation_flags(config: Mapping[str, Any]) -> dict[str, bool]:
@@ -206,16 +194,11 @@ def _activation_flags(config: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _experts(args: argparse.Namespace) -> dict[str, Any]:
-    frequency, layers = args.moe_layer_freq, args.num_layers
-    if args.num_experts is None:
-        moe_layers = [False] * layers
-    elif isinstance(frequency, int):
-        moe_layers = [layer % frequency == 0 for layer in range(layers)]
-    else:
-        moe_layers = [bool(is_moe) for is_moe in frequency]
-    coefficient = args.moe_aux_loss_coeff
+    frequency, coefficient = args.moe_layer_freq, args.moe_aux_loss_coeff
+    if isinstance(frequency, int):
+        frequency = [layer % frequency == 0 for layer in range(args.num_layers)]
     return {
-        "moe_layers": moe_layers,
+        "moe_layers": [args.num_experts is not None and bool(is_moe) for is_moe in frequency],
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "router_aux_loss_coef": sum(coefficient) if isinstance(coefficient, list) else coefficient,
     }

@@ -10,12 +10,11 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.architecture import args_from_config, config_from_args
-from more_megatron.hf.conversion.config_file import read_config
+from more_megatron.hf.conversion.json_files import ARGS_FILE, read_args, read_config
 from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.megatron_writer import write_release
 from more_megatron.hf.conversion.parameters import Source
 from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder
-from more_megatron.hf.conversion.stored_args import ARGS_FILE, read_args
 from more_megatron.hf.conversion.verification import compare_tensors
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
@@ -85,7 +84,7 @@ def _arguments(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     if not stored:
         return derived
     try:
-        described = config_from_args(argparse.Namespace(**stored), config["vocab_size"])
+        described = config_from_args(argparse.Namespace(**stored))
     except MoREError as error:
         raise MoREError(
             f"{folder / ARGS_FILE} does not hold the arguments of a run ({error}): remove it, and they are derived "

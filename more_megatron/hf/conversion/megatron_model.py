@@ -72,7 +72,7 @@ def megatron_logits(
     layout = {field.name: field.default for field in dataclasses.fields(ModelParallelConfig)}
     vars(args).update({**{name: value for name, value in layout.items() if hasattr(args, name)}, **_HERE})
     with _one_rank():
-        model = _build(args, checkpoint)
+        model = _build(args)
         metadata = {**(common.get("content_metadata") or {}), "dp_cp_group": parallel_state.get_data_parallel_group()}
         state = {"model": model.sharded_state_dict(metadata=metadata)}
         model.load_state_dict(dist_checkpointing.load(state, str(checkpoint.path))["model"])
@@ -99,8 +99,7 @@ def _one_rank() -> Iterator[None]:
             torch.distributed.destroy_process_group()
 
 
-def _build(args: argparse.Namespace, checkpoint: MegatronCheckpoint) -> GPTModel:
-    args.padded_vocab_size = checkpoint.shapes()["embedding.word_embeddings.weight"][0]
+def _build(args: argparse.Namespace) -> GPTModel:
     system = get_system(args.more_variant)
     config = core_transformer_config_from_args(args, config_class(system.Flags))
     model_config = gpt_config_from_args(args, config, MoREModelConfig)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from more_megatron.checkpoint_files import check_files, checkpoint_to_load, newest_complete_iteration
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.parameters import check_shapes
 from more_megatron.hf.mapping import LAYERS, Entry
-from more_megatron.pickles import common_state, read_metadata, read_piece
+from more_megatron.pickles import common_state, model_tensors, read_metadata, read_piece
 
 __all__ = ["MegatronCheckpoint", "layer_key"]
-
-_NOT_OF_THE_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
 class MegatronCheckpoint:
@@ -44,11 +41,7 @@ class MegatronCheckpoint:
         self.path = _find(folder, step)
         metadata = read_metadata(self.path)
         self._pieces = metadata.storage_data
-        self._tensors: dict[str, TensorStorageMetadata] = {
-            key: info
-            for key, info in metadata.state_dict_metadata.items()
-            if isinstance(info, TensorStorageMetadata) and not _NOT_OF_THE_MODEL.match(key)
-        }
+        self._tensors = model_tensors(metadata)
         common = common_state(self.path)
         self.args: argparse.Namespace = common.get("args", argparse.Namespace())
         self.iteration: int = common.get("iteration", 0)

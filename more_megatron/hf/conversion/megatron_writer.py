@@ -90,28 +90,25 @@ def _object(key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> WriteI
 
 
 def _tensor(entry: Entry, dtype: torch.dtype, layers: int | None) -> WriteItem:
-    key, size = entry.key, entry.shape
-    offsets, chunk = (0,) * len(size), size
-    if entry.layer is not None and layers is None:
-        key = layer_key(key, entry.layer)
-    elif entry.layer is not None and layers is not None:
-        offsets, chunk, size = (entry.layer, *offsets), (1, *size), (layers, *size)
-    data = TensorWriteData(
-        chunk=ChunkStorageMetadata(torch.Size(offsets), torch.Size(chunk)),
-        properties=TensorProperties(dtype=dtype),
-        size=torch.Size(size),
-    )
-    return WriteItem(index=MetadataIndex(key, torch.Size(offsets)), type=WriteItemType.SHARD, tensor_data=data)
+    key, axes = _place(entry.key, entry.layer, layers)
+    offsets = torch.Size([*(layer for layer, _ in axes), *(0 for _ in entry.shape)])
+    chunk = torch.Size([*(1 for _ in axes), *entry.shape])
+    size = torch.Size([*(number for _, number in axes), *entry.shape])
+    data = TensorWriteData(ChunkStorageMetadata(offsets, chunk), TensorProperties(dtype=dtype), size)
+    return WriteItem(index=MetadataIndex(key, offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def _place(key: str, layer: int | None, layers: int | None) -> tuple[str, list[tuple[int, int]]]:
+    """Return the key of what a layer has, and the axis in front where layers are stacked: its number among how many."""
+    if layer is None or layers is None:
+        return (key if layer is None else layer_key(key, layer)), []
+    return key, [(layer, layers)]
 
 
 def _states(config: Mapping[str, Any], layers: int | None) -> Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]:
     """Yield key, offset and shape of the states that modules keep beside their parameters."""
     for name, layer, by_expert in extra_states(config):
-        key, axes = f"{name}._extra_state", []
-        if layer is not None and layers is None:
-            key = layer_key(key, layer)
-        elif layer is not None:
-            axes = [(layer, layers)]
+        key, axes = _place(f"{name}._extra_state", layer, layers)
         experts = config["num_experts"]
         states = [[*axes, (expert, experts)] for expert in range(experts)] if by_expert else [axes or [(0, 1)]]
         for places in states:

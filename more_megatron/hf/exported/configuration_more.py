@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .fields import FIELDS, check_fields, complete_fields
+from .fields import complete_fields
 from .system import find_system, system_names, write_code
 
 __all__ = ["MoREConfig"]
@@ -47,7 +47,7 @@ class MoREConfig(PretrainedConfig):
         variant = system_names()[0] if variant is None else variant
         system = find_system(variant)
         self.variant = variant
-        known = {**FIELDS, **system.fields}
+        known = system.all_fields
         values = complete_fields(known, {**system.defaults, **fields})
         for name, value in values.items():
             setattr(self, name, value)
@@ -63,10 +63,7 @@ class MoREConfig(PretrainedConfig):
             ValueError: As above, or if something is set that has no effect.
         """
         system = find_system(self.variant)
-        known = {**FIELDS, **system.fields}
-        values = {name: getattr(self, name) for name in known}
-        check_fields(known, values)
-        system.check(values)
+        system.check_config({name: getattr(self, name) for name in system.all_fields})
         for name, reason in _WITHOUT_EFFECT.items():
             if getattr(self, name, None):
                 raise ValueError(f"{name} {getattr(self, name)!r} has no effect: {reason}")

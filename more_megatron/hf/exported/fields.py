@@ -141,12 +141,15 @@ def check_fields(fields: Mapping[str, Field], values: Mapping[str, Any]) -> None
     """Check each value, and that they agree with each other.
 
     Raises:
-        ValueError: If one is of the wrong type or out of range, or two contradict each other.
+        ValueError: If one is missing, of the wrong type or out of range, or two contradict each other.
     """
     for name, field in fields.items():
-        fault = field.fault(values[name])
+        if name not in values and not field.of_calls:
+            raise ValueError(f"it does not say {name}")
+        value = values.get(name, field.default)
+        fault = field.fault(value)
         if fault is not None:
-            raise ValueError(f"{name} {values[name]!r} {fault}")
+            raise ValueError(f"{name} {value!r} {fault}")
     for contradiction in _contradictions(values):
         raise ValueError(contradiction)
 

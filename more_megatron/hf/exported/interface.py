@@ -33,7 +33,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .experts import FeedForwardExperts, MoREMoE
-from .fields import Config, Field
+from .fields import FIELDS, Config, Field, check_fields
 from .layer import MoRELayer
 from .options import WITHOUT_STEPS, CallOptions
 from .parts import MoREMLP, build_norm
@@ -62,8 +62,18 @@ class System:
     def __init__(self, **own: Any) -> None:
         vars(self).update(own)
 
+    @property
+    def all_fields(self) -> dict[str, Field]:
+        """Fields of `config.json`, its own behind those of every model."""
+        return {**FIELDS, **self.fields}
+
+    def check_config(self, values: Mapping[str, Any]) -> None:
+        """Raise a `ValueError` if a configuration lacks a field, or what is in its fields cannot be."""
+        check_fields(self.all_fields, values)
+        self.check(values)
+
     def check(self, values: Mapping[str, Any]) -> None:
-        """Raise a `ValueError` if the fields of a configuration do not agree with each other."""
+        """Raise a `ValueError` if the fields of a configuration, each right by itself, cannot be in this system."""
         for name, value in self.fixed.items():
             wanted = value(values) if callable(value) else value
             if values[name] != wanted:

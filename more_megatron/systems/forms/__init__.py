@@ -8,13 +8,12 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from more_megatron.errors import MoREError
 from more_megatron.systems.export import Row
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Form", "find_form", "form_of_type", "names"]
+__all__ = ["Form", "forms"]
 
 
 class Form:
@@ -62,19 +61,7 @@ class Form:
 
 
 @functools.cache
-def names() -> tuple[str, ...]:
-    """Return the names of all forms, in alphabetical order."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
-
-
-def find_form(name: str) -> Form:
-    """Return a form by name, or raise a `MoREError` that lists those there are."""
-    if name not in names():
-        raise MoREError(f"--format {name} does not exist: choose one of more, {', '.join(names())}")
-    form: Form = importlib.import_module(f"{__name__}.{name}").FORM
-    return form
-
-
-def form_of_type(model_type: str | None) -> Form | None:
-    """Return the form whose `config.json` names this type of model; None if there is none."""
-    return next((form for form in map(find_form, names()) if form.model_type == model_type), None)
+def forms() -> dict[str, Form]:
+    """Return all forms by name, in alphabetical order."""
+    found = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {name: importlib.import_module(f"{__name__}.{name}").FORM for name in found}
