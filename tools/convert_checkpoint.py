@@ -10,7 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
-from more_megatron.systems.forms import forms
+from more_megatron.systems.forms import OURS, forms
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -29,8 +29,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     to_hf.add_argument(
         "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="largest weights file (default: 5GB)"
     )
-    published = f"more, or a form that others publish: {', '.join(forms())}"
-    to_hf.add_argument("--format", dest="form", default="more", metavar="F", help=published)
+    known = f"form of the model: {', '.join(forms())} (default: {OURS.name})"
+    to_hf.add_argument("--format", dest="form", default=OURS.name, metavar="F", help=known)
     tokenizer = to_hf.add_mutually_exclusive_group()
     tokenizer.add_argument("--tokenizer-model", metavar="M", help="where the tokenizer is, if it has moved")
     tokenizer.add_argument("--no-tokenizer", dest="tokenizer", action="store_false", help="leave the tokenizer out")

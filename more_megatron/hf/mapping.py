@@ -16,7 +16,7 @@ import torch
 from more_megatron.errors import MoREError
 from more_megatron.systems import get_system
 from more_megatron.systems.export import Layout, Row
-from more_megatron.systems.forms import Form
+from more_megatron.systems.forms import OURS, Form
 
 __all__ = ["LAYERS", "Entry", "entries", "extra_states"]
 
@@ -89,25 +89,24 @@ class Entry:
         return torch.cat([tensor.unflatten(0, (self.groups, -1)) for tensor in tensors], dim=1).flatten(0, 1)
 
 
-def entries(config: Config, form: Form | None = None) -> list[Entry]:
+def entries(config: Config, form: Form = OURS) -> list[Entry]:
     """Return every parameter of a model, in the order of its computation.
 
     Args:
         config: Content of our `config.json`.
-        form: Whose names and layouts the Hugging Face side has; None: ours.
+        form: Whose names and layouts the Hugging Face side has.
 
     Raises:
         MoREError: If there is no such system.
     """
     system = get_system(config["variant"])
-    source = form or system
     features, sizes = _features(config) | system.features(config), _sizes(config) | system.sizes(config)
-    places: list[tuple[Row, int | None, str]] = [(row, None, "") for row in source.model_rows(config)]
+    places: list[tuple[Row, int | None, str]] = [(row, None, "") for row in form.model_rows(config)]
     inputs = sum(row.megatron.startswith("embedding.") for row, *_ in places)
     places[inputs:inputs] = [
-        (row, layer, f"model.layers.{layer}." if form is None else form.layer_prefix(config, layer))
+        (row, layer, form.layer_prefix(config, layer))
         for layer in range(config["num_hidden_layers"])
-        for row in source.layer_rows(config, layer)
+        for row in form.layer_rows(config, layer)
     ]
     return [_entry(*place, sizes) for place in places if _is_there(place[0], features)]
 

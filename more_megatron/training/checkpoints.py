@@ -22,7 +22,7 @@ from more_megatron.training.stored_flags import checkpoint_source, stored_argume
 __all__ = ["check_checkpoint"]
 
 # Arguments that decide which tensors a model has, and of which shape.
-_ARCHITECTURE = (
+_ARCHITECTURE: tuple[str, ...] = (
     *("more_variant", "num_layers", "hidden_size", "num_attention_heads", "kv_channels", "group_query_attention"),
     *("num_query_groups", "ffn_hidden_size", "num_experts", "moe_ffn_hidden_size"),
     *("moe_shared_expert_intermediate_size", "moe_layer_freq", "recurrence_ffn_hidden_size", "normalization"),

@@ -22,7 +22,7 @@ from more_megatron.hf.conversion.verification import compare_logits, compare_ten
 from more_megatron.hf.exported.system import write_code
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
-from more_megatron.systems.forms import Form, forms
+from more_megatron.systems.forms import OURS, Form, forms
 from more_megatron.unfinished import unfinished_folder
 
 __all__ = ["to_hf"]
@@ -35,7 +35,7 @@ def to_hf(
     step: int | None = None,
     dtype: str | None = None,
     max_shard_size: int = 5 * 10**9,
-    form: str = "more",
+    form: str = OURS.name,
     tokenizer: bool = True,
     tokenizer_model: str | None = None,
     trust_remote_code: bool = False,
@@ -50,7 +50,7 @@ def to_hf(
         step: Iteration of the checkpoint; None: the newest.
         dtype: Name of the dtype of the weights; None: that of the checkpoint.
         max_shard_size: Largest size of a weights file, in bytes.
-        form: Name of the published form to write, or ours.
+        form: Name of the form to write: ours, or a published one.
         tokenizer: Whether the tokenizer is exported.
         tokenizer_model: Where the tokenizer is now; None: where it was.
         trust_remote_code: Whether the tokenizer may run code of its own.
@@ -64,19 +64,19 @@ def to_hf(
     with unfinished_folder(save) as folder:
         checkpoint = MegatronCheckpoint(load, step)
         config = _config(checkpoint)
-        other = None if form == "more" else _form(form, config)
-        source = Source(checkpoint, entries(config, other), dtype)
+        written = _form(form, config)
+        source = Source(checkpoint, entries(config, written), dtype)
         checkpoint.check(source.entries, config["num_hidden_layers"])
         config["dtype"] = str(source.dtype(source.entries[0])).removeprefix("torch.")
-        rows = config["vocab_size"]
-        planned = plan_tokenizer(checkpoint.args, rows, tokenizer_model, trust_remote_code) if tokenizer else None
-        buffers = {} if other is None else other.buffers(config)
-        _write_weights(folder, source, buffers, max_shard_size, progress)
-        _write_texts(folder, checkpoint, config, other, planned, source.parameters)
+        planned = ExportedTokenizer()
+        if tokenizer:
+            planned = plan_tokenizer(checkpoint.args, config["vocab_size"], tokenizer_model, trust_remote_code)
+        _write_weights(folder, source, written.buffers(config), max_shard_size, progress)
+        _write_texts(folder, checkpoint, config, written, planned, source.parameters)
         lines = [f"{save}: {config['variant']} of {checkpoint.path}, {source.parameters:,} parameters"]
         if verify:
             lines.append(compare_tensors(folder, source.entries, source.read, progress))
-            if other is None:
+            if written is OURS:
                 lines.append(compare_logits(folder, checkpoint, source.entries, source.rounded))
     return lines
 
@@ -90,9 +90,9 @@ def _config(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
 
 def _form(name: str, config: dict[str, Any]) -> Form:
     if name not in forms():
-        raise MoREError(f"--format {name} does not exist: choose one of more, {', '.join(forms())}")
+        raise MoREError(f"--format {name} does not exist: choose one of {', '.join(forms())}")
     form = forms()[name]
-    if config["variant"] != form.system:
+    if form.system not in (None, config["variant"]):
         raise MoREError(f"--format {name} is one of {form.system}, and the checkpoint is of {config['variant']}")
     for fault in form.faults(config):
         raise MoREError(f"--format {name} cannot hold this model: {fault}; leave the flag out")
@@ -129,23 +129,19 @@ def _write_texts(
     folder: Path,
     checkpoint: MegatronCheckpoint,
     config: dict[str, Any],
-    form: Form | None,
-    tokenizer: ExportedTokenizer | None,
+    form: Form,
+    tokenizer: ExportedTokenizer,
     parameters: int,
 ) -> None:
     args = checkpoint.args
-    found = {name: getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    found = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     ids = {name: token for name, token in found.items() if token is not None}
-    written = config if form is None else form.to_form(config, args)
-    for name, content in (("config.json", {**written, **ids}), ("generation_config.json", ids)):
+    for name, content in (("config.json", {**form.to_form(config, args), **ids}), ("generation_config.json", ids)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     write_args(folder, args)
-    has_tokenizer = tokenizer is not None and tokenizer.write is not None
-    card = model_card(
-        config, args, checkpoint.iteration, parameters, has_tokenizer, None if form is None else form.note
-    )
+    card = model_card(config, args, checkpoint.iteration, parameters, tokenizer.write is not None, form.note)
     (folder / "README.md").write_text(card)
-    if form is None:
+    if form is OURS:
         write_code(folder, config["variant"])
-    if tokenizer is not None and tokenizer.write is not None:
+    if tokenizer.write is not None:
         tokenizer.write(folder)

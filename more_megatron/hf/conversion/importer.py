@@ -57,7 +57,7 @@ def from_hf(
         config, form = read_config(load)
         files = SafetensorsFolder(load)
         source = Source(files, entries(config, form), dtype)
-        files.check(source.entries, () if form is None else form.buffers(config))
+        files.check(source.entries, form.buffers(config))
         args = argparse.Namespace(**{**_DEFAULTS, **_arguments(load, config), **_OF_A_RELEASE})
         with progress_bar(len(source.entries), "parameter", "weights", progress) as bar:
 

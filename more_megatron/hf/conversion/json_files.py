@@ -60,8 +60,8 @@ def check_links(folder: Path) -> None:
             raise MoREError(f"{path} is a link to {path.resolve()}, outside of its folder: put the file itself there")
 
 
-def read_config(folder: Path) -> tuple[dict[str, Any], Form | None]:
-    """Return the content of `config.json` in a folder, as ours has it, and the form that the folder has if not ours.
+def read_config(folder: Path) -> tuple[dict[str, Any], Form]:
+    """Return the content of `config.json` in a folder, as ours has it, and the form that the folder has.
 
     Raises:
         MoREError: If it is not there, not of a model of ours, or not as the description of its fields says; or if files
@@ -77,12 +77,13 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Form | None]:
         raise MoREError(f"{path} is damaged: export the model again") from error
     kind = config.get("model_type") if isinstance(config, dict) else None
     form = next((form for form in forms().values() if form.model_type == kind), None)
-    if kind != "more" and form is None:
-        known = ", ".join(("more", *(form.model_type for form in forms().values())))
+    if form is None:
+        known = ", ".join(form.model_type for form in forms().values())
         raise MoREError(f"--load {folder} is a model of type {kind}, not {known}")
     try:
-        if form is not None:
-            fields = complete_fields(find_system(form.system).all_fields, form.from_form(config))
+        config = form.from_form(config)
+        if form.system is not None:
+            fields = complete_fields(find_system(form.system).all_fields, config)
             config = {"model_type": "more", "variant": form.system, **fields}
         check_config(config)
     except MoREError as error:

@@ -40,11 +40,11 @@ _SEED = 1
 class ExportedTokenizer:
     """What a model's configuration says of its tokenizer, and how its files are written."""
 
-    bos_token_id: int | None  # token before a text
-    eos_token_id: int | None  # token that ends a text
-    pad_token_id: int | None  # token that fills up a batch
+    bos_token_id: int | None = None  # token before a text
+    eos_token_id: int | None = None  # token that ends a text
+    pad_token_id: int | None = None  # token that fills up a batch
     # Writes the files into a folder and checks that they encode as training did; None if there are none
-    write: Callable[[Path], None] | None
+    write: Callable[[Path], None] | None = None
 
 
 def plan_tokenizer(
@@ -69,7 +69,7 @@ def plan_tokenizer(
     if kind in NULL_TYPES:
         tokenizer = load(options)
         _check_size(options, tokenizer.vocab_size, rows)
-        return ExportedTokenizer(tokenizer.eod, tokenizer.eod, tokenizer.eod, None)
+        return ExportedTokenizer(tokenizer.eod, tokenizer.eod, tokenizer.eod)
     if kind not in (*SENTENCEPIECE_TYPES, *_OWN_FILES):
         raise MoREError(f"--tokenizer-type {kind} has no files for AutoTokenizer: {_REMEDY}")
     _check_place(options, is_asked=model is not None)
