@@ -54,10 +54,6 @@ class MegatronCheckpoint:
         """Return the dtype of a parameter."""
         return self._tensors[self._place(entry)[0]].properties.dtype
 
-    def describe(self, entry: Entry) -> str:
-        """Return how a parameter is called in a message."""
-        return f"{entry.key} of {self.path}"
-
     def check(self, entries: Iterable[Entry], num_layers: int) -> None:
         """Check that the checkpoint holds exactly these parameters, in these shapes.
 

@@ -20,11 +20,11 @@ _SHOWN = 3
 class _Store(Protocol):
     """A checkpoint or a Hugging Face folder."""
 
+    path: Path
+
     def dtype(self, entry: Entry) -> torch.dtype: ...
 
     def read(self, entry: Entry) -> torch.Tensor: ...
-
-    def describe(self, entry: Entry) -> str: ...
 
 
 class Source:
@@ -56,7 +56,8 @@ class Source:
         Raises:
             MoREError: If it holds NaN or infinity, or the dtype is too narrow for it.
         """
-        tensor, name, dtype = self._store.read(entry), self._store.describe(entry), self.dtype(entry)
+        tensor, dtype = self._store.read(entry), self.dtype(entry)
+        name = f"{entry.names[0]} ({entry.key}) of {self._store.path}"
         wrong = int((~tensor.isfinite()).sum())
         if wrong > 0:
             raise MoREError(

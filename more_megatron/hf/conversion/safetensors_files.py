@@ -103,19 +103,19 @@ class SafetensorsFolder:
         MoREError: If there are no weights, or they are damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self._tensors: dict[str, _Stored] = {}
         for file in self._files():
             with self._open(file) as opened:
                 try:
                     hashes = dict(json.loads((opened.metadata() or {}).get(_HASHES, "{}")))
                 except (ValueError, TypeError, RecursionError) as error:
-                    raise MoREError(f"{folder / file} is damaged: its hashes cannot be read; copy it again") from error
+                    raise MoREError(f"{path / file} is damaged: its hashes cannot be read; copy it again") from error
                 for name in opened.keys():  # noqa: SIM118
                     if name in self._tensors:
                         both = f"{self._tensors[name].file} and {file}"
-                        raise MoREError(f"{folder} holds {name} in both {both}: export the model again")
+                        raise MoREError(f"{path} holds {name} in both {both}: export the model again")
                     part = opened.get_slice(name)
                     self._tensors[name] = _Stored(file, tuple(part.get_shape()), part.get_dtype(), hashes.get(name))
 
@@ -128,16 +128,12 @@ class SafetensorsFolder:
         shapes = {name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
         expected = [(name, shapes[name]) for entry in entries for name in self.names(entry)]
         found = {name: stored.shape for name, stored in self._tensors.items()}
-        check_shapes(self.folder, found, expected, others, ", which its config.json asks for")
+        check_shapes(self.path, found, expected, others, ", which its config.json asks for")
 
     def names(self, entry: Entry) -> tuple[str, ...]:
         """Return the names that a parameter has in the folder: one is enough where it may stand twice."""
         there = tuple(name for name in entry.names if name in self._tensors)
         return there if there and entry.layout is Layout.TWICE else entry.names
-
-    def describe(self, entry: Entry) -> str:
-        """Return how a parameter is called in a message."""
-        return f"{entry.names[0]} of {self.folder}"
 
     def dtype(self, entry: Entry) -> torch.dtype:
         """Return the dtype of a parameter.
@@ -148,7 +144,7 @@ class SafetensorsFolder:
         name = self.names(entry)[0]
         stored = self._tensors[name]
         if stored.dtype not in _DTYPES:
-            raise MoREError(f"{self.folder / stored.file} holds {name} as {stored.dtype}: save it in floating point")
+            raise MoREError(f"{self.path / stored.file} holds {name} as {stored.dtype}: save it in floating point")
         return _DTYPES[stored.dtype]
 
     def read(self, entry: Entry) -> torch.Tensor:
@@ -166,15 +162,15 @@ class SafetensorsFolder:
             # The file is mapped: a copy lets go of it.
             tensor = file.get_tensor(name).clone()
         if stored.hash not in (None, sha256(tensor)):
-            path = self.folder / stored.file
+            path = self.path / stored.file
             raise MoREError(f"{path} is damaged: {name} is not what was written; copy the folder or export it again")
         return tensor
 
     def _files(self) -> list[str]:
-        index, has_single = self.folder / _INDEX, (self.folder / _SINGLE).is_file()
+        index, has_single = self.path / _INDEX, (self.path / _SINGLE).is_file()
         if not index.is_file():
             if not has_single:
-                raise MoREError(f"{self.folder} holds no {_SINGLE}: name a folder with a Hugging Face model")
+                raise MoREError(f"{self.path} holds no {_SINGLE}: name a folder with a Hugging Face model")
             return [_SINGLE]
         try:
             names = set(json.loads(index.read_text())["weight_map"].values())
@@ -184,11 +180,11 @@ class SafetensorsFolder:
             if not isinstance(name, str) or Path(name).name != name or name == "..":
                 raise MoREError(f"{index} names the file {name}, which is not in its folder: export the model again")
         if has_single and _SINGLE not in names:
-            raise MoREError(f"{self.folder} holds both {_SINGLE} and {_INDEX}: remove the one that is stale")
+            raise MoREError(f"{self.path} holds both {_SINGLE} and {_INDEX}: remove the one that is stale")
         return sorted(names)
 
     def _open(self, file: str) -> Any:
-        path = self.folder / file
+        path = self.path / file
         try:
             return safe_open(path, framework="pt")
         except FileNotFoundError as error:
