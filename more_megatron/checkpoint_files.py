@@ -95,17 +95,17 @@ def _is_finite(checkpoint: Path) -> bool:
         return False
 
 
-def check_files(folder: Path, checkpoint: Path) -> None:
-    """Check that the files of a checkpoint in a `--save` folder are all there and whole.
+def check_files(checkpoint: Path) -> None:
+    """Check that the files of a checkpoint are all there and whole.
 
     Raises:
         MoREError: If not; it names the newest complete checkpoint beside it.
     """
     if found := fault(checkpoint):
-        raise _damage(folder, checkpoint, found)
+        raise _damage(checkpoint, found)
 
 
-def check_content(folder: Path, checkpoint: Path, rank: int, ranks: int) -> None:
+def check_content(checkpoint: Path, rank: int, ranks: int) -> None:
     """Check that each tensor in such files is as it was written.
 
     Each rank looks at its part of the files, about as much as it is going to load.
@@ -119,11 +119,11 @@ def check_content(folder: Path, checkpoint: Path, rank: int, ranks: int) -> None
             for piece in pieces[name]:
                 read_piece(checkpoint, piece)
     except (MoREError, OSError) as error:
-        raise _damage(folder, checkpoint, last_line(error)) from error
+        raise _damage(checkpoint, last_line(error)) from error
 
 
-def _damage(folder: Path, checkpoint: Path, found: str) -> MoREError:
-    complete = next(_complete(folder, lambda _, path: path != checkpoint), None)
+def _damage(checkpoint: Path, found: str) -> MoREError:
+    complete = next(_complete(checkpoint.parent, lambda _, path: path != checkpoint), None)
     remedy = (
         "there is no complete one beside it"
         if complete is None

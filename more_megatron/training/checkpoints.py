@@ -54,8 +54,8 @@ def check_checkpoint(args: argparse.Namespace) -> None:
         return
     if args.load is not None and args.ckpt_step is None and args.rank == 0:
         repair_tracker(Path(args.load))
-    source = checkpoint_source(args)
-    if source is None:
+    checkpoint = checkpoint_source(args)
+    if checkpoint is None:
         # The same command starts a run and resumes it.
         for name, folder in (("load", args.load), ("pretrained_checkpoint", args.pretrained_checkpoint)):
             hint = folder and _what_it_is(Path(folder))
@@ -63,15 +63,14 @@ def check_checkpoint(args: argparse.Namespace) -> None:
                 remedy = hint or "name another folder, or leave it out"
                 raise MoREError(f"there is no checkpoint in {flag(name)} {folder}: {remedy}")
         return
-    folder, checkpoint = source
     if args.rank == 0:
-        check_files(folder, checkpoint)
+        check_files(checkpoint)
         saved = stored_arguments(checkpoint)
         _check_architecture(checkpoint, saved, args)
         _check_tokenizer(checkpoint, saved, args)
         _check_optimizer(checkpoint, saved, args)
         _warn_of_changes(checkpoint, saved, args)
-    check_content(folder, checkpoint, args.rank, args.world_size)
+    check_content(checkpoint, args.rank, args.world_size)
 
 
 def _what_it_is(folder: Path) -> str | None:

@@ -38,7 +38,7 @@ def ask_for_former_weights(args: argparse.Namespace, model: list[MegatronModule]
     call only, which is that of loading.
     """
     source = checkpoint_source(args) if args.finetune and args.ckpt_format == "torch_dist" else None
-    saved = argparse.Namespace() if source is None else stored_arguments(source[1])
+    saved = argparse.Namespace() if source is None else stored_arguments(source)
     former, system = getattr(saved, "more_variant", None), get_system(args.more_variant)
     if former not in names() or not system.former_keys:
         return model

@@ -42,10 +42,10 @@ def take_stored_flags(args: argparse.Namespace, given: set[str]) -> None:
     Raises:
         MoREError: If the arguments of the checkpoint cannot be read.
     """
-    source = checkpoint_source(args)
-    if source is None or args.ckpt_format != "torch_dist":
+    checkpoint = checkpoint_source(args)
+    if checkpoint is None or args.ckpt_format != "torch_dist":
         return
-    folder, checkpoint = source
+    folder = checkpoint.parent
     unnamed = unnamed_iteration(folder) if args.ckpt_step is None else None
     if unnamed is not None:
         say(f"> {checkpoint} is complete, and the tracker file of {folder} does not name it yet: continuing from it")
@@ -73,13 +73,10 @@ def stored_arguments(checkpoint: Path) -> argparse.Namespace:
     return common_state(checkpoint).get("args", argparse.Namespace())
 
 
-def checkpoint_source(args: argparse.Namespace) -> tuple[Path, Path] | None:
-    """Return the folder that a run loads from and the checkpoint in it, None if there is no checkpoint."""
-    for folder in (args.load, args.pretrained_checkpoint):
-        checkpoint = checkpoint_to_load(Path(folder), args.ckpt_step) if folder is not None else None
-        if checkpoint is not None:
-            return Path(folder), checkpoint
-    return None
+def checkpoint_source(args: argparse.Namespace) -> Path | None:
+    """Return the checkpoint that a run loads, None if there is none."""
+    folders = (Path(folder) for folder in (args.load, args.pretrained_checkpoint) if folder is not None)
+    return next(filter(None, (checkpoint_to_load(folder, args.ckpt_step) for folder in folders)), None)
 
 
 def _take_megatron_arguments(args: argparse.Namespace, stored: argparse.Namespace, given: set[str]) -> None:
