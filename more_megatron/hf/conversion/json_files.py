@@ -1,5 +1,4 @@
-"""The JSON files of a Hugging Face model of ours: `config.json`, checked against the description of its fields, and the
-arguments of the run, for the way back."""
+"""The JSON files of a Hugging Face model: `config.json`, and the arguments of the run for the way back."""
 
 from __future__ import annotations
 
@@ -18,7 +17,6 @@ from more_megatron.systems.forms import Form, forms
 
 __all__ = ["ARGS_FILE", "check_config", "check_links", "read_args", "read_config", "write_args"]
 
-_REMEDY = "correct it, or export the model again"
 ARGS_FILE = "megatron_args.json"
 # Where the run stood and on which machine: nothing that describes the model.
 _OF_THE_MACHINE = frozenset(
@@ -87,7 +85,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Form]:
             config = {"model_type": "more", "variant": form.system, **fields}
         check_config(config)
     except MoREError as error:
-        raise MoREError(f"{path}: {error}; {_REMEDY}") from error
+        raise MoREError(f"{path}: {error}; correct it, or export the model again") from error
     return config, form
 
 

@@ -61,7 +61,7 @@ class MegatronCheckpoint:
             MoREError: If a parameter is missing, unknown, of another shape or no floating point.
         """
         places = ((entry.shape, *self._place(entry)) for entry in entries)
-        expected = {key: shape if layer is None else (num_layers, *shape) for shape, key, layer in places}
+        expected = [(key, shape if layer is None else (num_layers, *shape)) for shape, key, layer in places]
         check_shapes(f"checkpoint {self.path}", self.shapes(), expected)
         for key, info in self._tensors.items():
             if not info.properties.dtype.is_floating_point:

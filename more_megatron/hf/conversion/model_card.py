@@ -108,8 +108,8 @@ def _losses(folder: str | None, iteration: int) -> dict[str, str]:
     found = {}
     for tag, name in _LOSSES.items():
         events = accumulator.Scalars(tag) if tag in accumulator.Tags()["scalars"] else []
-        steps = [event.step for event in events if event.step <= iteration]
-        if steps:
-            last = next(event for event in events if event.step == steps[-1])
+        earlier = [event for event in events if event.step <= iteration]
+        if earlier:
+            last = max(earlier, key=lambda event: event.step)  # the first of several
             found[name] = f"{last.value:.4f} nats a token (iteration {last.step})"
     return found

@@ -76,23 +76,21 @@ def check_shapes(
     found: Mapping[str, Sequence[int]],
     expected: Sequence[tuple[str, Sequence[int]]],
     others: Iterable[str] = (),
-    asked_by: str = "",
 ) -> None:
     """Check that there are exactly the tensors that are expected, in these shapes.
 
     Args:
         place: Where they are, in words.
         found: Shapes by name.
-        expected: Names and shapes.
+        expected: Names and shapes, of each row of the tables.
         others: Names of what may be there beside them.
-        asked_by: What is said of a tensor that is missing.
 
     Raises:
         MoREError: If one is missing, unknown or of another shape.
     """
     for name, shape in expected:
         if name not in found:
-            raise MoREError(f"{place} lacks the parameter {name}{asked_by}")
+            raise MoREError(f"{place} lacks the parameter {name}, which its configuration asks for")
         if tuple(found[name]) != tuple(shape):
             raise MoREError(f"{place} holds {name} in shape {list(found[name])} instead of {list(shape)}")
     unknown = sorted(found.keys() - dict(expected).keys() - set(others))

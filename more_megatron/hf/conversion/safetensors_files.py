@@ -128,7 +128,7 @@ class SafetensorsFolder:
         shapes = {name: shape for entry in entries for name, shape in zip(entry.names, entry.shapes, strict=True)}
         expected = [(name, shapes[name]) for entry in entries for name in self.names(entry)]
         found = {name: stored.shape for name, stored in self._tensors.items()}
-        check_shapes(self.path, found, expected, others, ", which its config.json asks for")
+        check_shapes(self.path, found, expected, others)
 
     def names(self, entry: Entry) -> tuple[str, ...]:
         """Return the names that a parameter has in the folder: one is enough where it may stand twice."""
