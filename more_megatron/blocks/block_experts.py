@@ -168,7 +168,7 @@ class SharedBlockMoELayer(RowMoELayer):
         if coefficient == 0.0 or not (self.training and torch.is_grad_enabled()):
             return output
         penalty = self.experts.orthogonality_penalty()
-        record_loss("orthogonality_loss", penalty, self.router)
+        record_loss("orthogonality_loss", penalty, self.config, self.layer_number, self.router.tp_dp_cp_group)
         share = self.num_local_experts / self.config.num_moe_experts
         weight = coefficient * share * self._replica_ratio
         return MoEAuxLossAutoScaler.apply(output, penalty * weight)

@@ -11,7 +11,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import z_loss_func
 from megatron.core.transformer.moe.router import TopKRouter
 
-from more_megatron.blocks.statistics import record_loss, record_routing, routing_entropy
+from more_megatron.blocks.statistics import is_routing_reported, record_loss, record_routing, routing_entropy
 from more_megatron.config import MoREConfig
 from more_megatron.model.attached_loss import attach_mean
 
@@ -79,8 +79,10 @@ class IteratedRouter(TopKRouter):
         """Route as Megatron does, with the entropy penalty and the statistics of the step."""
         logits = self._apply_entropy_floor(logits, padding_mask)
         probs, routing_map = super().routing(logits, padding_mask=padding_mask)
-        if self.training and self._step.counted:
-            record_routing(self._step.index, logits, routing_map, self._step.former_map)
+        step = self._step
+        if self.training and step.counted and is_routing_reported(step.index):
+            changed = None if step.former_map is None else (routing_map != step.former_map).any(dim=-1)
+            record_routing(step.index, logits, routing_map.sum(dim=0), changed)
         self._step.routing_map = routing_map
         return probs, routing_map
 
@@ -123,7 +125,7 @@ class IteratedRouter(TopKRouter):
     ) -> torch.Tensor:
         """Attach a mean over this rank's tokens to the backward pass, and log it: the way of Megatron's z-loss."""
         loss = loss * self._step.loss_weight
-        record_loss(name, loss, self)
+        record_loss(name, loss, self.config, self.layer_number, self.tp_dp_cp_group)
         rows = activation.numel() // activation.size(-1) if padding_mask is None else (~padding_mask).sum()
         tokens = rows if self.calculate_per_token_loss else None
         return attach_mean(activation, loss * coefficient, ranks=self.tp_cp_group.size(), tokens=tokens)

@@ -134,7 +134,11 @@ class System:
 
     def figures(self, config: MoREConfig) -> tuple[str, ...]:
         """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
-        return ()
+        if config.num_moe_experts is None or not self.repeats_router:
+            return ()
+        from more_megatron.blocks.statistics import router_figures
+
+        return router_figures(config.max_steps)
 
     def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends | None]:
         """Return the healthy ranges of its own figures, and of others where it differs; see `monitoring.ranges`.

@@ -123,9 +123,11 @@ class MoEUT(System):
         return dict.fromkeys((*OF_SOFTMAX, "routing/dead experts"))
 
     def figures(self, config: "MoREConfig") -> tuple[str, ...]:
-        from more_megatron.blocks.head_experts import head_figures
+        from more_megatron.blocks.statistics import router_figures
+        from more_megatron.blocks.switchhead import ROUTER_KINDS
 
-        return () if config.switchhead_num_experts == 1 else head_figures(config.max_steps)
+        heads = () if config.switchhead_num_experts == 1 else ROUTER_KINDS
+        return router_figures(config.max_steps, ("", *heads))
 
     def stack(self, config: "MoREConfig") -> "Stack":
         from more_megatron.blocks.backends import backend_of
