@@ -119,7 +119,7 @@ class LightExperts(RoutedExperts):
         self.fc1, self.fc2 = self.linear_weights(inner), self.linear_weights(outer)
         self.dropout = torch.nn.Dropout(config.hidden_dropout)
 
-    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor, depth: Depth | None) -> torch.Tensor:
         inner = self.backend.linear(x, self.fc1, padding.groups)
         outer = self.backend.linear(torch.nn.functional.gelu(inner), self.fc2, padding.groups)
         output = self.dropout(padding.unpad(outer))

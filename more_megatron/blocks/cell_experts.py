@@ -7,9 +7,8 @@ state gathers it first.
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -27,7 +26,6 @@ from more_megatron.blocks.experts import (
     feed_forward_cost,
     gather_columns,
 )
-from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
 from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
 from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
@@ -41,7 +39,6 @@ from more_megatron.monitoring.watch import current_watch
 
 __all__ = [
     "CellExperts",
-    "CellMoELayer",
     "GRUExperts",
     "SequentialExperts",
     "gru_experts_cost",
@@ -52,21 +49,10 @@ __all__ = [
 class CellExperts(RoutedExperts):
     """Experts that iterate on each token: what they have in common."""
 
-    _depth: Depth | None = None
-
-    @contextlib.contextmanager
-    def to_depth(self, depth: Depth) -> Iterator[None]:
-        """Take these steps in the calls made inside."""
-        self._depth = depth
-        try:
-            yield
-        finally:
-            self._depth = None
-
-    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor, depth: Depth | None) -> torch.Tensor:
         """Return outputs times probabilities, [rows, h]. Over the ranks that split an expert they add up."""
-        assert self._depth is not None, "experts were called outside of `to_depth`"
-        output = padding.unpad(self.iterate(x, padding, self._depth))
+        assert depth is not None, "experts that iterate are told their depth"
+        output = padding.unpad(self.iterate(x, padding, depth))
         return (output * probs.unsqueeze(-1)).to(output.dtype)
 
     def watched(self, padding: RowPadding, depth: Depth) -> States | None:
@@ -79,18 +65,6 @@ class CellExperts(RoutedExperts):
     @abstractmethod
     def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given rows with padding, [rows, h]."""
-
-
-class CellMoELayer(BaseMoELayer):
-    """Megatron's MoE layer around experts that iterate."""
-
-    experts: CellExperts
-
-    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
-        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
-        with self.experts.to_depth(inputs.micro_batch.depth):
-            output, _ = super().forward(hidden_states, padding_mask=inputs.padding_mask)
-        return output, None
 
 
 class GRUExperts(CellExperts):

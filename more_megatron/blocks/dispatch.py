@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_seque
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
-from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
+from more_megatron.blocks.layer import LayerInputs, MicroBatchMoELayer
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
 from more_megatron.model.noise import TokenGrid
@@ -59,7 +59,7 @@ DISPATCHERS: dict[str, type[CoordinateAllGatherDispatcher] | type[CoordinateAllt
 }
 
 
-class RowMoELayer(BaseMoELayer):
+class RowMoELayer(MicroBatchMoELayer):
     """Megatron's MoE layer for experts that mix tokens: they receive coordinates along with the rows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -77,18 +77,12 @@ class RowMoELayer(BaseMoELayer):
         ranks_of_experts = self.token_dispatcher.tp_size * self.token_dispatcher.ep_size
         self._replicas = ranks_of_experts // self.attn_tp_group.size()
 
-    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
-        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
-        shared_output = self.shared_experts_compute(hidden_states)
-        probs, routing_map = self.route(hidden_states, inputs.token_padding_mask)
-        dispatched, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
-        dispatched, tokens_per_expert, probs = self.token_dispatcher.dispatch_postprocess(dispatched, probs)
-        rows, order = self._sort(hidden_states, tokens_per_expert, inputs)
-        output = self._compute_experts(dispatched, probs, rows, order, inputs.micro_batch.depth)
-        output = self.combine(self.token_dispatcher.combine_preprocess(output))
-        return self.postprocess(output, shared_output), None
+    def compute_experts(self, hidden_states: torch.Tensor, inputs: LayerInputs, *rows: torch.Tensor) -> torch.Tensor:
+        dispatched, tokens_per_expert, probs = rows
+        sorted_rows, order = self._sort(hidden_states, tokens_per_expert, inputs)
+        return self._compute_sorted(dispatched, probs, sorted_rows, order, inputs.micro_batch.depth)
 
-    def _compute_experts(
+    def _compute_sorted(
         self, dispatched: torch.Tensor, probs: torch.Tensor, rows: Rows, order: torch.Tensor, depth: Depth
     ) -> torch.Tensor:
         """Return the weighed output of the experts for the dispatched rows, [rows, h], in the dispatcher's order."""

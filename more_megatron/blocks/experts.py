@@ -22,6 +22,7 @@ from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
 from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
+from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer, Draw
 
 __all__ = [
@@ -70,7 +71,11 @@ class RoutedExperts(Experts):
     """Experts that are called as Megatron's are: each row by itself."""
 
     def forward(
-        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        probs: torch.Tensor,
+        depth: Depth | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Return the weighed outputs of all local experts, [rows, h], and no bias.
 
@@ -78,13 +83,14 @@ class RoutedExperts(Experts):
             hidden_states: Rows grouped by expert, [rows, h].
             tokens_per_expert: Number of rows of each local expert, [local experts].
             probs: Routing weight of each row, [rows].
+            depth: Steps to take, for experts that iterate.
         """
         groups = RowGroups.of_counts(torch.as_tensor(tokens_per_expert), hidden_states.device)
         padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
-        return self.compute(padding.pad(hidden_states), padding, probs), None
+        return self.compute(padding.pad(hidden_states), padding, probs, depth), None
 
     @abstractmethod
-    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor, depth: Depth | None) -> torch.Tensor:
         """Return the weighed outputs, [rows, h], given the rows with padding, and the weights without."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,11 +28,10 @@ class RouterStep:
     former_logits: torch.Tensor | None = None  # logits that routed the step before, [s, b, experts]; None at the first
     # Where the tokens went in the step before, [tokens, experts]; None if it was not kept
     former_map: torch.Tensor | None = None
-    # Left: logits that the next step averages with, [s, b, experts]; None if it does not
-    logits: torch.Tensor | None = None
-    routing_map: torch.Tensor | None = None  # left: where the tokens go, [tokens, experts]
-    # Left by routers that balance over a sequence: their distributions summed over positions, [b, experts]
-    sums: torch.Tensor | None = None
+    routing_map: torch.Tensor = field(init=False)  # left: where the tokens go, [tokens, experts]
+    # Left, with its gradient: logits that the next step averages with, [s, b, experts]; of a router that balances over
+    # a sequence the distributions summed over positions, [b, experts]; None if it does neither
+    carried: torch.Tensor | None = None
 
 
 class IteratedRouter(TopKRouter):
@@ -67,7 +66,7 @@ class IteratedRouter(TopKRouter):
         former, beta = self._step.former_logits, self.config.router_logit_ema
         if beta > 0.0 and former is not None:
             logits = beta * former + (1.0 - beta) * logits
-        self._step.logits = logits if beta > 0.0 else None
+        self._step.carried = logits if beta > 0.0 else None
         return logits
 
     @property

@@ -99,7 +99,7 @@ def _a_flip_of_the_average() -> None:
         step = RouterStep(0)
         with router.at(step):
             router(first)
-        former = step.logits
+        former = step.carried
         assert (former is None) == (beta == 0.0)
         with router.at(RouterStep(1, former_logits=former)):
             probs, routing_map = router(second)

@@ -57,8 +57,9 @@ def _detached_layer(layer: torch.nn.Module, hidden: torch.Tensor, depth: Depth, 
     former = None
     for index in range(depth.steps):
         router_step = RouterStep(index, former_logits=former)
-        increment, _ = layer.mlp(layer.pre_mlp_layernorm(hidden), inputs, router_step)
-        former, has_grad = router_step.logits, index >= depth.no_grad_steps
+        with layer.mlp.router.at(router_step):
+            increment, _ = layer.mlp(layer.pre_mlp_layernorm(hidden), inputs)
+        former, has_grad = router_step.carried, index >= depth.no_grad_steps
         former = former if former is None or has_grad else former.detach()
         increment = increment * layer.config.recurrence_residual_scale
         hidden = hidden + (increment if has_grad else increment.detach())
