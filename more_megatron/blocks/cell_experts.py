@@ -11,11 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_last_dim_to_tensor_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import reduce_scatter_last_dim_to_tensor_parallel_region
 
 from more_megatron.blocks.cells import ExpertBias, gru_step, lstm_step
 from more_megatron.blocks.experts import (
@@ -24,9 +20,9 @@ from more_megatron.blocks.experts import (
     RoutedExperts,
     biased_linear_cost,
     feed_forward_cost,
-    gather_columns,
 )
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
@@ -85,7 +81,7 @@ class GRUExperts(CellExperts):
         bias = self.gru.row_bias(x, groups)
 
         def step(state: torch.Tensor, carried: None, index: int) -> tuple[torch.Tensor, None]:
-            products = self.gru.product(gather_columns(state, self.placement), groups)
+            products = self.gru.product(self.placement.gathered(state), groups)
             return gru_step(products, bias, state), None
 
         state = iterate_residual(step, self.ffn.expand(x, groups), depth, self.watched(padding, depth))
@@ -113,7 +109,7 @@ class SequentialExperts(CellExperts):
         watched = Refinement() if self.training and torch.is_grad_enabled() and Refinement.is_reported() else None
 
         def step(refined: torch.Tensor, cell: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            products = self.lstm.product(gather_columns(refined, self.placement), groups)
+            products = self.lstm.product(self.placement.gathered(refined), groups)
             new, cell = lstm_step(products, bias, torch.zeros_like(refined) if cell is None else cell)
             gate = gate_of(refined)
             after = torch.lerp(refined, new, gate)
@@ -146,15 +142,10 @@ class _TokenGate(GroupedModule):
         """Return the gate of these rows as a function of this rank's columns, [rows, h / ranks], to [rows, 1]."""
         weight = ExpertBias.of(self.weight.flatten(1), groups, len(x)).of_rows()
         bias = ExpertBias.of(self.bias, groups, len(x))
-        is_split, group = self.placement.split_size > 1, self.placement.split_group
 
         def gate(columns: torch.Tensor) -> torch.Tensor:
-            logits = torch.linalg.vecdot(columns, weight).unsqueeze(1)
-            if not is_split:
-                return torch.sigmoid(bias.add_to(logits))
-            logits = bias.add_to(reduce_from_tensor_model_parallel_region(logits, group=group))
-            # Every rank contributes to the gradient of the sum.
-            return torch.sigmoid(copy_to_tensor_model_parallel_region(logits, group=group))
+            logits = self.placement.summed(torch.linalg.vecdot(columns, weight).unsqueeze(1))
+            return torch.sigmoid(self.placement.copied(bias.add_to(logits)))
 
         return gate
 

@@ -1,9 +1,4 @@
-"""What kinds of experts have in common: the rows they are called with, linear maps with biases, a feed-forward network.
-
-Megatron's dispatchers treat the ranks that split an expert as holding parts of a sum: inputs are gathered, outputs are
-summed, and so are the gradients of inputs. What needs the whole activation in between, as norms do, holds it on every
-rank, between `enter_replicated` and `leave_replicated`, which keep sums over the ranks what they would be on one.
-"""
+"""What kinds of experts have in common: how they are called, linear maps with biases, a feed-forward network."""
 
 from __future__ import annotations
 
@@ -14,11 +9,11 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.utils import get_pg_rank
 
 from more_megatron.blocks.cells import ExpertBias, gelu
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
@@ -31,10 +26,7 @@ __all__ = [
     "Experts",
     "RoutedExperts",
     "biased_linear_cost",
-    "enter_replicated",
     "feed_forward_cost",
-    "gather_columns",
-    "leave_replicated",
 ]
 
 
@@ -113,7 +105,7 @@ class ExpertLinear(GroupedModule):
 
     def row_bias(self, rows: torch.Tensor, groups: RowGroups) -> ExpertBias:
         """Return the bias for these rows, or this rank's part of it."""
-        bias = leave_replicated(self.bias, self.placement.split_size) if self._is_summed else self.bias
+        bias = self.placement.leave(self.bias) if self._is_summed else self.bias
         return ExpertBias.of(bias, groups, len(rows))
 
     def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
@@ -145,45 +137,6 @@ class ExpertFeedForward(GroupedModule):
     def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
         return self.fc2(self.expand(rows, groups), groups)
-
-
-def gather_columns(x: torch.Tensor, placement: Placement) -> torch.Tensor:
-    """Return the columns of all ranks that split an expert, [rows, n], given those of this rank, [rows, n / ranks]."""
-    if placement.split_size == 1:
-        return x
-    gathered: torch.Tensor = all_gather_last_dim_from_tensor_parallel_region(x, group=placement.split_group)
-    return gathered
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, ranks: int) -> torch.Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad / ctx.ranks, None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, ranks: int) -> torch.Tensor:
-        return x / ranks
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
-
-
-def enter_replicated(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Return `x`, which every rank holds; the gradients that the ranks send back add up to its gradient."""
-    return x if ranks == 1 else _Enter.apply(x, ranks)
-
-
-def leave_replicated(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Return this rank's part of a sum over the ranks that gives `x`; the gradient is that of the sum."""
-    return x if ranks == 1 else _Leave.apply(x, ranks)
 
 
 def biased_linear_cost(*shape: int) -> Cost:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowPadding, Rows
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
