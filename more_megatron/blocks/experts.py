@@ -11,7 +11,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.utils import get_pg_rank
 
-from more_megatron.blocks.cells import ExpertBias, gelu
+from more_megatron.blocks.cells import ExpertBias
 from more_megatron.blocks.parameters import GroupedModule, Weight
 from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowGroups, RowPadding
@@ -132,7 +132,7 @@ class ExpertFeedForward(GroupedModule):
 
     def expand(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return this rank's part of the inner layer, [rows, width / ranks], given [rows, h]."""
-        return gelu(self.fc1.product(rows, groups), self.fc1.row_bias(rows, groups))
+        return torch.nn.functional.gelu(self.fc1(rows, groups))
 
     def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
