@@ -33,13 +33,7 @@ from more_megatron.monitoring.recurrence import States, watch_states
 from more_megatron.monitoring.refinement import Refinement
 from more_megatron.monitoring.watch import current_watch
 
-__all__ = [
-    "CellExperts",
-    "GRUExperts",
-    "SequentialExperts",
-    "gru_experts_cost",
-    "sequential_experts_cost",
-]
+__all__ = ["CellExperts", "GRUExperts", "SequentialExperts", "gru_experts_cost", "sequential_experts_cost"]
 
 
 class CellExperts(RoutedExperts):

@@ -20,14 +20,7 @@ from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer, Draw
 
-__all__ = [
-    "ExpertFeedForward",
-    "ExpertLinear",
-    "Experts",
-    "RoutedExperts",
-    "biased_linear_cost",
-    "feed_forward_cost",
-]
+__all__ = ["ExpertFeedForward", "ExpertLinear", "Experts", "RoutedExperts", "biased_linear_cost", "feed_forward_cost"]
 
 
 class Experts(GroupedModule):

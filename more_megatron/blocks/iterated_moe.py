@@ -14,11 +14,7 @@ from more_megatron.model.micro_batch import Pass
 from more_megatron.model.truncation import iterate_residual
 from more_megatron.monitoring.recurrence import watch_states
 
-__all__ = [
-    "IteratedMoELayer",
-    "RecurrentMoETransformerLayer",
-    "RepeatedTransformerLayer",
-]
+__all__ = ["IteratedMoELayer", "RecurrentMoETransformerLayer", "RepeatedTransformerLayer"]
 
 # Hidden states, [s, b, h], and what a router leaves for later passes; see `RouterStep`.
 _StateAndCarried = tuple[torch.Tensor, torch.Tensor | None]

@@ -7,13 +7,7 @@ from typing import Any
 import torch
 
 from more_megatron.blocks.cells import ExpertBias
-from more_megatron.blocks.experts import (
-    ExpertFeedForward,
-    ExpertLinear,
-    Experts,
-    biased_linear_cost,
-    feed_forward_cost,
-)
+from more_megatron.blocks.experts import ExpertFeedForward, ExpertLinear, Experts, biased_linear_cost, feed_forward_cost
 from more_megatron.blocks.parameters import GroupedModule, Weight
 from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowGroups, Rows

@@ -63,11 +63,7 @@ def record_routing(
 
 
 def record_loss(
-    name: str,
-    loss: torch.Tensor,
-    config: MoREConfig,
-    layer_number: int | None,
-    ranks: torch.distributed.ProcessGroup,
+    name: str, loss: torch.Tensor, config: MoREConfig, layer_number: int | None, ranks: torch.distributed.ProcessGroup
 ) -> None:
     """Log a loss of an MoE layer, before its coefficient, averaged over ranks, as Megatron logs those of its router."""
     # Layers of multi-token prediction are numbered after the others.

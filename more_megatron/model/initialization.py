@@ -19,15 +19,7 @@ import torch
 
 from more_megatron.config import MoREConfig
 
-__all__ = [
-    "BlockInitializer",
-    "Draw",
-    "Initialization",
-    "parameter_device",
-    "takase",
-    "takase_std",
-    "uniform_head",
-]
+__all__ = ["BlockInitializer", "Draw", "Initialization", "parameter_device", "takase", "takase_std", "uniform_head"]
 
 
 def parameter_device(config: MoREConfig) -> Any:
