@@ -30,7 +30,7 @@ from more_megatron.blocks.segment_attention import segment_attention
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.initialization import BlockInitializer, Draw, takase
+from more_megatron.model.initialization import BlockInitializer, Draw, draw_as_takase
 from more_megatron.model.loops import linear_injection
 from more_megatron.model.noise import state_noise
 from more_megatron.model.truncation import iterate_state
@@ -142,7 +142,7 @@ class SequenceBlock(MegatronModule):
         config = copy.copy(backend_of(config).looped(config))
         config.gated_linear_unit, config.activation_func = True, torch.nn.functional.silu
         config.ffn_hidden_size = ffn_hidden_size
-        takase(config, config.num_layers * config.mean_steps).apply(config)
+        draw_as_takase(config, config.num_layers * config.mean_steps)
         backend, hidden = backend_of(config), config.hidden_size
         # Drawn when the number of the layer is known.
         draw = BlockInitializer.zeros

@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
-from more_megatron.model.initialization import Initialization
 
 __all__ = ["Group", "Layer", "Loop", "Stack"]
 
@@ -67,7 +66,8 @@ class Stack:
     norms_core_output: bool = False
     embedding_scale: float = 1.0  # factor on the embeddings
     head_bias: bool = False  # whether the output layer has a bias
-    initialization: Initialization | None = None  # how weights are drawn; None: as Megatron's flags say
+    # Sets how Megatron's modules that are built from the configuration draw their weights; None: as its flags say
+    initialize: Callable[[MoREConfig], None] | None = None
 
     @property
     def is_plain(self) -> bool:

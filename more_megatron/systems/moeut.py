@@ -132,13 +132,13 @@ class MoEUT(System):
     def stack(self, config: "MoREConfig") -> "Stack":
         from more_megatron.blocks.backends import backend_of
         from more_megatron.blocks.peri_layer import peri_layer
-        from more_megatron.model.initialization import uniform_head
+        from more_megatron.model.initialization import draw_as_moeut
         from more_megatron.model.loops import ResidualLoop
         from more_megatron.model.stack import Group, Loop, Stack
 
         layers = (peri_layer(config),) * config.num_layers
         groups = (Group(layers, Loop(ResidualLoop)),)
-        return Stack(config, groups, backend_of(config).norm(), head_bias=True, initialization=uniform_head(config))
+        return Stack(config, groups, backend_of(config).norm(), head_bias=True, initialize=draw_as_moeut)
 
     def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
         return (*MODEL, Row("output_layer.bias", "lm_head.bias", "V"))
