@@ -8,7 +8,6 @@ import torch
 
 from more_megatron.blocks.backends import backend_of
 from more_megatron.blocks.layer import BaseMoELayer, LayerInputs, MicroBatchTransformerLayer
-from more_megatron.blocks.router import RouterStep
 from more_megatron.config import MoREConfig
 from more_megatron.model.micro_batch import Pass
 from more_megatron.model.truncation import iterate_residual
@@ -16,7 +15,7 @@ from more_megatron.monitoring.recurrence import watch_states
 
 __all__ = ["IteratedMoELayer", "RecurrentMoETransformerLayer", "RepeatedTransformerLayer"]
 
-# Hidden states, [s, b, h], and what a router leaves for later passes; see `RouterStep`.
+# Hidden states, [s, b, h], and what a router leaves for later passes; see `RouterCall`.
 _StateAndCarried = tuple[torch.Tensor, torch.Tensor | None]
 
 
@@ -44,14 +43,8 @@ class _IteratedTransformerLayer(MicroBatchTransformerLayer):
         """Return the hidden states behind the MoE part, and what the router leaves, given what it left before."""
 
         def sub_layer(hidden_states: torch.Tensor, former: torch.Tensor | None) -> _StateAndCarried:
-            # Made where the router is asked: a recomputation is not counted again.
-            weight = 1.0 / max(current.micro_batch.depth.grad_steps, 1)
-            former_map = current.former.get((self.layer_number, "map"))
-            step = RouterStep(current.index, weight, current.is_counted(), former, former_map)
-            with self.mlp.router.at(step):
-                hidden_states = self._moe_sub_layer(hidden_states, inputs)
-            current.leave((self.layer_number, "map"), step.routing_map)
-            return hidden_states, step.carried
+            with self.mlp.router.at(current, former) as call:
+                return self._moe_sub_layer(hidden_states, inputs), call.carried
 
         return self._recomputed(sub_layer, hidden_states, former)
 

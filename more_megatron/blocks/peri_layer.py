@@ -56,7 +56,7 @@ class SigmaRouter(IteratedRouter):
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """Route as Megatron does, without dividing the weights of a token by their sum."""
         if self.training:
-            self._step.carried = sum_over_positions(logits)
+            self._call.carried = sum_over_positions(logits)
             if self.config.moeut_expert_dropout > 0.0:
                 # The sigmoid of what dropped out is 0: it may be chosen for want of others, with weight 0.
                 dropped = torch.rand_like(logits) < self.config.moeut_expert_dropout

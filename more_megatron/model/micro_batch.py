@@ -93,6 +93,11 @@ class Pass:
         return self.index >= self.micro_batch.depth.no_grad_steps
 
     @property
+    def loss_weight(self) -> float:
+        """Factor on losses that are averaged over the passes with gradient."""
+        return 1.0 / max(self.micro_batch.depth.grad_steps, 1)
+
+    @property
     def is_last(self) -> bool:
         """Whether no pass follows."""
         return self.index + 1 == self.micro_batch.depth.steps
