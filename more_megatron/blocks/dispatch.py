@@ -64,15 +64,8 @@ class RowMoELayer(MicroBatchMoELayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        dispatcher = DISPATCHERS[self.config.moe_token_dispatcher_type]
-        self.token_dispatcher = dispatcher(
-            self.num_local_experts,
-            self.local_expert_indices,
-            config=self.config,
-            pg_collection=kwargs.get("pg_collection"),
-        )
-        if self.shared_expert_overlap:
-            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        # The one that Megatron has built and told of shared experts.
+        self.token_dispatcher.__class__ = DISPATCHERS[self.config.moe_token_dispatcher_type]
         # Data-parallel replicas whose tokens meet on one expert rank.
         ranks_of_experts = self.token_dispatcher.tp_size * self.token_dispatcher.ep_size
         self._replicas = ranks_of_experts // self.attn_tp_group.size()
@@ -88,9 +81,7 @@ class RowMoELayer(MicroBatchMoELayer):
         """Return the weighed output of the experts for the dispatched rows, [rows, h], in the dispatcher's order."""
         output = self._apply_experts(dispatched.index_select(0, order), rows, depth)
         output = (output * probs.index_select(0, order).unsqueeze(-1)).to(output.dtype)
-        restore = torch.empty_like(order)
-        restore[order] = torch.arange(len(order), device=order.device)
-        return output.index_select(0, restore)
+        return torch.empty_like(output).index_copy(0, order, output)
 
     def _apply_experts(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Return the output of the local experts, [rows, h], given the sorted rows."""
