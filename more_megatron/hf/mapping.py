@@ -15,7 +15,7 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.systems import get_system
-from more_megatron.systems.export import Layout, Row, states
+from more_megatron.systems.export import Layout, Row
 from more_megatron.systems.forms import Form
 
 __all__ = ["LAYERS", "Entry", "entries", "extra_states"]
@@ -119,7 +119,7 @@ def extra_states(config: Config) -> Iterator[tuple[str, int | None, bool]]:
         Key of the module as in `Entry.key`, number of the layer, and whether there is a state for each expert.
     """
     system = get_system(config["variant"])
-    yield from ((name, None, False) for name in states(system.model_rows(config)))
+    yield from ((name, None, False) for name in system.model_states(config))
     for layer in range(config["num_hidden_layers"]):
         for name in system.layer_states(config, layer):
             yield LAYERS + name.removeprefix("N "), layer, name.startswith("N ")

@@ -178,8 +178,12 @@ class System:
         """Return the rows of a layer, numbered from 0."""
         return (*ATTENTION, *MOE, *self.expert_rows) if config["moe_layers"][layer] else (*ATTENTION, *DENSE)
 
+    def model_states(self, config: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the modules outside of layers that ask a checkpoint for a state beside their parameters."""
+        return states(self.model_rows(config))
+
     def layer_states(self, config: Mapping[str, Any], layer: int) -> tuple[str, ...]:
-        """Return the modules of a layer that ask a checkpoint for a state beside their parameters; see `states`."""
+        """Return the modules of a layer that do; `N ` before a name: one state an expert."""
         return states(self.layer_rows(config, layer))
 
     def sizes(self, config: Mapping[str, Any]) -> dict[str, int]:
