@@ -121,6 +121,7 @@ class Backend:
     """
 
     core_attention: ClassVar[Any] = LocalAttention  # attention between queries, keys and values
+    parts: ClassVar[Any] = LocalSpecProvider()  # Megatron's modules
 
     def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
         """Return the submodules of one transformer layer; its feed-forward part is a mixture of experts, or not."""
@@ -160,8 +161,7 @@ class Backend:
 
     def linears(self) -> tuple[Any, Any]:
         """Return the linear layers that are split by output and by input, without a norm of their own."""
-        parts = LocalSpecProvider()
-        return parts.column_parallel_linear(), parts.row_parallel_linear()
+        return self.parts.column_parallel_linear(), self.parts.row_parallel_linear()
 
     def attention(self) -> ModuleSpec:
         """Return causal self-attention over whole sequences, without a norm of its own."""

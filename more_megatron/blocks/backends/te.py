@@ -52,6 +52,7 @@ class TransformerEngineBackend(Backend):
     """Transformer Engine. Each group's weight is a parameter, [out, in], of one module for all groups."""
 
     core_attention = _Attention
+    parts = TESpecProvider()
 
     def _megatrons_layer(self, config: MoREConfig, num_experts: int | None) -> TransformerLayerSubmodules:
         return get_gpt_layer_with_transformer_engine_submodules(
@@ -63,10 +64,6 @@ class TransformerEngineBackend(Backend):
 
     def _norm_for(self, megatrons: Any) -> Any:
         return _without_state(megatrons)
-
-    def linears(self) -> tuple[Any, Any]:
-        parts = TESpecProvider()
-        return parts.column_parallel_linear(), parts.row_parallel_linear()
 
     def norm(self) -> LayerNormBuilder:
         return _without_state(TENorm)
