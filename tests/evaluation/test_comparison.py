@@ -17,7 +17,6 @@ import pytest
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import arguments_of, parse_flags
-from more_megatron.evaluation.comparison import planning
 from more_megatron.evaluation.comparison.experiment import Experiment, evaluation_flags
 from more_megatron.evaluation.comparison.health import entropy_by_step, loads
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, by_arm, collect, difference
@@ -100,7 +99,7 @@ def test_flags_that_an_experiment_decides_are_refused() -> None:
     with pytest.raises(MoREError, match="--seed has no effect beside seeds"):
         experiment.flags_of(experiment.arms[0], {})
     with pytest.raises(MoREError, match="nothing says how long to train"):
-        planning._matched(experiment, experiment.arms[0], 0, argparse.Namespace(flags={}), {})
+        _experiment(flags={"lr": 1}).flags_of(experiment.arms[0], {})
 
 
 @pytest.mark.parametrize("path", _EXPERIMENTS, ids=lambda path: path.stem)

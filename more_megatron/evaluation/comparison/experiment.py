@@ -175,6 +175,8 @@ class Experiment:
         flags = {"more-variant": arm.system} | flags | arm.flags
         if "seed" in flags:
             raise MoREError("--seed has no effect beside seeds: leave it out")
+        if self.tokens is None and self.total_flops is None and "train-iters" not in flags:
+            raise MoREError("nothing says how long to train: give tokens, total_flops, or train-iters among the flags")
         return {name: value for name, value in flags.items() if value is not None}
 
 

@@ -15,13 +15,12 @@ from typing import Any
 from more_megatron import __version__
 from more_megatron.data.indexed import read_manifest
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.command_lines import Flags, arguments_of
+from more_megatron.evaluation.command_lines import Flags, as_typed
 from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.experiment import MATCHES
 from more_megatron.evaluation.comparison.figures import draw_all
 from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, Spread, by_arm, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan
-from more_megatron.evaluation.comparison.timing import read_timings
 from more_megatron.platform.packages import has_package
 from more_megatron.unfinished import write_whole
 
@@ -65,7 +64,8 @@ def write_report(plan: Plan, folder: Path) -> list[RunResult]:
 
 
 def _content(plan: Plan, folder: Path) -> dict[str, Any]:
-    experiment, timings, runs = plan.experiment, read_timings(folder / "timings.json"), collect(plan, folder)
+    experiment, runs, times = plan.experiment, collect(plan, folder), folder / "timings.json"
+    timings = json.loads(times.read_text()) if times.exists() else []
     results = by_arm(plan, runs)
     points = []
     for number, flags in enumerate(plan.points):
@@ -98,7 +98,7 @@ def _point(
     speeds = {name: timing["achieved_flops"] for name, timing in timings.items()}
     tasks = sorted({task for arm in arms for task in arm.by_difficulty})
     return {
-        "flags": " ".join(arguments_of(flags)),
+        "flags": as_typed(flags),
         "baseline": baseline.arm.name,
         "arms": [_arm(arm, baseline) | {"timing": timings.get(arm.arm.name)} for arm in arms],
         "depths": sorted({depth for arm in arms for depth in arm.loss_at}),
@@ -131,7 +131,7 @@ def _arm(result: ArmResult, baseline: ArmResult) -> dict[str, Any]:
         "by_difficulty": result.by_difficulty,
         "seeds": {run.seed: run.loss if run.state == "finished" else run.state for run in result.runs},
         "health": health.summary(result),
-        "command": " ".join(arguments_of(arm.flags)),
+        "command": as_typed(arm.flags),
     }
 
 
