@@ -39,19 +39,17 @@ class Drawn:
     uri: str
 
 
-def draw_all(arms: Sequence[ArmResult], speeds: Mapping[str, float], matched: str) -> list[Drawn]:
+def draw_all(arms: Sequence[ArmResult], matched: str) -> list[Drawn]:
     """Return the figures that there are figures for.
 
     Args:
         arms: Those of one point of the sweep.
-        speeds: Operations a second of the arms that were timed, by name.
         matched: What was matched, in words.
     """
     drawing = _Drawing(arms, matched)
     _draw_losses(drawing)
     _draw_answers(drawing)
     _draw_routing(drawing)
-    drawing.speeds(speeds)
     return drawing.figures
 
 
@@ -195,17 +193,6 @@ class _Drawing:
             "Steps: of the recurrence, as many as were drawn there."
         )
         self._add(figure, "Expert load by recurrence step", note, {len(arm.watched) for arm, each in found if each})
-
-    def speeds(self, speeds: Mapping[str, float]) -> None:
-        """Draw a bar for each arm that was timed; nothing if none was."""
-        if not speeds:
-            return
-        figure, axes = _new()
-        colours = {arm.arm.name: _colour(number) for number, arm in enumerate(self.arms)}
-        axes.barh(list(speeds), [speed / 1e9 for speed in speeds.values()], color=[colours[name] for name in speeds])
-        axes.invert_yaxis()
-        axes.set_xlabel("GFLOP/s")
-        self._add(figure, "Speed", "Forward and backward passes, timed in turn.", {1})
 
     def _add(self, figure: Any, title: str, note: str, counts: set[int]) -> None:
         figure.suptitle(title, fontsize=11)
