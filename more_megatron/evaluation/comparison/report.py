@@ -113,15 +113,10 @@ def _arm(result: ArmResult, baseline: ArmResult) -> dict[str, Any]:
     arm, loss = result.arm, result.loss
     ratio = _bytes_a_token(arm.flags)
     return {
-        "name": arm.name,
+        **{name: value for name, value in vars(arm).items() if name not in ("flags", "flops")},
         "system": arm.flags.get("more-variant"),
-        "parameters": arm.parameters,
-        "active_parameters": arm.active_parameters,
         "flops_per_token": arm.flops,
-        "ratios": arm.ratios,
-        "tokens": arm.tokens,
         "total_flops": arm.flops * arm.tokens,
-        "refusal": arm.refusal,
         "loss": loss,
         "perplexity": loss and math.exp(loss.mean),
         "byte_perplexity": loss and ratio and math.exp(loss.mean / ratio),
