@@ -82,7 +82,6 @@ class RunResult:
     # has them; after fine-tuning if there was such
     answers: Answers = field(default_factory=dict)
     by_difficulty: ByDifficulty = field(default_factory=dict)  # exact match of generated answers
-    tokens_per_second: float = math.nan  # as trained, beside other runs
     # Records of health.jsonl; empty where the run wrote none
     health: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -206,7 +205,6 @@ def _trained(result: RunResult, folder: Path) -> RunResult:
         curve={line.number: line.loss for line in log.iterations},
         validations={line.iteration: line.loss for line in log.validations},
         answers=_answers(at_depths),
-        tokens_per_second=log.tokens_per_second(),
         health=read_health(weights) if (weights / HEALTH_FILE).exists() else [],
     )
 

@@ -51,7 +51,6 @@ def write_report(plan: Plan, folder: Path) -> list[RunResult]:
         templates = jinja2.Environment(
             loader=jinja2.PackageLoader("more_megatron.evaluation.comparison"),
             autoescape=kind == "html",
-            extensions=["jinja2.ext.do"],
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
