@@ -10,9 +10,10 @@ import ctypes
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -22,7 +23,7 @@ from more_megatron.evaluation.runs import fresh_model
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 
-__all__ = ["StepBenchmark", "StepTiming", "forward", "peak_bytes", "reset_peak", "time_systems"]
+__all__ = ["StepBenchmark", "StepTiming", "forward", "peak_bytes", "reset_peak", "seconds_of", "time_systems"]
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,12 @@ class StepBenchmark:
         # As Megatron's schedules do: the first pass of a step quantizes the weights for FP8.
         self._model.set_is_first_microbatch()
         samples = tuple(range(len(self.tokens)))
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        losses = forward(self._model, self.tokens, self.tokens, depth or self.described.depth, samples)
-        losses.float().mean().backward()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+
+        def passes() -> None:
+            losses = forward(self._model, self.tokens, self.tokens, depth or self.described.depth, samples)
+            losses.float().mean().backward()
+
+        return seconds_of(passes)
 
     def memory(self) -> tuple[int, int]:
         """Return the most bytes that are held during a step, and how many more those are than before."""
@@ -91,6 +92,15 @@ class StepBenchmark:
         self.step()
         peak = peak_bytes()
         return peak, peak - before
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Return what work takes until the device has done it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def forward(

@@ -99,7 +99,7 @@ def test_flags_that_an_experiment_decides_are_refused() -> None:
     with pytest.raises(MoREError, match="--seed has no effect beside seeds"):
         experiment.flags_of(experiment.arms[0], {})
     with pytest.raises(MoREError, match="nothing says how long to train"):
-        _experiment(flags={"lr": 1}).flags_of(experiment.arms[0], {})
+        _experiment(flags={"train-iters": None}).flags_of(experiment.arms[0], {})
 
 
 @pytest.mark.parametrize("path", _EXPERIMENTS, ids=lambda path: path.stem)

@@ -176,7 +176,7 @@ class Experiment:
         flags = {"more-variant": arm.system} | flags | arm.flags
         if "seed" in flags:
             raise MoREError("--seed has no effect beside seeds: leave it out")
-        if self.tokens is None and self.total_flops is None and "train-iters" not in flags:
+        if self.tokens is None and self.total_flops is None and flags.get("train-iters") is None:
             raise MoREError("nothing says how long to train: give tokens, total_flops, or train-iters among the flags")
         return {name: value for name, value in flags.items() if value is not None}
 
