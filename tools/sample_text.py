@@ -18,6 +18,7 @@ from more_megatron.data.hub import download
 from more_megatron.data.output import writing
 from more_megatron.data.sources import expand_inputs, open_source, text_chunks
 from more_megatron.errors import MoREError
+from more_megatron.unfinished import unfinished_file
 
 __all__ = ["obtain_text", "write_sample_text"]
 
@@ -80,10 +81,8 @@ def _copy(source_path: str, path: str | os.PathLike[str]) -> None:
 def _write(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
     with writing(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(f"{os.fspath(path)}.tmp")
-        with open(unfinished, "wb") as target:
+        with unfinished_file(Path(path)) as unfinished, open(unfinished, "wb") as target:
             target.writelines(chunks)
-        os.replace(unfinished, path)
 
 
 def _articles() -> Iterator[str]:

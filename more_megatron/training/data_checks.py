@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 from pathlib import Path
@@ -18,7 +17,7 @@ from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.data.answers import check_answers, has_answers
-from more_megatron.data.check import check_dataset
+from more_megatron.data.check import check_datasets
 from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from more_megatron.errors import MoREError
@@ -100,12 +99,10 @@ def check_data(args: argparse.Namespace) -> None:
     if not blends:
         raise MoREError("there are no data to train on: give --data-path, or --mock-data for random tokens")
     local = [[prefix for prefix in blend if not prefix.startswith(_REMOTE)] for blend in blends]
-    prefixes = list(itertools.chain.from_iterable(local))
-    vocab_size, sha256 = get_tokenizer().vocab_size, tokenizer_hash(args)
-    for prefix in prefixes:
-        check_dataset(prefix, vocab_size=vocab_size, tokenizer_sha256=sha256)
+    for prefixes in local:
+        check_datasets(prefixes, vocab_size=get_tokenizer().vocab_size, tokenizer_sha256=tokenizer_hash(args))
     if args.loss_on_answers:
-        masked = set(filter(has_answers, prefixes))
+        masked = {prefix for prefixes in local for prefix in prefixes if has_answers(prefix)}
         if not masked:
             raise MoREError("--loss-on-answers, but no dataset has a mask: write one with tools/prepare_tasks.py")
         for prefix in sorted(masked):

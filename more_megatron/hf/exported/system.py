@@ -44,16 +44,13 @@ def write_code(folder: Path, system: str) -> None:
     """
     if not all((_FOLDER / f"{name}.py").is_file() for name in PUBLIC_MODULES):
         return
-    for name in PUBLIC_MODULES:
+    for name in _modules({*PUBLIC_MODULES, system}):
         text = _text(name)
-        needed = _modules({name, system}) - {name}
-        missing = sorted(needed - set(_RELATIVE_IMPORT.findall(text)))
-        lines = [f"from .{module} import __name__ as _{module}  # noqa: E402, F401\n" for module in missing]
-        if lines:
-            text += "\n# transformers copies the modules that this text names.\n" + "".join(lines)
+        if name in PUBLIC_MODULES:
+            missing = sorted(_modules({name, system}) - {name, *_RELATIVE_IMPORT.findall(text)})
+            lines = [f"from .{module} import __name__ as _{module}  # noqa: E402, F401\n" for module in missing]
+            text += "".join(["\n# transformers copies the modules that this text names.\n", *lines]) if lines else ""
         (folder / f"{name}.py").write_text(text)
-    for name in _modules({*PUBLIC_MODULES, system}) - set(PUBLIC_MODULES):
-        (folder / f"{name}.py").write_text(_text(name))
 
 
 def _text(module: str) -> str:
