@@ -34,8 +34,8 @@ def unfinished_folder(final: Path) -> Iterator[Path]:
     with hold(folder, taken), _removed_on_failure(folder, final):
         empty(folder)
         yield folder
-        (folder / LOCK).unlink()
         folder.replace(final)
+        (final / LOCK).unlink()
 
 
 @contextlib.contextmanager
