@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import os
 import re
 import sysconfig
@@ -62,16 +63,13 @@ def write_sample_text(path: str | os.PathLike[str]) -> str:
     Returns:
         What it is, in words.
     """
-    articles = []
-    size = 0
-    for article in _articles():
-        articles.append(article)
-        size += len(article)
-        if size >= _ENOUGH:
+    text, number = "", 0
+    for number, article in enumerate(_articles(), 1):
+        text += article
+        if len(text) >= _ENOUGH:
             break
-    text = "".join(articles)
     _write(path, [text.encode()])
-    return f"English from Python's own documentation, {len(articles)} articles, {len(text) / 1e6:.1f} MB"
+    return f"English from Python's own documentation, {number} articles, {len(text) / 1e6:.1f} MB"
 
 
 def _copy(source_path: str, path: str | os.PathLike[str]) -> None:
@@ -88,14 +86,9 @@ def _write(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
 def _articles() -> Iterator[str]:
     from pydoc_data.topics import topics
 
-    for name, text in sorted(topics.items()):
-        article = _article(name, [("", text)])
-        if article:
-            yield article
-    for module, source in _modules():
-        article = _article(module, list(_docstrings(source)))
-        if article:
-            yield article
+    parts = [(name, [("", text)]) for name, text in sorted(topics.items())]
+    modules = ((module, list(_docstrings(source))) for module, source in _modules())
+    yield from filter(None, itertools.starmap(_article, itertools.chain(parts, modules)))
 
 
 def _article(title: str, sections: list[tuple[str, str]]) -> str | None:
