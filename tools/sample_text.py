@@ -64,8 +64,8 @@ def write_sample_text(path: str | os.PathLike[str]) -> str:
         What it is, in words.
     """
     text, number = "", 0
-    for number, article in enumerate(_articles(), 1):
-        text += article
+    for article in _articles():
+        text, number = text + article, number + 1
         if len(text) >= _ENOUGH:
             break
     _write(path, [text.encode()])
