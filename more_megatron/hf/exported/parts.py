@@ -13,7 +13,7 @@ __all__ = ["MoREMLP", "build_norm", "grouped_linear", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return `x / sqrt(mean(x^2) + eps) * weight`, computed in float32, where rows may have weights of their own."""
+    """Return `x / sqrt(mean(x^2) + eps) * weight` in float32 (arXiv 1910.07467); rows may have weights of their own."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
