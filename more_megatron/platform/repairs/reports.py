@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,25 +12,9 @@ from megatron.training import get_args
 from more_megatron.console import say, start_is_over
 from more_megatron.platform.stand_in import Table, install
 
-__all__ = ["REPORTS", "TEST_SPLIT", "count_flops_with"]
+__all__ = ["REPORTS", "TEST_SPLIT"]
 
 REPORTS = Table()
-_count_flops: Callable[..., float] | None = None
-
-
-def count_flops_with(count: Callable[..., float] | None) -> None:
-    """Let Megatron's throughput line count the operations of a step with a function; None: with Megatron's own."""
-    global _count_flops
-    _count_flops = count
-
-
-@REPORTS.surrounds(
-    "megatron.training.training:num_floating_point_operations",
-    why="it knows Megatron's architectures only, and no recurrence",
-    text="num_floating_point_operations(",
-)
-def _num_floating_point_operations(former: Any, *args: Any, **kwargs: Any) -> float:
-    return (_count_flops or former)(*args, **kwargs)
 
 
 @REPORTS.surrounds(
