@@ -8,6 +8,8 @@ the last step; Parcae (arXiv 2604.12946) for the norms of the adapter's halves.
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +88,10 @@ class States:
         self._see_directions(state)
 
     def _see_directions(self, state: torch.Tensor) -> None:
-        """Add up unit vectors: their mean pairwise product is the square of their sum, but for each with itself."""
+        """Add up unit vectors: their mean pairwise product is the square of their sum, but for each with itself.
+
+        Behind the sum is their number.
+        """
         centred = state - self._over_channels(state.mean(1)).unsqueeze(1)
         width = state.size(1) * (1 if self._split is None else self._split.size())
         length = self._over_channels(centred.square().mean(1)).mul(width).sqrt()
@@ -96,8 +101,7 @@ class States:
         else:
             rank, ranks = self._split.rank(), self._split.size()
             total = torch.nn.functional.pad(total, (rank * len(total), (ranks - 1 - rank) * len(total)))
-        self.watch.add(self._key("directions"), total)
-        self.watch.add(self._key("tokens"), self._share * torch.full((1,), len(state), device=state.device))
+        self.watch.add(self._key("directions"), torch.cat([total, total.new_full((1,), self._share * len(state))]))
 
     def _over_channels(self, means: torch.Tensor) -> torch.Tensor:
         """Return means over all channels, given those over this rank's."""
@@ -146,31 +150,25 @@ def _spectral_norms(matrices: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(matrices @ vector, dim=(1, 2))
 
 
-def recurrence_figures(totals: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
-    """Yield the figures of all recurrences, given the sums over all ranks."""
-    by_place: dict[str, dict[Key, np.ndarray]] = {}
-    for key, sums in totals.items():
-        if key.concern == _CONCERN:
-            by_place.setdefault(key.place, {})[key] = sums
-    for place, of_place in by_place.items():
-        yield from _of_place(place, of_place)
+def recurrence_figures(means: dict[Key, float], sums: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
+    """Yield the figures of all recurrences that follow from means and sums over all ranks."""
+    for place in sorted({key.place for key in sums if key.concern == _CONCERN}):
+        yield from _of_place(place, means, sums)
 
 
-def _of_place(place: str, sums: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
-    special = ("last change", "directions", "tokens")
-    means = {key: float(total[0] / total[1]) for key, total in sums.items() if key.name not in special and total[1] > 0}
-    yield from means.items()
-    moved = [means[key] for key in sorted(means, key=lambda key: key.step) if key.name == "change" and key.step > 1]
+def _of_place(place: str, means: dict[Key, float], sums: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
+    key = functools.partial(Key, _CONCERN, place=place)
+    # The first step leaves the random state, however far that may be.
+    changes = (key("change", step=step) for step in itertools.count(2))
+    moved = [means[change] for change in itertools.takewhile(means.__contains__, changes)]
     if moved:
-        # The first step leaves the random state, however far that may be.
-        yield Key(_CONCERN, "second step", place), means[Key(_CONCERN, "relative change", place, 2)]
-        yield Key(_CONCERN, "mean change", place), float(np.mean(moved))
+        yield key("second step"), means[key("relative change", step=2)]
+        yield key("mean change"), float(np.mean(moved))
     if len(moved) > 1:
-        yield Key(_CONCERN, "change trend", place), float(np.polyfit(np.arange(len(moved)), moved, 1)[0])
-    last = sums.get(Key(_CONCERN, "last change", place))
-    if last is not None and last[0] > 0:
-        yield Key(_CONCERN, "last step share", place), float(np.sqrt(last[1] / last[0]))
-    tokens = sums.get(Key(_CONCERN, "tokens", place))
-    if tokens is not None and tokens[0] > 1:
-        count, total = float(tokens[0]), sums[Key(_CONCERN, "directions", place)]
-        yield Key(_CONCERN, "token correlation", place), float((total @ total - count) / (count * (count - 1)))
+        yield key("change trend"), float(np.polyfit(np.arange(len(moved)), moved, 1)[0])
+    former, last = sums[key("last change")]
+    if former > 0:
+        yield key("last step share"), float(np.sqrt(last / former))
+    *total, count = sums[key("directions")]
+    if count > 1:
+        yield key("token correlation"), float((np.dot(total, total) - count) / (count * (count - 1)))
