@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -97,22 +98,6 @@ def _of_the_test(name: str) -> str:
     return name.replace(" validation", " test", 1)
 
 
-class _Renaming:
-    """A writer of TensorBoard or Weights & Biases whose curves are those of the test split."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def add_scalar(self, name: str, *args: Any, **kwargs: Any) -> None:
-        self._writer.add_scalar(_of_the_test(name), *args, **kwargs)
-
-    def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self._writer.log({_of_the_test(name): value for name, value in values.items()}, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-
 # In place while the test split is evaluated.
 TEST_SPLIT = Table()
 _NAMED = "every evaluation is named after the validation set, that of the test set too"
@@ -129,8 +114,12 @@ _NAMED = "every evaluation is named after the validation set, that of the test s
     text="writer.add_scalar('{} validation{}'.format(key, suffix)",
 )
 def _writer(former: Any) -> Any:
+    """Return a writer of TensorBoard or Weights & Biases whose curves are those of the test split."""
     writer = former()
-    return writer and _Renaming(writer)
+    return writer and SimpleNamespace(
+        add_scalar=lambda name, *values: writer.add_scalar(_of_the_test(name), *values),
+        log=lambda values, step: writer.log({_of_the_test(name): value for name, value in values.items()}, step),
+    )
 
 
 @TEST_SPLIT.surrounds(
