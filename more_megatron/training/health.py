@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ class _Health:
                 self._know(unwrap_model(model))
             stack.callback(self._first.end)
             if watch is not None:
-                stack.enter_context(self._watched(watch, model, config))
+                self._watch(watch, model, config, stack)
             result = train_step(*args, iteration=iteration, **kwargs)
         loss_dict, _, _, should_exit, _, grad_norm, *_ = result
         if "lm loss" in loss_dict:
@@ -93,25 +93,22 @@ class _Health:
         # Megatron does not compute the first step of a process again, whatever comes of it.
         self._first.begin()
 
-    @contextlib.contextmanager
-    def _watched(self, watch: Watch, model: list[Any], config: Any) -> Iterator[None]:
-        """Watch the training step inside the block."""
+    def _watch(self, watch: Watch, model: list[Any], config: Any, step: contextlib.ExitStack) -> None:
+        """Watch the training step inside the block of `step`."""
         finalize = config.finalize_model_grads_func
 
         def finalize_and_record(*args: Any, **kwargs: Any) -> None:
             finalize(*args, **kwargs)
             record_gradients(watch, model, self._owners)
 
-        with contextlib.ExitStack() as stack:
-            for module in (module for chunk in self._chunks for module in chunk.modules()):
-                if isinstance(module, TopKRouter):
-                    stack.callback(watch_router(module))
-            config.finalize_model_grads_func = finalize_and_record
-            stack.callback(setattr, config, "finalize_model_grads_func", finalize)
-            self._first.begin()
-            stack.enter_context(watching(watch))
-            self._record_parameters(watch)
-            yield
+        for module in (module for chunk in self._chunks for module in chunk.modules()):
+            if isinstance(module, TopKRouter):
+                step.callback(watch_router(module))
+        config.finalize_model_grads_func = finalize_and_record
+        step.callback(setattr, config, "finalize_model_grads_func", finalize)
+        self._first.begin()
+        step.enter_context(watching(watch))
+        self._record_parameters(watch)
 
     def _record_parameters(self, watch: Watch) -> None:
         """Record what is known of parameters alone, before the step changes them."""
