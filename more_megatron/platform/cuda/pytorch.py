@@ -38,7 +38,8 @@ class CpuInPlaceOfCuda(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            return func(*args).replace("torch.", "torch.cuda.", 1)
+            # The mode may be active twice, as in a backward pass.
+            return f"torch.cuda.{func(*args).removeprefix('torch.').removeprefix('cuda.')}"
         if kwargs and "device" in kwargs:
             kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
         if func is torch.Tensor.to and len(args) > 1:
