@@ -23,6 +23,9 @@ _STEPS = "[1, 10000]"
 _RANGES = {
     **{f"recurrence_{name}": _STEPS for name in ("steps", "min_steps", "max_steps", "backprop_steps", "eval_steps")},
     "recurrence_eval_depths": _STEPS,
+    "recurrence_prelude_layers": "[0, inf)",
+    "recurrence_coda_layers": "[0, inf)",
+    "recurrence_group_layers": "[1, inf)",
     "recurrence_ffn_hidden_size": "[1, 1000000]",
     "recurrence_state_std": "[0, inf)",
     "recurrence_residual_scale": "(-inf, inf)",

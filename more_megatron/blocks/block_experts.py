@@ -15,9 +15,10 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.utils import get_pg_rank, get_pg_size
 
 from more_megatron.blocks.dispatch import RowMoELayer
-from more_megatron.blocks.experts import Experts, RoutedExperts, enter_replicated, leave_replicated
+from more_megatron.blocks.experts import Experts, RoutedExperts
 from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
-from more_megatron.blocks.parameters import Placement, Weight
+from more_megatron.blocks.parameters import Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.recurrent_block import RecurrentBlock, SequenceBlock, block_cost
 from more_megatron.blocks.rows import RowPadding, Rows
 from more_megatron.blocks.statistics import record_loss
@@ -58,10 +59,9 @@ class BlockExperts(Experts):
 
         With several expert-tensor-parallel ranks it is this rank's part of a sum that gives them.
         """
-        ranks = self.placement.split_size
         rows, padding = rows.padded(self.backend.row_multiple(self.config))
-        x = padding.pad(enter_replicated(hidden_states, ranks))
-        return leave_replicated(padding.unpad(self.block(x, rows, depth)), ranks)
+        x = padding.pad(self.placement.enter(hidden_states))
+        return self.placement.leave(padding.unpad(self.block(x, rows, depth)))
 
 
 class ProjectionExperts(Experts):
@@ -76,13 +76,12 @@ class ProjectionExperts(Experts):
 
     def forward(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth, block: RecurrentBlock) -> torch.Tensor:
         """Return the projected last states of the shared block, otherwise as `BlockExperts.forward`."""
-        ranks = self.placement.split_size
         rows, padding = rows.padded(self.backend.row_multiple(self.config))
-        x = padding.pad(enter_replicated(hidden_states, ranks))
+        x = padding.pad(self.placement.enter(hidden_states))
         projected = self.dropout(self.backend.linear(x, self.proj_in, rows.groups))
         state = block(projected, rows.as_one_group(), depth)
         output = self.dropout(padding.unpad(self.backend.linear(state, self.proj_out, rows.groups)))
-        return leave_replicated(output, ranks)
+        return self.placement.leave(output)
 
     def orthogonality_penalty(self) -> torch.Tensor:
         """Return the mean over local projections of `||W W^T - 1||^2 / h`, in float32."""
@@ -119,7 +118,7 @@ class LightExperts(RoutedExperts):
         self.fc1, self.fc2 = self.linear_weights(inner), self.linear_weights(outer)
         self.dropout = torch.nn.Dropout(config.hidden_dropout)
 
-    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor, depth: Depth | None) -> torch.Tensor:
         inner = self.backend.linear(x, self.fc1, padding.groups)
         outer = self.backend.linear(torch.nn.functional.gelu(inner), self.fc2, padding.groups)
         output = self.dropout(padding.unpad(outer))
@@ -168,7 +167,7 @@ class SharedBlockMoELayer(RowMoELayer):
         if coefficient == 0.0 or not (self.training and torch.is_grad_enabled()):
             return output
         penalty = self.experts.orthogonality_penalty()
-        record_loss("orthogonality_loss", penalty, self.router)
+        record_loss("orthogonality_loss", penalty, self.config, self.layer_number, self.router.tp_dp_cp_group)
         share = self.num_local_experts / self.config.num_moe_experts
         weight = coefficient * share * self._replica_ratio
         return MoEAuxLossAutoScaler.apply(output, penalty * weight)

@@ -7,16 +7,11 @@ state gathers it first.
 
 from __future__ import annotations
 
-import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_last_dim_to_tensor_parallel_region,
-)
+from megatron.core.tensor_parallel.mappings import reduce_scatter_last_dim_to_tensor_parallel_region
 
 from more_megatron.blocks.cells import ExpertBias, gru_step, lstm_step
 from more_megatron.blocks.experts import (
@@ -25,10 +20,9 @@ from more_megatron.blocks.experts import (
     RoutedExperts,
     biased_linear_cost,
     feed_forward_cost,
-    gather_columns,
 )
-from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
@@ -39,34 +33,16 @@ from more_megatron.monitoring.figures import is_reported
 from more_megatron.monitoring.recurrence import REFINEMENT_FIGURES, Refinement, States, watch_states
 from more_megatron.monitoring.watch import current_watch
 
-__all__ = [
-    "CellExperts",
-    "CellMoELayer",
-    "GRUExperts",
-    "SequentialExperts",
-    "gru_experts_cost",
-    "sequential_experts_cost",
-]
+__all__ = ["CellExperts", "GRUExperts", "SequentialExperts", "gru_experts_cost", "sequential_experts_cost"]
 
 
 class CellExperts(RoutedExperts):
     """Experts that iterate on each token: what they have in common."""
 
-    _depth: Depth | None = None
-
-    @contextlib.contextmanager
-    def to_depth(self, depth: Depth) -> Iterator[None]:
-        """Take these steps in the calls made inside."""
-        self._depth = depth
-        try:
-            yield
-        finally:
-            self._depth = None
-
-    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor, depth: Depth | None) -> torch.Tensor:
         """Return outputs times probabilities, [rows, h]. Over the ranks that split an expert they add up."""
-        assert self._depth is not None, "experts were called outside of `to_depth`"
-        output = padding.unpad(self.iterate(x, padding, self._depth))
+        assert depth is not None, "experts that iterate are told their depth"
+        output = padding.unpad(self.iterate(x, padding, depth))
         return (output * probs.unsqueeze(-1)).to(output.dtype)
 
     def watched(self, padding: RowPadding, depth: Depth) -> States | None:
@@ -79,18 +55,6 @@ class CellExperts(RoutedExperts):
     @abstractmethod
     def iterate(self, x: torch.Tensor, padding: RowPadding, depth: Depth) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given rows with padding, [rows, h]."""
-
-
-class CellMoELayer(BaseMoELayer):
-    """Megatron's MoE layer around experts that iterate."""
-
-    experts: CellExperts
-
-    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
-        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
-        with self.experts.to_depth(inputs.micro_batch.depth):
-            output, _ = super().forward(hidden_states, padding_mask=inputs.padding_mask)
-        return output, None
 
 
 class GRUExperts(CellExperts):
@@ -111,7 +75,7 @@ class GRUExperts(CellExperts):
         bias = self.gru.row_bias(x, groups)
 
         def step(state: torch.Tensor, carried: None, index: int) -> tuple[torch.Tensor, None]:
-            products = self.gru.product(gather_columns(state, self.placement), groups)
+            products = self.gru.product(self.placement.gathered(state), groups)
             return gru_step(products, bias, state), None
 
         state = iterate_residual(step, self.ffn.expand(x, groups), depth, self.watched(padding, depth))
@@ -140,7 +104,7 @@ class SequentialExperts(CellExperts):
         watched = Refinement() if is_watched else None
 
         def step(refined: torch.Tensor, cell: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-            products = self.lstm.product(gather_columns(refined, self.placement), groups)
+            products = self.lstm.product(self.placement.gathered(refined), groups)
             new, cell = lstm_step(products, bias, torch.zeros_like(refined) if cell is None else cell)
             gate = gate_of(refined)
             after = torch.lerp(refined, new, gate)
@@ -173,15 +137,10 @@ class _TokenGate(GroupedModule):
         """Return the gate of these rows as a function of this rank's columns, [rows, h / ranks], to [rows, 1]."""
         weight = ExpertBias.of(self.weight.flatten(1), groups, len(x)).of_rows()
         bias = ExpertBias.of(self.bias, groups, len(x))
-        is_split, group = self.placement.split_size > 1, self.placement.split_group
 
         def gate(columns: torch.Tensor) -> torch.Tensor:
-            logits = torch.linalg.vecdot(columns, weight).unsqueeze(1)
-            if not is_split:
-                return torch.sigmoid(bias.add_to(logits))
-            logits = bias.add_to(reduce_from_tensor_model_parallel_region(logits, group=group))
-            # Every rank contributes to the gradient of the sum.
-            return torch.sigmoid(copy_to_tensor_model_parallel_region(logits, group=group))
+            logits = self.placement.summed(torch.linalg.vecdot(columns, weight).unsqueeze(1))
+            return torch.sigmoid(self.placement.copied(bias.add_to(logits)))
 
         return gate
 

@@ -12,7 +12,7 @@ import torch
 
 from more_megatron.blocks.rows import RowGroups
 
-__all__ = ["ExpertBias", "gelu", "gru_step", "lstm_step"]
+__all__ = ["ExpertBias", "gru_step", "lstm_step"]
 
 
 @dataclass(frozen=True)
@@ -47,25 +47,6 @@ class ExpertBias:
 def _with_bias(products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
     # Transformer Engine's products are views made in functions of its own, which autograd lets nobody write over.
     return products.detach().addmm_(members, bias)
-
-
-class _GELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, products: torch.Tensor, bias: torch.Tensor, members: torch.Tensor) -> torch.Tensor:
-        inner = _with_bias(products, bias, members)
-        ctx.save_for_backward(inner, members)
-        return torch.nn.functional.gelu(inner)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inner, members = ctx.saved_tensors
-        grad = torch.ops.aten.gelu_backward(grad, inner)
-        return grad, members.t() @ grad, None
-
-
-def gelu(products: torch.Tensor, bias: ExpertBias) -> torch.Tensor:
-    """Return the GELU of products with their bias, [rows, n]; the products are lost."""
-    return _GELU.apply(products, bias.bias, bias.members)
 
 
 class _GRUStep(torch.autograd.Function):

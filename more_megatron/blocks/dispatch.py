@@ -17,7 +17,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_seque
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs
 from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoEAlltoAllTokenDispatcher
 
-from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
+from more_megatron.blocks.layer import LayerInputs, MicroBatchMoELayer
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
 from more_megatron.model.noise import TokenGrid
@@ -59,44 +59,29 @@ DISPATCHERS: dict[str, type[CoordinateAllGatherDispatcher] | type[CoordinateAllt
 }
 
 
-class RowMoELayer(BaseMoELayer):
+class RowMoELayer(MicroBatchMoELayer):
     """Megatron's MoE layer for experts that mix tokens: they receive coordinates along with the rows."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        dispatcher = DISPATCHERS[self.config.moe_token_dispatcher_type]
-        self.token_dispatcher = dispatcher(
-            self.num_local_experts,
-            self.local_expert_indices,
-            config=self.config,
-            pg_collection=kwargs.get("pg_collection"),
-        )
-        if self.shared_expert_overlap:
-            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        # The one that Megatron has built and told of shared experts.
+        self.token_dispatcher.__class__ = DISPATCHERS[self.config.moe_token_dispatcher_type]
         # Data-parallel replicas whose tokens meet on one expert rank.
         ranks_of_experts = self.token_dispatcher.tp_size * self.token_dispatcher.ep_size
         self._replicas = ranks_of_experts // self.attn_tp_group.size()
 
-    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
-        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
-        shared_output = self.shared_experts_compute(hidden_states)
-        probs, routing_map = self.route(hidden_states, inputs.token_padding_mask)
-        dispatched, probs = self.dispatch(*self.preprocess(hidden_states, probs, routing_map))
-        dispatched, tokens_per_expert, probs = self.token_dispatcher.dispatch_postprocess(dispatched, probs)
-        rows, order = self._sort(hidden_states, tokens_per_expert, inputs)
-        output = self._compute_experts(dispatched, probs, rows, order, inputs.micro_batch.depth)
-        output = self.combine(self.token_dispatcher.combine_preprocess(output))
-        return self.postprocess(output, shared_output), None
+    def compute_experts(self, hidden_states: torch.Tensor, inputs: LayerInputs, *rows: torch.Tensor) -> torch.Tensor:
+        dispatched, tokens_per_expert, probs = rows
+        sorted_rows, order = self._sort(hidden_states, tokens_per_expert, inputs)
+        return self._compute_sorted(dispatched, probs, sorted_rows, order, inputs.micro_batch.depth)
 
-    def _compute_experts(
+    def _compute_sorted(
         self, dispatched: torch.Tensor, probs: torch.Tensor, rows: Rows, order: torch.Tensor, depth: Depth
     ) -> torch.Tensor:
         """Return the weighed output of the experts for the dispatched rows, [rows, h], in the dispatcher's order."""
         output = self._apply_experts(dispatched.index_select(0, order), rows, depth)
         output = (output * probs.index_select(0, order).unsqueeze(-1)).to(output.dtype)
-        restore = torch.empty_like(order)
-        restore[order] = torch.arange(len(order), device=order.device)
-        return output.index_select(0, restore)
+        return torch.empty_like(output).index_copy(0, order, output)
 
     def _apply_experts(self, hidden_states: torch.Tensor, rows: Rows, depth: Depth) -> torch.Tensor:
         """Return the output of the local experts, [rows, h], given the sorted rows."""

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from more_megatron.blocks.statistics import record_loss
 from more_megatron.config import MoREConfig
 from more_megatron.model.micro_batch import Pass
 
@@ -55,8 +55,7 @@ class EntropyBalance:
         positions = activation.size(0) * self._shards
         loss = self._loss(sums, positions * current.micro_batch.depth.steps)
         if current.is_counted():
-            layers, ranks = self._config.num_layers, self._groups.tp_dp_cp
-            get_moe_metrics_tracker().record(self._name, loss, layer_number, layers, avg_group=ranks)
+            record_loss(self._name, loss, self._config, layer_number, self._groups.tp_dp_cp)
         weight = self._coefficient
         if weight == 0.0:
             return activation

@@ -1,9 +1,4 @@
-"""What kinds of experts have in common: the rows they are called with, linear maps with biases, a feed-forward network.
-
-Megatron's dispatchers treat the ranks that split an expert as holding parts of a sum: inputs are gathered, outputs are
-summed, and so are the gradients of inputs. What needs the whole activation in between, as norms do, holds it on every
-rank, between `enter_replicated` and `leave_replicated`, which keep sums over the ranks what they would be on one.
-"""
+"""What kinds of experts have in common: how they are called, linear maps with biases, a feed-forward network."""
 
 from __future__ import annotations
 
@@ -14,27 +9,18 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import all_gather_last_dim_from_tensor_parallel_region
 from megatron.core.utils import get_pg_rank
 
-from more_megatron.blocks.cells import ExpertBias, gelu
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.cells import ExpertBias
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
+from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer, Draw
 
-__all__ = [
-    "ExpertFeedForward",
-    "ExpertLinear",
-    "Experts",
-    "RoutedExperts",
-    "biased_linear_cost",
-    "enter_replicated",
-    "feed_forward_cost",
-    "gather_columns",
-    "leave_replicated",
-]
+__all__ = ["ExpertFeedForward", "ExpertLinear", "Experts", "RoutedExperts", "biased_linear_cost", "feed_forward_cost"]
 
 
 class Experts(GroupedModule):
@@ -70,7 +56,11 @@ class RoutedExperts(Experts):
     """Experts that are called as Megatron's are: each row by itself."""
 
     def forward(
-        self, hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        tokens_per_expert: torch.Tensor,
+        probs: torch.Tensor,
+        depth: Depth | None = None,
     ) -> tuple[torch.Tensor, None]:
         """Return the weighed outputs of all local experts, [rows, h], and no bias.
 
@@ -78,13 +68,14 @@ class RoutedExperts(Experts):
             hidden_states: Rows grouped by expert, [rows, h].
             tokens_per_expert: Number of rows of each local expert, [local experts].
             probs: Routing weight of each row, [rows].
+            depth: Steps to take, for experts that iterate.
         """
         groups = RowGroups.of_counts(torch.as_tensor(tokens_per_expert), hidden_states.device)
         padding = RowPadding.of(groups, self.backend.row_multiple(self.config))
-        return self.compute(padding.pad(hidden_states), padding, probs), None
+        return self.compute(padding.pad(hidden_states), padding, probs, depth), None
 
     @abstractmethod
-    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor, depth: Depth | None) -> torch.Tensor:
         """Return the weighed outputs, [rows, h], given the rows with padding, and the weights without."""
 
 
@@ -107,7 +98,7 @@ class ExpertLinear(GroupedModule):
 
     def row_bias(self, rows: torch.Tensor, groups: RowGroups) -> ExpertBias:
         """Return the bias for these rows, or this rank's part of it."""
-        bias = leave_replicated(self.bias, self.placement.split_size) if self._is_summed else self.bias
+        bias = self.placement.leave(self.bias) if self._is_summed else self.bias
         return ExpertBias.of(bias, groups, len(rows))
 
     def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
@@ -134,50 +125,11 @@ class ExpertFeedForward(GroupedModule):
 
     def expand(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return this rank's part of the inner layer, [rows, width / ranks], given [rows, h]."""
-        return gelu(self.fc1.product(rows, groups), self.fc1.row_bias(rows, groups))
+        return torch.nn.functional.gelu(self.fc1(rows, groups))
 
     def forward(self, rows: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return this rank's part of the sum that is the output, [rows, h], given [rows, h]."""
         return self.fc2(self.expand(rows, groups), groups)
-
-
-def gather_columns(x: torch.Tensor, placement: Placement) -> torch.Tensor:
-    """Return the columns of all ranks that split an expert, [rows, n], given those of this rank, [rows, n / ranks]."""
-    if placement.split_size == 1:
-        return x
-    gathered: torch.Tensor = all_gather_last_dim_from_tensor_parallel_region(x, group=placement.split_group)
-    return gathered
-
-
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, ranks: int) -> torch.Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad / ctx.ranks, None
-
-
-class _Leave(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, ranks: int) -> torch.Tensor:
-        return x / ranks
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grad, None
-
-
-def enter_replicated(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Return `x`, which every rank holds; the gradients that the ranks send back add up to its gradient."""
-    return x if ranks == 1 else _Enter.apply(x, ranks)
-
-
-def leave_replicated(x: torch.Tensor, ranks: int) -> torch.Tensor:
-    """Return this rank's part of a sum over the ranks that gives `x`; the gradient is that of the sum."""
-    return x if ranks == 1 else _Leave.apply(x, ranks)
 
 
 def biased_linear_cost(*shape: int) -> Cost:

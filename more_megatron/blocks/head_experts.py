@@ -11,23 +11,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import get_pg_rank, get_pg_size
 
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowGroups, RowPadding
-from more_megatron.blocks.statistics import routing_entropy
 from more_megatron.config import MoREConfig
 from more_megatron.model.initialization import BlockInitializer
-from more_megatron.monitoring.figures import record_figure
 
-__all__ = ["Choice", "HeadExperts", "HeadRouter", "head_figures", "record_use"]
-
-_KINDS = ("value", "output")
-
-
-def head_figures(max_steps: int) -> tuple[str, ...]:
-    """Return the names of the figures that `record_use` records, in so many passes."""
-    figures = ("router entropy", "expert load cv")
-    steps = range(1, max_steps + 1)
-    return tuple(f"{kind} {figure}/step {step}" for kind in _KINDS for figure in figures for step in steps)
+__all__ = ["Choice", "HeadExperts", "HeadRouter"]
 
 
 def _sum_of_rows(rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
@@ -104,21 +94,6 @@ class Choice:
     def sum(self, rows: torch.Tensor, count: int) -> torch.Tensor:
         """Return sums over the rows of each of `count` items, [count, ...]."""
         return _Move.apply(rows, True, self.order, self.places, len(self.order) // count)
-
-
-@torch.no_grad()
-def record_use(kind: str, index: int, logits: torch.Tensor, loads: torch.Tensor) -> None:
-    """Record how heads use their experts in a pass: entropy of each decision, variation of the load of each head.
-
-    Args:
-        kind: "value" or "output".
-        index: Number of the pass, from 0.
-        logits: [..., experts].
-        loads: How often each expert was chosen, [heads, experts].
-    """
-    loads = loads.float()
-    record_figure(f"{kind} router entropy/step {index + 1}", routing_entropy(logits))
-    record_figure(f"{kind} expert load cv/step {index + 1}", loads.std(dim=1, correction=0) / loads.mean(dim=1))
 
 
 class HeadRouter(MegatronModule):

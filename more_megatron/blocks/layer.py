@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.model.micro_batch import CARRIER, MicroBatch, Pass
 
-__all__ = ["BaseMoELayer", "LayerInputs", "MicroBatchTransformerLayer"]
+__all__ = ["BaseMoELayer", "LayerInputs", "MicroBatchMoELayer", "MicroBatchTransformerLayer"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class LayerInputs:
     # True where attention is forbidden, [b, 1, s, s]; None for plain causal attention
     attention_mask: torch.Tensor | None = None
     current_pass: Any = None  # the pass, in a layer of a group that is repeated; others do not ask
+    stream: torch.Tensor | None = None  # what experts read, [s, b, h], where it is not what the router reads
 
     @property
     def token_padding_mask(self) -> torch.Tensor | None:
@@ -76,12 +77,12 @@ class MicroBatchTransformerLayer(TransformerLayer):
             return tensor_parallel.checkpoint(function, False, *tensors)
         return function(*tensors)
 
-    def _moe_sub_layer(self, hidden_states: torch.Tensor, inputs: LayerInputs, *more: Any) -> torch.Tensor:
+    def _moe_sub_layer(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         normed = self._forward_pre_mlp_layernorm(hidden_states)
         # Fused norms hand the residual back with their output.
         normed, residual = normed if isinstance(normed, tuple) else (normed, hidden_states)
         residual = residual.float() if self.config.fp32_residual_connection else residual
-        return self._forward_post_mlp(self.mlp(normed, inputs, *more), residual)
+        return self._forward_post_mlp(self.mlp(normed, inputs), residual)
 
 
 class BaseMoELayer(MoELayer):
@@ -114,3 +115,25 @@ class BaseMoELayer(MoELayer):
             if hasattr(part, "drop_and_pad"):
                 part.drop_and_pad = config.moe_pad_expert_input_to_capacity
         return self
+
+
+class MicroBatchMoELayer(BaseMoELayer):
+    """Megatron's MoE layer whose experts are told about the micro-batch."""
+
+    def forward(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> tuple[torch.Tensor, None]:
+        """Return the sum of routed and shared experts, [s, b, h], and no bias, given the hidden states."""
+        shared_output = self.shared_experts_compute(hidden_states)
+        probs, routing_map = self.route(hidden_states, inputs.token_padding_mask)
+        stream = hidden_states if inputs.stream is None else inputs.stream.to(hidden_states.dtype)
+        dispatched, probs = self.dispatch(*self.preprocess(stream, probs, routing_map))
+        rows = self.token_dispatcher.dispatch_postprocess(dispatched, probs)
+        output = self.token_dispatcher.combine_preprocess(self.compute_experts(hidden_states, inputs, *rows))
+        return self.postprocess(self.combine(output), shared_output), None
+
+    def compute_experts(self, hidden_states: torch.Tensor, inputs: LayerInputs, *rows: torch.Tensor) -> torch.Tensor:
+        """Return the weighed outputs of the local experts, [rows, h], given what the layer is called with, and `rows`.
+
+        These are the rows that the dispatcher sent them, grouped by expert, [rows, h], how many each local expert has,
+        [local experts], and the routing weight of each row, [rows].
+        """
+        return self.experts(*rows, inputs.micro_batch.depth)[0]

@@ -20,14 +20,7 @@ from more_megatron.errors import MoREError
 from more_megatron.model.costs import Cost, attention_cost, linear_cost, mlp_cost
 from more_megatron.model.stack import Group, Layer, Stack
 
-__all__ = [
-    "beside_experts_cost",
-    "decoder_stack",
-    "expert_stack",
-    "moe_layer",
-    "plain_layers",
-    "repeated_layers",
-]
+__all__ = ["beside_experts_cost", "decoder_stack", "expert_stack", "moe_layer", "plain_layers", "repeated_layers"]
 
 
 def decoder_stack(config: MoREConfig, moe: Layer) -> Stack:

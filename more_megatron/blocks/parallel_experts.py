@@ -5,19 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 
 from more_megatron.blocks.cells import ExpertBias
-from more_megatron.blocks.experts import (
-    ExpertFeedForward,
-    ExpertLinear,
-    Experts,
-    biased_linear_cost,
-    enter_replicated,
-    feed_forward_cost,
-    gather_columns,
-)
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.experts import ExpertFeedForward, ExpertLinear, Experts, biased_linear_cost, feed_forward_cost
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowGroups, Rows
 from more_megatron.blocks.segment_lstm import TimeSteps, segment_lstm
 from more_megatron.config import MoREConfig
@@ -96,7 +88,7 @@ class _SegmentLSTM(GroupedModule):
 
     def _whole(self, own: torch.Tensor) -> torch.Tensor:
         """Return [..., 4, n] of all ranks, given this rank's channels of it, [..., 4 * n / ranks]."""
-        parts = gather_columns(own, self.placement).unflatten(-1, (self.placement.split_size, 4, -1))
+        parts = self.placement.gathered(own).unflatten(-1, (self.placement.split_size, 4, -1))
         return parts.transpose(-3, -2).flatten(-2)
 
 
@@ -113,15 +105,10 @@ class _BranchGate(GroupedModule):
 
     def forward(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
         """Return [rows, 2] for [rows, h]; every rank contributes to its gradient."""
-        ranks = self.placement.split_size
-        inner = torch.relu(self.inner(enter_replicated(x, ranks), groups)).unsqueeze(1)
+        inner = torch.relu(self.inner(self.placement.enter(x), groups)).unsqueeze(1)
         weight = ExpertBias.of(self.weight.flatten(1), groups, len(x)).of_rows().unflatten(1, (2, _GATE_WIDTH))
         logits = ExpertBias.of(self.bias, groups, len(x)).add_to((inner * weight).sum(-1))
-        weights = torch.softmax(logits, dim=-1)
-        if ranks == 1:
-            return weights
-        shared: torch.Tensor = copy_to_tensor_model_parallel_region(weights, group=self.placement.split_group)
-        return shared
+        return self.placement.copied(torch.softmax(logits, dim=-1))
 
 
 def parallel_experts_cost(config: MoREConfig, seq_length: int) -> Cost:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,38 +16,14 @@ from megatron.core.dist_checkpointing.mapping import ReplicaId, ShardedTensor, S
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
-from megatron.core.utils import get_pg_rank, get_pg_size
 
 from more_megatron.blocks.backends import Weights, backend_of
+from more_megatron.blocks.placement import Placement
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.initialization import BlockInitializer, Draw, parameter_device
 
-__all__ = ["GroupedModule", "Placement", "Weight", "linear_columns", "local_groups"]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Which part of the groups' weights this rank holds.
-
-    A group is an expert, or the one block that experts share.
-    """
-
-    groups: Sequence[int]  # global numbers of the groups on this rank, consecutive
-    num_groups: int  # number of groups in the layer
-    # Process group over whose ranks the weights of one group are split
-    split_group: torch.distributed.ProcessGroup | None
-    replica_rank: int  # rank among those that hold the same part
-
-    @property
-    def split_size(self) -> int:
-        """Number of parts that the weights of one group are split into."""
-        return get_pg_size(self.split_group)
-
-    @property
-    def split_rank(self) -> int:
-        """Which of these parts is here."""
-        return get_pg_rank(self.split_group)
+__all__ = ["GroupedModule", "Weight", "linear_columns", "local_groups"]
 
 
 @dataclass(frozen=True)

@@ -22,20 +22,21 @@ from more_megatron.blocks.backends import backend_of
 from more_megatron.blocks.entropy_balance import EntropyBalance, sum_over_positions
 from more_megatron.blocks.experts import RoutedExperts
 from more_megatron.blocks.iterated_moe import RepeatedTransformerLayer
-from more_megatron.blocks.layer import BaseMoELayer, LayerInputs
+from more_megatron.blocks.layer import LayerInputs, MicroBatchMoELayer
 from more_megatron.blocks.layers import beside_experts_cost, moe_layer
 from more_megatron.blocks.parameters import Weight
-from more_megatron.blocks.router import IteratedRouter, RouterStep
+from more_megatron.blocks.router import IteratedRouter
 from more_megatron.blocks.rows import RowPadding
 from more_megatron.blocks.switchhead import SwitchHeadAttention, switchhead_cost
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.costs import Cost, linear_cost
+from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.micro_batch import CARRIER
 from more_megatron.model.stack import Layer
 
-__all__ = ["PeriTransformerLayer", "SigmaExperts", "SigmaMoELayer", "SigmaRouter", "peri_layer"]
+__all__ = ["PeriTransformerLayer", "SigmaExperts", "SigmaRouter", "peri_layer"]
 
 
 class SigmaRouter(IteratedRouter):
@@ -55,7 +56,7 @@ class SigmaRouter(IteratedRouter):
     def routing(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> tuple:
         """Route as Megatron does, without dividing the weights of a token by their sum."""
         if self.training:
-            self._step.sums = sum_over_positions(logits)
+            self._call.carried = sum_over_positions(logits)
             if self.config.moeut_expert_dropout > 0.0:
                 # The sigmoid of what dropped out is 0: it may be chosen for want of others, with weight 0.
                 dropped = torch.rand_like(logits) < self.config.moeut_expert_dropout
@@ -79,39 +80,17 @@ class SigmaExperts(RoutedExperts):
         self.keys = self.linear_weights(Weight((width, hidden), "sigma/{}/keys", draw_keys, split_dim=0))
         self.values = self.linear_weights(Weight((hidden, width), "sigma/{}/values", draw_values, split_dim=1))
 
-    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor) -> torch.Tensor:
+    def compute(self, x: torch.Tensor, padding: RowPadding, probs: torch.Tensor, depth: Depth | None) -> torch.Tensor:
         inner = self.backend.linear(x, self.keys, padding.groups)
         # Weighed where rows are narrow.
         weighed = torch.relu(inner) * padding.pad(probs).unsqueeze(-1)
         return padding.unpad(self.backend.linear(weighed.to(inner.dtype), self.values, padding.groups))
 
 
-class SigmaMoELayer(BaseMoELayer):
-    """Megatron's MoE layer whose router reads a norm of what the experts read."""
-
-    router: SigmaRouter
-
-    def forward(
-        self, normed: torch.Tensor, stream: torch.Tensor, inputs: LayerInputs, step: RouterStep
-    ) -> tuple[torch.Tensor, None]:
-        """Return the sum of routed and shared experts, [s, b, h], and no bias.
-
-        Router and shared expert read `normed`, experts the stream itself, [s, b, h] both.
-        """
-        # A gated unit is no homogeneous function: on the stream itself it would grow with its square.
-        shared_output = self.shared_experts_compute(normed)
-        with self.router.at(step):
-            probs, routing_map = self.route(normed, inputs.token_padding_mask)
-        dispatched, probs = self.dispatch(*self.preprocess(stream, probs, routing_map))
-        output, _ = self.routed_experts_compute(dispatched, probs)
-        return self.postprocess(self.combine(output), shared_output), None
-
-
 class PeriTransformerLayer(RepeatedTransformerLayer):
     """A layer whose attention and MoE part are told of the stream and of its norm. Runs in loops only."""
 
     self_attention: SwitchHeadAttention
-    mlp: SigmaMoELayer
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -141,26 +120,22 @@ class PeriTransformerLayer(RepeatedTransformerLayer):
 
     def _apply_moe(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
         current = inputs.current_pass
-
-        def sub_layer(stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-            step = self._router_step(current)
-            normed = self._forward_pre_mlp_layernorm(stream)
-            residual = stream.float() if self.config.fp32_residual_connection else stream
-            output = self.mlp(normed, stream.to(normed.dtype), inputs, step)
-            current.leave((self.layer_number, "map"), step.routing_map)
-            return self._forward_post_mlp(output, residual), step.sums
-
-        hidden_states, sums = self._recomputed(sub_layer, hidden_states)
+        hidden_states, sums = self._moe_pass(hidden_states, inputs, current)
         if sums is None or not current.in_graph:
             return hidden_states
         return self._balance.attach(hidden_states, sums, current, self.layer_number)
+
+    def _moe_sub_layer(self, hidden_states: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
+        # The shared expert reads the norm, as the router does: a gated unit is no homogeneous function, and would grow
+        # with the square of the stream.
+        return super()._moe_sub_layer(hidden_states, dataclasses.replace(inputs, stream=hidden_states))
 
 
 def peri_layer(config: MoREConfig) -> Layer:
     """Return a layer of MoEUT."""
     norm = backend_of(config).norm()
     parts = {"router": SigmaRouter, "experts": SigmaExperts}
-    spec = moe_layer(config, layer=PeriTransformerLayer, moe=SigmaMoELayer, parts=parts).spec
+    spec = moe_layer(config, layer=PeriTransformerLayer, moe=MicroBatchMoELayer, parts=parts).spec
     submodules = dataclasses.replace(
         spec.submodules,
         input_layernorm=norm,

@@ -17,23 +17,20 @@ from typing import Any
 import torch
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
 
 from more_megatron.blocks.backends import Weights, backend_of
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.row_ops import rms_norm, rotate, rotation_of
 from more_megatron.blocks.rows import Rows
 from more_megatron.blocks.segment_attention import segment_attention
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, attention_cost, gated_mlp_cost, linear_cost
 from more_megatron.model.depth import Depth
-from more_megatron.model.initialization import BlockInitializer, Draw, takase
+from more_megatron.model.initialization import BlockInitializer, Draw, draw_as_takase
 from more_megatron.model.loops import linear_injection
 from more_megatron.model.noise import state_noise
 from more_megatron.model.truncation import iterate_state
@@ -105,7 +102,7 @@ class RecurrentBlock(GroupedModule):
     def _attention(
         self, x: torch.Tensor, rows: Rows, rotation: tuple[torch.Tensor, torch.Tensor] | None
     ) -> torch.Tensor:
-        qkv = self._linear(self._copy(x), self.qkv, rows)
+        qkv = self._linear(self.placement.copied(x), self.qkv, rows)
         # Not `view`: without rows it could not tell the number of query groups.
         qkv = qkv.unflatten(1, (-1, self._queries_per_group + 2, self._head_dim))
         query, key, value = qkv.split((self._queries_per_group, 1, 1), dim=2)
@@ -113,16 +110,16 @@ class RecurrentBlock(GroupedModule):
         if rotation is not None:
             query, key = (rotate(x, *rotation, self.config.rotary_interleaved) for x in (query, key))
         context = segment_attention(query, key, value, rows.segments).flatten(1)
-        return self._reduce(self._linear(context, self.proj, rows))
+        return self.placement.summed(self._linear(context, self.proj, rows))
 
     def _mlp(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
-        inner = self._linear(self._copy(x), self.fc1, rows)
+        inner = self._linear(self.placement.copied(x), self.fc1, rows)
         if self.config.bias_activation_fusion:
             activated = bias_swiglu_impl(inner, None)
         else:
             gate, up = inner.chunk(2, dim=-1)
             activated = torch.nn.functional.silu(gate) * up
-        return self._reduce(self._linear(activated, self.fc2, rows))
+        return self.placement.summed(self._linear(activated, self.fc2, rows))
 
     def _norms(self, rows: Rows) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """Yield the four norms: the backend's, or ours with the weight of each row's group."""
@@ -135,16 +132,6 @@ class RecurrentBlock(GroupedModule):
             weight = weight[0] if len(weight) == 1 else rows.spread(weight)
             yield functools.partial(rms_norm, weight=weight, eps=self.config.layernorm_epsilon)
 
-    def _copy(self, x: torch.Tensor) -> torch.Tensor:
-        if self.placement.split_size == 1:
-            return x
-        return copy_to_tensor_model_parallel_region(x, group=self.placement.split_group)
-
-    def _reduce(self, x: torch.Tensor) -> torch.Tensor:
-        if self.placement.split_size == 1:
-            return x
-        return reduce_from_tensor_model_parallel_region(x, group=self.placement.split_group)
-
 
 class SequenceBlock(MegatronModule):
     """One recurrent block over whole sequences, from Megatron's own attention and MLP and with its parallelism."""
@@ -155,7 +142,7 @@ class SequenceBlock(MegatronModule):
         config = copy.copy(backend_of(config).looped(config))
         config.gated_linear_unit, config.activation_func = True, torch.nn.functional.silu
         config.ffn_hidden_size = ffn_hidden_size
-        takase(config, config.num_layers * config.mean_steps).apply(config)
+        draw_as_takase(config, config.num_layers * config.mean_steps)
         backend, hidden = backend_of(config), config.hidden_size
         # Drawn when the number of the layer is known.
         draw = BlockInitializer.zeros

@@ -28,14 +28,17 @@ from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.blocks.backends import backend_of
 from more_megatron.blocks.entropy_balance import EntropyBalance, sum_over_positions
-from more_megatron.blocks.head_experts import Choice, HeadExperts, HeadRouter, record_use
+from more_megatron.blocks.head_experts import Choice, HeadExperts, HeadRouter
 from more_megatron.blocks.row_ops import rotate, rotation_of
+from more_megatron.blocks.statistics import is_routing_reported, record_routing
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.micro_batch import Pass
-from more_megatron.monitoring.figures import is_reported
 
-__all__ = ["SwitchHeadAttention", "switchhead_cost"]
+__all__ = ["ROUTER_KINDS", "SwitchHeadAttention", "switchhead_cost"]
+
+# In front of the names of figures.
+ROUTER_KINDS = ("value ", "output ")
 
 
 class SwitchHeadAttention(MegatronModule):
@@ -166,8 +169,8 @@ class SwitchHeadAttention(MegatronModule):
             return local.sigmoid()
         dropout = self.config.switchhead_expert_dropout if self.training else 0.0
         choice = Choice.of(local.flatten(0, 1), self.config.switchhead_topk, dropout)
-        if self.training and current.is_counted() and is_reported(f"{kind} router entropy/step {current.index + 1}"):
-            record_use(kind, current.index, logits, choice.loads(self._local_heads))
+        if self.training and current.is_counted() and is_routing_reported(current.index):
+            record_routing(current.index, logits, choice.loads(self._local_heads), kind=f"{kind} ")
         return choice
 
     @property

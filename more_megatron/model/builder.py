@@ -33,8 +33,8 @@ class MoREModelBuilder(GPTModelBuilder):
     def build_model(self, pg_collection: ProcessGroupCollection, *args: Any, **kwargs: Any) -> GPTModel:
         """Return the model of this pipeline stage; arguments as for Megatron's builder."""
         stack = self._model_config.transformer_layer_spec
-        if isinstance(stack, Stack) and stack.initialization is not None:
-            stack.initialization.apply(self._model_config.transformer)
+        if isinstance(stack, Stack) and stack.initialize is not None:
+            stack.initialize(self._model_config.transformer)
         model = super().build_model(pg_collection, *args, **kwargs)
         if isinstance(stack, Stack):
             if not stack.is_plain:

@@ -9,14 +9,10 @@ from __future__ import annotations
 import dataclasses
 import operator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from more_megatron.config import MoREConfig
 
-if TYPE_CHECKING:
-    from more_megatron.model.stack import Stack
-
-__all__ = ["Cost", "attention_cost", "gated_mlp_cost", "linear_cost", "mlp_cost", "model_cost"]
+__all__ = ["Cost", "attention_cost", "gated_mlp_cost", "linear_cost", "mlp_cost"]
 
 
 @dataclass(frozen=True)
@@ -67,17 +63,6 @@ def mlp_cost(config: MoREConfig, ffn_hidden_size: int) -> Cost:
     if config.gated_linear_unit:
         return gated_mlp_cost(hidden, ffn_hidden_size)
     return linear_cost(hidden, ffn_hidden_size) + linear_cost(ffn_hidden_size, hidden)
-
-
-def model_cost(stack: Stack, layers: Cost, vocab_size: int, tied: bool) -> Cost:
-    """Return the cost of a whole model, given that of its layers; `tied`: input and output embeddings are one."""
-    hidden = stack.config.hidden_size
-    embedding = linear_cost(hidden, vocab_size)
-    # The output layer meets all rows; where it is the embedding, they are stored once.
-    head = Cost(0, embedding.parameters - hidden, embedding.once) if tied else embedding
-    norm = 0 if stack.norm is None else (2 if stack.config.normalization == "LayerNorm" else 1) * hidden
-    vectors = norm + (vocab_size if stack.head_bias else 0)
-    return Cost(embedding.parameters, hidden) + head + Cost(vectors, vectors) + layers
 
 
 def attention_cost(config: MoREConfig, context: float) -> Cost:

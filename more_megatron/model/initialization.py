@@ -19,15 +19,7 @@ import torch
 
 from more_megatron.config import MoREConfig
 
-__all__ = [
-    "BlockInitializer",
-    "Draw",
-    "Initialization",
-    "parameter_device",
-    "takase",
-    "takase_std",
-    "uniform_head",
-]
+__all__ = ["BlockInitializer", "Draw", "draw_as_moeut", "draw_as_takase", "parameter_device", "takase_std"]
 
 
 def parameter_device(config: MoREConfig) -> Any:
@@ -35,24 +27,14 @@ def parameter_device(config: MoREConfig) -> Any:
     return "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
 
 
-@dataclass(frozen=True)
-class Initialization:
-    """How Megatron's modules draw their weights: functions that fill a tensor."""
+def draw_as_takase(config: MoREConfig, unrolled_depth: int) -> None:
+    """Make Megatron's modules that are built from the configuration draw as Takase et al. do.
 
-    inward: Callable[[torch.Tensor], Any]  # of projections out of the stream, an output layer of its own among them
-    outward: Callable[[torch.Tensor], Any]  # of projections back into the stream
-    embedding: Callable[[torch.Tensor], Any] | None = None  # of embeddings; None: as inward
-
-    def apply(self, config: MoREConfig) -> None:
-        """Make modules that are built from the configuration draw so."""
-        config.init_method, config.embedding_init_method = self.inward, self.embedding or self.inward
-        config.output_layer_init_method = self.outward
-
-
-def takase(config: MoREConfig, unrolled_depth: int) -> Initialization:
-    """Return the initialization of Takase et al. for a model of so many layers, counting repetitions."""
+    The depth is that of the model in layers, counting repetitions.
+    """
     std = takase_std(config)
-    return Initialization(_normal(std), _normal(std / math.sqrt(2.0 * unrolled_depth)))
+    config.init_method = config.embedding_init_method = _normal(std)
+    config.output_layer_init_method = _normal(std / math.sqrt(2.0 * unrolled_depth))
 
 
 def takase_std(config: MoREConfig) -> float:
@@ -60,11 +42,11 @@ def takase_std(config: MoREConfig) -> float:
     return math.sqrt(2.0 / (5.0 * config.hidden_size))
 
 
-def uniform_head(config: MoREConfig) -> Initialization:
-    """Return MoEUT's initialization of what its layers do not draw: embeddings of variance 1/h, a uniform head."""
+def draw_as_moeut(config: MoREConfig) -> None:
+    """Make them draw as MoEUT does what its layers do not draw: embeddings of variance 1/h, a uniform head."""
     bound = config.hidden_size**-0.5
-    normal = functools.partial(torch.nn.init.normal_, std=bound)
-    return Initialization(functools.partial(torch.nn.init.uniform_, a=-bound, b=bound), normal, embedding=normal)
+    config.init_method = functools.partial(torch.nn.init.uniform_, a=-bound, b=bound)
+    config.embedding_init_method = config.output_layer_init_method = functools.partial(torch.nn.init.normal_, std=bound)
 
 
 def _normal(std: float) -> Callable[[torch.Tensor], Any]:

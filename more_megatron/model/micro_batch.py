@@ -30,7 +30,8 @@ class MicroBatch:
     """The depth of a micro-batch and who its sequences are."""
 
     depth: Depth  # recurrence steps to take
-    sample_ids: tuple[int, ...] = ()  # position of each of the b sequences in the stream of training samples
+    # Position of each of the b sequences in the stream of training samples, or one for all; 0 in evaluation
+    sample_ids: tuple[int, ...] = (0,)
     # Where the problems of each row begin, in ascending order and filled up with the length of a row, int64
     # [b, problems] in host memory; the first is 0. None: a row is one sequence
     starts: torch.Tensor | None = dataclasses.field(default=None, compare=False)
@@ -43,15 +44,14 @@ class MicroBatch:
     def block_kwargs(self) -> dict[str, torch.Tensor]:
         """Return the keyword arguments for the model's `extra_block_kwargs`.
 
-        The tensor is int64 of shape [2 + b] and stays in host memory: layers read it without waiting for a GPU. If rows
-        have problems, it is [b, 3 + problems], with steps, sample id and starts of each row.
+        The tensor has steps, sample id and starts of each row, int64 [b, 3 + problems], or [1, 3] if nothing tells the
+        rows apart. It stays in host memory: layers read it without waiting for a GPU.
         """
-        steps, cpu = (self.depth.no_grad_steps, self.depth.grad_steps), torch.device("cpu")
-        if self.starts is None:
-            return {CARRIER: torch.tensor((*steps, *self.sample_ids), dtype=torch.int64, device=cpu)}
-        ids = self.sample_ids or (0,) * len(self.starts)
-        rows = torch.tensor([(*steps, sample) for sample in ids], dtype=torch.int64, device=cpu)
-        return {CARRIER: torch.cat((rows, self.starts), dim=1)}
+        steps = self.depth.no_grad_steps, self.depth.grad_steps
+        rows = torch.tensor([(*steps, sample) for sample in self.sample_ids or (0,)], dtype=torch.int64, device="cpu")
+        if self.starts is not None:
+            rows = torch.cat((rows.expand(len(self.starts), 3), self.starts), dim=1)
+        return {CARRIER: rows}
 
     @classmethod
     def of_layer(cls, kwargs: dict[str, Any], config: MoREConfig, training: bool) -> MicroBatch:
@@ -70,11 +70,9 @@ class MicroBatch:
                     "extra_block_kwargs=MicroBatch(depth, sample_ids).block_kwargs()"
                 )
             return cls(Depth(no_grad_steps=config.evaluation_steps, grad_steps=0))
-        if carrier.dim() == 2:
-            (no_grad_steps, grad_steps), sample_ids = carrier[0, :2].tolist(), carrier[:, 2].tolist()
-            return cls(Depth(no_grad_steps, grad_steps), tuple(sample_ids), carrier[:, 3:])
-        no_grad_steps, grad_steps, *sample_ids = carrier.tolist()
-        return cls(Depth(no_grad_steps, grad_steps), tuple(sample_ids))
+        no_grad_steps, grad_steps = carrier[0, :2].tolist()
+        starts = carrier[:, 3:] if carrier.size(1) > 3 else None
+        return cls(Depth(no_grad_steps, grad_steps), tuple(carrier[:, 2].tolist()), starts)
 
 
 @dataclass(frozen=True)
@@ -93,6 +91,11 @@ class Pass:
     def has_grad(self) -> bool:
         """Whether the pass is one of those with gradient."""
         return self.index >= self.micro_batch.depth.no_grad_steps
+
+    @property
+    def loss_weight(self) -> float:
+        """Factor on losses that are averaged over the passes with gradient."""
+        return 1.0 / max(self.micro_batch.depth.grad_steps, 1)
 
     @property
     def is_last(self) -> bool:

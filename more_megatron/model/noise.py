@@ -129,7 +129,7 @@ class TokenGrid:
             problem = torch.searchsorted(starts, position.t().contiguous(), right=True) - 1
             sequence = sequence * starts.size(1) + problem.t()
             position = position - starts.gather(1, problem).t()
-        sample = torch.tensor(micro_batch.sample_ids or (0,) * batch, dtype=torch.int64).to(device, non_blocking=True)
+        sample = torch.tensor(micro_batch.sample_ids or (0,), dtype=torch.int64).to(device, non_blocking=True)
         coordinates = torch.stack((sequence, position, sample.expand(length, batch)), dim=-1).flatten(0, 1)
         return cls(hidden_states.shape, coordinates, config.seed, place)
 

@@ -20,8 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from more_megatron.config import MoREConfig
-from more_megatron.model.costs import Cost
-from more_megatron.model.initialization import Initialization
+from more_megatron.model.costs import Cost, linear_cost
 
 __all__ = ["Group", "Layer", "Loop", "Stack"]
 
@@ -67,7 +66,8 @@ class Stack:
     norms_core_output: bool = False
     embedding_scale: float = 1.0  # factor on the embeddings
     head_bias: bool = False  # whether the output layer has a bias
-    initialization: Initialization | None = None  # how weights are drawn; None: as Megatron's flags say
+    # Sets how Megatron's modules that are built from the configuration draw their weights; None: as its flags say
+    initialize: Callable[[MoREConfig], None] | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -133,6 +133,16 @@ class Stack:
             layers = sum((layer.cost(seq_length) for layer in group.layers), Cost())
             total += layers if group.loop is None else layers.in_every_step() + group.loop.cost
         return total
+
+    def model_cost(self, layers: Cost, vocab_size: int, tied: bool) -> Cost:
+        """Return the cost of the whole model, given that of its layers; `tied`: input and output embeddings are one."""
+        hidden = self.config.hidden_size
+        embedding = linear_cost(hidden, vocab_size)
+        # The output layer meets all rows; where it is the embedding, they are stored once.
+        head = Cost(0, embedding.parameters - hidden, embedding.once) if tied else embedding
+        norm = 0 if self.norm is None else (2 if self.config.normalization == "LayerNorm" else 1) * hidden
+        vectors = norm + (vocab_size if self.head_bias else 0)
+        return Cost(embedding.parameters, hidden) + head + Cost(vectors, vectors) + layers
 
     def __call__(self, model_config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
         """Return the layers of this rank's pipeline stage: what Megatron calls a layer specification."""

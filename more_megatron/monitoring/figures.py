@@ -81,13 +81,14 @@ def is_reported(name: str) -> bool:
     return _figures is not None and name in _figures
 
 
-def record_figure(name: str, values: torch.Tensor) -> None:
+def record_figure(name: str, values: torch.Tensor, *, is_watched: bool = True) -> None:
     """Record values of a figure in a run that reports figures; arguments as for `Figures.add`.
 
-    Called in training only, and once for each forward pass: not when it is recomputed.
+    Called in training only, and once for each forward pass: not when it is recomputed. A step that is watched sees it,
+    too, if `is_watched`.
     """
     if _figures is not None:
         _figures.add(name, values)
-    watch = watch_of_step()
+    watch = watch_of_step() if is_watched else None
     if watch is not None:
         watch.add_mean(Key("system", name), values)

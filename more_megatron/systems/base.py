@@ -118,9 +118,7 @@ class System:
 
     def model_cost(self, config: MoREConfig, seq_length: int, vocab_size: int, tied: bool) -> Cost:
         """Return the cost of a whole model; `tied`: input and output embeddings are one."""
-        from more_megatron.model.costs import model_cost
-
-        return model_cost(self.stack(config), self.cost(config, seq_length), vocab_size, tied)
+        return self.stack(config).model_cost(self.cost(config, seq_length), vocab_size, tied)
 
     def width_flag(self, config: MoREConfig) -> str:
         """Return the field that widens what is repeated, by which systems are brought to equal cost."""
@@ -134,7 +132,11 @@ class System:
 
     def figures(self, config: MoREConfig) -> tuple[str, ...]:
         """Return the names of figures that its parts record; see `more_megatron.monitoring.figures`."""
-        return ()
+        if config.num_moe_experts is None or not self.repeats_router:
+            return ()
+        from more_megatron.blocks.statistics import router_figures
+
+        return router_figures(config.max_steps)
 
     def health_ranges(self, config: MoREConfig) -> Mapping[str, Ends | None]:
         """Return the healthy ranges of its own figures, and of others where it differs; see `monitoring.ranges`.

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from more_megatron.blocks.refusals import loop_refusals
-from more_megatron.flags import flag
 from more_megatron.systems.base import System
 from more_megatron.systems.export import MODEL, Row, adapter_rows
 
@@ -55,13 +54,6 @@ class DividedSystem(System):
     def refusals(self, config: MoREConfig) -> Iterator[str]:
         prelude, coda = self._prelude_and_coda(config)
         group, core = config.recurrence_group_layers, config.num_layers - prelude - coda
-        for name, value, least in (
-            ("recurrence_prelude_layers", prelude, 0),
-            ("recurrence_coda_layers", coda, 0),
-            ("recurrence_group_layers", group, 1),
-        ):
-            if value is not None and value < least:
-                yield f"cannot have {flag(name)} {value}: it must be at least {least}"
         if core < 1:
             yield (
                 f"has no layer to repeat: --recurrence-prelude-layers {prelude} and --recurrence-coda-layers {coda} "

@@ -28,6 +28,7 @@ __all__ = [
     "Layout",
     "Row",
     "adapter_rows",
+    "block_rows",
     "states",
 ]
 
@@ -134,6 +135,19 @@ SANDWICH = (
     Row("post_mlp_norm.weight", "mlp_output_norm.weight", "h"),
     Row("post_mlp_norm.bias", "mlp_output_norm.bias", "h", when="layernorm"),
 )
+
+
+def block_rows(megatron: str, hf: str, groups: str) -> tuple[Row, ...]:
+    """Return the rows of the recurrent blocks of all experts (`N`), or of the one that they share (`1`)."""
+    shapes = {"adapter": "h 2*h", "qkv": "qkv h", "proj": "h q", "fc1": "2 R h", "fc2": "h R"}
+    norms = ("h", "") if groups == "1" else (f"{groups}*h", f"{groups} h")
+    return (
+        *(
+            Row(f"{megatron}.{name}", f"{hf}.{name}", f"{groups} {shape}", view=shape if groups == "1" else "")
+            for name, shape in shapes.items()
+        ),
+        *(Row(f"{megatron}.{norm}", f"{hf}.{norm}", *norms) for norm in (f"norm_{number}" for number in range(1, 5))),
+    )
 
 
 def adapter_rows(config: Mapping[str, Any]) -> tuple[Row, ...]:

@@ -39,10 +39,11 @@ class GRUExperts(System):
         return cell_refusals(config)
 
     def stack(self, config: MoREConfig) -> Stack:
-        from more_megatron.blocks.cell_experts import CellMoELayer, GRUExperts, gru_experts_cost
+        from more_megatron.blocks.cell_experts import GRUExperts, gru_experts_cost
+        from more_megatron.blocks.layer import MicroBatchMoELayer
         from more_megatron.blocks.layers import expert_stack
 
-        return expert_stack(config, CellMoELayer, GRUExperts, functools.partial(gru_experts_cost, config))
+        return expert_stack(config, MicroBatchMoELayer, GRUExperts, functools.partial(gru_experts_cost, config))
 
 
 SYSTEM = GRUExperts()

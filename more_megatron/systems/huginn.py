@@ -6,6 +6,7 @@ sqrt(h) and tied to the head; initial weights by the unrolled depth. With expert
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -54,7 +55,7 @@ class Huginn(DividedSystem):
     def stack(self, config: MoREConfig) -> Stack:
         from more_megatron.blocks.backends import backend_of
         from more_megatron.blocks.sandwich import sandwich_layers
-        from more_megatron.model.initialization import takase
+        from more_megatron.model.initialization import draw_as_takase
         from more_megatron.model.stack import Stack
 
         return Stack(
@@ -63,7 +64,7 @@ class Huginn(DividedSystem):
             backend_of(config).norm(),
             norms_core_output=True,
             embedding_scale=math.sqrt(config.hidden_size),
-            initialization=takase(config, self.unrolled(config, config.mean_steps)),
+            initialize=functools.partial(draw_as_takase, unrolled_depth=self.unrolled(config, config.mean_steps)),
         )
 
     def layer_rows(self, config: Mapping[str, Any], layer: int) -> tuple[Row, ...]:

@@ -123,20 +123,22 @@ class MoEUT(System):
         return dict.fromkeys((*OF_SOFTMAX, "routing/dead experts"))
 
     def figures(self, config: "MoREConfig") -> tuple[str, ...]:
-        from more_megatron.blocks.head_experts import head_figures
+        from more_megatron.blocks.statistics import router_figures
+        from more_megatron.blocks.switchhead import ROUTER_KINDS
 
-        return () if config.switchhead_num_experts == 1 else head_figures(config.max_steps)
+        heads = () if config.switchhead_num_experts == 1 else ROUTER_KINDS
+        return router_figures(config.max_steps, ("", *heads))
 
     def stack(self, config: "MoREConfig") -> "Stack":
         from more_megatron.blocks.backends import backend_of
         from more_megatron.blocks.peri_layer import peri_layer
-        from more_megatron.model.initialization import uniform_head
+        from more_megatron.model.initialization import draw_as_moeut
         from more_megatron.model.loops import ResidualLoop
         from more_megatron.model.stack import Group, Loop, Stack
 
         layers = (peri_layer(config),) * config.num_layers
         groups = (Group(layers, Loop(ResidualLoop)),)
-        return Stack(config, groups, backend_of(config).norm(), head_bias=True, initialization=uniform_head(config))
+        return Stack(config, groups, backend_of(config).norm(), head_bias=True, initialize=draw_as_moeut)
 
     def model_rows(self, config: Mapping[str, Any]) -> tuple[Row, ...]:
         return (*MODEL, Row("output_layer.bias", "lm_head.bias", "V"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
 from more_megatron.systems.base import DEPTH, System
-from more_megatron.systems.export import Row
+from more_megatron.systems.export import block_rows
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
@@ -26,17 +26,7 @@ class RecurrentExperts(System):
     reads = DEPTH | {"recurrence_state_std", "recurrence_ffn_hidden_size"}
     block_width = 2
     mixes_tokens = True
-    expert_rows = (
-        Row("mlp.experts.block.adapter", "mlp.experts.adapter", "N h 2*h"),
-        Row("mlp.experts.block.qkv", "mlp.experts.qkv", "N qkv h"),
-        Row("mlp.experts.block.proj", "mlp.experts.proj", "N h q"),
-        Row("mlp.experts.block.fc1", "mlp.experts.fc1", "N 2 R h"),
-        Row("mlp.experts.block.fc2", "mlp.experts.fc2", "N h R"),
-        *(
-            Row(f"mlp.experts.block.norm_{number}", f"mlp.experts.norm_{number}", "N*h", view="N h")
-            for number in range(1, 5)
-        ),
-    )
+    expert_rows = block_rows("mlp.experts.block", "mlp.experts", "N")
 
     def refusals(self, config: MoREConfig) -> Iterator[str]:
         yield from recurrence_refusals(config)

@@ -42,10 +42,13 @@ class SequentialExperts(System):
         return REFINEMENT_FIGURES
 
     def stack(self, config: MoREConfig) -> Stack:
-        from more_megatron.blocks.cell_experts import CellMoELayer, SequentialExperts, sequential_experts_cost
+        from more_megatron.blocks.cell_experts import SequentialExperts, sequential_experts_cost
+        from more_megatron.blocks.layer import MicroBatchMoELayer
         from more_megatron.blocks.layers import expert_stack
 
-        return expert_stack(config, CellMoELayer, SequentialExperts, functools.partial(sequential_experts_cost, config))
+        return expert_stack(
+            config, MicroBatchMoELayer, SequentialExperts, functools.partial(sequential_experts_cost, config)
+        )
 
 
 SYSTEM = SequentialExperts()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from more_megatron.blocks.refusals import expert_refusals, mixing_refusals, recurrence_refusals
 from more_megatron.flags import check_ranges
 from more_megatron.systems.base import DEPTH, System
-from more_megatron.systems.export import Row
+from more_megatron.systems.export import Row, block_rows
 
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
@@ -46,15 +46,7 @@ class SharedBlock(System):
     expert_rows = (
         Row("mlp.experts.proj_in", "mlp.experts.proj_in", "N h h"),
         Row("mlp.experts.proj_out", "mlp.experts.proj_out", "N h h"),
-        Row("mlp.recurrent_block.adapter", "mlp.recurrent_block.adapter", "1 h 2*h", view="h 2*h"),
-        Row("mlp.recurrent_block.qkv", "mlp.recurrent_block.qkv", "1 qkv h", view="qkv h"),
-        Row("mlp.recurrent_block.proj", "mlp.recurrent_block.proj", "1 h q", view="h q"),
-        Row("mlp.recurrent_block.fc1", "mlp.recurrent_block.fc1", "1 2 R h", view="2 R h"),
-        Row("mlp.recurrent_block.fc2", "mlp.recurrent_block.fc2", "1 h R", view="h R"),
-        *(
-            Row(f"mlp.recurrent_block.norm_{number}", f"mlp.recurrent_block.norm_{number}", "h")
-            for number in range(1, 5)
-        ),
+        *block_rows("mlp.recurrent_block", "mlp.recurrent_block", "1"),
     )
 
     def refusals(self, config: "MoREConfig") -> Iterator[str]:

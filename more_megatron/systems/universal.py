@@ -155,7 +155,7 @@ class UniversalTransformer(System):
     def figures(self, config: Any) -> tuple[str, ...]:
         from more_megatron.model.halting import HALTING_FIGURES
 
-        return HALTING_FIGURES if config.halting == "act" else ()
+        return (*super().figures(config), *(HALTING_FIGURES if config.halting == "act" else ()))
 
     def health_ranges(self, config: "MoREConfig") -> "Mapping[str, Ends]":
         """Return the healthy ranges of its figures: signals that are added in every pass make all states alike."""

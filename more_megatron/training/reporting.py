@@ -12,7 +12,7 @@ from megatron.core.num_microbatches_calculator import get_num_microbatches
 from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 
-from more_megatron.blocks.statistics import IterationTracker
+from more_megatron.blocks.statistics import LossTracker
 from more_megatron.config import MoREConfig
 from more_megatron.console import say
 from more_megatron.model.costs import Cost
@@ -35,9 +35,7 @@ def prepare_reports(config: MoREConfig, args: argparse.Namespace) -> None:
     """Print what the model costs, and let Megatron's log count recurrence and report our losses, figures and health."""
     print_cost(config, args)
     _count_recurrence(config)
-    system = get_system(config.more_variant)
-    steps = config.max_steps if system.repeats_router else 0
-    set_moe_metrics_tracker(IterationTracker(steps, system.losses(config)))
+    set_moe_metrics_tracker(LossTracker(get_system(config.more_variant).losses(config)))
     extend_loop(config, args)
 
 

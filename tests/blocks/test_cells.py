@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch.autograd.function import once_differentiable
 
-from more_megatron.blocks.cells import ExpertBias, gelu, gru_step, lstm_step
+from more_megatron.blocks.cells import ExpertBias, gru_step, lstm_step
 from more_megatron.blocks.rows import RowGroups
 
 _WIDTH, _SIZES = 4, [3, 0, 5]
 _CELLS: dict[str, Callable[..., torch.Tensor]] = {
-    "gelu": lambda products, bias, state: gelu(products, bias),
     "gru": gru_step,
     "lstm": lambda *args: torch.cat(lstm_step(*args), dim=1),
 }

@@ -89,7 +89,7 @@ def _arrival(layout: Layout, dispatcher: str, dropping: str) -> Arrival:
     generator = torch.Generator().manual_seed(100 + torch.distributed.get_rank())
     layer.router.gating = lambda x: torch.randn(*x.shape[:2], EXPERTS, generator=generator)
     seen: dict[str, Any] = {}
-    route, send, compute = layer.route, layer.token_dispatcher.dispatch_coordinates, layer._compute_experts
+    route, send, compute = layer.route, layer.token_dispatcher.dispatch_coordinates, layer._compute_sorted
 
     def watched_route(*args: Any) -> tuple:
         probs, routing_map = route(*args)
@@ -104,7 +104,7 @@ def _arrival(layout: Layout, dispatcher: str, dropping: str) -> Arrival:
         seen.update(hidden_states=dispatched.detach().clone(), rows=rows, order=order)
         return compute(dispatched, probs, rows, order, depth)
 
-    layer.route, layer._compute_experts = watched_route, watched_compute
+    layer.route, layer._compute_sorted = watched_route, watched_compute
     layer.token_dispatcher.dispatch_coordinates = watched_send
     layer(hidden, LayerInputs(MicroBatch(Depth(0, 1), samples)))
     return Arrival(

@@ -10,8 +10,9 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker, get_moe_metrics_tracker
 
-from more_megatron.blocks.router import IteratedRouter, RouterStep
+from more_megatron.blocks.router import IteratedRouter
 from more_megatron.model.depth import Depth
+from more_megatron.model.micro_batch import MicroBatch, Pass
 from tests.helpers.models import EXPERTS, HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
@@ -27,6 +28,10 @@ def _model(**fields: Any) -> GPTModel:
 
 def _router(model: GPTModel) -> IteratedRouter:
     return model.decoder.layers[0].mlp.router
+
+
+def _pass(index: int, depth: Depth) -> Pass:
+    return Pass(MicroBatch(depth), index, former={}, left={}, in_graph=True)
 
 
 def _embeddings() -> torch.Tensor:
@@ -96,12 +101,10 @@ def _a_flip_of_the_average() -> None:
             router.weight.zero_()
             router.weight[0, 0] = router.weight[1, 1] = 1.0
         first, second = torch.eye(HIDDEN)[:2].view(2, 1, 1, HIDDEN)
-        step = RouterStep(0)
-        with router.at(step):
+        with router.at(_pass(0, Depth(0, 2))) as call:
             router(first)
-        former = step.logits
-        assert (former is None) == (beta == 0.0)
-        with router.at(RouterStep(1, former_logits=former)):
+        assert (call.carried is None) == (beta == 0.0)
+        with router.at(_pass(1, Depth(0, 2)), call.carried):
             probs, routing_map = router(second)
         assert routing_map.flatten().nonzero().item() == expected
         share = torch.zeros(EXPERTS)
@@ -121,12 +124,13 @@ def _entropy_floor() -> None:
     values = 2.0 * torch.randn(_LENGTH, _BATCH, EXPERTS, generator=generator)
     values[0, 0] = torch.tensor([40.0, 0.0, 0.0, 0.0])  # as sure of itself as can be
     values[1, 0] = 0.0  # as unsure as can be
-    for weight in (1.0, 0.25):
+    for grad_steps in (1, 4):
+        weight = 1.0 / grad_steps
         for padding in (None, torch.rand(_LENGTH, _BATCH, generator=generator) < 0.3):
             destroy_moe_metrics_tracker()
             router = _router(_model(router_min_entropy=floor, router_min_entropy_coeff=coefficient))
             leaf = values.clone().requires_grad_()
-            with router.at(RouterStep(loss_weight=weight)):
+            with router.at(_pass(0, Depth(0, grad_steps))):
                 probs, _ = router.routing(leaf, padding_mask=padding)
             (gradient,) = torch.autograd.grad((probs * 0.0).sum(), leaf)
             plain = values.clone().requires_grad_()

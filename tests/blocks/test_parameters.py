@@ -9,8 +9,8 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from more_megatron.blocks.experts import enter_replicated, leave_replicated
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.errors import MoREError
 from more_megatron.model.initialization import BlockInitializer
 from tests.helpers.models import small_config, start_ranks
@@ -156,12 +156,18 @@ def test_shapes_and_marks_are_what_megatron_reads() -> None:
     run_ranks(1, _marks)
 
 
-def test_replicas_are_parts_of_a_sum() -> None:
+def _replicas() -> None:
+    start_ranks()
     x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
-    assert enter_replicated(x, 1) is x
-    assert leave_replicated(x, 1) is x
+    one, four = (Placement(range(1), 1, _Group(ranks, 0), replica_rank=0) for ranks in (1, 4))
+    assert one.enter(x) is x
+    assert one.leave(x) is x
     # Four ranks: a dispatcher hands `x` to all of them, and adds up their outputs and their gradients.
-    output = sum(leave_replicated(enter_replicated(x, 4).square(), 4) for _ in range(4))
+    output = sum(four.leave(four.enter(x).square()) for _ in range(4))
     torch.testing.assert_close(output, x.square())
     (gradient,) = torch.autograd.grad(output.sum(), x)
     torch.testing.assert_close(gradient, 2.0 * x)
+
+
+def test_replicas_are_parts_of_a_sum() -> None:
+    run_ranks(1, _replicas)

@@ -6,32 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
-from more_megatron.blocks.statistics import IterationTracker
+from more_megatron.blocks.statistics import LossTracker, router_figures
 from more_megatron.model.depth import Depth
+from more_megatron.monitoring.figures import Figures, report_to
 from tests.blocks.test_iterated_router import Calls
 from tests.helpers.models import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
 
 _LENGTH, _BATCH = 12, 2
-
-
-class _Writer:
-    """A stand-in for the writers of TensorBoard and Weights & Biases."""
-
-    def __init__(self) -> None:
-        self.written: dict[str, float] = {}
-
-    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
-        """Write as TensorBoard does."""
-        assert iteration == 3
-        self.written[name] = float(value)
-
-    def log(self, values: dict[str, Any], iteration: int) -> None:
-        """Write as Weights & Biases does."""
-        for name, value in values.items():
-            self.add_scalar(name, value, iteration)
 
 
 def _forward(depth: Depth, mode: str, training: bool = True) -> Calls:
@@ -55,57 +38,53 @@ def _expected(calls: Calls, steps: int) -> dict[str, float]:
     return figures
 
 
-def _reported(tracker: IterationTracker) -> dict[str, float]:
-    writer, wandb = _Writer(), _Writer()
-    tracker.report(1.0, 3, writer=writer, wandb_writer=wandb)
-    assert wandb.written == writer.written
-    return writer.written
+def _reported(figures: Figures) -> dict[str, float]:
+    means = figures.means()
+    figures.clear()
+    return means
 
 
 def _figures() -> None:
     start_ranks()
     for mode in RECOMPUTATION:
-        tracker = IterationTracker(max_steps=6)
-        set_moe_metrics_tracker(tracker)
+        figures = Figures(router_figures(6))
+        report_to(figures)
         calls = _forward(Depth(2, 2), mode)
-        assert _reported(tracker) == pytest.approx(_expected(calls, 4), rel=1e-4), mode
-        # A report ends what was recorded; steps that nobody took are left out.
-        assert _reported(tracker) == {}
+        assert _reported(figures) == pytest.approx(_expected(calls, 4), rel=1e-4), mode
+        # Steps that nobody took are left out.
         _forward(Depth(0, 1), mode)
-        assert len(_reported(tracker)) == 2
+        assert len(_reported(figures)) == 2
         # Micro-batches of different depth: each step is averaged over those that took it.
         for depth in (Depth(0, 2), Depth(1, 2)):
             calls = _forward(depth, mode)
-        assert _reported(tracker) == pytest.approx(_expected(calls, 3), rel=1e-4), mode
+        assert _reported(figures) == pytest.approx(_expected(calls, 3), rel=1e-4), mode
         _forward(Depth(2, 2), mode, training=False)
-        assert _reported(tracker) == {}
+        assert _reported(figures) == {}
 
 
 def test_each_step_has_its_figures_once() -> None:
     run_ranks(1, _figures)
 
 
-def _average_over_ranks() -> dict[str, float]:
+class _Writer:
+    def __init__(self) -> None:
+        self.written: dict[str, float] = {}
+
+    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+        """Write as TensorBoard does."""
+        assert iteration == 3
+        self.written[name] = float(value)
+
+
+def _losses() -> dict[str, float]:
     start_ranks()
-    tracker = IterationTracker(max_steps=2, losses=("entropy_loss",))
-    rank = torch.distributed.get_rank()
-    # The second rank took the first step only.
-    for step in range(2 - rank):
-        tracker.record_step(step, torch.tensor([1.0 + rank, 3.0 * rank]))
+    tracker = LossTracker(("entropy_loss",))
     tracker.record("entropy_loss", torch.tensor(0.5), layer_number=1, num_layers=1)
+    tracker.record("other_loss", torch.tensor(0.5), layer_number=1, num_layers=1)
     writer = _Writer()
     tracker.report(1.0, 3, writer=writer, track_names=[], num_layers=1)
     return writer.written
 
 
-def test_figures_are_averaged_over_ranks() -> None:
-    for written in run_ranks(2, _average_over_ranks):
-        assert written == pytest.approx(
-            {
-                "router entropy/step 1": 1.5,
-                "router entropy/step 2": 1.0,
-                "expert load cv/step 1": 1.5,
-                "expert load cv/step 2": 0.0,
-                "entropy_loss": 0.5,
-            }
-        )
+def test_losses_of_a_system_are_reported_besides_those_of_megatron() -> None:
+    assert run_ranks(1, _losses) == [{"entropy_loss": 0.5}]

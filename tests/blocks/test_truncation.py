@@ -9,9 +9,8 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from more_megatron.blocks.layer import LayerInputs
-from more_megatron.blocks.router import RouterStep
 from more_megatron.model.depth import Depth
-from more_megatron.model.micro_batch import MicroBatch
+from more_megatron.model.micro_batch import MicroBatch, Pass
 from more_megatron.systems import get_system, systems
 from tests.helpers.models import HIDDEN, RECOMPUTATION, gpt_model, logits, small_config, start_ranks
 from tests.helpers.ranks import run_ranks
@@ -56,9 +55,10 @@ def _detached_layer(layer: torch.nn.Module, hidden: torch.Tensor, depth: Depth, 
     """Apply the layer's norm and MoE part r times, each increment of the first n steps a constant."""
     former = None
     for index in range(depth.steps):
-        router_step = RouterStep(index, former_logits=former)
-        increment, _ = layer.mlp(layer.pre_mlp_layernorm(hidden), inputs, router_step)
-        former, has_grad = router_step.logits, index >= depth.no_grad_steps
+        current = Pass(inputs.micro_batch, index, former={}, left={}, in_graph=True)
+        with layer.mlp.router.at(current, former) as call:
+            increment, _ = layer.mlp(layer.pre_mlp_layernorm(hidden), inputs)
+        former, has_grad = call.carried, index >= depth.no_grad_steps
         former = former if former is None or has_grad else former.detach()
         increment = increment * layer.config.recurrence_residual_scale
         hidden = hidden + (increment if has_grad else increment.detach())

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from more_megatron.blocks.block_experts import LightExperts, ProjectionExperts
-from more_megatron.blocks.parameters import Placement
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.recurrent_block import RecurrentBlock
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.systems import get_system, names

@@ -13,7 +13,7 @@ from more_megatron.model.micro_batch import MicroBatch
 _CONFIG = MoREConfig(num_layers=1, hidden_size=8, num_attention_heads=1, recurrence_eval_steps=6)
 
 
-@pytest.mark.parametrize("sample_ids", [(), (0,), (2**40, 3, 2**62)])
+@pytest.mark.parametrize("sample_ids", [(0,), (7, 9), (2**40, 3, 2**62)])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_record_arrives_as_it_was_sent(sample_ids: tuple[int, ...], training: bool) -> None:
     sent = MicroBatch(Depth(3, 2), sample_ids)
@@ -24,7 +24,7 @@ def test_the_record_stays_in_host_memory() -> None:
     (tensor,) = MicroBatch(Depth(1, 1), (4,)).block_kwargs().values()
     assert tensor.device.type == "cpu"
     assert tensor.dtype == torch.int64
-    assert tensor.tolist() == [1, 1, 4]
+    assert tensor.tolist() == [[1, 1, 4]]
 
 
 def test_evaluation_needs_no_record() -> None:

@@ -81,7 +81,7 @@ def _compare(form: tuple[str, bool, str], depth: Depth, **fields: Any) -> None:
     reference, where = _reference(model), f"{form} {depth} {fields}"
     probe = torch.randn(_BATCH, _LENGTH, 24, generator=torch.Generator().manual_seed(2)) * 0.1
 
-    figures = Figures(get_system("universal").figures(config))
+    figures = Figures(HALTING_FIGURES)
     report_to(figures)
     inputs = embeddings.clone().requires_grad_()
     output = logits(model.train(), inputs, depth, (3, 8))

@@ -17,7 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import LayerNormBuilder
+from megatron.core.transformer.torch_norm import L2Norm, LayerNormBuilder
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from more_megatron.blocks.rows import RowGroups
@@ -121,37 +121,47 @@ class Backend:
     """
 
     core_attention: ClassVar[Any] = LocalAttention  # attention between queries, keys and values
+    parts: ClassVar[Any] = LocalSpecProvider()  # Megatron's modules
 
     def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
         """Return the submodules of one transformer layer; its feed-forward part is a mixture of experts, or not."""
+        submodules = self._megatrons_layer(config, config.num_moe_experts if moe else None)
+        attention = submodules.self_attention.submodules
+        attention = dataclasses.replace(
+            attention,
+            core_attention=self.core_attention,
+            q_layernorm=self._norm_for(attention.q_layernorm),
+            k_layernorm=self._norm_for(attention.k_layernorm),
+        )
+        return dataclasses.replace(
+            submodules,
+            input_layernorm=self._norm_for(submodules.input_layernorm),
+            pre_mlp_layernorm=self._norm_for(submodules.pre_mlp_layernorm),
+            self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
+        )
+
+    def _megatrons_layer(self, config: MoREConfig, num_experts: int | None) -> TransformerLayerSubmodules:
+        """Return the submodules of Megatron's own layer on this backend, dense without a number of experts."""
         submodules = get_gpt_layer_local_submodules(
-            num_experts=config.num_moe_experts if moe else None,
+            num_experts=num_experts,
             qk_layernorm=config.qk_layernorm,
             normalization=config.normalization,
             qk_l2_norm=config.qk_l2_norm,
         )
-        attention = submodules.self_attention.submodules
-        qk_norm = LocalNorm if config.qk_layernorm and not config.qk_l2_norm else attention.q_layernorm
-        attention = dataclasses.replace(
-            attention, core_attention=LocalAttention, q_layernorm=qk_norm, k_layernorm=qk_norm
-        )
         # In checkpoints modules are called as Transformer Engine calls its own: there the norm before a dense MLP is
         # part of the MLP's first linear layer; before experts it is a module by itself.
         names = dict(submodules.sharded_state_dict_keys_map)
-        if moe:
+        if num_experts is not None:
             names.pop("pre_mlp_layernorm.", None)
-        return dataclasses.replace(
-            submodules,
-            input_layernorm=LocalNorm,
-            pre_mlp_layernorm=LocalNorm,
-            self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
-            sharded_state_dict_keys_map=names,
-        )
+        return dataclasses.replace(submodules, sharded_state_dict_keys_map=names)
+
+    def _norm_for(self, megatrons: Any) -> Any:
+        """Return the builder of norms to take in the place of Megatron's."""
+        return megatrons if megatrons in (IdentityOp, L2Norm) else LocalNorm
 
     def linears(self) -> tuple[Any, Any]:
         """Return the linear layers that are split by output and by input, without a norm of their own."""
-        parts = LocalSpecProvider()
-        return parts.column_parallel_linear(), parts.row_parallel_linear()
+        return self.parts.column_parallel_linear(), self.parts.row_parallel_linear()
 
     def attention(self) -> ModuleSpec:
         """Return causal self-attention over whole sequences, without a norm of its own."""

@@ -8,7 +8,6 @@ state is empty but for the scaling histories of delayed FP8, which fill again wi
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from typing import Any
 
@@ -53,31 +52,18 @@ class TransformerEngineBackend(Backend):
     """Transformer Engine. Each group's weight is a parameter, [out, in], of one module for all groups."""
 
     core_attention = _Attention
+    parts = TESpecProvider()
 
-    def layer_submodules(self, config: MoREConfig, moe: bool) -> TransformerLayerSubmodules:
-        submodules = get_gpt_layer_with_transformer_engine_submodules(
-            num_experts=config.num_moe_experts if moe else None,
-            moe_grouped_gemm=config.moe_grouped_gemm and moe,
+    def _megatrons_layer(self, config: MoREConfig, num_experts: int | None) -> TransformerLayerSubmodules:
+        return get_gpt_layer_with_transformer_engine_submodules(
+            num_experts=num_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm and num_experts is not None,
             qk_layernorm=config.qk_layernorm,
             qk_l2_norm=config.qk_l2_norm,
         )
-        attention = submodules.self_attention.submodules
-        attention = dataclasses.replace(
-            attention,
-            core_attention=_Attention,
-            q_layernorm=_without_state(attention.q_layernorm),
-            k_layernorm=_without_state(attention.k_layernorm),
-        )
-        return dataclasses.replace(
-            submodules,
-            input_layernorm=_without_state(submodules.input_layernorm),
-            pre_mlp_layernorm=_without_state(submodules.pre_mlp_layernorm),
-            self_attention=dataclasses.replace(submodules.self_attention, submodules=attention),
-        )
 
-    def linears(self) -> tuple[Any, Any]:
-        parts = TESpecProvider()
-        return parts.column_parallel_linear(), parts.row_parallel_linear()
+    def _norm_for(self, megatrons: Any) -> Any:
+        return _without_state(megatrons)
 
     def norm(self) -> LayerNormBuilder:
         return _without_state(TENorm)

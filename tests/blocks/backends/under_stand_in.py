@@ -5,7 +5,6 @@ To be imported in a process of its own, after `stand_in.install()` and `initiali
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -14,8 +13,8 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 
-from more_megatron.blocks.cell_experts import CellExperts
-from more_megatron.blocks.parameters import GroupedModule, Placement, Weight
+from more_megatron.blocks.parameters import GroupedModule, Weight
+from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowPadding, Rows
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
@@ -162,12 +161,10 @@ def _routed(model: GPTModel, counts: list[int]) -> dict[str, torch.Tensor]:
     coordinates = torch.tensor([[place % BATCH, place // BATCH, 3] for place in range(number)])
     coordinates = coordinates.view(-1, 3).long()
     if not get_system(variant_of(model)).mixes_tokens:
-        iterates = isinstance(moe.experts, CellExperts)
-        with moe.experts.to_depth(DEPTH) if iterates else contextlib.nullcontext():
-            output, _ = moe.experts(hidden, tokens, probs)
+        output, _ = moe.experts(hidden, tokens, probs, DEPTH)
     else:
         rows, order = Rows.sort(coordinates, tokens, BATCH, LENGTH, model.rotary_pos_emb(LENGTH))
-        output = moe._compute_experts(hidden, probs, rows, order, DEPTH)
+        output = moe._compute_sorted(hidden, probs, rows, order, DEPTH)
     output.square().sum().backward()
     parameters = dict(moe.experts.named_parameters())
     if variant_of(model) == "shared_block":
