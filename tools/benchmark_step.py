@@ -13,6 +13,7 @@ import argparse
 import json
 import re
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 from more_megatron.errors import OneLineParser, one_line_errors
@@ -75,40 +76,32 @@ def megatron_command_line(flags: argparse.Namespace, system: str) -> str:
 
 def build(flags: argparse.Namespace) -> dict:
     """Return a benchmark for each system; their experts are as wide as equal cost allows."""
-    from more_megatron.evaluation.comparison.matching import match, system_cost
-    from more_megatron.evaluation.runs import configure
+    from more_megatron.evaluation.matching import Described
     from more_megatron.evaluation.step_benchmark import StepBenchmark
+    from more_megatron.model.depth import Depth
     from more_megatron.training.model import model_config_from_args
 
-    depth = comparison_depth(flags)
-    configs, benchmarks, target = {}, {}, 0.0
-    for system in flags.systems:
-        args, configs[system] = configure(megatron_command_line(flags, system))
-        if flags.dense:
-            args.num_experts = args.moe_ffn_hidden_size = args.moe_shared_expert_intermediate_size = None
-            configs[system] = model_config_from_args(args)
-        cost = system_cost(configs[system], flags.seq_length)
-        target = max(target, cost.training_flops(depth.no_grad_steps, depth.grad_steps))
-    for system, config in configs.items():
-        if not flags.same_layers:
-            config = match(config, depth, flags.seq_length, flops=target)
-        benchmarks[system] = StepBenchmark(config, flags.seq_length, flags.batch_size)
-    return benchmarks
-
-
-def comparison_depth(flags: argparse.Namespace):
-    """Return the depth at which systems are compared."""
-    from more_megatron.model.depth import Depth
-
     grad_steps = min(flags.backprop_steps or flags.recurrence_steps, flags.recurrence_steps)
-    return Depth(flags.recurrence_steps - grad_steps, grad_steps)
+    depth = Depth(flags.recurrence_steps - grad_steps, grad_steps)
+    models = {}
+    for system in flags.systems:
+        model = Described.by(megatron_command_line(flags, system), depth)
+        if flags.dense:
+            args = model.args
+            args.num_experts = args.moe_ffn_hidden_size = args.moe_shared_expert_intermediate_size = None
+            model = replace(model, config=model_config_from_args(args))
+        models[system] = model
+    target = max(model.flops for model in models.values())
+    if not flags.same_layers:
+        models = {system: model.match(flops=target) for system, model in models.items()}
+    return {system: StepBenchmark(model, flags.batch_size) for system, model in models.items()}
 
 
 def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
     """Time the systems, print the table and return its rows."""
     from more_megatron.evaluation.step_benchmark import time_systems
 
-    timings = time_systems(benchmarks, dict.fromkeys(benchmarks, comparison_depth(flags)), flags.rounds, flags.warmup)
+    timings = time_systems(benchmarks, flags.rounds, flags.warmup)
     baseline = next((timing for timing in timings if timing.name == "moe"), None)
     heads = ("M params", "MFLOP/tok", "tokens/s", "GFLOP/s", "peak MB", "vs moe")
     print(f"{'system':18} " + " ".join(f"{head:>10}" for head in heads))
@@ -116,9 +109,9 @@ def compare(flags: argparse.Namespace, benchmarks: dict) -> list[dict]:
     for timing in timings:
         row = {
             "system": timing.name,
-            "parameters": timing.cost.parameters,
-            "flops_per_token": timing.flops_per_token,
-            "tokens_per_second": timing.tokens / timing.median_seconds,
+            "parameters": timing.model.parameters,
+            "flops_per_token": timing.model.flops,
+            "tokens_per_second": timing.tokens_per_second,
             "achieved_flops": timing.achieved_flops,
             "peak_bytes": timing.peak_bytes,
             "ratio_to_moe": timing.ratio_to(baseline) if baseline else float("nan"),

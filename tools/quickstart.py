@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -221,10 +222,16 @@ def _reason(lines: list[str]) -> str:
     return f": {errors[0]}" if errors else ""
 
 
+def _tokens_per_second(log: TrainingLog) -> float:
+    """Return the median over the lines; the first stands aside, since the first step of a process warms up."""
+    lines = log.iterations[1:] or log.iterations
+    return median(1000 * line.sequences * _SEQUENCE_LENGTH / line.milliseconds for line in lines)
+
+
 def _summary(logs: list[TrainingLog], folder: Path, source: str) -> str:
     first, second = logs
     start, last, validation = first.iterations[0], second.iterations[-1], second.validations[-1]
-    speeds = [f"{log.tokens_per_second():,.0f}" for log in logs]
+    speeds = [f"{_tokens_per_second(log):,.0f}" for log in logs]
     rows = {
         "text": source,
         "first training loss": f"{start.loss:.3f}",

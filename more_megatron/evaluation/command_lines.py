@@ -9,9 +9,9 @@ from typing import Any
 from more_megatron.errors import MoREError
 from more_megatron.systems import flag_names, get_system
 
-__all__ = ["Flags", "arguments_of", "parse_flags", "read_by"]
+__all__ = ["Flags", "arguments_of", "as_typed", "parse_flags", "read_by"]
 
-# By name without the dashes; True: a switch, a list: several values.
+# By name without the dashes; True: a switch, a list: several values, None: left out.
 Flags = dict[str, Any]
 
 
@@ -26,9 +26,16 @@ def arguments_of(flags: Flags) -> list[str]:
     """Return flags as arguments of a program."""
     words = []
     for name, value in flags.items():
+        if value is None:
+            continue
         values = value if isinstance(value, list | tuple) else [value]
         words += [f"--{name}", *(str(part) for part in values if part is not True)]
     return words
+
+
+def as_typed(flags: Flags) -> str:
+    """Return flags as one types them."""
+    return shlex.join(arguments_of(flags))
 
 
 def parse_flags(text: str) -> Flags:

@@ -18,7 +18,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.rerun_state_machine import EXIT_CODE_FAILED_ON_RESULT_VALIDATION
 from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.training import checkpointing, global_vars, pretrain, training
@@ -76,9 +75,7 @@ def train(command_line: str) -> list[Iteration]:
             pretrain(*pretrain_arguments(args, model_config))
         except SystemExit as leaving:
             if leaving.code:  # None: --exit-interval among others
-                is_loss = leaving.code == EXIT_CODE_FAILED_ON_RESULT_VALIDATION
-                reason = ": a loss is nan or infinite" if is_loss else f" with exit code {leaving.code}"
-                raise RuntimeError(f"Megatron ended the run{reason}") from leaving
+                raise RuntimeError(f"Megatron ended the run with exit code {leaving.code}") from leaving
         finally:
             forget_run()
             print(output.getvalue(), file=sys.__stdout__)

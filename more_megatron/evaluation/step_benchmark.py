@@ -10,21 +10,20 @@ import ctypes
 import re
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.training.models.gpt import GPTModelConfig
 
-from more_megatron.evaluation.comparison.matching import system_cost
+from more_megatron.evaluation.matching import Described
 from more_megatron.evaluation.runs import fresh_model
-from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 
-__all__ = ["StepBenchmark", "StepTiming", "forward", "peak_bytes", "reset_peak", "time_systems"]
+__all__ = ["StepBenchmark", "StepTiming", "forward", "peak_bytes", "reset_peak", "seconds_of", "time_systems"]
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,8 @@ class StepTiming:
     """What training steps of a system took."""
 
     name: str
-    cost: Cost
-    tokens: int
-    flops_per_token: float  # operations a token of a step
+    model: Described
+    tokens: int  # of a step
     seconds: list[float]  # time of a step in each round
     peak_bytes: int  # most memory that the process (or the GPU) held during a step
     step_bytes: int  # by how much that was above what it held before
@@ -45,55 +43,64 @@ class StepTiming:
         return statistics.median(self.seconds)
 
     @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.median_seconds
+
+    @property
     def achieved_flops(self) -> float:
         """Operations a second."""
-        return self.flops_per_token * self.tokens / self.median_seconds
+        return self.model.flops * self.tokens_per_second
 
     def ratio_to(self, other: StepTiming) -> float:
         """Return the median of the operations a second over those of another system in the same round."""
-        cost = self.flops_per_token * self.tokens / (other.flops_per_token * other.tokens)
+        cost = self.model.flops * self.tokens / (other.model.flops * other.tokens)
         return statistics.median(cost * theirs / own for own, theirs in zip(self.seconds, other.seconds, strict=True))
 
 
 class StepBenchmark:
-    """A model of one system and a batch of random tokens."""
+    """A model and a batch of random tokens."""
 
-    def __init__(self, model_config: GPTModelConfig, seq_length: int, batch_size: int) -> None:
-        self._model = fresh_model(model_config)
-        self._vocab_size, self._seq_length = model_config.vocab_size, seq_length
+    def __init__(self, described: Described, batch_size: int) -> None:
+        self.described = described
+        self._model = fresh_model(described.config)
         self.fill(batch_size)
-        self.cost = system_cost(model_config, seq_length)
 
     def fill(self, batch_size: int) -> None:
         """Draw a batch of another size."""
-        shape = (batch_size, self._seq_length)
-        self._tokens = torch.randint(self._vocab_size, shape, device=torch.cuda.current_device())
+        shape = (batch_size, self.described.args.seq_length)
+        self.tokens = torch.randint(self.described.config.vocab_size, shape, device=torch.cuda.current_device())
 
-    def step(self, depth: Depth) -> float:
-        """Take one forward and backward pass and return its seconds."""
+    def step(self, depth: Depth | None = None) -> float:
+        """Take one forward and backward pass, at its own depth or another, and return its seconds."""
         for parameter in self._model.parameters():
             parameter.grad = None
         # As Megatron's schedules do: the first pass of a step quantizes the weights for FP8.
         self._model.set_is_first_microbatch()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        losses = forward(self._model, self._tokens, self._tokens, depth, tuple(range(len(self._tokens))))
-        losses.float().mean().backward()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        samples = tuple(range(len(self.tokens)))
 
-    def memory(self, depth: Depth) -> tuple[int, int]:
+        def passes() -> None:
+            losses = forward(self._model, self.tokens, self.tokens, depth or self.described.depth, samples)
+            losses.float().mean().backward()
+
+        return seconds_of(passes)
+
+    def memory(self) -> tuple[int, int]:
         """Return the most bytes that are held during a step, and how many more those are than before."""
         reset_peak()
         before = peak_bytes()
-        self.step(depth)
+        self.step()
         peak = peak_bytes()
         return peak, peak - before
 
-    def timing(self, name: str, depth: Depth, seconds: list[float], memory: tuple[int, int]) -> StepTiming:
-        """Return what was measured of steps of this model."""
-        flops = self.cost.training_flops(depth.no_grad_steps, depth.grad_steps)
-        return StepTiming(name, self.cost, self._tokens.numel(), flops, seconds, *memory)
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Return what work takes until the device has done it."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def forward(
@@ -113,19 +120,17 @@ def forward(
     return model(tokens, positions, None, labels=labels, **extra)
 
 
-def time_systems(
-    benchmarks: Mapping[str, StepBenchmark], depths: Mapping[str, Depth], rounds: int, warmup: int
-) -> list[StepTiming]:
-    """Time each system once a round at its depth, which has no effect on one without recurrence.
+def time_systems(benchmarks: Mapping[str, StepBenchmark], rounds: int, warmup: int) -> list[StepTiming]:
+    """Time each system once a round, at its depth.
 
     At least one round warms up and does not count; a system's memory is measured in the last of these.
     """
     for _ in range(max(warmup, 1)):
-        memory = {name: benchmark.memory(depths[name]) for name, benchmark in benchmarks.items()}
-    times = [{name: benchmark.step(depths[name]) for name, benchmark in benchmarks.items()} for _ in range(rounds)]
+        memory = {name: benchmark.memory() for name, benchmark in benchmarks.items()}
+    times = [{name: benchmark.step() for name, benchmark in benchmarks.items()} for _ in range(rounds)]
     return [
-        benchmark.timing(name, depths[name], [seconds[name] for seconds in times], memory[name])
-        for name, benchmark in benchmarks.items()
+        StepTiming(name, each.described, each.tokens.numel(), [seconds[name] for seconds in times], *memory[name])
+        for name, each in benchmarks.items()
     ]
 
 

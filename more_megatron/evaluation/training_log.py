@@ -7,7 +7,6 @@ beginning of a line.
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -18,7 +17,6 @@ _MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 _SEQUENCES = re.compile(r"global batch size: +(\d+)")
 _LOSS = re.compile(r"lm loss: (\S+)")
 _STEPS = re.compile(r"recurrence steps: (\S+)")
-_SEQUENCE_LENGTH = re.compile(r"(?<!\w)seq_length (?:\.+ )?(\d+)")
 # Logs of Megatron itself call the loss on the test set validation, too.
 _VALIDATION = re.compile(
     r"validation loss at iteration (\d+)\b(?! on test set).*?lm loss value: (\S+) \| lm loss PPL: (\S+)"
@@ -59,12 +57,6 @@ class TrainingLog:
     # Figures of evaluations by training steps before it, recurrence steps (0: none to choose) and name; of several at
     # the same place the last
     evaluations: dict[int, dict[int, dict[str, float]]] = field(default_factory=dict)
-    sequence_length: int = 0  # where the log does not list the run's arguments
-
-    def tokens_per_second(self) -> float:
-        """Return the median over the lines; the first stands aside, since the first step of a process warms up."""
-        lines = self.iterations[1:] or self.iterations
-        return statistics.median(1000 * line.sequences * self.sequence_length / line.milliseconds for line in lines)
 
 
 def read_iteration(line: str) -> Iteration | None:
@@ -101,6 +93,4 @@ def read_log(lines: Iterable[str]) -> TrainingLog:
         if found := _EVALUATION.search(line):
             figures = {name.strip(): float(value) for name, value in _FIGURE.findall(found[3])}
             log.evaluations.setdefault(int(found[1]), {})[int(found[2] or 0)] = figures
-        if listed := _SEQUENCE_LENGTH.search(line):
-            log.sequence_length = int(listed[1])
     return log

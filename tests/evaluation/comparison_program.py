@@ -27,7 +27,6 @@ def main() -> None:
         sys.exit("pretrain_more.py: error: --lr 0 is no rate: raise it")
     loss = len(values["--more-variant"]) / 10 + seed / 1000
     print(*words)
-    print("  seq_length ........ 16")
     for step in (1, steps):
         print(f" iteration {step:8d}/{steps:8d} | elapsed time per iteration (ms): 10.0 | global batch size: 4 | "
               f"lm loss: {loss + 1 / step:.6E} |")  # fmt: skip

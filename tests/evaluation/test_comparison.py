@@ -17,10 +17,9 @@ import pytest
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.command_lines import arguments_of, parse_flags
-from more_megatron.evaluation.comparison import planning
 from more_megatron.evaluation.comparison.experiment import Experiment, evaluation_flags
 from more_megatron.evaluation.comparison.health import entropy_by_step, loads
-from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, by_arm, collect, difference
+from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan, PlannedArm
 from more_megatron.evaluation.comparison.report import write_report
 from more_megatron.evaluation.comparison.runner import Runner
@@ -100,7 +99,7 @@ def test_flags_that_an_experiment_decides_are_refused() -> None:
     with pytest.raises(MoREError, match="--seed has no effect beside seeds"):
         experiment.flags_of(experiment.arms[0], {})
     with pytest.raises(MoREError, match="nothing says how long to train"):
-        planning._matched(experiment, experiment.arms[0], 0, argparse.Namespace(flags={}), {})
+        _experiment(flags={"train-iters": None}).flags_of(experiment.arms[0], {})
 
 
 @pytest.mark.parametrize("path", _EXPERIMENTS, ids=lambda path: path.stem)
@@ -251,7 +250,7 @@ def test_health_is_that_of_the_runs_and_what_was_not_watched_is_not_called_healt
     assert (moe["seeds"], moe["entropy"], moe["warnings"]) == (0, None, None)
     rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| `moe` | 0 |")]
     assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == ["not recorded"] * 6
-    results = by_arm(plan, collect(plan, tmp_path))
+    results = collect(plan, tmp_path)
     assert {step: load.tolist() for step, load in loads(results[1]).items()} == {1: [0.75, 0.25, 0], 2: [0.75, 0.25, 0]}
     assert {step: spread.mean * math.log(3) for step, spread in entropy_by_step(results[1]).items()} == pytest.approx(
         {1: 2.65, 2: 3.65}
@@ -281,7 +280,7 @@ def test_a_second_training_begins_with_the_weights_of_the_first_and_gives_the_an
     assert words[words.index("--save") + 1] == str(folder / "finetuned")
     assert "--finetune" in words
     assert "--num-experts" not in words
-    _, run, _ = collect(plan, tmp_path)
+    run = collect(plan, tmp_path)[1].runs[0]
     assert (run.loss, list(run.curve)) == (0.401, [1, 8])
     assert run.answers[2] == {"chains exact match": 0.2}
     with pytest.raises(MoREError, match="moe-seed1 holds a finished run with other flags"):

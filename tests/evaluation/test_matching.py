@@ -86,15 +86,12 @@ def _risen() -> int:
 
 def _refusals(name: str) -> tuple[str, str]:
     from more_megatron.errors import MoREError
-    from more_megatron.evaluation.comparison.matching import match
-    from more_megatron.evaluation.runs import configure
-    from more_megatron.model.depth import Depth
+    from more_megatron.evaluation.matching import Described
 
-    args, model = configure(command_line(name, DRY.speed, _SIZES))
     with pytest.raises(MoREError) as of_width:
-        match(model, Depth(0, _STEPS), args.seq_length, flops=1.0)
+        Described.by(command_line(name, DRY.speed, _SIZES)).match(flops=1.0)
     with pytest.raises(MoREError) as of_flag:
-        configure(f"{command_line(name, DRY.speed, _SIZES)} --train-iters -4")
+        Described.by(f"{command_line(name, DRY.speed, _SIZES)} --train-iters -4")
     return str(of_width.value), str(of_flag.value)
 
 
@@ -102,8 +99,8 @@ def _matched(systems: list[str]) -> dict[str, Counted]:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from more_megatron.evaluation.comparison.matching import match, system_cost, widths
-    from more_megatron.evaluation.runs import configure, fresh_model
+    from more_megatron.evaluation.matching import Described
+    from more_megatron.evaluation.runs import fresh_model
     from more_megatron.evaluation.step_benchmark import forward
     from more_megatron.model.depth import Depth
 
@@ -115,29 +112,22 @@ def _matched(systems: list[str]) -> dict[str, Counted]:
     }
     found, depth = {}, Depth(0, _STEPS)
     for name in systems:
-        args, model = configure(command_line(name, DRY.speed, _SIZES))
-        length = args.seq_length
-        before = system_cost(model, length)
-        target, size = 2 * before.training_flops(0, _STEPS), 1.7 * before.parameters
-        by_size = match(model, depth, length, parameters=size)
-        by_both = match(model, depth, length, flops=target, parameters=size)
-        both = system_cost(by_both, length)
-        ratios = both.training_flops(0, _STEPS) / target, both.parameters / size
-        has_two = len(widths(model.transformer)) > 1
-        model = match(model, depth, length, flops=target)
-        cost = system_cost(model, length)
-        built = fresh_model(model)
-        tokens = torch.arange(4 * length).view(4, length) % model.vocab_size
+        before = Described.by(command_line(name, DRY.speed, _SIZES), depth)
+        target, size = 2 * before.flops, 1.7 * before.parameters
+        by_size, by_both = before.match(parameters=size), before.match(flops=target, parameters=size)
+        model = before.match(flops=target)
+        built = fresh_model(model.config)
+        tokens = torch.arange(4 * before.args.seq_length).view(4, -1) % model.config.vocab_size
         with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
             forward(built, tokens, tokens, depth, tuple(range(4))).mean().backward()
         found[name] = Counted(
             target=target,
-            by_formula=cost.training_flops(0, _STEPS),
+            by_formula=model.flops,
             counted=counter.get_total_flops() / tokens.numel(),
-            parameters=cost.parameters,
+            parameters=model.parameters,
             built=sum(parameter.numel() for parameter in built.parameters()),
-            ratios=ratios if has_two else None,
-            parameter_ratio=system_cost(by_size, length).parameters / size,
+            ratios=(by_both.flops / target, by_both.parameters / size) if len(before.widths) > 1 else None,
+            parameter_ratio=by_size.parameters / size,
         )
     return found
 

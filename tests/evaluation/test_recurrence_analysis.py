@@ -134,5 +134,5 @@ def test_page_of_a_run(tmp_path: Path) -> None:
     assert written.endswith("health.png")
     assert (tmp_path / "out" / "health.png").stat().st_size > 10_000
     (tmp_path / "health.jsonl").write_text("{}\n")
-    with pytest.raises(MoREError, match="line 1, is no record"):
+    with pytest.raises(MoREError, match="line 1 is no JSON object with iteration"):
         read_health(tmp_path)

@@ -137,7 +137,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(MoREError, match="cannot be read"):
         read_problems(tmp_path / "no.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(MoREError, match="has no problems"):
+    with pytest.raises(MoREError, match="is empty"):
         read_problems(tmp_path / "empty.jsonl")
 
 

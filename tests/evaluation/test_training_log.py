@@ -42,8 +42,6 @@ def test_lines_that_begin_inside_another_and_lines_of_others() -> None:
 
 
 def test_whole_log() -> None:
-    arguments = ["  decoder_seq_length .............................. None", "  seq_length ...................... 64"]
-    log = read_log(["> platform: cpu\n", *arguments, _FIRST, _SECOND, "----", _VALIDATION, "----", _TEST, _OLD_TEST])
+    log = read_log(["> platform: cpu\n", _FIRST, _SECOND, "----", _VALIDATION, "----", _TEST, _OLD_TEST])
     assert [iteration.number for iteration in log.iterations] == [1, 10]
     assert (log.validations[-1].iteration, log.validations[-1].loss) == (120, 5.5)
-    assert log.tokens_per_second() == 8 * 64 / 0.5

@@ -70,27 +70,29 @@ def _overview(report: dict[str, Any]) -> Any:
 def _load(report: dict[str, Any]) -> Any:
     """Draw the share of all choices that each expert has, in every layer and step."""
     places = report["places"]
-    figure = new_figure(max(4.5, 0.45 * report["num_experts"] + 2.0), 1.4 + 0.24 * len(places))
-    axis = figure.subplots()
-    rows = [f"layer {place['layer']}, step {place['step']}" for place in places]
-    image = heat_map(axis, np.array([place["load"] for place in places]), rows, colours="Purples")
-    axis.set(title=f"Load (1/N = {1 / report['num_experts']:.3f})", xlabel="expert")
-    figure.colorbar(image, ax=axis, label="share of all choices", shrink=0.8)
-    return figure
+    names = [f"layer {place['layer']}, step {place['step']}" for place in places]
+    title = f"Load (1/N = {1 / report['num_experts']:.3f})"
+    loads = [place["load"] for place in places]
+    return _table(loads, names, title, "share of all choices", colours="Purples")
 
 
 def _tokens(report: dict[str, Any]) -> Any:
     """Draw where the frequent tokens go, in the place that tells them apart best."""
     place = max(report["places"], key=lambda place: place["specialisation_by_token"])
     names = [f"{found['token']}  {found['count']:,}" for found in report["frequent_tokens"]]
-    figure = new_figure(max(4.5, 0.45 * report["num_experts"] + 2.2), 1.4 + 0.24 * len(names))
-    axis = figure.subplots()
-    image = heat_map(axis, np.array(place["token_shares"]), names, highest=1.0)
-    axis.set_title(
+    title = (
         f"The most frequent tokens in layer {place['layer']}, step {place['step']}"
-        f"\n(NMI of token and expert {place['specialisation_by_token']:.3f})",
-        fontsize=10,
+        f"\n(NMI of token and expert {place['specialisation_by_token']:.3f})"
     )
+    return _table(place["token_shares"], names, title, "share of the token's choices", highest=1.0)
+
+
+def _table(rows: list[list[float]], names: list[str], title: str, label: str, **colours: Any) -> Any:
+    """Draw a row for each name, [names, experts], and say what its numbers are."""
+    figure = new_figure(max(4.5, 0.45 * len(rows[0]) + 2.2), 1.4 + 0.24 * len(names))
+    axis = figure.subplots()
+    image = heat_map(axis, np.array(rows), names, **colours)
+    axis.set_title(title, fontsize=10)
     axis.set_xlabel("expert")
-    figure.colorbar(image, ax=axis, label="share of the token's choices", shrink=0.6)
+    figure.colorbar(image, ax=axis, label=label, shrink=0.8)
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,10 +9,12 @@ from typing import Any
 
 from more_megatron.errors import MoREError
 from more_megatron.figures import draw_loads, name_axes, panels, spread, write_results
+from more_megatron.json_lines import read_json_lines
 from more_megatron.monitoring import HEALTH_FILE
 
 __all__ = ["draw_health", "read_health", "split_tag", "warned_figure"]
 
+_FIELDS = ("iteration", "figures", "experts", "warnings")
 _MOST_LINES, _MOST_ROWS = 8, 24
 
 Record = Mapping[str, Any]
@@ -34,15 +35,8 @@ def read_health(folder: Path) -> list[Record]:
         raise MoREError(
             f"--run {folder} has no {HEALTH_FILE}: give a run's --save folder, and train with --health-interval N"
         )
-    records: dict[int, Record] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            records[record["iteration"]] = record
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise MoREError(f"{path}, line {number}, is no record of health: remove the line") from None
-    if not records:
-        raise MoREError(f"{path} is empty: no step of the run was watched yet")
+    lines = read_json_lines(path, "remove the line, or wait for a step that is watched", _FIELDS).values()
+    records = {line["iteration"]: line for line in lines}
     return [records[iteration] for iteration in sorted(records)]
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 import os
 import re
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,6 +176,8 @@ class Experiment:
         flags = {"more-variant": arm.system} | flags | arm.flags
         if "seed" in flags:
             raise MoREError("--seed has no effect beside seeds: leave it out")
+        if self.tokens is None and self.total_flops is None and flags.get("train-iters") is None:
+            raise MoREError("nothing says how long to train: give tokens, total_flops, or train-iters among the flags")
         return {name: value for name, value in flags.items() if value is not None}
 
 
@@ -184,9 +187,7 @@ def _dashed(flags: Mapping[str, Any]) -> Flags:
 
 def mean_steps(flags: Flags) -> int:
     """Return the mean recurrence steps of a training run."""
-    names = {field.name for field in dataclasses.fields(MoREFlags)}
-    ours = {name.replace("-", "_"): value for name, value in flags.items()}
-    return MoREFlags(**{name: value for name, value in ours.items() if name in names}).mean_steps
+    return MoREFlags.of(Namespace(**{name.replace("-", "_"): value for name, value in flags.items()})).mean_steps
 
 
 def _content(path: Path, extending: tuple[Path, ...] = ()) -> dict[str, Any]:

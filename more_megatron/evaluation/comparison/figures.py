@@ -16,7 +16,7 @@ import numpy as np
 
 from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.measures import ArmResult, Spread
-from more_megatron.figures import draw_loads, new_figure
+from more_megatron.figures import depth_axis, draw_loads, new_figure
 
 __all__ = ["draw_all"]
 
@@ -39,19 +39,17 @@ class Drawn:
     uri: str
 
 
-def draw_all(arms: Sequence[ArmResult], speeds: Mapping[str, float], matched: str) -> list[Drawn]:
+def draw_all(arms: Sequence[ArmResult], matched: str) -> list[Drawn]:
     """Return the figures that there are figures for.
 
     Args:
         arms: Those of one point of the sweep.
-        speeds: Operations a second of the arms that were timed, by name.
         matched: What was matched, in words.
     """
     drawing = _Drawing(arms, matched)
     _draw_losses(drawing)
     _draw_answers(drawing)
     _draw_routing(drawing)
-    drawing.speeds(speeds)
     return drawing.figures
 
 
@@ -154,18 +152,19 @@ class _Drawing:
         """
         if not any(points):
             return
-        figure, axes = _new()
+        figure = new_figure(*_INCHES)
+        axes = figure.subplots()
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
         for number, (arm, each) in enumerate(zip(self.arms, points, strict=True)):
-            colour, places = _colour(number), list(each)
-            style: dict[str, Any] = {"color": colour, "label": arm.arm.name, "linewidth": 1.4}
-            means = [spread.mean for spread in each.values()]
+            style: dict[str, Any] = {"color": f"C{number % 10}", "label": arm.arm.name, "linewidth": 1.4}
             if each:
-                axes.plot(places, means, _STYLES[number // 10 % 4], marker=".", markersize=3, **style)
+                means = [spread.mean for spread in each.values()]
+                bars = None if is_falling else [spread.deviation for spread in each.values()]
+                shape = {"fmt": _STYLES[number // 10 % 4], "marker": ".", "markersize": 3}
+                axes.errorbar(list(each), means, bars, **shape, **style, capsize=2, elinewidth=0.8)
             elif levels and (level := levels[number]) is not None:
                 axes.axhline(level.mean, linestyle=":", **style)
-            if not is_falling:
-                deviations = [spread.deviation for spread in each.values()]
-                axes.errorbar(places, means, deviations, fmt="none", ecolor=colour, capsize=2, linewidth=0.8)
         _scale(axes, labels[0], [x for each in points for x in each])
         if labels[1] == _SHARE:
             axes.set_ylim(bottom=0.0)
@@ -196,17 +195,6 @@ class _Drawing:
         )
         self._add(figure, "Expert load by recurrence step", note, {len(arm.watched) for arm, each in found if each})
 
-    def speeds(self, speeds: Mapping[str, float]) -> None:
-        """Draw a bar for each arm that was timed; nothing if none was."""
-        if not speeds:
-            return
-        figure, axes = _new()
-        colours = {arm.arm.name: _colour(number) for number, arm in enumerate(self.arms)}
-        axes.barh(list(speeds), [speed / 1e9 for speed in speeds.values()], color=[colours[name] for name in speeds])
-        axes.invert_yaxis()
-        axes.set_xlabel("GFLOP/s")
-        self._add(figure, "Speed", "Forward and backward passes, timed in turn.", {1})
-
     def _add(self, figure: Any, title: str, note: str, counts: set[int]) -> None:
         figure.suptitle(title, fontsize=11)
         buffer = io.BytesIO()
@@ -218,25 +206,12 @@ class _Drawing:
         self.figures.append(Drawn(title, f"{note} Of each arm {seeds}; matched: {self._matched}.", uri))
 
 
-def _new() -> tuple[Any, Any]:
-    figure = new_figure(*_INCHES)
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _colour(number: int) -> str:
-    return f"C{number % 10}"
-
-
-def _scale(axes: Any, label: str, places: Sequence[float]) -> None:
-    """Let the axis below have ticks that suit its values; depths are twice the one before."""
+def _scale(axes: Any, label: str, places: Sequence[Any]) -> None:
+    """Let the axis below have ticks that suit its values."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     if label == _DEPTH:
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:.0f}")
+        depth_axis(axes, sorted(set(places)))
     elif max(places) > _MANY:
         axes.xaxis.set_major_formatter(EngFormatter())
     else:

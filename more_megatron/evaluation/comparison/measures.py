@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from more_megatron.evaluation.comparison.runner import CHECKPOINT, EVALUATION, F
 from more_megatron.evaluation.training_log import TrainingLog, read_log
 from more_megatron.monitoring import HEALTH_FILE
 
-__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "by_arm", "collect", "difference", "spreads"]
+__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "spreads"]
 
 _LOSS = "lm loss"
 # Two-sided confidence of an interval.
@@ -82,7 +82,6 @@ class RunResult:
     # has them; after fine-tuning if there was such
     answers: Answers = field(default_factory=dict)
     by_difficulty: ByDifficulty = field(default_factory=dict)  # exact match of generated answers
-    tokens_per_second: float = math.nan  # as trained, beside other runs
     # Records of health.jsonl; empty where the run wrote none
     health: list[Mapping[str, Any]] = field(default_factory=list)
 
@@ -146,15 +145,12 @@ def _by_name(found: Iterable[tuple[str, int, float]]) -> dict[str, dict[int, Spr
     return {name: spreads(by_name[name]) for name in sorted(by_name)}
 
 
-def collect(plan: Plan, folder: Path) -> list[RunResult]:
-    """Return what the runs of a plan have reached, in its order, from the folder of the comparison."""
-    return [_result(run, run.folder(folder)) for run in plan.runs]
-
-
-def by_arm(plan: Plan, runs: Sequence[RunResult]) -> list[ArmResult]:
-    """Return the arms at each point, with their runs."""
-    pairs = list(zip(plan.runs, runs, strict=True))
-    return [ArmResult(arm, tuple(result for run, result in pairs if run.arm == arm)) for arm in plan.arms]
+def collect(plan: Plan, folder: Path) -> list[ArmResult]:
+    """Return what the arms of a plan have reached at each point, from the folder of the comparison."""
+    runs = plan.runs
+    return [
+        ArmResult(arm, tuple(_result(run, run.folder(folder)) for run in runs if run.arm is arm)) for arm in plan.arms
+    ]
 
 
 def difference(arm: ArmResult, baseline: ArmResult) -> Difference | None:
@@ -209,7 +205,6 @@ def _trained(result: RunResult, folder: Path) -> RunResult:
         curve={line.number: line.loss for line in log.iterations},
         validations={line.iteration: line.loss for line in log.validations},
         answers=_answers(at_depths),
-        tokens_per_second=log.tokens_per_second(),
         health=read_health(weights) if (weights / HEALTH_FILE).exists() else [],
     )
 

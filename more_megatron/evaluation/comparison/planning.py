@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from more_megatron.errors import MoREError, last_line
-from more_megatron.evaluation.command_lines import Flags, arguments_of
+from more_megatron.evaluation.command_lines import Flags, as_typed
 from more_megatron.evaluation.comparison.experiment import Arm, Experiment
 from more_megatron.systems import get_system
 from more_megatron.unfinished import write_whole
 
 if TYPE_CHECKING:
-    from megatron.training.models.gpt import GPTModelConfig
+    from more_megatron.evaluation.matching import Described
 
 __all__ = ["Plan", "PlannedArm", "Run", "plan"]
 
@@ -106,80 +105,50 @@ def plan(experiment: Experiment) -> Plan:
 
 def _at_point(experiment: Experiment, number: int, point: Flags) -> list[PlannedArm]:
     """Return the arms at one point of the sweep, as wide as equal cost wants them."""
-    models: dict[str, _Model] = {}
+    from more_megatron.evaluation.matching import Described
+
+    models: dict[str, Described] = {}
     planned: dict[str, PlannedArm] = {}
+    flags: dict[str, Flags] = {}
     for arm in experiment.arms:
         try:
-            models[arm.name] = _Model(experiment.flags_of(arm, point))
+            flags[arm.name] = experiment.flags_of(arm, point)
+            models[arm.name] = Described.by(as_typed(flags[arm.name]))
         except (MoREError, AssertionError, ValueError, KeyError) as error:
             refusal = " ".join(str(error).split()) or last_line(error)
             planned[arm.name] = PlannedArm(arm.name, number, {}, refusal)
-    aims = [models[experiment.target]] if experiment.target in models else list(models.values())
-    goal = {
-        "flops": max((model.flops for model in aims), default=0.0),
-        "parameters": max((model.cost.parameters for model in aims), default=0),
-    }
+    aims = [models[experiment.target]] if experiment.target in models else models.values()
+    goals = {name: max((getattr(model, name) for model in aims), default=0.0) for name in ("flops", "parameters")}
     for arm in experiment.arms:
         if arm.name in models:
             try:
-                planned[arm.name] = _matched(experiment, arm, number, models[arm.name], goal)
+                planned[arm.name] = _matched(experiment, arm, number, flags[arm.name], models[arm.name], goals)
             except MoREError as error:
                 planned[arm.name] = PlannedArm(arm.name, number, {}, str(error))
     return [planned[arm.name] for arm in experiment.arms]
 
 
-class _Model:
-    """A model that is described by flags and not built.
-
-    Raises:
-        MoREError: If the flags are refused.
-    """
-
-    def __init__(self, flags: Flags) -> None:
-        from more_megatron.evaluation.runs import configure
-        from more_megatron.model.depth import DepthSampler
-
-        self.flags = flags
-        self.args, config = configure(shlex.join(arguments_of(flags)))
-        self._depth = DepthSampler(config.transformer).expected()
-        self._take(config)
-
-    def _take(self, config: GPTModelConfig) -> None:
-        from more_megatron.evaluation.comparison.matching import system_cost
-
-        self._config, self.cost = config, system_cost(config, self.args.seq_length)
-        self.flops = self.cost.training_flops(self._depth.no_grad_steps, self._depth.grad_steps)
-
-    def match(self, kind: str, goal: dict[str, float]) -> None:
-        """Widen or narrow it."""
-        from more_megatron.evaluation.comparison.matching import match, widths
-
-        if kind != "flags":
-            wanted = {name: value for name, value in goal.items() if kind in (name, "both")}
-            self._take(match(self._config, self._depth, self.args.seq_length, **wanted))
-        config = self._config.transformer
-        found = {name.replace("_", "-"): getattr(config, name) for name in widths(config)}
-        self.flags = self.flags | {name: width for name, width in found.items() if width is not None}
-        if config.num_moe_experts is not None and config.moe_shared_expert_intermediate_size is None:
-            # Left out, there would be one.
-            self.flags["moe-shared-expert-intermediate-size"] = 0
-
-
-def _matched(experiment: Experiment, arm: Arm, number: int, model: _Model, goal: dict[str, float]) -> PlannedArm:
-    if experiment.tokens is None and experiment.total_flops is None and "train-iters" not in model.flags:
-        raise MoREError("nothing says how long to train: give tokens, total_flops, or train-iters among the flags")
-    model.match(experiment.match, goal)
+def _matched(
+    experiment: Experiment, arm: Arm, number: int, flags: Flags, model: Described, goals: dict[str, float]
+) -> PlannedArm:
+    if experiment.match != "flags":
+        model = model.match(**{name: goal for name, goal in goals.items() if experiment.match in (name, "both")})
+    config = model.config.transformer
+    flags = flags | {name.replace("_", "-"): getattr(config, name) for name in model.widths}
+    if config.num_moe_experts is not None and config.moe_shared_expert_intermediate_size is None:
+        # Left out, there would be one.
+        flags["moe-shared-expert-intermediate-size"] = 0
     step_tokens = model.args.global_batch_size * model.args.seq_length
     tokens = experiment.tokens if experiment.total_flops is None else experiment.total_flops / model.flops
-    steps = int(model.flags["train-iters"]) if tokens is None else max(round(tokens / step_tokens), 1)
+    steps = int(flags["train-iters"]) if tokens is None else max(round(tokens / step_tokens), 1)
     return PlannedArm(
         name=arm.name,
         point=number,
-        flags=model.flags | {"train-iters": steps},
-        parameters=model.cost.parameters,
+        flags={name: value for name, value in flags.items() if value is not None} | {"train-iters": steps},
+        parameters=model.parameters,
         active_parameters=model.cost.active_parameters,
         flops=model.flops,
-        ratios={"flops": model.flops / goal["flops"], "parameters": model.cost.parameters / goal["parameters"]},
+        ratios={name: getattr(model, name) / goal for name, goal in goals.items()},
         tokens=steps * step_tokens,
         recurrent=get_system(arm.system).recurrent and not arm.reference,
     )

@@ -8,20 +8,19 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from more_megatron import __version__
 from more_megatron.data.indexed import read_manifest
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.command_lines import Flags, arguments_of
+from more_megatron.evaluation.command_lines import Flags, as_typed
 from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.experiment import MATCHES
 from more_megatron.evaluation.comparison.figures import draw_all
-from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, Spread, by_arm, collect, difference
+from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, Spread, collect, difference
 from more_megatron.evaluation.comparison.planning import Plan
-from more_megatron.evaluation.comparison.timing import read_timings
 from more_megatron.platform.packages import has_package
 from more_megatron.unfinished import write_whole
 
@@ -47,15 +46,17 @@ def write_report(plan: Plan, folder: Path) -> list[RunResult]:
     import jinja2
 
     content = _content(plan, folder)
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("more_megatron.evaluation.comparison"),
-        autoescape=jinja2.select_autoescape(["html.j2"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    templates.filters |= {"number": _number, "spread": _spread}
-    texts = {name: templates.get_template(f"{name}.j2").render(content) for name in ("report.md", "report.html")}
+    texts = {}
+    for kind in ("md", "html"):
+        templates = jinja2.Environment(
+            loader=jinja2.PackageLoader("more_megatron.evaluation.comparison"),
+            autoescape=kind == "html",
+            trim_blocks=True,
+            lstrip_blocks=True,
+            undefined=jinja2.StrictUndefined,
+        )
+        templates.filters |= {"at": "r = {}".format, "number": _number, "spread": _spread, "spreads": _spreads}
+        texts[f"report.{kind}"] = templates.get_template("report.j2").render(content, kind=kind)
     for point in content["points"]:
         del point["figures"]
     texts["report.json"] = json.dumps(_plain(content), indent=1)
@@ -65,8 +66,9 @@ def write_report(plan: Plan, folder: Path) -> list[RunResult]:
 
 
 def _content(plan: Plan, folder: Path) -> dict[str, Any]:
-    experiment, timings, runs = plan.experiment, read_timings(folder / "timings.json"), collect(plan, folder)
-    results = by_arm(plan, runs)
+    experiment, results, times = plan.experiment, collect(plan, folder), folder / "timings.json"
+    runs = [run for arm in results for run in arm.runs]
+    timings = json.loads(times.read_text()) if times.exists() else []
     points = []
     for number, flags in enumerate(plan.points):
         arms = [result for result in results if result.arm.point == number]
@@ -83,7 +85,6 @@ def _content(plan: Plan, folder: Path) -> dict[str, Any]:
         "health_figures": health.FIGURES,
         "unfinished": [run for run in runs if run.state != "finished"],
         "runs": [{name: value for name, value in vars(run).items() if name != "health"} for run in runs],
-        "absent": list(_absent(runs, timings)),
         "versions": {"more-megatron": __version__, "Python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "machine": f"{platform.machine()}, {_processor()}",
@@ -95,16 +96,15 @@ def _point(
     experiment: dict[str, Any], flags: Flags, arms: Sequence[ArmResult], timings: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
     baseline = next((arm for arm in arms if arm.arm.name == experiment["baseline"]), arms[0])
-    speeds = {name: timing["achieved_flops"] for name, timing in timings.items()}
     tasks = sorted({task for arm in arms for task in arm.by_difficulty})
     return {
-        "flags": " ".join(arguments_of(flags)),
+        "flags": as_typed(flags),
         "baseline": baseline.arm.name,
         "arms": [_arm(arm, baseline) | {"timing": timings.get(arm.arm.name)} for arm in arms],
         "depths": sorted({depth for arm in arms for depth in arm.loss_at}),
         "answers": sorted({name for arm in arms for name in arm.answers}),
         "tasks": {task: sorted({each for arm in arms for each in arm.by_difficulty.get(task, {})}) for task in tasks},
-        "figures": draw_all(arms, speeds, MATCHES[experiment["match"]]),
+        "figures": draw_all(arms, MATCHES[experiment["match"]]),
     }
 
 
@@ -112,15 +112,10 @@ def _arm(result: ArmResult, baseline: ArmResult) -> dict[str, Any]:
     arm, loss = result.arm, result.loss
     ratio = _bytes_a_token(arm.flags)
     return {
-        "name": arm.name,
+        **{name: value for name, value in vars(arm).items() if name not in ("flags", "flops")},
         "system": arm.flags.get("more-variant"),
-        "parameters": arm.parameters,
-        "active_parameters": arm.active_parameters,
         "flops_per_token": arm.flops,
-        "ratios": arm.ratios,
-        "tokens": arm.tokens,
         "total_flops": arm.flops * arm.tokens,
-        "refusal": arm.refusal,
         "loss": loss,
         "perplexity": loss and math.exp(loss.mean),
         "byte_perplexity": loss and ratio and math.exp(loss.mean / ratio),
@@ -131,7 +126,7 @@ def _arm(result: ArmResult, baseline: ArmResult) -> dict[str, Any]:
         "by_difficulty": result.by_difficulty,
         "seeds": {run.seed: run.loss if run.state == "finished" else run.state for run in result.runs},
         "health": health.summary(result),
-        "command": " ".join(arguments_of(arm.flags)),
+        "command": as_typed(arm.flags),
     }
 
 
@@ -139,18 +134,6 @@ def _bytes_a_token(flags: Flags) -> float | None:
     """Return the bytes of text a token of the dataset; None for several datasets, or one without a manifest."""
     manifest = read_manifest(flags["data-path"]) if isinstance(flags.get("data-path"), str) else None
     return manifest["text_bytes"] / manifest["tokens"] if manifest and manifest.get("text_bytes") else None
-
-
-def _absent(runs: Sequence[RunResult], timings: Sequence[Any]) -> Iterator[str]:
-    """Yield why sections are missing, one line each."""
-    if not timings:
-        yield "Speed and memory: the arms were not timed; --time does that."
-    if not any(run.health for run in runs):
-        yield "Health: no run has written a health.jsonl (--health-interval)."
-    if not any(run.by_difficulty for run in runs):
-        yield "Accuracy by difficulty: no run was asked problems when it had ended; --tasks does that."
-    if not any(run.answers for run in runs):
-        yield "Accuracy: no run was trained on problems with answers (--tasks, or --loss-on-answers)."
 
 
 def _processor() -> str:
@@ -173,6 +156,10 @@ def _spread(value: Spread | None, digits: int = 3) -> str:
         return "not finite"
     mean = f"{value.mean:.{digits}f}"
     return mean if math.isnan(value.deviation) else f"{mean} ± {value.deviation:.{digits}f}"
+
+
+def _spreads(values: Mapping[int, Spread], keys: Sequence[int]) -> list[str]:
+    return [_spread(values.get(key)) for key in keys]
 
 
 def _plain(value: Any) -> Any:

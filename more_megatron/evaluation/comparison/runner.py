@@ -105,18 +105,13 @@ class Runner:
         return True
 
     async def _make_all(self, runs: list[Run]) -> None:
-        places: asyncio.Queue[int] = asyncio.Queue()
-        for place in range(self.jobs):
-            places.put_nowait(place)
+        waiting = iter(runs)
 
-        async def make_in_turn(run: Run) -> None:
-            place = await places.get()
-            try:
+        async def make_in_turn(place: int) -> None:
+            for run in waiting:
                 await self._make(run, place)
-            finally:
-                places.put_nowait(place)
 
-        making = asyncio.gather(*map(make_in_turn, runs))
+        making = asyncio.gather(*map(make_in_turn, range(self.jobs)))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, making.cancel)
         try:
@@ -158,7 +153,7 @@ class Runner:
         if self.evaluation is not None:
             folders = {"load": weights, "output": folder / EVALUATION}
             asked = self.evaluation | ({} if run.arm.recurrent else {"num-steps": None}) | folders
-            commands[f"{EVALUATION}.txt"] = [*self.evaluator, *_given(asked)]
+            commands[f"{EVALUATION}.txt"] = [*self.evaluator, *arguments_of(asked)]
         for name in {"finetuned", EVALUATION, *commands} - {LOG}:
             # Of an attempt before; training itself goes on where it was.
             path = folder / name
@@ -181,7 +176,7 @@ class Runner:
             "save-interval": flags["train-iters"],
         }
         program = str(_PROJECT / "pretrain_more.py")
-        return [*self.launcher, "--nproc-per-node", str(self.processes), program, *_given(places | flags)]
+        return [*self.launcher, "--nproc-per-node", str(self.processes), program, *arguments_of(places | flags)]
 
     async def _call(self, command: list[str], log: Path, place: int) -> int:
         with open(log, "a") as output:
@@ -209,11 +204,6 @@ class Runner:
             own = [gpus[(place * self.processes + rank) % len(gpus)] for rank in range(self.processes)]
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
         return environment
-
-
-def _given(flags: Flags) -> list[str]:
-    """Return flags as arguments, without those that are None."""
-    return arguments_of({name: value for name, value in flags.items() if value is not None})
 
 
 def _reason(log: Path) -> str:

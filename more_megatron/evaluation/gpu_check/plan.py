@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from more_megatron.evaluation.command_lines import Flags, arguments_of, parse_flags, read_by
+from more_megatron.evaluation.command_lines import Flags, as_typed, parse_flags, read_by
 from more_megatron.systems import get_system
 
 __all__ = ["DRY", "EXACT", "GPU", "PRECISIONS", "Plan", "Sizes", "command_line", "everywhere"]
@@ -189,4 +188,4 @@ def command_line(system: str, *flags: Flags, steps: int = 2, backprop_steps: int
     merged |= {"recurrence-steps": steps, "recurrence-backprop-steps": backprop_steps or steps}
     for more in flags:
         merged |= more
-    return shlex.join(arguments_of(read_by(system, merged)))
+    return as_typed(read_by(system, merged))

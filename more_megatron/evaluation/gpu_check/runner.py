@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,20 +106,20 @@ def check(args: argparse.Namespace, command: str) -> Report:
     for name in args.systems or ():
         if name not in names():
             raise MoREError(f"--systems {name} does not exist: choose among {', '.join(names())}")
-    with tempfile.TemporaryDirectory(prefix="more-check-") as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="more-check-") as folder, ExitStack() as stack:
         has_te = not args.dry_run and has_package("transformer_engine")
         sizes = DRY if args.dry_run else GPU
         systems = tuple(args.systems or names())
         plan = Plan(args.dry_run, sizes, systems, Path(folder), ranks, has_te)
         # Small models leave a device idle: several processes share it.
         size = min(_WORLDS, cores if plan.dry else max(cores // 2, 1))
-        crew = Crew(plan.platform, size, deadline, threads=max(cores // size // 2, 1))
-        stack.callback(crew.close)
+
+        def crew_on(platform: str) -> Crew:
+            return stack.enter_context(closing(Crew(platform, size, deadline, threads=max(cores // size // 2, 1))))
+
+        crew = crew_on(plan.platform)
         chosen = [stage for stage in stages(plan) if stage.letter in args.stages]
-        cpu = crew
-        if not plan.dry and any(stage.before for stage in chosen):
-            cpu = Crew("cpu", size, deadline, threads=max(cores // size // 2, 1))
-            stack.callback(cpu.close)
+        cpu = crew if plan.dry or not any(stage.before for stage in chosen) else crew_on("cpu")
         for stage in chosen:
             _run(stage, crew, cpu, report)
     return report

@@ -6,8 +6,6 @@ Files stand in the place of datasets of the hub.
 from __future__ import annotations
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -15,9 +13,9 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 
 from more_megatron.data.detokenize import Detokenize, detokenize
-from more_megatron.errors import MoREError, last_line
 from more_megatron.evaluation.tasks.problem import is_match, read_problems
 from more_megatron.evaluation.texts import read_texts
+from more_megatron.json_lines import read_json_lines
 
 __all__ = ["Answer", "AnswerTask"]
 
@@ -99,23 +97,6 @@ def score_document(document: dict[str, Any], results: list[float]) -> dict[str, 
 
 
 def load_rows(path: str, **_: Any) -> dict[str, Dataset]:
-    """Return the rows of a file of HellaSwag's JSON lines as the split `test`.
-
-    Raises:
-        MoREError: If it is missing, or a line is not one of HellaSwag's.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise MoREError(f"{path} cannot be read: {error}") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append({name: row[name] for name in _HELLASWAG})
-        except (ValueError, TypeError, KeyError) as error:
-            names = ", ".join(_HELLASWAG)
-            raise MoREError(f"{path}: line {number} is no JSON object with {names} ({last_line(error)})") from error
-    if not rows:
-        raise MoREError(f"{path} is empty")
-    return {"test": Dataset.from_list(rows)}
+    """Return the rows of a file of HellaSwag's JSON lines as the split `test`."""
+    rows = read_json_lines(path, "give HellaSwag's own file", _HELLASWAG).values()
+    return {"test": Dataset.from_list([{name: row[name] for name in _HELLASWAG} for row in rows])}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from more_megatron.figures import depth_axis, heat_map, new_figure, panels, write_results
+from more_megatron.figures import depth_axis, panels, write_results
 
 __all__ = ["write_report"]
 
@@ -39,7 +39,6 @@ def write_report(records: Sequence[Record], settings: dict[str, Any], folder: Pa
     }
     figures = {
         "depths.png": _draw_depths(values, depths),
-        "parts.png": _draw_parts(values, depths),
         "difficulties.png": _draw_difficulties(records, depths),
     }
     skipped = {record["name"]: record.get("skipped", 0) for record in records}
@@ -118,25 +117,6 @@ def _legend(figure: Any) -> None:
     for line in (line for axis in figure.axes for line in axis.lines):
         named.setdefault(line.get_label(), line)
     figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=8, frameon=False)
-
-
-def _draw_parts(values: Values, depths: Sequence[int | None]) -> Any:
-    """Draw the accuracy of each part of tasks, such as the twenty of bAbI, at each depth; None without parts."""
-    parts = {
-        entry: found[accuracy]
-        for entry, found in values.items()
-        if _PARTS_OF in entry and (accuracy := _first(found, _ACCURACIES))
-    }
-    if not parts:
-        return None
-    figure = new_figure(3.4 + 0.55 * len(depths), 1.3 + 0.26 * len(parts))
-    axis = figure.subplots()
-    table = np.array([[found.get(depth, np.nan) for depth in depths] for found in parts.values()])
-    columns = ["" if depth is None else str(depth) for depth in depths]
-    image = heat_map(axis, table, list(parts), columns, highest=1.0)
-    axis.set(title="Accuracy", xlabel="recurrence steps r")
-    figure.colorbar(image, ax=axis, shrink=0.8)
-    return figure
 
 
 def _draw_difficulties(records: Sequence[Record], depths: Sequence[int | None]) -> Any:

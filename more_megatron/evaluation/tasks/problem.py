@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from more_megatron.errors import MoREError
+from more_megatron.json_lines import read_json_lines
 from more_megatron.unfinished import write_whole
 
 __all__ = ["Problem", "is_match", "read_problems", "write_problems"]
@@ -54,26 +55,12 @@ def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
     Raises:
         MoREError: It is not there, has no problem, or a line that is none; the message says which and why.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise MoREError(f"{path} cannot be read ({error}): write it with tools/prepare_tasks.py") from error
-    problems = [_problem(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not problems:
-        raise MoREError(f"{path} has no problems: write it with tools/prepare_tasks.py")
+    problems = []
+    for number, record in read_json_lines(path, "write it with tools/prepare_tasks.py").items():
+        wrong = [name for name, kind in _FIELDS.items() if type(record.get(name)) is not kind]
+        wrong += [name for name in ("prompt", "answer", "task") if name not in wrong and not record[name].strip()]
+        if wrong:
+            mend = 'a problem is {"prompt": text, "answer": text, "task": name, "difficulty": integer}'
+            raise MoREError(f"{path}: line {number} has no usable {', '.join(wrong)}: {mend}")
+        problems.append(Problem(*(record[name] for name in _FIELDS)))
     return problems
-
-
-def _problem(path: str | os.PathLike[str], number: int, line: str) -> Problem:
-    mend = 'a problem is {"prompt": text, "answer": text, "task": name, "difficulty": integer}'
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise MoREError(f"{path}: line {number} is no JSON ({error}): {mend}") from error
-    if not isinstance(record, dict):
-        raise MoREError(f"{path}: line {number} is no JSON object: {mend}")
-    wrong = [name for name, kind in _FIELDS.items() if type(record.get(name)) is not kind]
-    wrong += [name for name in ("prompt", "answer", "task") if name not in wrong and not record[name].strip()]
-    if wrong:
-        raise MoREError(f"{path}: line {number} has no usable {', '.join(wrong)}: {mend}")
-    return Problem(*(record[name] for name in _FIELDS))

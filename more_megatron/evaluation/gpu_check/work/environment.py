@@ -7,7 +7,6 @@ import json
 import platform
 import statistics
 import subprocess
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from more_megatron.evaluation.gpu_check.outcomes import Finding
 from more_megatron.evaluation.gpu_check.plan import Plan, command_line
 from more_megatron.evaluation.runs import configure
+from more_megatron.evaluation.step_benchmark import seconds_of
 from more_megatron.platform import Platform, initialize_platform
 
 __all__ = ["attention", "ceilings", "defaults", "fp8_obstacle", "packages"]
@@ -131,11 +131,4 @@ def _fp8_product(left: torch.Tensor, right: torch.Tensor) -> Callable[[], torch.
 
 
 def _seconds(work: Callable[[], Any], warmup: int = 3, rounds: int = 10) -> float:
-    times = []
-    for _ in range(warmup + rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warmup:])
+    return statistics.median([seconds_of(work) for _ in range(warmup + rounds)][warmup:])

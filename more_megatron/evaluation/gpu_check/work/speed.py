@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from more_megatron.errors import MoREError
-from more_megatron.evaluation.comparison.matching import match, system_cost
 from more_megatron.evaluation.gpu_check.outcomes import Finding
 from more_megatron.evaluation.gpu_check.plan import Plan, command_line
 from more_megatron.evaluation.gpu_check.work.environment import fp8_obstacle
-from more_megatron.evaluation.runs import configure
-from more_megatron.evaluation.step_benchmark import StepBenchmark
+from more_megatron.evaluation.matching import Described
+from more_megatron.evaluation.step_benchmark import StepBenchmark, time_systems
 from more_megatron.model.depth import Depth
 from more_megatron.platform import Platform, initialize_platform
 from more_megatron.systems import get_system
@@ -31,10 +30,7 @@ _WAITS_SHOWN = 4
 
 def save_target(plan: Plan) -> Finding:
     """Leave the cost a token that all systems are brought to: that of the most expensive one as it is."""
-    costs = {}
-    for system in plan.baseline_first:
-        args, model_config = configure(_line(plan, system, "bf16"))
-        costs[system] = system_cost(model_config, args.seq_length).training_flops(0, plan.sizes.steps)
+    costs = {system: _described(plan, system, "bf16").flops for system in plan.baseline_first}
     (plan.folder / "target.json").write_text(json.dumps(max(costs.values())))
     return Finding({f"GFLOP a token, {name}": cost / 1e9 for name, cost in costs.items()})
 
@@ -44,21 +40,19 @@ def measure(plan: Plan, system: str, precision: str) -> Finding:
     if precision == "fp8" and (obstacle := fp8_obstacle()):
         return Finding(skipped=obstacle)
     sizes = plan.sizes
-    depth = Depth(0, sizes.steps)
-    benchmark, micro_batch, memory = _filled(plan, system, precision)
-    seconds = [benchmark.step(depth) for _ in range(sizes.warmup + sizes.rounds)][sizes.warmup :]
-    timing = benchmark.timing(system, depth, seconds, memory)
+    benchmark = _filled(plan, system, precision)
+    (timing,) = time_systems({system: benchmark}, sizes.rounds, sizes.warmup)
     figures: dict[str, Any] = {
-        "micro-batch": micro_batch,
+        "micro-batch": len(benchmark.tokens),
         "ms": 1e3 * timing.median_seconds,
-        "tokens/s": timing.tokens / timing.median_seconds,
+        "tokens/s": timing.tokens_per_second,
         "TFLOP/s": timing.achieved_flops / 1e12,
         "GiB": timing.peak_bytes / 2**30,
     }
     _file(plan, system, precision).write_text(json.dumps(figures))
     figures |= _ratios(plan, system, precision)
     if precision == "bf16":
-        figures |= _waits(benchmark, depth)
+        figures |= _waits(benchmark)
         if get_system(system).recurrent:
             for steps in sizes.depths:
                 figures[f"ms at r={steps}"] = 1e3 * min(benchmark.step(Depth(0, steps)) for _ in range(2))
@@ -66,28 +60,29 @@ def measure(plan: Plan, system: str, precision: str) -> Finding:
     return Finding(figures)
 
 
-def _line(plan: Plan, system: str, precision: str) -> str:
+def _described(plan: Plan, system: str, precision: str) -> Described:
     recipe = next(iter(plan.recipes.values())) if precision == "fp8" else {}
-    return command_line(system, plan.sizes.speed, plan.best_backend, recipe, steps=plan.sizes.steps)
+    line = command_line(system, plan.sizes.speed, plan.best_backend, recipe, steps=plan.sizes.steps)
+    return Described.by(line, Depth(0, plan.sizes.steps))
 
 
-def _filled(plan: Plan, system: str, precision: str) -> tuple[StepBenchmark, int, tuple[int, int]]:
-    """Return a benchmark at the common cost, the largest micro-batch that fits, and what `memory` says of it."""
-    args, model_config = configure(_line(plan, system, precision))
-    target, depth = _read(plan.folder / "target.json"), Depth(0, plan.sizes.steps)
-    matched = match(model_config, depth, args.seq_length, flops=target)
-    benchmark = StepBenchmark(matched, args.seq_length, 1)
+def _filled(plan: Plan, system: str, precision: str) -> StepBenchmark:
+    """Return a benchmark at the common cost, with the largest micro-batch that fits."""
+    described = _described(plan, system, precision).match(flops=_read(plan.folder / "target.json"))
+    benchmark = StepBenchmark(described, 1)
 
-    def memory(size: int) -> tuple[int, int]:
+    def peak(size: int) -> int:
         benchmark.fill(size)
-        benchmark.step(depth)
-        return benchmark.memory(depth)
+        benchmark.step()
+        return benchmark.memory()[0]
 
-    (one, _), (two, _) = memory(1), memory(2)
+    one, two = peak(1), peak(2)
     micro_batch, each = plan.sizes.micro_batch, max(two - one, 1)
     while micro_batch > 1 and one + (micro_batch - 1) * each > _FILL * _device_memory():
         micro_batch //= 2
-    return benchmark, micro_batch, memory(micro_batch)
+    benchmark.fill(micro_batch)
+    benchmark.step()
+    return benchmark
 
 
 def _device_memory() -> float:
@@ -115,7 +110,7 @@ def _read(file: Path) -> Any:
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def _waits(benchmark: StepBenchmark, depth: Depth) -> dict[str, Any]:
+def _waits(benchmark: StepBenchmark) -> dict[str, Any]:
     """Count how often the host waits for the device within a step, and say where most often."""
     if initialize_platform() is Platform.CPU:
         return {"waits": 0}
@@ -123,7 +118,7 @@ def _waits(benchmark: StepBenchmark, depth: Depth) -> dict[str, Any]:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            benchmark.step(depth)
+            benchmark.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
     places = Counter(
@@ -143,12 +138,12 @@ def profile_slowest(plan: Plan) -> Finding:
     if not measured:
         raise MoREError("no system was measured: there is none to look into")
     slowest = min(measured, key=measured.__getitem__)
-    benchmark, _, _ = _filled(plan, slowest, "bf16")
+    benchmark = _filled(plan, slowest, "bf16")
     activities = [torch.profiler.ProfilerActivity.CPU]
     if initialize_platform() is Platform.CUDA:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
-        benchmark.step(Depth(0, plan.sizes.steps))
+        benchmark.step()
     return Finding({"system": slowest, "kernels": _kernels(profile)})
 
 

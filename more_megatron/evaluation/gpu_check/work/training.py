@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def learn_and_hand_on(plan: Plan, system: str, backend: str) -> Finding:
     losses = _losses(f"{own} --train-iters {steps} --save {checkpoints} --save-interval {half}")
     finding = Finding({"first": losses[0], "last": losses[-1]})
     _require_whole(finding, losses, steps)
-    end = _mean_of_last(losses)
+    end = fmean(losses[-_LAST:])
     finding.require(losses[0] - end >= fall, f"the loss fell from {losses[0]:.3f} to {end:.3f}, by less than {fall}")
 
     resumed = _losses(f"{other} --train-iters {steps} --load {checkpoints} --ckpt-step {half}")
@@ -85,10 +86,6 @@ def _losses(command_line: str) -> list[float]:
 def _require_whole(finding: Finding, losses: list[float], steps: int) -> None:
     finding.require(len(losses) == steps, f"took {len(losses)} steps instead of {steps}")
     finding.require(all(map(math.isfinite, losses)), "a loss is not finite")
-
-
-def _mean_of_last(losses: list[float]) -> float:
-    return sum(losses[-_LAST:]) / len(losses[-_LAST:])
 
 
 @torch.no_grad()
@@ -118,7 +115,7 @@ def learn_in_fp8(plan: Plan, system: str) -> Finding:
         line = command_line(system, sizes.fp8, {"data-path": plan.corpus}, plan.best_backend, recipe)
         return _losses(f"{line} --train-iters {sizes.fp8_steps}")
 
-    end = _mean_of_last(losses_with({}))
+    end = fmean(losses_with({})[-_LAST:])
     finding = Finding({"bf16": end})
     for name, recipe in plan.recipes.items():
         if obstacle := fp8_obstacle(name):
@@ -130,7 +127,7 @@ def learn_in_fp8(plan: Plan, system: str) -> Finding:
             finding.faults.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
             continue
         _require_whole(finding, losses, sizes.fp8_steps)
-        finding.figures[name] = _mean_of_last(losses)
+        finding.figures[name] = fmean(losses[-_LAST:])
         above = finding.figures[name] - end
         finding.require(above <= _FP8_MARGIN, f"{name} ends {above:.3f} nats above bf16, more than {_FP8_MARGIN}")
     return finding
