@@ -8,7 +8,7 @@ _PROGRAM_START = time.time()
 
 def main() -> None:
     """Hand Megatron's `pretrain` our model, data and loss."""
-    from more_megatron.lifetime import check_launcher
+    from more_megatron.lifetime import check_launcher, orderly_end
     from more_megatron.platform import initialize_platform
 
     check_launcher()
@@ -16,7 +16,6 @@ def main() -> None:
 
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
 
-    from more_megatron.platform.ending import orderly_end
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.checkpoints import check_checkpoint
     from more_megatron.training.data_checks import check_data

@@ -41,7 +41,7 @@ def _is_rank_0() -> bool:
 
 def quiet_start() -> None:
     """Keep what is printed from now on, and warnings, off the console, unless the command line says otherwise."""
-    if VERBOSE in sys.argv:
+    if not {VERBOSE, "--help", "-h"}.isdisjoint(sys.argv):
         return
     console: Any = _Console(sys.stdout)
     sys.stdout = console

@@ -8,10 +8,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from more_megatron.errors import MoREError, is_out_of_space
 
-__all__ = ["unfinished_file", "unfinished_folder", "write_whole"]
+__all__ = ["LOCK", "empty", "hold", "unfinished_file", "unfinished_folder", "write_whole"]
+
+LOCK = "lock"
+"""The file in a folder that whoever holds it has locked."""
 
 
 @contextlib.contextmanager
@@ -26,15 +30,12 @@ def unfinished_folder(final: Path) -> Iterator[Path]:
     if final.is_symlink() or (final.exists() and not (final.is_dir() and not any(final.iterdir()))):
         raise MoREError(f"--save {final} exists and is not an empty folder: remove it or name another")
     folder = final.parent / f".{final.name}.partial"
-    with _held(folder, final), _removed_on_failure(folder, final):
-        # What an earlier conversion left when it was killed.
-        for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    taken = f"another process writes {final}: wait for it, or name another --save"
+    with hold(folder, taken), _removed_on_failure(folder, final):
+        empty(folder)
         yield folder
         folder.replace(final)
+        (final / LOCK).unlink()
 
 
 @contextlib.contextmanager
@@ -60,20 +61,35 @@ def write_whole(final: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-@contextlib.contextmanager
-def _held(folder: Path, final: Path) -> Iterator[None]:
-    """Make a folder, if it is not there, and keep other processes out of it; a lock ends with its process."""
-    folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # where there are no locks
+def hold(folder: Path, taken: str) -> IO[str]:
+    """Make a folder, if it is not there, and keep others out of it until the returned file is closed.
+
+    The lock ends with its process. Where a file system has no locks, nobody is kept out.
+
+    Raises:
+        MoREError: If another process holds the folder: `taken`.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the one that held it has removed or renamed it: once more
+            lock = (folder / LOCK).open("a")
             try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise MoREError(f"another process writes {final}: wait for it, or name another --save") from None
-        yield
-    finally:
-        os.close(held)
+                raise MoREError(taken) from None
+            except OSError:
+                return lock
+            if os.path.samestat(os.stat(folder / LOCK), os.fstat(lock.fileno())):
+                return lock
+
+
+def empty(folder: Path) -> None:
+    """Remove what an earlier process, which was killed, left in a folder that this one holds."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
 
 
 @contextlib.contextmanager

@@ -49,8 +49,7 @@ def describe(
         Lines to print.
 
     Raises:
-        MoREError: The dataset is missing or damaged.
-        MoREError: There is no such document.
+        MoREError: The dataset is missing or damaged, or there is no such document.
     """
     check_dataset(prefix)
     index = read_index(idx_path(prefix))
@@ -170,10 +169,8 @@ def main(arguments: list[str] | None = None) -> int:
     with one_line_errors(Path(__file__).name):
         options = None
         if args.tokenizer_type or args.tokenizer_model:
-            kind = args.tokenizer_type or TokenizerType.SENTENCEPIECE
-            options = TokenizerOptions(
-                kind, args.tokenizer_model, args.vocab_size, trust_remote_code=args.trust_remote_code
-            )
+            args.tokenizer_type = args.tokenizer_type or TokenizerType.SENTENCEPIECE
+            options = TokenizerOptions.from_args(args)
         for line in describe(args.prefix, options, args.document, args.sample_tokens, args.check):
             print(line)
     return 0

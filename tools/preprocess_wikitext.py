@@ -17,9 +17,6 @@ from more_megatron.data.tokenizers import SENTENCEPIECE_TYPES, TokenizerOptions,
 from more_megatron.errors import MoREError, OneLineParser, one_line_errors
 from more_megatron.flags import check_ranges
 
-# Seconds between two looks of the progress bar; a log needs few.
-_PAUSE = 0.2 if sys.stderr.isatty() else 10.0
-
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -122,12 +119,6 @@ def _sources(args: argparse.Namespace) -> list[Source]:
     return sources
 
 
-def _options(args: argparse.Namespace, sources: list[Source]) -> TokenizerOptions:
-    if args.train_tokenizer:
-        args.tokenizer_model = _train(args, sources)
-    return TokenizerOptions.from_args(args)
-
-
 def _train(args: argparse.Namespace, sources: list[Source]) -> str:
     from more_megatron.data.train_tokenizer import train_sentencepiece
 
@@ -153,13 +144,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from tqdm import tqdm
+    from more_megatron.progress import progress_bar
 
     with Output(f"{args.output_prefix}_{args.json_key}_document") as output:
         sources = _sources(args)
+        if args.train_tokenizer:
+            args.tokenizer_model = _train(args, sources)
         job = Job(
             sources=sources,
-            tokenizer=load(_options(args, sources)),
+            tokenizer=load(TokenizerOptions.from_args(args)),
             append_eod=args.append_eod,
             workers=args.workers,
             resume=args.resume,
@@ -167,7 +160,7 @@ def _run(args: argparse.Namespace) -> None:
         )
         sizes = [source.text_size for source in sources]
         total = None if None in sizes else sum(size for size in sizes if size)
-        with tqdm(total=total, unit="B", unit_scale=True, disable=args.no_progress, mininterval=_PAUSE) as bar:
+        with progress_bar(total, "B", "", not args.no_progress) as bar:
 
             def report(size: int, tokens: int) -> None:
                 bar.set_postfix_str(f"{tokens / 1e6:.2f}M tokens", refresh=False)

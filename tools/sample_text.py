@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import os
 import re
 import sysconfig
@@ -18,6 +19,7 @@ from more_megatron.data.hub import download
 from more_megatron.data.output import writing
 from more_megatron.data.sources import expand_inputs, open_source, text_chunks
 from more_megatron.errors import MoREError
+from more_megatron.unfinished import unfinished_file
 
 __all__ = ["obtain_text", "write_sample_text"]
 
@@ -61,16 +63,13 @@ def write_sample_text(path: str | os.PathLike[str]) -> str:
     Returns:
         What it is, in words.
     """
-    articles = []
-    size = 0
+    text, number = "", 0
     for article in _articles():
-        articles.append(article)
-        size += len(article)
-        if size >= _ENOUGH:
+        text, number = text + article, number + 1
+        if len(text) >= _ENOUGH:
             break
-    text = "".join(articles)
     _write(path, [text.encode()])
-    return f"English from Python's own documentation, {len(articles)} articles, {len(text) / 1e6:.1f} MB"
+    return f"English from Python's own documentation, {number} articles, {len(text) / 1e6:.1f} MB"
 
 
 def _copy(source_path: str, path: str | os.PathLike[str]) -> None:
@@ -80,23 +79,16 @@ def _copy(source_path: str, path: str | os.PathLike[str]) -> None:
 def _write(path: str | os.PathLike[str], chunks: Iterable[bytes]) -> None:
     with writing(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(f"{os.fspath(path)}.tmp")
-        with open(unfinished, "wb") as target:
+        with unfinished_file(Path(path)) as unfinished, open(unfinished, "wb") as target:
             target.writelines(chunks)
-        os.replace(unfinished, path)
 
 
 def _articles() -> Iterator[str]:
     from pydoc_data.topics import topics
 
-    for name, text in sorted(topics.items()):
-        article = _article(name, [("", text)])
-        if article:
-            yield article
-    for module, source in _modules():
-        article = _article(module, list(_docstrings(source)))
-        if article:
-            yield article
+    parts = [(name, [("", text)]) for name, text in sorted(topics.items())]
+    modules = ((module, list(_docstrings(source))) for module, source in _modules())
+    yield from filter(None, itertools.starmap(_article, itertools.chain(parts, modules)))
 
 
 def _article(title: str, sections: list[tuple[str, str]]) -> str | None:

@@ -29,8 +29,8 @@ from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.truncation import iterate_residual
-from more_megatron.monitoring.recurrence import States, watch_states
-from more_megatron.monitoring.refinement import Refinement
+from more_megatron.monitoring.figures import is_reported
+from more_megatron.monitoring.recurrence import REFINEMENT_FIGURES, Refinement, States, watch_states
 from more_megatron.monitoring.watch import current_watch
 
 __all__ = ["CellExperts", "GRUExperts", "SequentialExperts", "gru_experts_cost", "sequential_experts_cost"]
@@ -100,7 +100,8 @@ class SequentialExperts(CellExperts):
         groups = padding.groups
         bias, gate_of = self.lstm.row_bias(x, groups), self.gate.for_rows(x, groups)
         # A pass that is recomputed runs without gradient first.
-        watched = Refinement() if self.training and torch.is_grad_enabled() and Refinement.is_reported() else None
+        is_watched = self.training and torch.is_grad_enabled() and is_reported(REFINEMENT_FIGURES[0])
+        watched = Refinement() if is_watched else None
 
         def step(refined: torch.Tensor, cell: torch.Tensor | None, index: int) -> tuple[torch.Tensor, torch.Tensor]:
             products = self.lstm.product(self.placement.gathered(refined), groups)

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.data.check import check_dataset
-from more_megatron.data.encoding import Counts, Encoded, Encoder, plan_encoder
+from more_megatron.data.encoding import Counts, Encoded, Encoder, count, plan_encoder
 from more_megatron.data.indexed import MANIFEST_VERSION, bin_path, idx_path, read_index, read_manifest
 from more_megatron.data.output import Output
 from more_megatron.data.tokenizers import Tokenizer
@@ -57,22 +57,17 @@ def write_answers(prefix: str, exercises: Sequence[Exercise], tokenizer: Tokeniz
     tasks = sorted({exercise.task for exercise in exercises})
     if len(tasks) > _MOST_TASKS:
         raise MoREError(f"there are {len(tasks)} tasks, and a mask tells {_MOST_TASKS} apart: write several datasets")
-    encoded = _encode([exercise.text for exercise in exercises], tokenizer, append_eod=True)
-    prompts = _encode([exercise.prompt for exercise in exercises], tokenizer, append_eod=False)
+    documents = [exercise.text.encode() for exercise in exercises]
+    plan = plan_encoder(tokenizer, True, documents)
+    encoded = Encoder(plan).encode(documents)
+    prompts = Encoder(replace(plan, append_eod=False)).encode([exercise.prompt.encode() for exercise in exercises])
     numbers = np.array([tasks.index(exercise.task) + 1 for exercise in exercises], dtype=np.uint8)
     mask = Encoded(_mask(encoded, prompts, numbers), encoded.lengths)
-    text_bytes = sum(len(exercise.text.encode()) for exercise in exercises)
-    words = sum(len(exercise.text.split()) for exercise in exercises)
-    counts = Counts(len(exercises), len(encoded.tokens), text_bytes, words, blocks=1)
+    counts = count(documents, encoded)
     # The mask first: a dataset that is there is never without it.
     _write(mask_prefix(prefix), mask, counts, {"tokenizer": {}, "tasks": tasks})
     _write(prefix, encoded, counts, {"tokenizer": tokenizer.facts()})
     return len(encoded.tokens)
-
-
-def _encode(texts: Sequence[str], tokenizer: Tokenizer, append_eod: bool) -> Encoded:
-    documents = [text.encode() for text in texts]
-    return Encoder(plan_encoder(tokenizer, append_eod, documents)).encode(documents)
 
 
 def _mask(encoded: Encoded, prompts: Encoded, numbers: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from more_megatron.data.indexed import IndexFile, bin_path, idx_path, manifest_p
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError
 
-__all__ = ["check_dataset", "check_datasets", "check_hashes"]
+__all__ = ["check_dataset", "check_hashes"]
 
 _SMALL_INDEX = 1 << 26
 _SAMPLES = 64
@@ -57,27 +56,6 @@ def check_hashes(prefix: str | os.PathLike[str]) -> str:
         if hashes.get(name) != sha256_of(path):
             raise MoREError(f"{path} is not the file that was written (its hash differs): copy or preprocess again")
     return "hashes as written"
-
-
-def check_datasets(
-    prefixes: Sequence[str], *, vocab_size: int | None = None, tokenizer_sha256: str | None = None
-) -> None:
-    """Check the datasets of a blend: prefixes, or Megatron's alternation of weights and prefixes.
-
-    Raises:
-        MoREError: The first fault that `check_dataset` finds.
-    """
-    has_weights = len(prefixes) % 2 == 0 and all(map(_is_number, prefixes[::2]))
-    for name in prefixes[1::2] if has_weights else prefixes:
-        check_dataset(name, vocab_size=vocab_size, tokenizer_sha256=tokenizer_sha256)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _check_bin(prefix: str | os.PathLike[str], index: IndexFile) -> None:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain, islice
 from multiprocessing import get_context
@@ -26,7 +26,7 @@ from more_megatron.data.tokenizers import Tokenizer
 from more_megatron.errors import MoREError, last_line
 from more_megatron.lifetime import end_with_starter
 
-__all__ = ["Counts", "Encoded", "Encoder", "EncoderPlan", "ResumableError", "encode_blocks", "plan_encoder"]
+__all__ = ["Counts", "Encoded", "Encoder", "EncoderPlan", "ResumableError", "count", "encode_blocks", "plan_encoder"]
 
 
 class ResumableError(MoREError):
@@ -165,16 +165,13 @@ def encode_blocks(plan: EncoderPlan, blocks: Iterator[Block], workers: int) -> I
 def _encode_block(encoder: Encoder, block: Block) -> tuple[Encoded, Counts]:
     texts, skipped = read_documents(block)
     encoded = encoder.encode(texts)
-    counts = Counts(
-        documents=len(texts),
-        tokens=len(encoded.tokens),
-        text_bytes=sum(map(len, texts)),
-        words=_count_words(texts),
-        skipped=skipped,
-        blocks=1,
-        read=len(block.data),
-    )
-    return encoded, counts
+    return encoded, replace(count(texts, encoded), skipped=skipped, read=len(block.data))
+
+
+def count(documents: list[bytes], encoded: Encoded) -> Counts:
+    """Return the counts of a block of documents, which come as UTF-8."""
+    text_bytes = sum(map(len, documents))
+    return Counts(len(documents), len(encoded.tokens), text_bytes, _count_words(documents), blocks=1)
 
 
 def _count_words(documents: list[bytes]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from more_megatron.data.encoding import Counts, Encoded, ResumableError
 from more_megatron.data.indexed import bin_path, idx_path, manifest_path, write_index
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, is_out_of_space
+from more_megatron.unfinished import LOCK, empty, hold
 
 __all__ = ["Output", "writing"]
 
@@ -49,34 +49,17 @@ class Output:
         self._lengths: IO[bytes]
 
     def __enter__(self) -> Output:
+        taken = f"another run is writing {self.prefix}: wait until it has ended, or choose another --output-prefix"
         with writing(self.folder):
-            while not self._hold():
-                pass
+            self._lock = hold(self.folder, taken)
         return self
 
     def __exit__(self, *error: object) -> None:
         with contextlib.suppress(OSError):
             self._open.close()
-            if not any(path.name != "lock" for path in self.folder.iterdir()):
+            if os.listdir(self.folder) == [LOCK]:
                 shutil.rmtree(self.folder)
         self._lock.close()
-
-    def _hold(self) -> bool:
-        """Lock the folder; the lock ends with the process. False if it was removed by the run that held it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / "lock"
-        self._lock = path.open("a")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            what = f"another run is writing {self.prefix}"
-            raise MoREError(f"{what}: wait until it has ended, or choose another --output-prefix") from error
-        except OSError:
-            return True  # a file system without locks
-        try:
-            return os.stat(path).st_ino == os.fstat(self._lock.fileno()).st_ino
-        except FileNotFoundError:
-            return False
 
     def start(self, plan: dict[str, Any], resume: bool) -> Counts:
         """Start empty, or go on where an interrupted run was, and return the counts of what is written already.
@@ -88,12 +71,7 @@ class Output:
         done = self._finished(plan) if resume else None
         with writing(self.folder):
             if done is None:
-                for path in self.folder.iterdir():
-                    if path.name != "lock":
-                        if path.is_dir():
-                            shutil.rmtree(path)
-                        else:
-                            path.unlink()
+                empty(self.folder)
                 self._replace("plan.json", plan)
             self._tokens = self._open.enter_context((self.folder / "tokens").open("ab"))
             self._lengths = self._open.enter_context((self.folder / "lengths").open("ab"))

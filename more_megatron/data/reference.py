@@ -13,12 +13,12 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from numpy.typing import ArrayLike
 
 from more_megatron.data.fast import DocumentError, Recipe
+from more_megatron.data.sentencepiece_models import bpe, read_model, text_scores
 from more_megatron.data.tokenizers import (
     NULL_TYPES,
     Tokenizer,
@@ -88,42 +88,20 @@ class _SentencePiece(Reference):
         return [piece.replace("\u2581", " ") for piece in self._processor.id_to_piece(list(ids))]
 
     def recipe(self) -> Recipe | str:
-        from sentencepiece import sentencepiece_model_pb2
+        from tokenizers import Tokenizer as Segmenter
 
-        proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-        proto.ParseFromString(Path(self._model).read_bytes())
-        kinds = proto.SentencePiece
-        unused = {piece.type for piece in proto.pieces} - {kinds.NORMAL, kinds.UNKNOWN, kinds.CONTROL, kinds.BYTE}
+        proto = read_model(self._model)
+        kinds, types = proto.SentencePiece, {piece.type for piece in proto.pieces}
         if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
             return "it does not know the model's algorithm"
         if not proto.trainer_spec.byte_fallback:
             return "it does not know models without byte fallback"
-        if unused:
+        if types & {kinds.USER_DEFINED, kinds.UNUSED}:
             return "it does not know user-defined and unused pieces"
-        scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == kinds.NORMAL}
-        joined = [score for piece, score in scores.items() if len(piece) > 1]
+        joined = [score for piece, score in text_scores(proto).items() if len(piece) > 1]
         if len(set(joined)) < len(joined):
             return "pieces of the model have equal scores"
-        bpe = {
-            "type": "BPE",
-            "unk_token": proto.trainer_spec.unk_piece,
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": {piece.piece: id for id, piece in enumerate(proto.pieces)},
-            "merges": _merges(scores),
-        }
-        absent = dict.fromkeys(("normalizer", "pre_tokenizer", "post_processor", "decoder"))
-        return Recipe(json.dumps({"version": "1.0", "added_tokens": [], **absent, "model": bpe}, ensure_ascii=False))
-
-
-def _merges(scores: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to join two pieces to a third, the third with the highest score first."""
-    return [
-        (piece[:middle], piece[middle:])
-        for piece in sorted(scores, key=scores.__getitem__, reverse=True)
-        for middle in range(len(piece) - 1, 0, -1)
-        if piece[:middle] in scores and piece[middle:] in scores
-    ]
+        return Recipe(Segmenter(bpe(proto)).to_str())
 
 
 class _Tokenizers(Reference):

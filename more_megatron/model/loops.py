@@ -17,6 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
+from more_megatron.hf.exported.attention import sinusoid
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.halting import Halting, StateInPass
@@ -27,14 +28,6 @@ from more_megatron.model.truncation import iterate_residual, iterate_state
 from more_megatron.monitoring.recurrence import watch_states
 
 __all__ = ["InjectedLoop", "ResidualLoop", "Signals", "injected_loop", "linear_injection", "signals_cost"]
-
-
-def _sinusoid(places: torch.Tensor, channels: int) -> torch.Tensor:
-    """Return the sines, then the cosines, of places at wavelengths that grow geometrically; float32 [..., channels]."""
-    pairs = channels // 2
-    exponent = torch.arange(pairs, dtype=torch.float32, device=places.device) / max(pairs - 1, 1)
-    angles = places.float().unsqueeze(-1) * torch.exp(exponent * -math.log(1e4))
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 class Signals(MegatronModule):
@@ -54,7 +47,7 @@ class Signals(MegatronModule):
 
     def of_positions(self, positions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Return the signal of positions, int64 [s, b], as [s, b, h]."""
-        return _sinusoid(positions, self.config.hidden_size).to(dtype)
+        return sinusoid(positions, self.config.hidden_size).to(dtype)
 
     def forward(self, state: torch.Tensor, of_positions: torch.Tensor, index: int) -> torch.Tensor:
         """Return a state, [s, b, h], with both signals of the pass `index`, from 0.
@@ -66,7 +59,7 @@ class Signals(MegatronModule):
     def _time(self, index: int, state: torch.Tensor) -> torch.Tensor:
         if self._rows is None:
             place = torch.full((), float(index), device=state.device)
-            return _sinusoid(place, self.config.hidden_size).to(state.dtype)
+            return sinusoid(place, self.config.hidden_size).to(state.dtype)
         if index >= self._rows:
             raise MoREError(
                 f"the learned time signal was trained for {self._rows} steps, and more were asked for: take at most "

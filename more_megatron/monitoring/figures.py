@@ -9,17 +9,14 @@ Weights & Biases only, all others also to the log line.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 
 from more_megatron.monitoring.watch import Key, sum_and_number, watch_of_step
 
-__all__ = ["Figures", "is_reported", "record_figure", "report_to", "system_figures", "write_scalars"]
-
-_CONCERN = "system"
+__all__ = ["Figures", "is_reported", "record_figure", "report_to", "write_scalars"]
 
 
 class Figures:
@@ -94,11 +91,4 @@ def record_figure(name: str, values: torch.Tensor, *, is_watched: bool = True) -
         _figures.add(name, values)
     watch = watch_of_step() if is_watched else None
     if watch is not None:
-        watch.add_mean(Key(_CONCERN, name), values)
-
-
-def system_figures(totals: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
-    """Yield the figures of systems in a step that is watched, given the sums over all ranks."""
-    for key, sums in totals.items():
-        if key.concern == _CONCERN and sums[1] > 0:
-            yield key, float(sums[0] / sums[1])
+        watch.add_mean(Key("system", name), values)

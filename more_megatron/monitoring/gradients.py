@@ -81,17 +81,17 @@ def _record(watch: Watch, owner: Owner, size: int, gradient: torch.Tensor, start
     watch.add(Key(_CONCERN, _BY_EXPERT, owner.place), squares)
 
 
-def gradient_figures(totals: dict[Key, np.ndarray], loss_scale: float) -> Iterator[tuple[Key, float]]:
+def gradient_figures(sums: dict[Key, np.ndarray], loss_scale: float) -> Iterator[tuple[Key, float]]:
     """Yield the norm of each kind of parameter, given the sums over all ranks and the factor on the loss."""
-    for key, squares in totals.items():
+    for key, squares in sums.items():
         if key.concern == _CONCERN and not key.place:
             yield Key(_CONCERN, f"{key.name} norm"), float(np.sqrt(squares)) / loss_scale
 
 
-def gradients_of_experts(totals: dict[Key, np.ndarray], loss_scale: float) -> dict[str, np.ndarray]:
+def gradients_of_experts(sums: dict[Key, np.ndarray], loss_scale: float) -> dict[str, np.ndarray]:
     """Return the norm of each expert's gradient, [experts], by layer."""
     return {
         key.place: np.sqrt(squares) / loss_scale
-        for key, squares in totals.items()
+        for key, squares in sums.items()
         if key.concern == _CONCERN and key.name == _BY_EXPERT and key.place
     }

@@ -20,7 +20,7 @@ import torch
 
 from more_megatron.monitoring.watch import Key
 
-__all__ = ["LossHistory", "Spike", "depth_figures", "record_depth_losses"]
+__all__ = ["LossHistory", "depth_figures", "record_depth_losses"]
 
 _CONCERN, _DEPTH = "loss", "depth"
 _WINDOW, _SMOOTHING = 1000, 100
@@ -39,20 +39,6 @@ class _Step(NamedTuple):
     learning_rate: float
 
 
-class Spike(NamedTuple):
-    """A loss far above those before it."""
-
-    iteration: int
-    loss: float  # its loss in nats
-    limit: float  # what a loss may be there
-
-    def __str__(self) -> str:
-        return (
-            f"loss is {self.loss:.3g} at iteration {self.iteration}, healthy is at most {self.limit:.3g}: "
-            "a spike; look at the data of that step, lower --lr or --clip-grad"
-        )
-
-
 class LossHistory:
     """The last steps of a run. Losses stay on the device until they are asked for."""
 
@@ -64,15 +50,21 @@ class LossHistory:
         """Add a training step, without waiting for the device."""
         self._pending.append(_Step(iteration, loss.detach().reshape(()), grad_norm, learning_rate))
 
-    def settle(self) -> list[Spike]:
-        """Fetch the losses of the steps since the last call, and return the spikes among them. Waits for the device."""
+    def settle(self) -> list[str]:
+        """Fetch the losses of the steps since the last call, and return a line for each that is far above those before.
+
+        Waits for the device.
+        """
         if not self._pending:
             return []
         losses = torch.stack([step.loss.float() for step in self._pending]).tolist()
         spikes = []
         for step, loss in zip(self._pending, losses, strict=True):
             if loss > (limit := self._limit()):
-                spikes.append(Spike(step.iteration, loss, limit))
+                spikes.append(
+                    f"loss is {loss:.3g} at iteration {step.iteration}, healthy is at most {limit:.3g}: "
+                    "a spike; look at the data of that step, lower --lr or --clip-grad"
+                )
             self._steps.append(step._replace(loss=loss))
         self._pending.clear()
         return spikes

@@ -8,16 +8,29 @@ the last step; Parcae (arXiv 2604.12946) for the norms of the adapter's halves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from more_megatron.monitoring.figures import record_figure
 from more_megatron.monitoring.watch import Key, Watch, current_watch
 
-__all__ = ["TO_INPUT", "States", "record_adapter", "recurrence_figures", "watch_states"]
+__all__ = [
+    "REFINEMENT_FIGURES",
+    "TO_INPUT",
+    "Refinement",
+    "States",
+    "record_adapter",
+    "recurrence_figures",
+    "watch_states",
+]
+
+REFINEMENT_FIGURES = ("refinement gate", "refinement size", "refinement consistency")
 
 _CONCERN = "recurrence"
 # Of a recurrence that injects its input in every step, and of one that starts from it.
@@ -86,7 +99,10 @@ class States:
         self._see_directions(state)
 
     def _see_directions(self, state: torch.Tensor) -> None:
-        """Add up unit vectors: their mean pairwise product is the square of their sum, but for each with itself."""
+        """Add up unit vectors: their mean pairwise product is the square of their sum, but for each with itself.
+
+        Behind the sum is their number.
+        """
         centred = state - self._over_channels(state.mean(1)).unsqueeze(1)
         width = state.size(1) * (1 if self._split is None else self._split.size())
         length = self._over_channels(centred.square().mean(1)).mul(width).sqrt()
@@ -96,8 +112,7 @@ class States:
         else:
             rank, ranks = self._split.rank(), self._split.size()
             total = torch.nn.functional.pad(total, (rank * len(total), (ranks - 1 - rank) * len(total)))
-        self.watch.add(self._key("directions"), total)
-        self.watch.add(self._key("tokens"), self._share * torch.full((1,), len(state), device=state.device))
+        self.watch.add(self._key("directions"), torch.cat([total, total.new_full((1,), self._share * len(state))]))
 
     def _over_channels(self, means: torch.Tensor) -> torch.Tensor:
         """Return means over all channels, given those over this rank's."""
@@ -117,6 +132,48 @@ def watch_states(place: str, steps: int, inputs: torch.Tensor | None = None, **l
     """Return what sees the states of a recurrence that begins; None if nobody watches. Arguments as for `States`."""
     watch = current_watch()
     return None if watch is None else States(watch, place, steps, inputs, **layout)
+
+
+class Refinement:
+    """Watches the steps of one forward pass in which a gate decides how much of the new is taken.
+
+    The figures are means over tokens and steps: of the gate; of the length of a change in parts of the length of the
+    state; and of the cosine between a change and the one before it.
+    """
+
+    def __init__(self) -> None:
+        self._gates: list[torch.Tensor] = []
+        self._products: list[torch.Tensor] = []
+        self._former: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, before: torch.Tensor, after: torch.Tensor, gate: torch.Tensor) -> None:
+        """Take note of a step: the state before and after it, or this rank's columns of them, [rows, n], and its gate.
+
+        The gate, [rows, 1], says how much of the new was taken.
+        """
+        before = before.detach().float()
+        change = after.detach().float() - before
+        former = change if self._former is None else self._former
+        pairs = ((before, before), (change, change), (change, former))
+        self._products.append(torch.stack([torch.linalg.vecdot(*pair) for pair in pairs], dim=1))
+        self._gates.append(gate.detach().flatten())
+        self._former = change
+
+    @torch.no_grad()
+    def record(
+        self, of_rows: Callable[[torch.Tensor], torch.Tensor], group: torch.distributed.ProcessGroup | None
+    ) -> None:
+        """Record the figures of what `of_rows` takes out of [rows, ...], given the ranks that hold the columns."""
+        products = torch.stack(self._products, dim=1)
+        if group is not None:
+            torch.distributed.all_reduce(products, group=group)
+        state, change, agreement = of_rows(products).unbind(-1)
+        lengths = change.clamp(min=_EPS).sqrt()
+        gates, sizes = of_rows(torch.stack(self._gates, dim=1)), lengths / state.clamp(min=_EPS).sqrt()
+        cosines = agreement[:, 1:] / (lengths[:, 1:] * lengths[:, :-1])
+        for name, values in zip(REFINEMENT_FIGURES, (gates, sizes, cosines), strict=True):
+            record_figure(name, values)
 
 
 @torch.no_grad()
@@ -146,31 +203,25 @@ def _spectral_norms(matrices: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(matrices @ vector, dim=(1, 2))
 
 
-def recurrence_figures(totals: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
-    """Yield the figures of all recurrences, given the sums over all ranks."""
-    by_place: dict[str, dict[Key, np.ndarray]] = {}
-    for key, sums in totals.items():
-        if key.concern == _CONCERN:
-            by_place.setdefault(key.place, {})[key] = sums
-    for place, of_place in by_place.items():
-        yield from _of_place(place, of_place)
+def recurrence_figures(means: dict[Key, float], sums: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
+    """Yield the figures of all recurrences that follow from means and sums over all ranks."""
+    for place in sorted({key.place for key in sums if key.concern == _CONCERN}):
+        yield from _of_place(place, means, sums)
 
 
-def _of_place(place: str, sums: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
-    special = ("last change", "directions", "tokens")
-    means = {key: float(total[0] / total[1]) for key, total in sums.items() if key.name not in special and total[1] > 0}
-    yield from means.items()
-    moved = [means[key] for key in sorted(means, key=lambda key: key.step) if key.name == "change" and key.step > 1]
+def _of_place(place: str, means: dict[Key, float], sums: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
+    key = functools.partial(Key, _CONCERN, place=place)
+    # The first step leaves the random state, however far that may be.
+    changes = (key("change", step=step) for step in itertools.count(2))
+    moved = [means[change] for change in itertools.takewhile(means.__contains__, changes)]
     if moved:
-        # The first step leaves the random state, however far that may be.
-        yield Key(_CONCERN, "second step", place), means[Key(_CONCERN, "relative change", place, 2)]
-        yield Key(_CONCERN, "mean change", place), float(np.mean(moved))
+        yield key("second step"), means[key("relative change", step=2)]
+        yield key("mean change"), float(np.mean(moved))
     if len(moved) > 1:
-        yield Key(_CONCERN, "change trend", place), float(np.polyfit(np.arange(len(moved)), moved, 1)[0])
-    last = sums.get(Key(_CONCERN, "last change", place))
-    if last is not None and last[0] > 0:
-        yield Key(_CONCERN, "last step share", place), float(np.sqrt(last[1] / last[0]))
-    tokens = sums.get(Key(_CONCERN, "tokens", place))
-    if tokens is not None and tokens[0] > 1:
-        count, total = float(tokens[0]), sums[Key(_CONCERN, "directions", place)]
-        yield Key(_CONCERN, "token correlation", place), float((total @ total - count) / (count * (count - 1)))
+        yield key("change trend"), float(np.polyfit(np.arange(len(moved)), moved, 1)[0])
+    former, last = sums[key("last change")]
+    if former > 0:
+        yield key("last step share"), float(np.sqrt(last / former))
+    *total, count = sums[key("directions")]
+    if count > 1:
+        yield key("token correlation"), float((np.dot(total, total) - count) / (count * (count - 1)))

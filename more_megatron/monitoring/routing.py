@@ -8,6 +8,7 @@ probability is the softmax of the same logits, and no range applies.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -20,7 +21,6 @@ from more_megatron.monitoring.watch import Key, Watch, current_watch
 __all__ = ["Loads", "routing_figures", "routing_loads", "watch_router"]
 
 _CONCERN = "routing"
-_SUMS = ("choices", "probabilities", "tokens")
 # Tokens that an expert would get by now if all got the same: fewer say nothing about one that got none.
 _EXPECTED = 32.0
 
@@ -54,39 +54,33 @@ def _record(watch: Watch, place: str, step: int, logits: torch.Tensor, chosen: t
     """Record one decision: logits [s, b, experts], map [tokens, experts]."""
     key = functools.partial(Key, _CONCERN, place=place, step=step)
     probabilities = logits.detach().float().flatten(0, -2).softmax(-1)
-    watch.add(key("choices"), chosen.sum(0))
-    watch.add(key("probabilities"), probabilities.double().sum(0))
-    watch.add(key("tokens"), torch.full((1,), len(probabilities), device=logits.device))
+    tokens = torch.full_like(probabilities[0], len(probabilities), dtype=torch.float64)
+    watch.add(key("load"), torch.stack([chosen.sum(0).double(), probabilities.double().sum(0), tokens]))
     watch.add_mean(key("entropy"), torch.special.entr(probabilities).sum(-1))
     watch.add_mean(key("largest probability"), probabilities.amax(-1))
 
 
-def routing_loads(totals: dict[Key, np.ndarray]) -> Loads:
+def routing_loads(sums: dict[Key, np.ndarray]) -> Loads:
     """Return the load and the mean probability of each expert, [experts] both, by place and step."""
     loads = {}
-    for key, choices in totals.items():
-        if key.concern == _CONCERN and key.name == "choices":
-            tokens = float(totals[Key(_CONCERN, "tokens", key.place, key.step)][0])
-            probabilities = totals[Key(_CONCERN, "probabilities", key.place, key.step)]
-            load = choices / max(choices.sum(), 1.0)
-            loads[Key(_CONCERN, "load", key.place, key.step)] = (load, probabilities / max(tokens, 1.0))
+    for key, of_experts in sums.items():
+        if key.concern == _CONCERN:
+            choices, probabilities, tokens = of_experts
+            loads[key] = (choices / max(choices.sum(), 1.0), probabilities / np.maximum(tokens, 1.0))
     return loads
 
 
-def routing_figures(totals: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
-    """Yield the figures of all routers, given the sums over all ranks."""
+def routing_figures(means: dict[Key, float], sums: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]]:
+    """Yield the figures of all routers that follow from means and sums over all ranks."""
     largest: dict[str, dict[int, float]] = {}
-    for key, sums in totals.items():
-        if key.concern == _CONCERN and key.name not in _SUMS:
-            yield key, float(sums[0] / sums[1])
-            if key.name == "largest probability":
-                largest.setdefault(key.place, {})[key.step] = float(sums[0] / sums[1])
+    for key, mean in means.items():
+        if key.concern == _CONCERN and key.name == "largest probability":
+            largest.setdefault(key.place, {})[key.step] = mean
     for place, by_step in largest.items():
         if len(by_step) > 1:
             yield Key(_CONCERN, "largest probability trend", place), by_step[max(by_step)] - by_step[min(by_step)]
-    for key, (load, probability) in routing_loads(totals).items():
-        mean = probability.mean()
-        choices = totals[Key(_CONCERN, "choices", key.place, key.step)]
+    for key, (load, probability) in routing_loads(sums).items():
+        mean, choices = probability.mean(), sums[key][0]
         dead = int((choices == 0).sum()) if choices.sum() >= _EXPECTED * len(choices) else 0
         for name, value in (
             ("load cv", probability.std() / mean),
@@ -96,4 +90,4 @@ def routing_figures(totals: dict[Key, np.ndarray]) -> Iterator[tuple[Key, float]
             ("largest load", load.max()),
             ("dead experts", dead),
         ):
-            yield Key(_CONCERN, name, key.place, key.step), float(value)
+            yield dataclasses.replace(key, name=name), float(value)

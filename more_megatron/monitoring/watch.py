@@ -8,6 +8,7 @@ under every layout, and nobody waits for a device before the step is over.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -42,45 +43,41 @@ def sum_and_number(values: torch.Tensor) -> torch.Tensor:
 
 
 class Watch:
-    """Sums over what one training step computes."""
+    """What one training step computes: figures that are means, and sums from which others are made."""
 
     def __init__(self) -> None:
         self._sums: dict[Key, torch.Tensor] = {}
+        self._means: dict[Key, torch.Tensor] = {}  # sum and number of each, [2]
 
     @torch.no_grad()
     def add(self, key: Key, values: torch.Tensor) -> None:
-        """Add values, of the same shape whenever the key is the same."""
-        values = values.detach().double()
-        self._sums[key] = self._sums[key] + values if key in self._sums else values
+        """Add values to a sum, of the same shape whenever the key is the same."""
+        self._sums[key] = self._sums.get(key, 0.0) + values.detach().double()
 
     def add_mean(self, key: Key, values: torch.Tensor, share: float = 1.0) -> None:
         """Add values of any shape to the mean of a figure; `share` is 1 over the number of ranks that add the same."""
-        self.add(key, share * sum_and_number(values))
+        self._means[key] = self._means.get(key, 0.0) + share * sum_and_number(values)
 
-    def totals(self) -> dict[Key, np.ndarray]:
-        """Return all sums over all ranks. Every rank calls it; waits for the device.
+    def totals(self) -> tuple[dict[Key, float], dict[Key, np.ndarray]]:
+        """Return means and sums over all ranks. Every rank calls it; waits for the device."""
+        means, sums = map(_over_ranks, (self._means, self._sums))
+        return {key: float(total / number) for key, (total, number) in means.items() if number > 0}, sums
 
-        Ranks of one pipeline stage have the same keys, other stages have others.
-        """
-        keys = sorted(self._sums)
-        flat = torch.cat([self._sums[key].flatten() for key in keys])
+
+def _over_ranks(sums: dict[Key, torch.Tensor]) -> dict[Key, np.ndarray]:
+    """Return sums over all ranks. Those of one pipeline stage have the same keys, other stages have others."""
+    keys, of_stage = sorted(sums), {}
+    if keys:
+        flat = torch.cat([sums[key].flatten() for key in keys])
         stage = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(flat, group=stage)
-        parts = np.split(flat.cpu().numpy(), np.cumsum([self._sums[key].numel() for key in keys])[:-1])
-        return _of_all_stages({key: part.reshape(self._sums[key].shape) for key, part in zip(keys, parts, strict=True)})
-
-
-def _of_all_stages(totals: dict[Key, np.ndarray]) -> dict[Key, np.ndarray]:
+        parts = flat.cpu().split([sums[key].numel() for key in keys])
+        of_stage = {key: part.view(sums[key].shape).numpy() for key, part in zip(keys, parts, strict=True)}
     group = parallel_state.get_pipeline_model_parallel_group()
-    if group.size() == 1:
-        return totals
     stages: list[dict[Key, np.ndarray]] = [{}] * group.size()
-    torch.distributed.all_gather_object(stages, totals, group=group)
-    merged: dict[Key, np.ndarray] = {}
-    for stage in stages:
-        for key, values in stage.items():
-            merged[key] = merged[key] + values if key in merged else values
-    return merged
+    torch.distributed.all_gather_object(stages, of_stage, group=group)
+    keys = sorted({*itertools.chain(*stages)})
+    return {key: np.sum([stage[key] for stage in stages if key in stage], axis=0) for key in keys}
 
 
 _current: Watch | None = None

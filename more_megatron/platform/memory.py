@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from more_megatron.errors import MoREError
-from more_megatron.platform.selection import Platform, select_platform
+from more_megatron.platform import Platform, select_platform
 
 __all__ = ["check_fits_devices", "check_fits_host", "keep_freed_memory"]
 

@@ -18,6 +18,7 @@ SURROUNDED = {
     "train_step": "nobody is asked before and after a step",
     "checkpoint_and_decide_exit": "nobody else can end a run",
     "get_forward_backward_func": "a schedule has one sequence length for the whole run",
+    "num_floating_point_operations": "it knows Megatron's architectures only, and no recurrence",
 }
 
 

@@ -37,7 +37,7 @@ class SequentialExperts(System):
         return cell_refusals(config)
 
     def figures(self, config: MoREConfig) -> tuple[str, ...]:
-        from more_megatron.monitoring.refinement import REFINEMENT_FIGURES
+        from more_megatron.monitoring.recurrence import REFINEMENT_FIGURES
 
         return REFINEMENT_FIGURES
 

@@ -131,12 +131,11 @@ def _extend_parser(parser: argparse.ArgumentParser, platform: Platform) -> argpa
 
 def _add_group(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags that systems share, and those that each alone reads, as one group."""
-    group = ArgumentGroupFactory(MoREFlags).build_group(parser, title="MoRE")
+    group = parser.add_argument_group("MoRE", MoREFlags.__doc__)
     into_group: Any = argparse.Namespace(add_argument_group=lambda **_: group)
-    for system in systems().values():
-        if system.Flags is not None:
-            ArgumentGroupFactory(system.Flags).build_group(into_group)
-    ArgumentGroupFactory(TrainingFlags).build_group(into_group)
+    for flags in (MoREFlags, *(system.Flags for system in systems().values()), TrainingFlags):
+        if flags is not None:
+            ArgumentGroupFactory(flags).build_group(into_group)
     return group
 
 

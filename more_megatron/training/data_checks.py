@@ -17,12 +17,12 @@ from megatron.training import get_tokenizer
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from more_megatron.data.answers import check_answers, has_answers
-from more_megatron.data.check import check_datasets
+from more_megatron.data.check import check_dataset
 from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from more_megatron.errors import MoREError
 
-__all__ = ["check_data", "data_blends", "read_blend_files", "tokenizer_hash"]
+__all__ = ["check_data", "data_blends", "data_prefixes", "read_blend_files", "tokenizer_hash"]
 
 _SPLITS = ("training", "validation", "test")
 _FILE_SPLITS = ("train", "valid", "test")
@@ -67,21 +67,15 @@ def _read(flag: str, path: str) -> str:
         raise MoREError(f"{flag} {path} cannot be read ({error}): name a file of prefixes") from error
 
 
-def data_blends(args: argparse.Namespace) -> list[list[str]]:
-    """Return the prefixes of each blend that the data flags name: one, or one a split.
-
-    Raises:
-        MoREError: If a weight is not a positive number.
-    """
+def data_blends(args: argparse.Namespace) -> list[tuple[list[str], list[float] | None]]:
+    """Return the prefixes and weights of each blend that the data flags name: one, or one a split."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = list(filter(None, [blend, *(blend_per_split or [])]))
-    for _, weights in blends:
-        for weight in weights or ():
-            if not 0 < weight < math.inf:
-                raise MoREError(
-                    f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
-                )
-    return [prefixes for prefixes, _ in blends]
+    return list(filter(None, [blend, *(blend_per_split or [])]))
+
+
+def data_prefixes(args: argparse.Namespace) -> tuple[str, ...]:
+    """Return the prefixes of all blends."""
+    return tuple(prefix for prefixes, _ in data_blends(args) for prefix in prefixes)
 
 
 def check_data(args: argparse.Namespace) -> None:
@@ -90,25 +84,30 @@ def check_data(args: argparse.Namespace) -> None:
     Megatron's tokenizer is built.
 
     Raises:
-        MoREError: If there are no data, files are missing or damaged, were made with another tokenizer, or do not
-            suffice for a split.
+        MoREError: If there are no data, a weight is not a positive number, or files are missing or damaged, were made
+            with another tokenizer, or do not suffice for a split.
     """
     if args.mock_data or args.local_rank != 0:
         return
-    blends = data_blends(args)
-    if not blends:
+    if not data_prefixes(args):
         raise MoREError("there are no data to train on: give --data-path, or --mock-data for random tokens")
-    local = [[prefix for prefix in blend if not prefix.startswith(_REMOTE)] for blend in blends]
-    for prefixes in local:
-        check_datasets(prefixes, vocab_size=get_tokenizer().vocab_size, tokenizer_sha256=tokenizer_hash(args))
+    for weight in (weight for _, weights in data_blends(args) for weight in weights or ()):
+        if not 0 < weight < math.inf:
+            raise MoREError(
+                f"the weight {weight} of a blend of data must be above 0: leave its prefix out, or weigh it"
+            )
+    local = [prefix for prefix in data_prefixes(args) if not prefix.startswith(_REMOTE)]
+    tokenizer: dict[str, Any] = {"vocab_size": get_tokenizer().vocab_size, "tokenizer_sha256": tokenizer_hash(args)}
+    for prefix in local:
+        check_dataset(prefix, **tokenizer)
     if args.loss_on_answers:
-        masked = {prefix for prefixes in local for prefix in prefixes if has_answers(prefix)}
+        masked = {prefix for prefix in local if has_answers(prefix)}
         if not masked:
             raise MoREError("--loss-on-answers, but no dataset has a mask: write one with tools/prepare_tasks.py")
         for prefix in sorted(masked):
             check_answers(prefix)
     if args.split is not None:
-        for prefix in local[0]:
+        for prefix in local:
             _check_split(prefix, args)
 
 

@@ -21,7 +21,7 @@ from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.errors import MoREError
 from more_megatron.platform.memory import check_fits_host
 from more_megatron.training.batch import reads_boundaries, stage_needs_data
-from more_megatron.training.data_checks import data_blends
+from more_megatron.training.data_checks import data_blends, data_prefixes
 from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
 from more_megatron.training.problem_datasets import AnswerDataset
 from more_megatron.training.problems import Tasks
@@ -74,7 +74,7 @@ def _kind(args: argparse.Namespace) -> Any:
 
 def run_tasks(args: argparse.Namespace) -> Tasks:
     """Return the tasks of a run that trains on answers."""
-    return Tasks.of(tuple(prefix for blend in data_blends(args) for prefix in blend))
+    return Tasks.of(data_prefixes(args))
 
 
 def _build(builder: BlendedMegatronDatasetBuilder) -> Any:
@@ -94,13 +94,12 @@ def _build(builder: BlendedMegatronDatasetBuilder) -> Any:
 def _cache_folders(args: argparse.Namespace) -> list[Path]:
     if args.data_cache_path is not None:
         return [Path(args.data_cache_path)]
-    return [cache_folder(prefix) for blend in data_blends(args) for prefix in blend]
+    return [cache_folder(prefix) for prefix in data_prefixes(args)]
 
 
 def counted_share(args: argparse.Namespace) -> float:
     """Return the share of the training tokens that count in the loss of a run that trains on answers."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    prefixes, weights = blend or blend_per_split[0]
+    prefixes, weights = data_blends(args)[0]
     weights = weights or [read_index(idx_path(prefix)).bin_bytes for prefix in prefixes]
     shares = [answer_density(prefix) if has_answers(prefix) else 1.0 for prefix in prefixes]
     return sum(weight * share for weight, share in zip(weights, shares, strict=True)) / sum(weights)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Set
 
 from more_megatron.errors import MoREError
 from more_megatron.flags import check_ranges, flag
-from more_megatron.systems import flag_names, get_system
+from more_megatron.systems import flag_names
 from more_megatron.training.flag_table import NEEDS, RANGES, broken_rules
 
 __all__ = ["OTHER_PROGRAMS", "UNREAD", "check_flags", "convert", "unread_flags"]
@@ -66,7 +66,6 @@ def check_flags(args: Namespace, given: Set[str]) -> None:
     Raises:
         MoREError: If a flag is wrong; the message names it and says how to mend it.
     """
-    get_system(args.more_variant)
     if args.use_checkpoint_args:
         raise MoREError("--use-checkpoint-args needs a whole checkpoint in --load: leave it out, or name another")
     if {"bf16", "fp16"} <= given and args.bf16:

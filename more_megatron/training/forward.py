@@ -40,10 +40,13 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
         The stage's output, [s, b, h], on the last stage the token losses, [b, s]; and the loss function to apply to it.
     """
     gpt = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
-    timers = get_timers()
+    args, timers = get_args(), get_timers()
+    # Evaluation reads whole samples, whatever rows the curriculum asks for.
+    length = row_length(args) if gpt.training else args.seq_length
     timers("batch-generator", log_level=2).start()
     with _straggler_timer(bdata=True):
-        batch, length = _cut(next_batch(data_iterator, gpt.config, gpt.vp_stage), gpt.training)
+        batch = next_batch(data_iterator, gpt.config, gpt.vp_stage)
+        batch = batch if length == args.seq_length else batch.cut(length)
     timers("batch-generator").stop()
     micro_batch = _micro_batch(gpt, batch, length)
     if gpt.config.num_moe_experts is None:
@@ -62,16 +65,9 @@ def forward_step(data_iterator: Iterator, model: GPTModel) -> tuple[torch.Tensor
     figures: dict[str, float] = {}
     if gpt.training and get_system(gpt.config.more_variant).recurrent:
         figures["recurrence steps"] = micro_batch.depth.steps
-    if gpt.training and get_args().seq_length_curriculum is not None:
+    if gpt.training and args.seq_length_curriculum is not None:
         figures["sequence length"] = length
     return output, functools.partial(_loss, batch, predicted, figures)
-
-
-def _cut(batch: Batch, training: bool) -> tuple[Batch, int]:
-    """Return the batch with rows of the length that the curriculum asks for, and this length."""
-    args = get_args()
-    length = row_length(args) if training else args.seq_length
-    return (batch if length == args.seq_length else batch.cut(length)), length
 
 
 def _greedy_into(

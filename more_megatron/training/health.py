@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from megatron.training.utils import is_last_rank
 
 from more_megatron.config import MoREConfig
 from more_megatron.monitoring import HEALTH_FILE
-from more_megatron.monitoring.figures import system_figures
 from more_megatron.monitoring.first_non_finite import FirstNonFinite
 from more_megatron.monitoring.gradients import gradient_figures, gradients_of_experts, record_gradients
 from more_megatron.monitoring.loss import LossHistory, depth_figures
@@ -76,7 +75,7 @@ class _Health:
                 self._know(unwrap_model(model))
             stack.callback(self._first.end)
             if watch is not None:
-                stack.enter_context(self._watched(watch, model, config))
+                self._watch(watch, model, config, stack)
             result = train_step(*args, iteration=iteration, **kwargs)
         loss_dict, _, _, should_exit, _, grad_norm, *_ = result
         if "lm loss" in loss_dict:
@@ -94,25 +93,22 @@ class _Health:
         # Megatron does not compute the first step of a process again, whatever comes of it.
         self._first.begin()
 
-    @contextlib.contextmanager
-    def _watched(self, watch: Watch, model: list[Any], config: Any) -> Iterator[None]:
-        """Watch the training step inside the block."""
+    def _watch(self, watch: Watch, model: list[Any], config: Any, step: contextlib.ExitStack) -> None:
+        """Watch the training step inside the block of `step`."""
         finalize = config.finalize_model_grads_func
 
         def finalize_and_record(*args: Any, **kwargs: Any) -> None:
             finalize(*args, **kwargs)
             record_gradients(watch, model, self._owners)
 
-        with contextlib.ExitStack() as stack:
-            for module in (module for chunk in self._chunks for module in chunk.modules()):
-                if isinstance(module, TopKRouter):
-                    stack.callback(watch_router(module))
-            config.finalize_model_grads_func = finalize_and_record
-            stack.callback(setattr, config, "finalize_model_grads_func", finalize)
-            self._first.begin()
-            stack.enter_context(watching(watch))
-            self._record_parameters(watch)
-            yield
+        for module in (module for chunk in self._chunks for module in chunk.modules()):
+            if isinstance(module, TopKRouter):
+                step.callback(watch_router(module))
+        config.finalize_model_grads_func = finalize_and_record
+        step.callback(setattr, config, "finalize_model_grads_func", finalize)
+        self._first.begin()
+        step.enter_context(watching(watch))
+        self._record_parameters(watch)
 
     def _record_parameters(self, watch: Watch) -> None:
         """Record what is known of parameters alone, before the step changes them."""
@@ -130,31 +126,31 @@ class _Health:
     # The report.
 
     def _report(self, number: int, watch: Watch, loss_scale: float, is_warm: bool) -> None:
-        totals = watch.totals()
+        means, sums = watch.totals()
         cause = self._first.explain(here=False)
         found: list[Finding] = []
         bad_step: int | None = None
         if is_last_rank():
             spikes = self._history.settle()
             bad_step = self._history.first_non_finite()
-            figures, loads = self._figures(totals, loss_scale), routing_loads(totals)
+            figures, loads = self._figures(means, sums, loss_scale), routing_loads(sums)
             # While the learning rate rises, figures say nothing yet.
             found = findings(figures, self._ranges, loads) if is_warm else []
-            found += [Finding(str(spike), is_collapse=False) for spike in spikes]
+            found += [Finding(spike, is_collapse=False) for spike in spikes]
             warnings = [finding.text for finding in found]
             if bad_step is not None or cause:
                 warnings.append(_non_finite(bad_step or number, cause))
-            self._write(Report(number, figures, loads, gradients_of_experts(totals, loss_scale), warnings))
+            self._write(Report(number, figures, loads, gradients_of_experts(sums, loss_scale), warnings))
         self._decide(found, bad_step, cause, number)
 
-    def _figures(self, totals: dict[Key, Any], loss_scale: float) -> dict[Key, float]:
+    def _figures(self, means: dict[Key, float], sums: dict[Key, Any], loss_scale: float) -> dict[Key, float]:
         concerns = (
             self._history.figures(),
-            recurrence_figures(totals),
-            routing_figures(totals),
-            gradient_figures(totals, loss_scale),
+            means.items(),
+            recurrence_figures(means, sums),
+            routing_figures(means, sums),
+            gradient_figures(sums, loss_scale),
             depth_figures(),
-            system_figures(totals),
         )
         return dict(itertools.chain.from_iterable(concerns))
 

@@ -126,28 +126,27 @@ class ProblemDataset(MegatronDataset):
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """Return a row; None: one that fills up a batch, of which nothing counts."""
         length = self.config.sequence_length
-        tokens, labels = np.zeros(length, np.int64), np.zeros(length, np.int64)
-        counts, positions = np.zeros(length, np.float32), np.zeros(length, np.int64)
+        row = np.zeros((4, length), np.int64)  # tokens, labels, whether these count, and positions
         starts, tasks, place = [], [], 0
         for problem in self._row(idx) if idx is not None else ():
             text, answer = self.dataset.get(int(problem)), self._mask.get(int(problem))
-            row = slice(place, place + len(text) - 1)
-            tokens[row], labels[row], counts[row] = text[:-1], text[1:], answer[1:] > 0
-            positions[row] = np.arange(len(text) - 1)
+            end = place + len(text) - 1
+            row[:, place:end] = text[:-1], text[1:], answer[1:] > 0, np.arange(end - place)
             starts.append(place)
             tasks.append(self._tasks[answer.max()])
-            place = row.stop
+            place = end
         if place < length:
-            positions[place:] = np.arange(length - place)
             following = self._row(0 if idx is None else (idx + 1) % len(self))[0]
-            tokens[place:] = np.resize(self.dataset.get(int(following)), length - place)
+            row[0, place:] = np.resize(self.dataset.get(int(following)), length - place)
+            row[3, place:] = np.arange(length - place)
             starts.append(place)
             tasks.append(NO_TASK)
+        tokens, labels, counts, positions = torch.from_numpy(row)
         return {
-            "tokens": torch.from_numpy(tokens),
-            "labels": torch.from_numpy(labels),
-            "loss_mask": torch.from_numpy(counts),
-            "position_ids": torch.from_numpy(positions),
+            "tokens": tokens,
+            "labels": labels,
+            "loss_mask": counts.float(),
+            "position_ids": positions,
             "problems": _table(starts, tasks, length),
         }
 

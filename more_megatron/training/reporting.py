@@ -19,7 +19,6 @@ from more_megatron.model.costs import Cost
 from more_megatron.model.depth import DepthSampler
 from more_megatron.monitoring.figures import Figures, report_to, write_scalars
 from more_megatron.platform.memory import check_fits_devices
-from more_megatron.platform.repairs.reports import count_flops_with
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.evaluation import evaluate_at_depths
@@ -51,17 +50,18 @@ def extend_loop(config: MoREConfig, args: argparse.Namespace) -> None:
 
 
 def _count_recurrence(config: MoREConfig) -> None:
-    """Let `pretrain` count the operations of a system by its cost, with the depth of the training step under way.
+    """Let the log count the operations of a system by its cost, with the depth of the training step under way.
 
-    Megatron's own count knows its architectures only, and no recurrence. The baseline keeps it.
+    The baseline keeps Megatron's count.
     """
 
-    def count(args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
+    def count(former: Any, args: argparse.Namespace, batch_size: int, *_: Any, **__: Any) -> float:
         step = getattr(args, "curr_iteration", 0)
         no_grad_steps, grad_steps = DepthSampler(config).means(step, get_num_microbatches())
         return batch_size * args.seq_length * _cost(config, args).training_flops(no_grad_steps, grad_steps)
 
-    count_flops_with(None if get_system(config.more_variant).is_megatrons else count)
+    if not get_system(config.more_variant).is_megatrons:
+        surround("num_floating_point_operations", count)
 
 
 def print_cost(config: MoREConfig, args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from more_megatron.data.check import check_dataset, check_datasets, check_hashes
+from more_megatron.data.check import check_dataset, check_hashes
 from more_megatron.data.indexed import read_index
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from more_megatron.errors import MoREError
@@ -53,16 +53,14 @@ def test_sound_dataset(copy: Path, model_path: Callable[[str], str]) -> None:
     options = TokenizerOptions("SentencePieceTokenizer", model_path("bpe"))
     size = json.loads(Path(f"{copy}.json").read_text())["tokenizer"]["vocab_size"]
     check_dataset(copy, vocab_size=size, tokenizer_sha256=tokenizer_sha256(options))
-    check_datasets([str(copy)])
-    check_datasets(["0.3", str(copy), "0.7", str(copy)])
+    check_dataset(copy)
 
 
 def test_missing_files(copy: Path) -> None:
     refused(Path(f"{copy}.bin"), "does not exist", "without .bin or .idx")
     Path(f"{copy}.bin").unlink()
     refused(copy, "_document.bin does not exist")
-    with pytest.raises(MoREError, match="does not exist"):
-        check_datasets(["1", "nowhere"])
+    refused(Path("nowhere"), "does not exist")
 
 
 @pytest.mark.parametrize("keep", [0, 20, 34, 100, -1])

@@ -133,7 +133,9 @@ def test_logits_are_those_of_a_call_that_ends_with_the_step(name: str) -> None:
     ids = torch.arange(VOCABULARY).unsqueeze(1)
     logs = torch.stack([model(ids, num_steps=steps).logits[:, 0].log_softmax(-1) for steps in range(1, _STEPS + 1)])
     divergence = (logs[:-1].exp() * (logs[:-1] - logs[1:])).sum(-1)
-    threshold = divergence[1:-1].median().item()
+    # Between two of them: another order of sums decides nothing.
+    middle = divergence[1:-1].flatten().sort().values[divergence[1:-1].numel() // 2 :][:2]
+    threshold = middle.mean().item()
     expected = torch.full((VOCABULARY,), _STEPS)
     for step in reversed(range(_STEPS - 2)):
         expected = torch.where(divergence[step] < threshold, step + 2, expected)

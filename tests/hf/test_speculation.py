@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from more_megatron.hf.exported.modeling_more import MoREForCausalLM
 from more_megatron.hf.exported.system import find_system
@@ -118,6 +119,7 @@ def test_samples_have_the_distribution_of_plain_sampling(name: str) -> None:
         ({"lookahead_for_draft": 3}, "lookahead_for_draft 3 has no effect without draft_steps"),
         ({"draft_steps": 2, "criterion": "kl"}, "draft_steps does not go together with criterion"),
         ({"draft_steps": 2, "num_beams": 2}, "draft_steps does not go together with num_beams"),
+        ({"draft_steps": 2, "generation_config": GenerationConfig(num_beams=2)}, "does not go together with num_beams"),
         ({"draft_steps": 2, "cache_steps": 1}, "draft_steps does not go together with cache_steps"),
         ({"draft_steps": 2, "warm_start": True}, "draft_steps does not go together with warm_start"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from more_megatron.monitoring.figures import Figures, report_to
-from more_megatron.monitoring.refinement import REFINEMENT_FIGURES, Refinement
+from more_megatron.monitoring.recurrence import REFINEMENT_FIGURES, Refinement
 from more_megatron.systems import get_system
 from tests.helpers.models import small_config
 from tests.helpers.ranks import run_ranks

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from more_megatron.platform.cuda.pytorch import CpuInPlaceOfCuda
+
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 1), 0])
 def test_every_spelling(device: Any) -> None:
@@ -28,6 +30,8 @@ def test_cuda_is_not_there() -> None:
 
 def test_type_names() -> None:
     assert torch.ones(1).type() == "torch.cuda.FloatTensor"
+    with CpuInPlaceOfCuda():
+        assert torch.ones(1).type() == "torch.cuda.FloatTensor"
     assert torch.ones(1).type(torch.float64).dtype == torch.float64
 
 

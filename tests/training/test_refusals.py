@@ -374,6 +374,13 @@ def _forget_platform() -> None:
     initialize_platform.cache_clear()
 
 
+def test_help_is_shown() -> None:
+    [ended] = pretrain_more(1, "--help")
+    assert ended.code == 0
+    assert "--more-variant" in ended.stdout
+    assert "--tensor-model-parallel-size" in ended.stdout
+
+
 def test_a_node_whose_name_does_not_resolve() -> None:
     nowhere = {"MASTER_ADDR": "node0.invalid"}
     first, second = pretrain_more(2, TINY, environment=nowhere, prepare=_do_not_wait_for_names)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from more_megatron.data.hub import check_reachable
+from more_megatron.data.hub import is_reachable
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
 
@@ -67,16 +67,12 @@ def plan_tasks(tasks: Sequence[str], data: Sequence[str]) -> list[PlannedTask]:
 
 def _check_hub(task: str) -> None:
     """Check that the hub answers, unless the user says that everything is in the cache."""
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
-        return
-    try:
-        check_reachable(task)
-    except MoREError as error:
+    if os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0") and not is_reachable():
         remedy = f"name a file with --data {task}=FILE" if task in _OURS else "choose tasks with files of their own"
         raise MoREError(
             f"task {task} needs the Hugging Face hub, and there is no network: {remedy}, or set HF_HUB_OFFLINE=1 if "
             "its data are in the cache"
-        ) from error
+        )
 
 
 @functools.lru_cache(maxsize=1)  # A task is evaluated at one depth after the other.

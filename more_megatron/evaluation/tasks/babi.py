@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from more_megatron.data.hub import fetching
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.tasks.generated import Split
 from more_megatron.evaluation.tasks.problem import Problem
@@ -63,14 +64,8 @@ def fetch_babi(split: Split, tasks: Sequence[int] = TASKS) -> list[Problem]:
     """
     from datasets import load_dataset
 
-    from more_megatron.data.hub import check_reachable
-
-    check_reachable(_HUB)
-    try:
+    with fetching(_HUB):
         rows = load_dataset(_HUB, split=str(split))
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MoREError(f"{_HUB} cannot be downloaded: {reason}; give local files with --input") from error
     problems = []
     for row in (row for row in rows if int(row["task"]) in tasks):
         story = map(str.strip, row["passage"].strip().splitlines())

@@ -6,14 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from more_megatron.data.sentencepiece_models import bpe, read_model, text_scores, unknown_piece
 from more_megatron.errors import MoREError
 
 __all__ = ["write_sentencepiece"]
 
-_UNIGRAM, _BPE = 1, 2
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
-# No text is made of these.
-_OUTSIDE = (_UNKNOWN, _CONTROL, _UNUSED, _BYTE)
 _NEVER = -1000.0
 _MARK = "\u2581"
 
@@ -34,15 +31,11 @@ def write_sentencepiece(model: Path, folder: Path, max_length: int, pad: str) ->
     Raises:
         MoREError: If the model's segmentation is neither BPE nor unigram.
     """
-    from sentencepiece import sentencepiece_model_pb2
-
-    content = model.read_bytes()
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    proto.ParseFromString(content)
+    proto = read_model(model)
     tokenizer = _tokenizer(proto, model, pad)
     tokenizer.save(str(folder / "tokenizer.json"))
     end = proto.pieces[proto.trainer_spec.eos_id].piece if proto.trainer_spec.eos_id >= 0 else None
-    specials = {"bos_token": end, "eos_token": end, "unk_token": _unknown(proto)}
+    specials = {"bos_token": end, "eos_token": end, "unk_token": unknown_piece(proto)}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{name: token for name, token in specials.items() if token is not None},
@@ -52,48 +45,35 @@ def write_sentencepiece(model: Path, folder: Path, max_length: int, pad: str) ->
         "model_max_length": max_length,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    (folder / "tokenizer.model").write_bytes(content)
+    (folder / "tokenizer.model").write_bytes(model.read_bytes())
 
 
 def _tokenizer(proto: Any, model: Path, pad: str) -> Any:
     from tokenizers import AddedToken, Tokenizer, models
 
-    trainer = proto.trainer_spec
+    trainer, kinds = proto.trainer_spec, proto.SentencePiece
     segmentation: Any
-    if trainer.model_type == _BPE:
-        vocabulary = {piece.piece: index for index, piece in enumerate(proto.pieces)}
-        options = {"unk_token": _unknown(proto), "fuse_unk": True, "byte_fallback": trainer.byte_fallback}
-        segmentation = models.BPE(vocabulary, _merges(proto), **options)
-    elif trainer.model_type == _UNIGRAM:
+    if trainer.model_type == trainer.BPE:
+        segmentation = bpe(proto)
+    elif trainer.model_type == trainer.UNIGRAM:
         # So low for those outside of texts that any other way is better.
-        scores = [(piece.piece, _NEVER if piece.type in _OUTSIDE else piece.score) for piece in proto.pieces]
-        segmentation = models.Unigram(scores, trainer.unk_id, trainer.byte_fallback)
+        scores = text_scores(proto)
+        pieces = [(piece.piece, scores.get(piece.piece, _NEVER)) for piece in proto.pieces]
+        segmentation = models.Unigram(pieces, trainer.unk_id, trainer.byte_fallback)
     else:
         raise MoREError(f"{model} is neither a BPE nor a unigram model: --no-tokenizer leaves the tokenizer out")
     tokenizer = Tokenizer(segmentation)
     tokenizer.normalizer = _normalizer(proto)
-    if trainer.model_type == _UNIGRAM:
+    if trainer.model_type == trainer.UNIGRAM:
         tokenizer.pre_tokenizer = _unknown_runs(proto)
     tokenizer.decoder = _decoder(proto)
     for piece in proto.pieces:
-        if piece.type in (_CONTROL, _UNKNOWN):
+        if piece.type in (kinds.CONTROL, kinds.UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
-        elif piece.type == _USER_DEFINED:
+        elif piece.type == kinds.USER_DEFINED:
             tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=False)])
     tokenizer.add_special_tokens([AddedToken(pad, normalized=False, special=True)])
     return tokenizer
-
-
-def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Return the merges of a BPE model: each pair of pieces that makes a piece, the best piece first.
-
-    SentencePiece takes the best piece that two neighbours make, the leftmost first. Where several pairs make the same
-    piece, as in a run of one character, the pair with the longer left half is the leftmost.
-    """
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type not in _OUTSIDE}
-    halves = ((score, end, piece[:end], piece[end:]) for piece, score in scores.items() for end in range(1, len(piece)))
-    merges = [(-score, -end, left, right) for score, end, left, right in halves if left in scores and right in scores]
-    return [(left, right) for _, _, left, right in sorted(merges)]
 
 
 def _unknown_runs(proto: Any) -> Any:
@@ -104,7 +84,7 @@ def _unknown_runs(proto: Any) -> Any:
     """
     from tokenizers import Regex, pre_tokenizers
 
-    known = {character for piece in proto.pieces if piece.type not in _OUTSIDE for character in piece.piece}
+    known = {character for piece in text_scores(proto) for character in piece}
     pattern = "[^" + "".join(f"\\x{{{ord(character):X}}}" for character in sorted(known)) + "]+"
     return pre_tokenizers.Split(Regex(pattern), "isolated")
 
@@ -133,7 +113,3 @@ def _decoder(proto: Any) -> Any:
     if spec.add_dummy_prefix or spec.remove_extra_whitespaces:
         steps.append(decoders.Strip(" ", 1, 0))
     return decoders.Sequence(steps)
-
-
-def _unknown(proto: Any) -> str | None:
-    return next((piece.piece for piece in proto.pieces if piece.type == _UNKNOWN), None)

@@ -1,4 +1,4 @@
-"""Attention, also where rows are tokens of several sequences, and rotary positions (Su et al., arXiv 2104.09864)."""
+"""Attention, also where rows are tokens of several sequences, and positions: rotary ones and sinusoids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .fields import Config
 
-__all__ = ["Rotation", "RowMask", "attend", "rotate", "rotation"]
+__all__ = ["Rotation", "RowMask", "attend", "rotate", "rotation", "sinusoid"]
 
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of the angles of each position, [b or 1, s, planes] each."""
@@ -43,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | RowMask | N
 
 
 def rotation(config: Config, positions: Tensor) -> Rotation | None:
-    """Return cosine and sine at positions [b or 1, s]; None without rotary embedding."""
+    """Return cosine and sine at positions [b or 1, s] (Su et al., arXiv 2104.09864); None without rotary embedding."""
     if config.position_embedding != "rope":
         return None
     size = int(config.head_dim * config.rotary_percent)
@@ -73,3 +73,11 @@ def rotate(x: Tensor, angles: Rotation | None, interleaved: bool) -> Tensor:
     pair = (first * cos - second * sin, second * cos + first * sin)
     turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     return torch.cat((turned, rest), dim=-1)
+
+
+def sinusoid(places: Tensor, channels: int) -> Tensor:
+    """Return the sines, then the cosines, of places at wavelengths that grow geometrically; float32 [..., channels]."""
+    pairs = channels // 2
+    exponent = torch.arange(pairs, dtype=torch.float32, device=places.device) / max(pairs - 1, 1)
+    angles = places.float().unsqueeze(-1) * torch.exp(exponent * -math.log(1e4))
+    return torch.cat((angles.sin(), angles.cos()), dim=-1)

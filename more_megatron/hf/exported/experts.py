@@ -15,7 +15,7 @@ from .context import CallContext
 from .fields import Config
 from .parts import MoREMLP, grouped_linear
 from .recurrence import Rows
-from .routing import MoRERouter, Routing, averaged_logits
+from .routing import MoRERouter, Routing
 
 __all__ = ["CellExperts", "Experts", "FeedForwardExperts", "MoREMoE", "RecurringMoE", "lstm_cell"]
 
@@ -114,9 +114,13 @@ class MoREMoE(nn.Module):
     def forward(self, x: Tensor, context: CallContext, memory: Memory, *former: Tensor) -> tuple[Tensor, Tensor]:
         """Return output, [b, s, h], and router logits, [b, s, N].
 
-        Given are normed hidden states and, where they count, the logits of the pass before.
+        Given are normed hidden states and, where they count, the logits of the step before: those of this one are then
+        `beta former + (1 - beta) logits`.
         """
-        logits = averaged_logits(self.config, self.gate(x), *former)
+        logits = self.gate(x)
+        if former and self.config.router_logit_ema > 0.0:
+            beta = self.config.router_logit_ema
+            logits = beta * former[0] + (1.0 - beta) * logits
         return self.mix(x, logits, context, memory), logits
 
     def mix(

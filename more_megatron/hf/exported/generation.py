@@ -46,7 +46,7 @@ class MoREGenerationMixin(GenerationMixin):
         settings: Any = self.generation_config if generation_config is None else generation_config
         stored = {name: value for name, value in vars(settings).items() if name in (*OPTIONS, *_DRAFT_OPTIONS)}
         args, kwargs = (inputs, generation_config, *args), {**stored, **kwargs}
-        draft = self._draft_options(kwargs)
+        draft = self._draft_options(kwargs, settings)
         if draft is not None:
             return super().generate(*args, custom_generate=partial(speculate, **draft), **kwargs)
         steps: list[Tensor] = []
@@ -60,7 +60,7 @@ class MoREGenerationMixin(GenerationMixin):
                 output["exit_steps"] = found
         return output
 
-    def _draft_options(self: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    def _draft_options(self: Any, kwargs: dict[str, Any], settings: GenerationConfig) -> dict[str, Any] | None:
         """Return steps and tokens of drafts, which are taken from the arguments; None if there are to be none."""
         steps, *counts = (kwargs.pop(name, None) for name in _DRAFT_OPTIONS)
         tokens = next((value for value in counts if value is not None), None)
@@ -71,7 +71,7 @@ class MoREGenerationMixin(GenerationMixin):
         options = CallOptions.taken_from(dict(kwargs), self.config)
         others = {name: getattr(options, name) for name in ("criterion", "cache_steps", "warm_start")}
         others |= {name: kwargs.get(name) for name in ("assistant_model", "streamer")}
-        others["num_beams"] = kwargs.get("num_beams") not in (None, 1)
+        others["num_beams"] = kwargs.get("num_beams", settings.num_beams) not in (None, 1)
         for name, value in others.items():
             if value is not None and value is not False:
                 raise ValueError(f"draft_steps does not go together with {name}: leave one of them out")

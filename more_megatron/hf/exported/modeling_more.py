@@ -28,7 +28,6 @@ from .configuration_more import MoREConfig
 from .context import CallContext, Records, find_places
 from .generation import MoREGenerationMixin
 from .options import CallOptions
-from .parts import MoRERMSNorm
 from .stack import run_stack
 from .system import find_system
 
@@ -87,7 +86,7 @@ class MoREPreTrainedModel(PreTrainedModel):
                 continue
             if name.endswith("bias"):
                 weight.zero_()
-            elif name.startswith("norm") or isinstance(module, MoRERMSNorm | nn.LayerNorm):
+            elif name.startswith("norm") or isinstance(module, nn.RMSNorm | nn.LayerNorm):
                 weight.fill_(1.0)
             else:
                 weight.normal_(0.0, self.config.initializer_range)

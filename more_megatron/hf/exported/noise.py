@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["state_noise"]
+__all__ = ["normal_pairs", "state_noise", "token_keys"]
 
 
 def _signed(value: int, bits: int = 64) -> int:
@@ -23,30 +23,44 @@ _CHANNEL_INCREMENT = _signed(0x9E3779B9, 32)
 
 
 def state_noise(positions: Tensor, channels: int, seed: int, layer: int, std: float) -> Tensor:
-    """Return normally distributed initial states in float32, [..., channels], each number a hash of its coordinates.
-
-    SplitMix64 (Steele et al., OOPSLA 2014) makes a key of seed, layer (from 1) and position; its halves and the
-    channel, mixed by Wellons' lowbias32, give two uniform numbers, and these two normal ones (Box and Muller, 1958).
-    """
-    keys = _mix(torch.full_like(positions, _signed(seed)), _SPLITMIX, 64)
+    """Return normally distributed initial states in float32, [..., channels], each number a hash of its coordinates."""
     # In evaluation all sequences are sample 0.
-    for coordinate in (torch.full_like(positions, layer), torch.zeros_like(positions), positions):
-        keys = _mix(keys + coordinate * _INCREMENT + _INCREMENT, _SPLITMIX, 64)
-    pairs = torch.arange(1, channels // 2 + 1, dtype=torch.int32, device=positions.device) * _CHANNEL_INCREMENT
-    halves = (keys.to(torch.int32), (keys >> 32).to(torch.int32))
-    radius, angle = (_uniform(_mix(half.unsqueeze(-1) + pairs, _LOWBIAS, 32)) for half in halves)
-    radius, angle = (radius.log() * (-2.0 * std * std)).sqrt(), angle * (2.0 * math.pi)
+    keys = token_keys(torch.zeros_like(positions), positions, seed, layer)
+    radius, angle = normal_pairs(keys, channels // 2, std)
     return torch.cat((radius * angle.cos(), radius * angle.sin()), dim=-1)
 
 
+def token_keys(sample_ids: Tensor, positions: Tensor, seed: int, layer: int) -> Tensor:
+    """Return a key of each token's coordinates, int64 as these (SplitMix64; Steele et al., OOPSLA 2014)."""
+    keys = _mix(torch.full_like(positions, _signed(seed)), _SPLITMIX, 64)
+    for coordinate in (torch.full_like(positions, layer), sample_ids, positions):
+        keys = _mix(keys + coordinate * _INCREMENT + _INCREMENT, _SPLITMIX, 64)
+    return keys
+
+
+def normal_pairs(keys: Tensor, pairs: int, std: float) -> tuple[Tensor, Tensor]:
+    """Return pairs of normal numbers by radius and angle (Box and Muller, 1958), float32 [..., pairs] each.
+
+    The halves of a key, mixed with the pair by a 32-bit finalizer (Wellons' lowbias32), give the two uniform numbers.
+    """
+    channel = torch.arange(1, pairs + 1, dtype=torch.int32, device=keys.device) * _CHANNEL_INCREMENT
+    halves = (keys.to(torch.int32), (keys >> 32).to(torch.int32))
+    radius, angle = (_uniform(_mix(half.unsqueeze(-1) + channel, _LOWBIAS, 32)) for half in halves)
+    return radius.log_().mul_(-2.0 * std * std).sqrt_(), angle.mul_(2.0 * math.pi)
+
+
 def _mix(state: Tensor, rounds: tuple[tuple[int, int], ...], width: int) -> Tensor:
-    """Scramble integers: in each round xor with a right shift, then multiply."""
+    """Scramble integers in place: in each round xor with a right shift, then multiply.
+
+    The shift of a signed integer keeps its sign; the mask takes the copies of it away.
+    """
     for shift, factor in rounds:
-        # The shift of a signed integer keeps its sign; the mask takes the copies of it away.
-        state = (state ^ ((state >> shift) & ((1 << (width - shift)) - 1))) * factor
+        state ^= (state >> shift).bitwise_and_((1 << (width - shift)) - 1)
+        if factor != 1:
+            state *= factor
     return state
 
 
 def _uniform(bits: Tensor) -> Tensor:
     """Return 24 of 32 random bits as numbers in (0, 1), all of them exact in float32."""
-    return (((bits >> 8) & ((1 << 24) - 1)).to(torch.float32) + 0.5) * 2.0**-24
+    return (bits >> 8).bitwise_and_((1 << 24) - 1).to(torch.float32).add_(0.5).mul_(2.0**-24)

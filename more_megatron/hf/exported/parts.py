@@ -9,30 +9,18 @@ from transformers.activations import ACT2FN
 
 from .fields import Config
 
-__all__ = ["MoREMLP", "MoRERMSNorm", "build_norm", "grouped_linear", "rms_norm"]
+__all__ = ["MoREMLP", "build_norm", "grouped_linear", "rms_norm"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return `x / sqrt(mean(x^2) + eps) * weight`, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    """Return `x / sqrt(mean(x^2) + eps) * weight` in float32 (arXiv 1910.07467); rows may have weights of their own."""
     wide = x.float()
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-class MoRERMSNorm(nn.Module):
-    """RMSNorm of the last dimension."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
 def build_norm(config: Config, size: int | None = None) -> nn.Module:
     """Return a norm of the kind that the model has, of hidden states unless a size is given."""
-    kind = MoRERMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
+    kind = nn.RMSNorm if config.norm_type == "rmsnorm" else nn.LayerNorm
     return kind(config.hidden_size if size is None else size, eps=config.norm_eps)
 
 

@@ -11,7 +11,6 @@ from .fields import LOGIT_EMA, Field
 from .interface import System
 from .layer import LayerOutput, MoRELayer
 from .recurrence import Rows, State, recur
-from .routing import averaged_logits
 
 
 class IteratedLayer(MoRELayer):
@@ -26,10 +25,8 @@ class IteratedLayer(MoRELayer):
         decisions: list[Tensor] = []
 
         def step(number: int, rows: Rows, state: Tensor, *former: Tensor) -> State:
-            normed = self.post_attention_layernorm(state)
-            logits = averaged_logits(self.config, self.mlp.gate(normed), *former)
+            output, logits = self.mlp(self.post_attention_layernorm(state), rows.context, rows.memory, *former)
             decisions.append(logits)
-            output = self.mlp.mix(normed, logits, rows.context, rows.memory)
             return state + (output if scale == 1.0 else output * scale), logits
 
         state = recur(step, (hidden_states,), Rows(context, memory, self.layer_idx))[0]

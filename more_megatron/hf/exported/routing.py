@@ -10,14 +10,7 @@ from torch.nn import functional as F
 
 from .fields import Config
 
-__all__ = ["MoRERouter", "RouterLogits", "Routing", "averaged_logits", "load_balancing_loss", "router_scores"]
-
-
-def averaged_logits(config: Config, logits: Tensor, *former: Tensor) -> Tensor:
-    """Return logits averaged over steps, `beta former + (1 - beta) logits`; the first step has no former ones."""
-    if not former or config.router_logit_ema == 0.0:
-        return logits
-    return config.router_logit_ema * former[0] + (1.0 - config.router_logit_ema) * logits
+__all__ = ["MoRERouter", "RouterLogits", "Routing", "load_balancing_loss", "router_scores"]
 
 
 def router_scores(config: Config, logits: Tensor) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import re
+from itertools import chain
 from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 from .interface import System
 
@@ -14,8 +16,6 @@ PUBLIC_MODULES = ("configuration_more", "modeling_more")
 """Modules that `auto_map` in `config.json` names."""
 
 _FOLDER = Path(__file__).parent
-# As transformers finds them (transformers/dynamic_module_utils.py).
-_RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)
 
 
 def system_names() -> tuple[str, ...]:
@@ -42,28 +42,21 @@ def write_code(folder: Path, system: str) -> None:
     in its text, before version 5 only those of the public modules themselves. So these import all there are. Where this
     code has itself been copied that way, transformers goes on to copy it.
     """
-    if not all((_FOLDER / f"{name}.py").is_file() for name in PUBLIC_MODULES):
+    if not all(_file(name).is_file() for name in PUBLIC_MODULES):
         return
-    for name in PUBLIC_MODULES:
-        text = _text(name)
-        needed = _modules({name, system}) - {name}
-        missing = sorted(needed - set(_RELATIVE_IMPORT.findall(text)))
-        lines = [f"from .{module} import __name__ as _{module}  # noqa: E402, F401\n" for module in missing]
-        if lines:
-            text += "\n# transformers copies the modules that this text names.\n" + "".join(lines)
+    for name in _modules(*PUBLIC_MODULES, system):
+        text = _file(name).read_text()
+        if name in PUBLIC_MODULES:
+            missing = sorted(_modules(name, system) - {name, *get_relative_imports(_file(name))})
+            lines = [f"from .{module} import __name__ as _{module}  # noqa: E402, F401\n" for module in missing]
+            text += "".join(["\n# transformers copies the modules that this text names.\n", *lines]) if lines else ""
         (folder / f"{name}.py").write_text(text)
-    for name in _modules({*PUBLIC_MODULES, system}) - set(PUBLIC_MODULES):
-        (folder / f"{name}.py").write_text(_text(name))
 
 
-def _text(module: str) -> str:
-    return (_FOLDER / f"{module}.py").read_text()
+def _file(module: str) -> Path:
+    return _FOLDER / f"{module}.py"
 
 
-def _modules(names: set[str]) -> set[str]:
+def _modules(*names: str) -> set[str]:
     """Return modules and all that they import."""
-    found: set[str] = set()
-    while names:
-        found |= names
-        names = {name for module in names for name in _RELATIVE_IMPORT.findall(_text(module))} - found
-    return found
+    return {*names, *(Path(file).stem for file in chain(*map(get_relative_import_files, map(_file, names))))}

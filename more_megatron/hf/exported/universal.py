@@ -12,23 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attention import sinusoid
 from .fields import LOGIT_EMA, Config, Field
 from .interface import System
 from .layer import SandwichLayer
 from .recurrence import Rows, State, recur
 from .stack import Loop, RunPass
 
-_LONGEST = 1e4
 _EPSILON = "A position halts when the sum of its probabilities exceeds one minus this."
 _OUTPUT = "The sum of the weighted states, or what each pass moves by its weight."
-
-
-def _sinusoid(places: Tensor, channels: int) -> Tensor:
-    """Return the sines, then the cosines, of places at growing wavelengths, float32 [..., channels]."""
-    pairs = channels // 2
-    exponent = torch.arange(pairs, dtype=torch.float32, device=places.device) / max(pairs - 1, 1)
-    angles = places.float().unsqueeze(-1) * torch.exp(exponent * -math.log(_LONGEST))
-    return torch.cat((angles.sin(), angles.cos()), dim=-1)
 
 
 class _HaltingProbability(nn.Linear):
@@ -62,12 +54,12 @@ class UniversalLoop(Loop):
         return super().forward(hidden_states, run_pass, rows)
 
     def enter(self, state: Tensor, hidden_states: Tensor, step: int, rows: Rows) -> Tensor:
-        positions = _sinusoid(rows.context.positions, self.config.hidden_size).to(state.dtype)
+        positions = sinusoid(rows.context.positions, self.config.hidden_size).to(state.dtype)
         return state + positions + self._time(step, state)
 
     def _time(self, step: int, like: Tensor) -> Tensor:
         if self.time is None:
-            return _sinusoid(torch.full((), float(step), device=like.device), like.size(-1)).to(like.dtype)
+            return sinusoid(torch.full((), float(step), device=like.device), like.size(-1)).to(like.dtype)
         return (self.time[step] * math.sqrt(like.size(-1))).to(like)
 
     def _halted(self, hidden_states: Tensor, run_pass: RunPass, rows: Rows, halting: nn.Module) -> Tensor:

@@ -26,15 +26,20 @@ def _on_cpu(device: Any) -> Any:
 
 
 class CpuInPlaceOfCuda(TorchFunctionMode):
-    """While active, `device='cuda'` and its other spellings mean the CPU.
+    """While active, `device='cuda'` and its other spellings mean the CPU, and types have the names of CUDA's.
 
     Megatron names the device in a hundred places (`device='cuda'`, `device=torch.cuda.current_device()`); a mode
-    catches them all where a tensor is made or moved.
+    catches them all where a tensor is made or moved. The optimizer and gradient clipping compare names of types.
     """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # The mode may be active twice, as in a backward pass.
+            return f"torch.cuda.{func(*args).removeprefix('torch.').removeprefix('cuda.')}"
         if kwargs and "device" in kwargs:
             kwargs = {**kwargs, "device": _on_cpu(kwargs["device"])}
         if func is torch.Tensor.to and len(args) > 1:

@@ -131,26 +131,3 @@ def _get_rng_state(device: Any = None) -> torch.Tensor:
 @_torch_cuda("set_rng_state", "checkpoints restore the GPU's", "training/checkpointing.py")
 def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
     _GENERATOR.set_state(new_state)
-
-
-@TORCH_CUDA.replaces(
-    "torch:Tensor.cuda",
-    why="batches and the loss scale are moved to the GPU",
-    text=".cuda(torch.cuda.current_device())",
-    file="core/optimizer/grad_scaler.py",
-)
-def _cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return self
-
-
-@TORCH_CUDA.surrounds(
-    "torch:Tensor.type",
-    why="the optimizer and gradient clipping compare type names",
-    text="== 'torch.cuda.FloatTensor'",
-    file="core/optimizer/clip_grads.py",
-)
-def _type(former: Any, self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if dtype is None:  # Under the device mode the original calls back here, hence the check.
-        name = former(self)
-        return name if name.startswith("torch.cuda.") else name.replace("torch.", "torch.cuda.", 1)
-    return former(self, dtype, *args, **kwargs)

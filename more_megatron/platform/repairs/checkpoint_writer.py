@@ -12,8 +12,8 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 from more_megatron.lifetime import end_with_starter, sigterm_blocked
+from more_megatron.platform import Platform, select_platform
 from more_megatron.platform.packages import silence_absent_package_warnings
-from more_megatron.platform.selection import Platform, select_platform
 from more_megatron.platform.stand_in import Table, install
 
 __all__ = ["CHECKPOINT_WRITER", "PickledQueue", "async_loop", "results_queue"]

@@ -97,8 +97,7 @@ def _validate_result(
 ) -> None:
     unchecked = self.mode is RerunMode.VALIDATE_RESULTS and not self.first_iteration_complete
     if unchecked and fatal and rejection_func(result):
-        reason = f"iteration {get_args().curr_iteration + 1}: {message}"
-        raise non_finite_stop(reason + _tracer.explain(here=True))
+        raise _stop_of_step(message, here=True)
     former(self, result, rejection_func, message, *args, fatal=fatal, **kwargs)
 
 
@@ -111,7 +110,9 @@ def _should_checkpoint_and_exit(former: Any, self: RerunStateMachine) -> tuple[b
     save, leave, code = former(self)
     if leave:
         call = self.failed_validation_call
-        found = call.caller.message if call is not None else "found on another rank"
-        reason = f"iteration {get_args().curr_iteration + 1}: {found}"
-        raise non_finite_stop(reason + _tracer.explain(here=False))
+        raise _stop_of_step(call.caller.message if call is not None else "found on another rank", here=False)
     return save, leave, code
+
+
+def _stop_of_step(found: str, here: bool) -> MoREError:
+    return non_finite_stop(f"iteration {get_args().curr_iteration + 1}: {found}{_tracer.explain(here)}")

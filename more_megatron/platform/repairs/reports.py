@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,25 +13,9 @@ from megatron.training import get_args
 from more_megatron.console import say, start_is_over
 from more_megatron.platform.stand_in import Table, install
 
-__all__ = ["REPORTS", "TEST_SPLIT", "count_flops_with"]
+__all__ = ["REPORTS", "TEST_SPLIT"]
 
 REPORTS = Table()
-_count_flops: Callable[..., float] | None = None
-
-
-def count_flops_with(count: Callable[..., float] | None) -> None:
-    """Let Megatron's throughput line count the operations of a step with a function; None: with Megatron's own."""
-    global _count_flops
-    _count_flops = count
-
-
-@REPORTS.surrounds(
-    "megatron.training.training:num_floating_point_operations",
-    why="it knows Megatron's architectures only, and no recurrence",
-    text="num_floating_point_operations(",
-)
-def _num_floating_point_operations(former: Any, *args: Any, **kwargs: Any) -> float:
-    return (_count_flops or former)(*args, **kwargs)
 
 
 @REPORTS.surrounds(
@@ -113,22 +98,6 @@ def _of_the_test(name: str) -> str:
     return name.replace(" validation", " test", 1)
 
 
-class _Renaming:
-    """A writer of TensorBoard or Weights & Biases whose curves are those of the test split."""
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def add_scalar(self, name: str, *args: Any, **kwargs: Any) -> None:
-        self._writer.add_scalar(_of_the_test(name), *args, **kwargs)
-
-    def log(self, values: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        self._writer.log({_of_the_test(name): value for name, value in values.items()}, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-
 # In place while the test split is evaluated.
 TEST_SPLIT = Table()
 _NAMED = "every evaluation is named after the validation set, that of the test set too"
@@ -145,8 +114,12 @@ _NAMED = "every evaluation is named after the validation set, that of the test s
     text="writer.add_scalar('{} validation{}'.format(key, suffix)",
 )
 def _writer(former: Any) -> Any:
+    """Return a writer of TensorBoard or Weights & Biases whose curves are those of the test split."""
     writer = former()
-    return writer and _Renaming(writer)
+    return writer and SimpleNamespace(
+        add_scalar=lambda name, *values: writer.add_scalar(_of_the_test(name), *values),
+        log=lambda values, step: writer.log({_of_the_test(name): value for name, value in values.items()}, step),
+    )
 
 
 @TEST_SPLIT.surrounds(
