@@ -16,11 +16,11 @@ def main() -> None:
 
     from megatron.training import inprocess_restart, pretrain, set_startup_timestamps
 
+    from more_megatron.output_folders import output_folders
     from more_megatron.training.arguments import parse_arguments
     from more_megatron.training.checkpoints import check_checkpoint
     from more_megatron.training.data_checks import check_data
     from more_megatron.training.model import model_config_from_args, pretrain_arguments
-    from more_megatron.output_folders import output_folders
     from more_megatron.training.reporting import prepare_reports
 
     set_startup_timestamps(program_start=_PROGRAM_START, main_entry=time.time())

@@ -1,7 +1,5 @@
 """A `--save` folder on disk: which of its checkpoints are complete, and what a kill can leave behind."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -15,20 +13,6 @@ from more_megatron.console import say
 from more_megatron.errors import MoREError, last_line
 from more_megatron.pickles import model_tensors, read_metadata, read_piece
 from more_megatron.unfinished import write_whole
-
-__all__ = [
-    "RELEASE",
-    "TRACKER",
-    "check_content",
-    "check_files",
-    "checkpoint_to_load",
-    "clear_for_save",
-    "fault",
-    "newest_clean_iteration",
-    "newest_complete_iteration",
-    "repair_tracker",
-    "unnamed_iteration",
-]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"

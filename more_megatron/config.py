@@ -8,8 +8,6 @@ from megatron.core.transformer import TransformerConfig
 
 from more_megatron.flags import MoREFlags
 
-__all__ = ["MoREConfig", "config_class"]
-
 
 @dataclass
 class MoREConfig(MoREFlags, TransformerConfig):

@@ -4,16 +4,12 @@ Megatron lists some 700 arguments and every bucket of gradients before the first
 on, all that it says is shown, but for what says nothing.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys
 import warnings
 from pathlib import Path
 from typing import IO, Any
-
-__all__ = ["LOG", "VERBOSE", "quiet_start", "say", "start_is_over", "write_start_to"]
 
 VERBOSE = "--verbose-start"
 LOG = "start.log"

@@ -1,13 +1,9 @@
 """A number that changes as training goes on."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from itertools import pairwise
 
 from more_megatron.errors import MoREError
-
-__all__ = ["Curriculum"]
 
 
 class Curriculum:

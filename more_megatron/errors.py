@@ -1,7 +1,5 @@
 """How a program ends on an error, whatever it is: the first rank that meets it prints one line, no traceback."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import difflib
@@ -15,17 +13,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
-
-__all__ = [
-    "MoREError",
-    "OneLineParser",
-    "is_out_of_space",
-    "last_line",
-    "one_line",
-    "one_line_errors",
-    "say_that_another_ended",
-    "speak_in_one_line",
-]
 
 _ROOT = Path(__file__).resolve().parents[1]
 _PATIENCE_SECONDS = 10.0

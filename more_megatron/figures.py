@@ -1,7 +1,5 @@
 """What figures have in common, those of a run that trains and those of evaluation, and how they are written."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,6 @@ import numpy as np
 
 from more_megatron.errors import MoREError
 from more_megatron.unfinished import unfinished_file, write_whole
-
-__all__ = ["depth_axis", "draw_loads", "heat_map", "name_axes", "new_figure", "panels", "spread", "write_results"]
 
 _MOST_NUMBERS = 200
 _MOST_TICKS = 16

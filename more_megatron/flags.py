@@ -15,8 +15,6 @@ from typing import Literal, Self
 from more_megatron.curriculum import Curriculum
 from more_megatron.errors import MoREError
 
-__all__ = ["MoREFlags", "check_ranges", "flag"]
-
 _DEFAULT_STEPS = 4
 # Above them it is a slip of the hand: nothing runs so many steps, and no block is so wide.
 _STEPS = "[1, 10000]"

@@ -1,7 +1,5 @@
 """Files of JSON lines: one object a line."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -10,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.errors import MoREError
-
-__all__ = ["read_json_lines"]
 
 
 def read_json_lines(path: str | os.PathLike[str], remedy: str, fields: Collection[str] = ()) -> dict[int, Any]:

@@ -1,7 +1,5 @@
 """Processes end with the one that started them, however that ended; a run that finished ends in order."""
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import ctypes
@@ -17,18 +15,6 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 from more_megatron.errors import MoREError
-
-__all__ = [
-    "check_launcher",
-    "end_with_launcher",
-    "end_with_starter",
-    "forks_end_with_this",
-    "how_to_continue",
-    "orderly_end",
-    "receive_at_end_of_parent",
-    "say_at_sigterm",
-    "sigterm_blocked",
-]
 
 _SECONDS = 0.5
 _SECONDS_FOR_A_NAME = 60

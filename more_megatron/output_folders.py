@@ -5,8 +5,6 @@ and some keep those of a machine that died. So the holder also touches the file:
 takes the folder over when the file stays as it is.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import fcntl
@@ -22,8 +20,6 @@ from typing import IO
 from more_megatron.console import say, write_start_to
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
-
-__all__ = ["check_still_held", "only_trainer", "output_folders"]
 
 _FOLDERS = ("save", "tensorboard_dir", "data_cache_path", "wandb_save_dir")
 _NAME = ".trainer.lock"

@@ -5,8 +5,6 @@ names is refused; what else its arguments hold, such as members of Megatron's en
 to import, becomes an `Opaque`.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import io
@@ -21,8 +19,6 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from more_megatron.errors import MoREError, last_line
-
-__all__ = ["Opaque", "common_state", "load", "load_strictly", "model_tensors", "read_metadata", "read_piece"]
 
 _OF_THE_OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 

@@ -1,12 +1,8 @@
 """Progress bars on standard error."""
 
-from __future__ import annotations
-
 import sys
 
 from tqdm import tqdm
-
-__all__ = ["progress_bar"]
 
 
 def progress_bar(total: int | None, unit: str, name: str, show: bool) -> tqdm:

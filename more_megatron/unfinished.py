@@ -1,7 +1,5 @@
 """Files and folders that get their names when they are complete."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import os
@@ -11,8 +9,6 @@ from pathlib import Path
 from typing import IO
 
 from more_megatron.errors import MoREError, is_out_of_space
-
-__all__ = ["LOCK", "empty", "hold", "unfinished_file", "unfinished_folder", "write_whole"]
 
 LOCK = "lock"
 """The file in a folder that whoever holds it has locked."""

@@ -1,7 +1,5 @@
 """YAML files that users write: a table of keys, each of which stands there once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,6 @@ from typing import Any
 import yaml
 
 from more_megatron.errors import MoREError
-
-__all__ = ["read_table"]
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,7 +1,5 @@
 """Fixtures and rules of the whole test suite."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What `test_contributing.py` does with the example system inside a copy of the project."""
 
-from __future__ import annotations
-
 import tempfile
 from pathlib import Path
 
@@ -11,8 +9,6 @@ from more_megatron.systems import names
 from tests.helpers.ranks import run_ranks
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY
-
-__all__ = ["main"]
 
 _SYSTEM = "sure_moe"
 

@@ -1,7 +1,5 @@
 """Building blocks in plain PyTorch against Megatron's own, and against loops."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """The configuration: what it completes, what it refuses, and how its fields become flags."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The system that CONTRIBUTING.md adds as an example: added to a copy of the project, trained, resumed and exported."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The curriculum of the mean number of steps."""
 
-from __future__ import annotations
-
 import pytest
 
 from more_megatron.curriculum import Curriculum

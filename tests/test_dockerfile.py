@@ -1,7 +1,5 @@
 """The Dockerfile: hadolint accepts it, and its `RUN` lines keep the base's PyTorch whatever an index offers."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -1,7 +1,5 @@
 """A run that fails over something the user can mend ends with one line."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """The scripts in examples/: each is run by bash, and what it launches is run or parsed."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

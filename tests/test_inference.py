@@ -1,7 +1,5 @@
 """The example of inference and its benchmark run on every kind of model, and say what they should."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

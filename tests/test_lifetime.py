@@ -1,7 +1,5 @@
 """A rank ends with its launcher, however that ended, and whatever state the rank is in."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

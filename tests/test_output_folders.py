@@ -1,7 +1,5 @@
 """One run at a time writes into a folder; one that died, here or elsewhere, keeps nobody out."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal
@@ -11,8 +9,8 @@ from typing import Any
 import pytest
 
 from more_megatron import output_folders
-from more_megatron.output_folders import check_still_held, only_trainer
 from more_megatron.errors import MoREError
+from more_megatron.output_folders import check_still_held, only_trainer
 
 _CONTEXT = multiprocessing.get_context("spawn")
 

@@ -1,7 +1,5 @@
 """Nothing that a checkpoint names is run, and nothing outside of its folder is read."""
 
-from __future__ import annotations
-
 import io
 import pickle
 import shutil

@@ -1,7 +1,5 @@
 """`make quickstart`, with fewer steps, and how it fails."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -5,8 +5,6 @@ real, on a small text with a small vocabulary. What `torchrun` would launch on t
 to its flags, and converted; what needs more ranks is parsed in a world of that size. `make` targets must exist.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

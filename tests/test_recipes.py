@@ -1,7 +1,5 @@
 """docs/recipes.md cannot rot: each of its recipes runs, on what README.md leaves, with a small model."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

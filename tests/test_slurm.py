@@ -1,7 +1,5 @@
 """The scripts in examples/slurm/, against stand-ins for SLURM's programs."""
 
-from __future__ import annotations
-
 import os
 import re
 import runpy

@@ -1,7 +1,5 @@
 """Every system: causal, sequences apart, and settings refused that it cannot serve."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 from argparse import Namespace

@@ -1,7 +1,5 @@
 """docs/tensors.md says what the name tables of the systems say; `python -m tests.test_tensors_page` writes it anew."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Folders that are being written: one process holds them, whatever the one before did with them."""
 
-from __future__ import annotations
-
 import fcntl
 import shutil
 from pathlib import Path

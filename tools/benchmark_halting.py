@@ -6,8 +6,6 @@ the mean number of steps falls in the order of the coefficients. Takes a minute 
     python tools/benchmark_halting.py --ponder-coeffs 0 0.01 0.1
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

@@ -4,8 +4,6 @@
 Loss is measured on windows of a text, times on generation from their beginnings.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

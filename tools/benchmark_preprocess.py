@@ -6,8 +6,6 @@ and in wall time. The unique text is docstrings and source files of this Python 
 text is articles drawn again and again, which flatters whatever remembers words.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import io

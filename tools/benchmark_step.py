@@ -7,8 +7,6 @@ the same round, then the time of a step against the number of recurrence steps.
     python tools/benchmark_step.py --dense --same-layers --num-layers 4 --systems moe loop huginn
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re

@@ -14,8 +14,6 @@ failed is in failures.log. A case that fails ends no other. Exit code 1 if one d
     f  layouts            over several GPUs: losses of each layout against one rank
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

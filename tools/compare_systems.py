@@ -7,8 +7,6 @@ The experiment file says what is compared; see docs/comparison.md. Finished runs
 continues a comparison that was stopped, and tries failed runs again. The report is FOLDER/report.html, .md and .json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

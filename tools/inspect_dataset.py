@@ -1,8 +1,6 @@
 #!/usr/bin/env python
 """What is in a Megatron dataset: documents, tokens, lengths, ratios for bits per byte, and a decoded sample."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

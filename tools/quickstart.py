@@ -4,8 +4,6 @@
 Everything is written below one folder, anew each time. Each command is shown before it runs, as one would type it.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil

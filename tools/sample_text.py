@@ -4,8 +4,6 @@ The last is CPython's own reference (`pydoc_data.topics`) and the docstrings of 
 WikiText: articles under ` = Title = `, sections under ` = = Section = = `, one line a paragraph.
 """
 
-from __future__ import annotations
-
 import ast
 import inspect
 import itertools
@@ -20,8 +18,6 @@ from more_megatron.data.output import writing
 from more_megatron.data.sources import expand_inputs, open_source, text_chunks
 from more_megatron.errors import MoREError
 from more_megatron.unfinished import unfinished_file
-
-__all__ = ["obtain_text", "write_sample_text"]
 
 _DOWNLOAD = "wikitext-2-raw-v1"
 _LEAST_WORDS = 40

@@ -4,8 +4,6 @@ Each is its own block (option A), or is projections around one that all share (o
 one (option B in another reading).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -28,17 +26,6 @@ from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer, takase_std
 from more_megatron.model.noise import TokenGrid
 from more_megatron.monitoring.watch import Key, Watch
-
-__all__ = [
-    "BlockExperts",
-    "CombinedBlockMoELayer",
-    "LightExperts",
-    "ProjectionExperts",
-    "SharedBlockMoELayer",
-    "block_experts_cost",
-    "light_experts_cost",
-    "projection_experts_cost",
-]
 
 
 class BlockExperts(Experts):

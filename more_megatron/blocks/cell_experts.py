@@ -5,8 +5,6 @@ keeps its gradient. Over the ranks that split an expert, state and gates are spl
 state gathers it first.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable
 
@@ -32,8 +30,6 @@ from more_megatron.model.truncation import iterate_residual
 from more_megatron.monitoring.figures import is_reported
 from more_megatron.monitoring.recurrence import REFINEMENT_FIGURES, Refinement, States, watch_states
 from more_megatron.monitoring.watch import current_watch
-
-__all__ = ["CellExperts", "GRUExperts", "SequentialExperts", "gru_experts_cost", "sequential_experts_cost"]
 
 
 class CellExperts(RoutedExperts):

@@ -12,8 +12,6 @@ import torch
 
 from more_megatron.blocks.rows import RowGroups
 
-__all__ = ["ExpertBias", "gru_step", "lstm_step"]
-
 
 @dataclass(frozen=True)
 class ExpertBias:

@@ -4,8 +4,6 @@ Attention without biases, a feed-forward part with them, matrices drawn as Gloro
 the two parts or behind their residual sums. Experts and routers are Megatron's, which have no biases.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import functools
@@ -26,8 +24,6 @@ from more_megatron.blocks.sandwich import RepeatedSandwichLayer
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
 from more_megatron.model.stack import Layer
-
-__all__ = ["classic_layers"]
 
 
 def classic_layers(config: MoREConfig, *, post_norm: bool) -> tuple[Layer, ...]:

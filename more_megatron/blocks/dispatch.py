@@ -7,8 +7,6 @@ rows that the local experts received, int64 [rows, 3]. It is called after `dispa
 pass.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -21,8 +19,6 @@ from more_megatron.blocks.layer import LayerInputs, MicroBatchMoELayer
 from more_megatron.blocks.rows import Rows
 from more_megatron.model.depth import Depth
 from more_megatron.model.noise import TokenGrid
-
-__all__ = ["DISPATCHERS", "RowMoELayer"]
 
 
 class CoordinateAllGatherDispatcher(MoEAllGatherTokenDispatcher):

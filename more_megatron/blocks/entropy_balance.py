@@ -7,8 +7,6 @@ its experts, and a pass to prefer some of them, as long as the whole sequence us
 constants of the mean.
 """
 
-from __future__ import annotations
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
@@ -17,8 +15,6 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from more_megatron.blocks.statistics import record_loss
 from more_megatron.config import MoREConfig
 from more_megatron.model.micro_batch import Pass
-
-__all__ = ["EntropyBalance", "sum_over_positions"]
 
 
 def sum_over_positions(logits: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,5 @@
 """What kinds of experts have in common: how they are called, linear maps with biases, a feed-forward network."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from abc import abstractmethod
@@ -19,8 +17,6 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer, Draw
-
-__all__ = ["ExpertFeedForward", "ExpertLinear", "Experts", "RoutedExperts", "biased_linear_cost", "feed_forward_cost"]
 
 
 class Experts(GroupedModule):

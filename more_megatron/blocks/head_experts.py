@@ -17,8 +17,6 @@ from more_megatron.blocks.rows import RowGroups, RowPadding
 from more_megatron.config import MoREConfig
 from more_megatron.model.initialization import BlockInitializer
 
-__all__ = ["Choice", "HeadExperts", "HeadRouter"]
-
 
 def _sum_of_rows(rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, copies: int) -> torch.Tensor:
     """Return the sum over the rows of each item, [items, ...]."""

@@ -1,7 +1,5 @@
 """MoE sub-layers that are asked several times: iterated by themselves, or in a layer that is repeated."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -12,8 +10,6 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.micro_batch import Pass
 from more_megatron.model.truncation import iterate_residual
 from more_megatron.monitoring.recurrence import watch_states
-
-__all__ = ["IteratedMoELayer", "RecurrentMoETransformerLayer", "RepeatedTransformerLayer"]
 
 # Hidden states, [s, b, h], and what a router leaves for later passes; see `RouterCall`.
 _StateAndCarried = tuple[torch.Tensor, torch.Tensor | None]

@@ -1,7 +1,5 @@
 """Transformer and MoE layers that hand the experts what recurrence needs to know about the micro-batch."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable
@@ -14,8 +12,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from more_megatron.model.micro_batch import CARRIER, MicroBatch, Pass
-
-__all__ = ["BaseMoELayer", "LayerInputs", "MicroBatchMoELayer", "MicroBatchTransformerLayer"]
 
 
 @dataclass(frozen=True)

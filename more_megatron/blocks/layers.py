@@ -1,7 +1,5 @@
 """Layers and stacks in the forms that several systems have."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -19,8 +17,6 @@ from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.costs import Cost, attention_cost, linear_cost, mlp_cost
 from more_megatron.model.stack import Group, Layer, Stack
-
-__all__ = ["beside_experts_cost", "decoder_stack", "expert_stack", "moe_layer", "plain_layers", "repeated_layers"]
 
 
 def decoder_stack(config: MoREConfig, moe: Layer) -> Stack:

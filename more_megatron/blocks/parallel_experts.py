@@ -1,7 +1,5 @@
 """Experts with two branches: a feed-forward network, and an LSTM along the tokens that were sent to the expert."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -17,8 +15,6 @@ from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.monitoring.figures import is_reported, record_figure
-
-__all__ = ["BRANCH_FIGURES", "ParallelExperts", "parallel_experts_cost"]
 
 # Weight of the LSTM, and entropy of both weights in nats: 0 where experts have come to use one branch alone.
 BRANCH_FIGURES = ("lstm gate", "lstm gate entropy")

@@ -4,8 +4,6 @@ In a checkpoint a weight of all experts is one tensor with an axis for them. On 
 as the backend wants it.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -22,8 +20,6 @@ from more_megatron.blocks.placement import Placement
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.initialization import BlockInitializer, Draw, parameter_device
-
-__all__ = ["GroupedModule", "Weight", "linear_columns", "local_groups"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,6 @@ Norms feed only what ends in a softmax or a sigmoid; what is added to the stream
 channels each, and those of a rank are two grouped products.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any
@@ -35,8 +33,6 @@ from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.micro_batch import CARRIER
 from more_megatron.model.stack import Layer
-
-__all__ = ["PeriTransformerLayer", "SigmaExperts", "SigmaRouter", "peri_layer"]
 
 
 class SigmaRouter(IteratedRouter):

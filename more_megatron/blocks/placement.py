@@ -6,8 +6,6 @@ the gradients of inputs. What needs the whole activation in between, as norms do
 as in tensor parallelism: `copied`, `summed`, `gathered`. On one rank all of them return what they are given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,8 +16,6 @@ from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.utils import get_pg_rank, get_pg_size
-
-__all__ = ["Placement"]
 
 
 @dataclass(frozen=True)

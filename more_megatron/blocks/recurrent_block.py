@@ -7,8 +7,6 @@ in every step. `RecurrentBlock` works on rows that were sent to experts, with on
 all groups of a rank together; `SequenceBlock` on whole sequences.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -35,8 +33,6 @@ from more_megatron.model.loops import linear_injection
 from more_megatron.model.noise import state_noise
 from more_megatron.model.truncation import iterate_state
 from more_megatron.monitoring.recurrence import watch_states
-
-__all__ = ["RecurrentBlock", "SequenceBlock", "block_cost"]
 
 _NORMS = ("norm_1", "norm_2", "norm_3", "norm_4")
 

@@ -13,14 +13,6 @@ from more_megatron.flags import flag
 if TYPE_CHECKING:
     from more_megatron.config import MoREConfig
 
-__all__ = [
-    "cell_refusals",
-    "expert_refusals",
-    "loop_refusals",
-    "mixing_refusals",
-    "recurrence_refusals",
-    "repetition_refusals",
-]
 
 # Of `--recompute-modules`, those that hold parameters and are differentiated in a backward pass of their own.
 _RECOMPUTED_PARTS = ("layernorm", "mlp", "moe", "shared_experts")

@@ -1,7 +1,5 @@
 """A router that one layer asks several times in one forward pass."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,8 +14,6 @@ from more_megatron.config import MoREConfig
 from more_megatron.model.attached_loss import attach_mean
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch, Pass
-
-__all__ = ["IteratedRouter", "RouterCall"]
 
 
 @dataclass

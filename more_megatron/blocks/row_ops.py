@@ -4,11 +4,7 @@ Both are computed many times in a recurrence. PyTorch's compositions of small op
 passes on a CPU, most of them in the backward pass.
 """
 
-from __future__ import annotations
-
 import torch
-
-__all__ = ["rms_norm", "rotate", "rotation_of"]
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["RowGroups", "RowPadding", "Rows", "Segments"]
-
 # Rectangles of each padded layout: with more of them there is less padding, and there are more calls.
 _RECTANGLES = 4
 

@@ -5,8 +5,6 @@
 Geiping et al., arXiv 2502.05171, section 3.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -19,8 +17,6 @@ from more_megatron.blocks.layers import plain_layers, repeated_layers
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost
 from more_megatron.model.stack import Layer
-
-__all__ = ["RepeatedSandwichLayer", "SandwichLayer", "sandwich_layers"]
 
 
 class SandwichLayer(TransformerLayer):

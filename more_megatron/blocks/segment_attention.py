@@ -17,8 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from more_megatron.blocks.rows import Segments
 
-__all__ = ["are_short", "segment_attention"]
-
 # Beyond as many scores a row, which are all stored, the fused kernel is faster.
 _MOST_SCORES = 64
 

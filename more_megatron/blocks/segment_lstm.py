@@ -14,8 +14,6 @@ import torch
 
 from more_megatron.blocks.rows import Segments
 
-__all__ = ["TimeSteps", "segment_lstm"]
-
 
 @dataclass(frozen=True)
 class TimeSteps:

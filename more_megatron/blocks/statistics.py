@@ -6,8 +6,6 @@ repeated, the share of tokens that go to other experts than in the step before. 
 `expert load cv/step N` and `expert change/step N`, with the kind of router in front where a layer has several.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -15,8 +13,6 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, get_moe
 
 from more_megatron.config import MoREConfig
 from more_megatron.monitoring.figures import is_reported, record_figure
-
-__all__ = ["LossTracker", "is_routing_reported", "record_loss", "record_routing", "router_figures", "routing_entropy"]
 
 _ENTROPY, _LOAD, _CHANGE = "router entropy", "expert load cv", "expert change"
 

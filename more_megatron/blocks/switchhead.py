@@ -9,8 +9,6 @@ O are dense, and sigmoid(S_O,h a_t) is a gate on each head (Csordas et al., arXi
 Heads are split over tensor-parallel ranks.
 """
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 
@@ -34,8 +32,6 @@ from more_megatron.blocks.statistics import is_routing_reported, record_routing
 from more_megatron.model.costs import Cost, linear_cost
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.micro_batch import Pass
-
-__all__ = ["ROUTER_KINDS", "SwitchHeadAttention", "switchhead_cost"]
 
 # In front of the names of figures.
 ROUTER_KINDS = ("value ", "output ")

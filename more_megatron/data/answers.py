@@ -5,8 +5,6 @@ task in the list of tasks in the mask's manifest. The token that ends the docume
 learn where to stop.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +19,6 @@ from more_megatron.data.indexed import MANIFEST_VERSION, bin_path, idx_path, rea
 from more_megatron.data.output import Output
 from more_megatron.data.tokenizers import Tokenizer
 from more_megatron.errors import MoREError
-
-__all__ = ["Exercise", "answer_density", "check_answers", "has_answers", "mask_prefix", "task_names", "write_answers"]
 
 _MOST_TASKS = 255
 

@@ -1,7 +1,5 @@
 """Can a dataset be trained on? Cheap checks for the trainer's start, and the hashes of the files on demand."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 
@@ -10,8 +8,6 @@ import numpy as np
 from more_megatron.data.indexed import IndexFile, bin_path, idx_path, manifest_path, read_index, read_manifest
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError
-
-__all__ = ["check_dataset", "check_hashes"]
 
 _SMALL_INDEX = 1 << 26
 _SAMPLES = 64

@@ -3,8 +3,6 @@
 import re
 from enum import StrEnum
 
-__all__ = ["Detokenize", "detokenize"]
-
 
 class Detokenize(StrEnum):
     """How far to go back to ordinary spelling."""

@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterator
 from enum import StrEnum
 
-__all__ = ["PLAIN_GRID_BYTES", "Layout", "document_starts", "find_start", "sniff_layout", "tidy"]
-
 
 class Layout(StrEnum):
     """How an input is divided into documents."""

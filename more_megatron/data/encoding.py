@@ -26,8 +26,6 @@ from more_megatron.data.tokenizers import Tokenizer
 from more_megatron.errors import MoREError, last_line
 from more_megatron.lifetime import end_with_starter
 
-__all__ = ["Counts", "Encoded", "Encoder", "EncoderPlan", "ResumableError", "count", "encode_blocks", "plan_encoder"]
-
 
 class ResumableError(MoREError):
     """What ended a run lies outside its inputs: it can go on later from what it has written."""

@@ -3,8 +3,6 @@
 What gigatoken makes of a tokenizer is compared with the reference before it is used, and once a task after that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from more_megatron.errors import MoREError
-
-__all__ = ["HOSTILE_TEXTS", "DocumentError", "Encode", "FastEncode", "Recipe", "checked", "first_difference"]
 
 Encode = Callable[[Sequence[bytes]], Sequence[ArrayLike]]
 """Gives the ids of each of some documents, which come as UTF-8."""

@@ -1,7 +1,5 @@
 """Datasets by name, from the Hugging Face hub."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator
@@ -9,8 +7,6 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from more_megatron.errors import MoREError
-
-__all__ = ["download", "fetching", "is_reachable"]
 
 _WIKITEXT_NAMES = ("wikitext-103-raw-v1", "wikitext-103-v1", "wikitext-2-raw-v1", "wikitext-2-v1")
 _CONNECT_SECONDS = 3.0

@@ -8,8 +8,6 @@ dtype code (u8), sequence count S and document count D + 1 (u64 each), then the 
 entry (int64 [D + 1]). The layout is that of `megatron/core/datasets/indexed_dataset.py`.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct
@@ -21,18 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from more_megatron.errors import MoREError
-
-__all__ = [
-    "MANIFEST_VERSION",
-    "IndexFile",
-    "bin_path",
-    "idx_path",
-    "manifest_path",
-    "read_index",
-    "read_manifest",
-    "token_dtype",
-    "write_index",
-]
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

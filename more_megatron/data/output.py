@@ -19,8 +19,6 @@ from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, is_out_of_space
 from more_megatron.unfinished import LOCK, empty, hold
 
-__all__ = ["Output", "writing"]
-
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:

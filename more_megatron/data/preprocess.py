@@ -1,7 +1,5 @@
 """From input files to an indexed dataset and its manifest, and back to check it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +20,6 @@ from more_megatron.data.reading import BLOCK_BYTES, Block, read_all_documents, r
 from more_megatron.data.sources import Source, sha256_of
 from more_megatron.data.tokenizers import Tokenizer, build_megatron
 from more_megatron.errors import MoREError
-
-__all__ = ["Job", "preprocess", "verify"]
 
 Report = Callable[[int, int], None]
 

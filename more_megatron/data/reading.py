@@ -1,7 +1,5 @@
 """The inputs as blocks of documents: the unit in which text is read, encoded and written."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -10,8 +8,6 @@ from more_megatron.data.detokenize import detokenize
 from more_megatron.data.documents import Layout, document_starts, find_start, tidy
 from more_megatron.data.sources import Source, text_chunks
 from more_megatron.errors import MoREError
-
-__all__ = ["BLOCK_BYTES", "Block", "cut_blocks", "read_all_documents", "read_blocks", "read_documents"]
 
 BLOCK_BYTES = 1 << 21
 """Least size of a block. A constant: neither memory nor the output follows the inputs' size or the workers."""

@@ -8,8 +8,6 @@ Each says how gigatoken could encode as it does. gigatoken only segments; everyt
 - Byte-level BPE: gigatoken splits and joins, and the special tokens around a text are put there by us.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Sequence
@@ -27,8 +25,6 @@ from more_megatron.data.tokenizers import (
     open_sentencepiece,
 )
 from more_megatron.errors import last_line
-
-__all__ = ["Reference", "open_reference"]
 
 _SHORT = 100
 

@@ -1,12 +1,8 @@
 """What is in a SentencePiece model, and its BPE as the library `tokenizers` has it."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any
-
-__all__ = ["bpe", "read_model", "text_scores", "unknown_piece"]
 
 
 def read_model(path: str | os.PathLike[str]) -> Any:

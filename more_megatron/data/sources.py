@@ -1,7 +1,5 @@
 """Which files hold the text, how each of them is read, and the stream of chunks that it becomes."""
 
-from __future__ import annotations
-
 import glob
 import gzip
 import hashlib
@@ -17,8 +15,6 @@ from typing import Any
 from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.documents import Layout, sniff_layout
 from more_megatron.errors import MoREError
-
-__all__ = ["Source", "expand_inputs", "open_source", "sha256_of", "text_chunks"]
 
 _CHUNK_BYTES = 1 << 20
 _ROWS = 1024

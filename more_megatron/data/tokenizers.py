@@ -20,19 +20,6 @@ from more_megatron.data.indexed import token_dtype
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
 
-__all__ = [
-    "NULL_TYPES",
-    "SENTENCEPIECE_TYPES",
-    "Tokenizer",
-    "TokenizerOptions",
-    "TokenizerType",
-    "build_megatron",
-    "is_direct_sentencepiece",
-    "load",
-    "open_sentencepiece",
-    "tokenizer_sha256",
-]
-
 
 class TokenizerType(StrEnum):
     """Every type that Megatron's `build_tokenizer` knows."""

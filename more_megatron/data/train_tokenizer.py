@@ -1,7 +1,5 @@
 """Training a SentencePiece BPE tokenizer on the documents that are about to be encoded."""
 
-from __future__ import annotations
-
 import io
 import os
 import re
@@ -14,8 +12,6 @@ from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import Source
 from more_megatron.errors import MoREError
 from more_megatron.unfinished import unfinished_file
-
-__all__ = ["train_sentencepiece"]
 
 _SAMPLE_BYTES = 1 << 27
 _LONGEST_SENTENCE = 4096

@@ -1,15 +1,11 @@
 """Flags of `pretrain_more.py` in tables."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from typing import Any
 
 from more_megatron.errors import MoREError
 from more_megatron.systems import flag_names, get_system
-
-__all__ = ["Flags", "arguments_of", "as_typed", "parse_flags", "read_by"]
 
 # By name without the dashes; True: a switch, a list: several values, None: left out.
 Flags = dict[str, Any]

@@ -1,7 +1,5 @@
 """The model under evaluation: a Hugging Face folder, or a checkpoint that is exported into a temporary one."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib
@@ -15,8 +13,6 @@ from typing import Any
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
 from more_megatron.flags import check_ranges, flag
-
-__all__ = ["ExportedModel", "add_model_arguments", "open_model"]
 
 # Not the card, which has a date, and not the code.
 _CONTENT = (".safetensors", ".bin", ".json", ".model")

@@ -4,8 +4,6 @@ Widths are found by bisection on the cost formulas, on which nothing has to be l
 square of it.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from argparse import Namespace
@@ -22,8 +20,6 @@ from more_megatron.evaluation.runs import configure
 from more_megatron.model.costs import Cost
 from more_megatron.model.depth import Depth, DepthSampler
 from more_megatron.systems import get_system
-
-__all__ = ["Described"]
 
 # `torch.nn.functional.grouped_mm` wants rows of so many.
 _ALIGNMENT_BYTES = 16

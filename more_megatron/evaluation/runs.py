@@ -1,7 +1,5 @@
 """Models and training runs, one after the other in one process, each from a command line of `pretrain_more.py`."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -31,8 +29,6 @@ from more_megatron.platform import Platform, initialize_platform
 from more_megatron.platform.repairs.finite import Tracer, trace_reruns
 from more_megatron.training.arguments import parse_arguments
 from more_megatron.training.model import model_config_from_args, pretrain_arguments
-
-__all__ = ["configure", "forget_run", "fresh_model", "read_each_docstring_once", "started_with", "train"]
 
 
 def configure(command_line: str) -> tuple[Namespace, GPTModelConfig]:

@@ -23,8 +23,6 @@ from more_megatron.evaluation.runs import fresh_model
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 
-__all__ = ["StepBenchmark", "StepTiming", "forward", "peak_bytes", "reset_peak", "seconds_of", "time_systems"]
-
 
 @dataclass(frozen=True)
 class StepTiming:

@@ -1,7 +1,5 @@
 """Texts as the model saw them in training: documents of the data room, as windows of tokens."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +9,6 @@ from more_megatron.data.detokenize import Detokenize
 from more_megatron.data.reading import read_all_documents
 from more_megatron.data.sources import expand_inputs, open_source
 from more_megatron.errors import MoREError
-
-__all__ = ["batches", "read_texts", "token_windows"]
 
 
 def read_texts(path: str | Path, mode: Detokenize = Detokenize.NONE) -> list[str]:

@@ -4,13 +4,9 @@ Ranks share one output, so that a line of one may begin where a line of another 
 beginning of a line.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-__all__ = ["Iteration", "TrainingLog", "Validation", "read_iteration", "read_log", "read_validation"]
 
 _ITERATION = re.compile(r"iteration +(\d+)/ *(\d+) \|")
 _MILLISECONDS = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")

@@ -3,8 +3,6 @@
 Every conversion is a view, a split or a copy, so that both directions keep every bit.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ from more_megatron.errors import MoREError
 from more_megatron.systems import get_system
 from more_megatron.systems.export import Layout, Row
 from more_megatron.systems.forms import OURS, Form
-
-__all__ = ["LAYERS", "Entry", "entries", "extra_states"]
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]

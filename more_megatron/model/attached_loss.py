@@ -4,16 +4,12 @@ Megatron's way for the losses of its routers. It scales them where a model has e
 any asks for the scale itself.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from more_megatron.config import MoREConfig
-
-__all__ = ["attach_mean", "scale_attached_losses", "weigh_attached_losses"]
 
 # Field of the configuration that Megatron's schedules ask for the scale.
 _HOOK = "moe_grad_scale_func"

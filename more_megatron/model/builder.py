@@ -4,8 +4,6 @@ The only file that knows which of Megatron's models is filled: `GPTModel` today,
 where the stack has loops.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +15,6 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from more_megatron.model.decoder import repeat_groups
 from more_megatron.model.initialization import parameter_device
 from more_megatron.model.stack import Stack
-
-__all__ = ["MoREModelBuilder", "MoREModelConfig"]
 
 
 class MoREModelConfig(GPTModelConfig):

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["Cost", "attention_cost", "gated_mlp_cost", "linear_cost", "mlp_cost"]
-
 
 @dataclass(frozen=True)
 class Cost:

@@ -10,8 +10,6 @@ one announces the gradients of the group once a pass, and the overlapped reducti
 start too early in a step with more passes than the first.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools
@@ -37,8 +35,6 @@ from more_megatron.model.halting import StateInPass
 from more_megatron.model.micro_batch import CARRIER, MicroBatch, Pass
 from more_megatron.model.noise import TokenGrid
 from more_megatron.model.stack import Stack
-
-__all__ = ["RepeatingDecoder", "repeat_groups"]
 
 
 def repeat_groups(decoder: TransformerBlock, stack: Stack) -> None:

@@ -1,15 +1,11 @@
 """How many recurrence steps a training step takes, and how many of them carry gradient."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from more_megatron.config import MoREConfig
-
-__all__ = ["Depth", "DepthSampler"]
 
 # Spread of the logarithm of the Poisson rate, Huginn's (arXiv 2502.05171, section 3.3).
 _LOG_RATE_STD = 0.5

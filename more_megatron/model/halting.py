@@ -24,8 +24,6 @@ from more_megatron.model.initialization import BlockInitializer
 from more_megatron.model.truncation import detached_increments, iterate
 from more_megatron.monitoring.figures import record_figure
 
-__all__ = ["HALTING_FIGURES", "Halting", "StateInPass", "halting_cost"]
-
 HALTING_FIGURES = ("steps to halt", "halting remainder", "share never halting", "ponder cost")
 
 # A state, [s, b, h], and the number of a pass, from 0, to another state.

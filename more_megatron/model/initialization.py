@@ -19,8 +19,6 @@ import torch
 
 from more_megatron.config import MoREConfig
 
-__all__ = ["BlockInitializer", "Draw", "draw_as_moeut", "draw_as_takase", "parameter_device", "takase_std"]
-
 
 def parameter_device(config: MoREConfig) -> Any:
     """Return where parameters are created."""

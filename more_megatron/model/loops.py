@@ -5,8 +5,6 @@ once. Recurrences that inject their input in every step start from a random stat
 gradient; residual ones start from their input, and the increments of those steps are constants.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable
@@ -26,8 +24,6 @@ from more_megatron.model.noise import TokenGrid
 from more_megatron.model.stack import Loop
 from more_megatron.model.truncation import iterate_residual, iterate_state
 from more_megatron.monitoring.recurrence import watch_states
-
-__all__ = ["InjectedLoop", "ResidualLoop", "Signals", "injected_loop", "linear_injection", "signals_cost"]
 
 
 class Signals(MegatronModule):

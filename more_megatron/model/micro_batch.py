@@ -19,8 +19,6 @@ from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.model.depth import Depth
 
-__all__ = ["CARRIER", "MicroBatch", "Pass"]
-
 # Argument of Megatron's layers that the record travels as.
 CARRIER = "context_mask"
 

@@ -15,8 +15,6 @@ from more_megatron.config import MoREConfig
 from more_megatron.hf.exported.noise import normal_pairs, token_keys
 from more_megatron.model.micro_batch import MicroBatch
 
-__all__ = ["TokenGrid", "state_noise"]
-
 # Numbers made at a time on a CPU: intermediate results stay in its cache.
 _CHUNK = 1 << 16
 

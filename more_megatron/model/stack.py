@@ -22,8 +22,6 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from more_megatron.config import MoREConfig
 from more_megatron.model.costs import Cost, linear_cost
 
-__all__ = ["Group", "Layer", "Loop", "Stack"]
-
 
 @dataclass(frozen=True)
 class Layer:

@@ -1,15 +1,11 @@
 """Truncated backpropagation through a recurrence: its first steps carry no gradient."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from more_megatron.model.depth import Depth
-
-__all__ = ["detached_increments", "iterate", "iterate_residual", "iterate_state"]
 
 # Hidden states, and what a step carries over to the next.
 _Carrying = tuple[torch.Tensor, Any]

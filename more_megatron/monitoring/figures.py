@@ -6,8 +6,6 @@ over all ranks at once. A name with a slash, `router entropy/step 2`, is one of 
 Weights & Biases only, all others also to the log line.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,8 +13,6 @@ from typing import Any
 import torch
 
 from more_megatron.monitoring.watch import Key, sum_and_number, watch_of_step
-
-__all__ = ["Figures", "is_reported", "record_figure", "report_to", "write_scalars"]
 
 
 class Figures:

@@ -3,8 +3,6 @@
 Flags stay on the device, one for each call of a module, until somebody asks.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,8 +13,6 @@ from torch.utils.hooks import RemovableHandle
 
 from more_megatron.monitoring.gradients import Owner
 from more_megatron.platform.repairs.finite import Tracer
-
-__all__ = ["FirstNonFinite"]
 
 
 class FirstNonFinite(Tracer):

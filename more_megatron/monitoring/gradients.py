@@ -3,8 +3,6 @@
 The squares of all kinds add up to the square of the gradient norm in Megatron's log line.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +14,6 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from megatron.core.transformer.module import param_is_not_shared
 
 from more_megatron.monitoring.watch import Key, Watch
-
-__all__ = ["Owner", "gradient_figures", "gradients_of_experts", "record_gradients"]
 
 _CONCERN = "gradient"
 _BY_EXPERT = "experts"

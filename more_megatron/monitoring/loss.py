@@ -7,8 +7,6 @@ spread of the smoothed loss; here it is taken around the line through it, so tha
 unstable for falling.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import deque
@@ -19,8 +17,6 @@ import numpy as np
 import torch
 
 from more_megatron.monitoring.watch import Key
-
-__all__ = ["LossHistory", "depth_figures", "record_depth_losses"]
 
 _CONCERN, _DEPTH = "loss", "depth"
 _WINDOW, _SMOOTHING = 1000, 100

@@ -4,8 +4,6 @@ Ranges are those of sections 5.1 and 5.2 of the research guide where it gives th
 the logarithm of the number of experts, effective experts with their number. docs/health.md has the sources of all.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import math
@@ -21,8 +19,6 @@ from more_megatron.monitoring.recurrence import TO_INPUT
 from more_megatron.monitoring.routing import Loads
 from more_megatron.monitoring.watch import Key
 from more_megatron.yaml_tables import read_table
-
-__all__ = ["OF_SOFTMAX", "Ends", "Finding", "Range", "findings", "healthy_ranges"]
 
 _BALANCE = "raise --moe-aux-loss-coeff, or lower the learning rate"
 _IGNORED = "the state is ignored: look at the adapter's state half, raise --recurrence-backprop-steps, draw the depth"

@@ -6,8 +6,6 @@ for length, change, distance to the input and correlation; the guide's section 5
 the last step; Parcae (arXiv 2604.12946) for the norms of the adapter's halves.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -19,16 +17,6 @@ import torch
 
 from more_megatron.monitoring.figures import record_figure
 from more_megatron.monitoring.watch import Key, Watch, current_watch
-
-__all__ = [
-    "REFINEMENT_FIGURES",
-    "TO_INPUT",
-    "Refinement",
-    "States",
-    "record_adapter",
-    "recurrence_figures",
-    "watch_states",
-]
 
 REFINEMENT_FIGURES = ("refinement gate", "refinement size", "refinement consistency")
 

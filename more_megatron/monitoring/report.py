@@ -1,7 +1,5 @@
 """Where figures go: a line of `health.jsonl`, TensorBoard, Weights & Biases."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
@@ -15,8 +13,6 @@ from more_megatron.figures import draw_loads, new_figure
 from more_megatron.monitoring.routing import Loads
 from more_megatron.monitoring.watch import Key
 from more_megatron.platform.packages import has_package
-
-__all__ = ["Report", "load_figure"]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ a token's distribution, in nats. Where the router is sigmoids (`--moe-router-sco
 probability is the softmax of the same logits, and no range applies.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -17,8 +15,6 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 
 from more_megatron.monitoring.watch import Key, Watch, current_watch
-
-__all__ = ["Loads", "routing_figures", "routing_loads", "watch_router"]
 
 _CONCERN = "routing"
 # Tokens that an expert would get by now if all got the same: fewer say nothing about one that got none.

@@ -5,8 +5,6 @@ nothing is computed or kept. What is added are sums and numbers, so that a figur
 under every layout, and nobody waits for a device before the step is over.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Iterator
@@ -15,8 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from megatron.core import parallel_state
-
-__all__ = ["Key", "Watch", "current_watch", "sum_and_number", "watch_of_step", "watching"]
 
 
 @dataclass(frozen=True, order=True)

@@ -7,8 +7,6 @@
 `initialize_platform` is the first thing an entry point calls, before Megatron is imported.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """What the memory of a run's machines can hold at all."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -11,8 +9,6 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.platform import Platform, select_platform
-
-__all__ = ["check_fits_devices", "check_fits_host", "keep_freed_memory"]
 
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 # Of glibc's `mallopt`.

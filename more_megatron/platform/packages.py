@@ -1,7 +1,5 @@
 """Optional packages: which are really there, and which warnings about absent ones are noise on a laptop."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util
@@ -11,8 +9,6 @@ import warnings
 from pathlib import Path
 
 from more_megatron.errors import MoREError
-
-__all__ = ["check_apex", "has_package", "hide_cuda_packages", "imports", "silence_absent_package_warnings"]
 
 # Megatron says these at import on every rank. On a machine without a GPU nothing can be done about them.
 _ABSENT_PACKAGES = (

@@ -4,16 +4,12 @@ A stand-in replaces one attribute of a module or class. It names the file and th
 that makes it necessary, so that a test can tell when a newer wheel no longer needs it.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
-
-__all__ = ["StandIn", "Table", "install"]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,10 @@
 """What stands around functions of Megatron's training loop, which calls them by their names in its module."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from megatron.training import training
-
-__all__ = ["SURROUNDED", "surround"]
 
 # The rows of this table are put in place by those who say what stands there, where it is wanted.
 SURROUNDED = {

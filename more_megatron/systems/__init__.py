@@ -4,8 +4,6 @@ Everything else iterates over the registry and knows no system by name. The name
 PyTorch, nor does a `System` until it is asked for its layers.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import importlib

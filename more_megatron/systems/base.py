@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from more_megatron.monitoring.ranges import Ends
     from more_megatron.monitoring.watch import Watch
 
-__all__ = ["DEPTH", "DIVISION", "MEGATRONS_INITIALIZATION", "REPEATED_ROUTER", "System"]
 
 # Flags of `MoREFlags` that every recurrence reads.
 DEPTH = frozenset(

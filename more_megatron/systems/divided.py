@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     Layers = Sequence[Layer]
 
-__all__ = ["DividedSystem"]
-
 
 class DividedSystem(System):
     """Layers of which some are repeated, with or without their input injected."""

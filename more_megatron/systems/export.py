@@ -8,29 +8,11 @@ A row names one parameter in both worlds. The sizes in the table:
 A system may add sizes of its own (`System.sizes`), and features that rows ask for (`System.features`).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
-
-__all__ = [
-    "ATTENTION",
-    "CELL_FEED_FORWARD",
-    "DENSE",
-    "DENSE_WITH_BIASES",
-    "FEED_FORWARD",
-    "MODEL",
-    "MOE",
-    "SANDWICH",
-    "Layout",
-    "Row",
-    "adapter_rows",
-    "block_rows",
-    "states",
-]
 
 
 class Layout(Enum):

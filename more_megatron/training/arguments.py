@@ -21,8 +21,6 @@ from more_megatron.training.data_checks import read_blend_files
 from more_megatron.training.flag_checks import check_flags, convert, unread_flags
 from more_megatron.training.stored_flags import given_flags, take_stored_flags
 
-__all__ = ["TrainingFlags", "parse_arguments"]
-
 # What every system shares, so that a run is described by sizes, data and system alone.
 _SHARED_DEFAULTS: dict[str, Any] = {
     "normalization": "RMSNorm",

@@ -25,8 +25,6 @@ from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
 from more_megatron.training.problems import Problems
 
-__all__ = ["Batch", "next_batch", "reads_boundaries", "stage_needs_data"]
-
 
 @dataclass(frozen=True)
 class Batch:

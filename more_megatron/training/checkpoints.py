@@ -1,7 +1,5 @@
 """Checkpoints checked before any rank loads one."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import re
@@ -18,8 +16,6 @@ from more_megatron.flags import flag
 from more_megatron.systems import flag_names, get_system
 from more_megatron.training.data_checks import tokenizer_hash
 from more_megatron.training.stored_flags import checkpoint_source, stored_arguments
-
-__all__ = ["check_checkpoint"]
 
 # Arguments that decide which tensors a model has, and of which shape.
 _ARCHITECTURE: tuple[str, ...] = (

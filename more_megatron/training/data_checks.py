@@ -1,7 +1,5 @@
 """The flags of data, and the data that they name, checked before any rank opens them."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -21,8 +19,6 @@ from more_megatron.data.check import check_dataset
 from more_megatron.data.indexed import idx_path, read_index
 from more_megatron.data.tokenizers import TokenizerOptions, tokenizer_sha256
 from more_megatron.errors import MoREError
-
-__all__ = ["check_data", "data_blends", "data_prefixes", "read_blend_files", "tokenizer_hash"]
 
 _SPLITS = ("training", "validation", "test")
 _FILE_SPLITS = ("train", "valid", "test")

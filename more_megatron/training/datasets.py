@@ -1,7 +1,5 @@
 """Training, validation and test data, as Megatron's flags describe them."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json
@@ -25,8 +23,6 @@ from more_megatron.training.data_checks import data_blends, data_prefixes
 from more_megatron.training.index_cache import cache_folder, only_writer, remove_unusable_indices
 from more_megatron.training.problem_datasets import AnswerDataset
 from more_megatron.training.problems import Tasks
-
-__all__ = ["counted_share", "datasets_provider", "run_tasks"]
 
 # Where a sample begins, and its place in the order.
 _INDEX_BYTES = 12

@@ -4,8 +4,6 @@ Megatron's evaluation runs once for each depth. The first is its own, at `--recu
 Megatron does; what it read is read again for the others.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math
@@ -19,8 +17,6 @@ from more_megatron.monitoring.figures import write_scalars
 from more_megatron.monitoring.loss import record_depth_losses
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
-
-__all__ = ["DepthEvaluation", "evaluate_at_depths", "evaluated_steps"]
 
 LOSS = "lm loss"
 

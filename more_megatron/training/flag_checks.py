@@ -1,7 +1,5 @@
 """Checks of a command line: flags that nothing reads, values that cannot be converted, and the table of what may be."""
 
-from __future__ import annotations
-
 import enum
 import re
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
@@ -11,8 +9,6 @@ from more_megatron.errors import MoREError
 from more_megatron.flags import check_ranges, flag
 from more_megatron.systems import flag_names
 from more_megatron.training.flag_table import NEEDS, RANGES, broken_rules
-
-__all__ = ["OTHER_PROGRAMS", "UNREAD", "check_flags", "convert", "unread_flags"]
 
 # Flags that Megatron's parser takes and that pretraining never reads: groups, and single ones, of inference, retrieval,
 # vision and so on; and others, with what each is to be replaced by. `tests/training/test_unread_flags.py` looks through

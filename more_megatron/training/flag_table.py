@@ -3,8 +3,6 @@
 It holds what Megatron accepts wrongly, late or without a word. A rule of one system belongs to the system.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from argparse import Namespace
@@ -17,8 +15,6 @@ import torch
 from more_megatron.flags import flag
 from more_megatron.platform.packages import has_package, imports
 from more_megatron.training.row_length import length_curriculum
-
-__all__ = ["NEEDS", "RANGES", "broken_rules", "row_faults"]
 
 # Interval, and the flags whose numbers must lie in it: the first row that names a flag counts. No number of a flag may
 # be infinite or none.

@@ -4,8 +4,6 @@
 Megatron's experts (`System.former_keys`); what is left of its experts is drawn anew, and named.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import functools
@@ -27,8 +25,6 @@ from more_megatron.console import say
 from more_megatron.systems import get_system, names
 from more_megatron.systems.export import FEED_FORWARD
 from more_megatron.training.stored_flags import checkpoint_source, stored_arguments
-
-__all__ = ["ask_for_former_weights"]
 
 
 def ask_for_former_weights(args: argparse.Namespace, model: list[MegatronModule]) -> list[MegatronModule]:

@@ -1,7 +1,5 @@
 """The forward step: a micro-batch through the model, with the depth it is to be computed at; and its loss."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
@@ -25,8 +23,6 @@ from more_megatron.training.datasets import run_tasks
 from more_megatron.training.evaluation import evaluated_steps
 from more_megatron.training.problems import greedy_tokens
 from more_megatron.training.row_length import row_length
-
-__all__ = ["forward_step"]
 
 _SPIKE_FACTOR = 10
 

@@ -3,8 +3,6 @@
 Megatron calls `train_step` and `checkpoint_and_decide_exit` by their names in its module, where these take their place.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools
@@ -32,8 +30,6 @@ from more_megatron.platform.repairs.finite import non_finite_stop, trace_reruns
 from more_megatron.platform.training_loop import surround
 from more_megatron.systems import get_system
 from more_megatron.training.parameter_owners import adapters, parameter_owners
-
-__all__ = ["watch_health"]
 
 
 def watch_health(config: MoREConfig, args: argparse.Namespace) -> None:

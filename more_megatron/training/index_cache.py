@@ -1,7 +1,5 @@
 """The cache of dataset indices that Megatron keeps beside the data, and what a kill can leave in it."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -12,8 +10,6 @@ from typing import IO, Any
 import numpy as np
 
 from more_megatron.console import say
-
-__all__ = ["cache_folder", "only_writer", "remove_unusable_indices"]
 
 _DESCRIPTION = "description.txt"
 _LOCK = ".index.lock"

@@ -1,7 +1,5 @@
 """What `pretrain` is handed: the model configuration that it builds from, data and forward step."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from typing import Any
@@ -23,8 +21,6 @@ from more_megatron.systems import get_system
 from more_megatron.training.datasets import counted_share, datasets_provider
 from more_megatron.training.former_weights import ask_for_former_weights
 from more_megatron.training.forward import forward_step
-
-__all__ = ["check_system", "model_config_from_args", "pretrain_arguments"]
 
 
 def pretrain_arguments(args: argparse.Namespace, model_config: MoREModelConfig) -> tuple[Any, ...]:

@@ -1,7 +1,5 @@
 """Which kind of parameter is which, and which experts' weights it holds."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,8 +9,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from more_megatron.blocks.parameters import linear_columns, local_groups
 from more_megatron.monitoring.gradients import Owner
-
-__all__ = ["adapters", "parameter_owners"]
 
 # The first that is found in a parameter's name says its kind.
 _KINDS = (

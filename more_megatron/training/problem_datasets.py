@@ -1,7 +1,5 @@
 """Datasets of a run that trains on answers: rows of whole problems, and plain text as Megatron cuts it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -17,8 +15,6 @@ from more_megatron.console import say
 from more_megatron.data.answers import has_answers, mask_prefix, task_names
 from more_megatron.errors import MoREError
 from more_megatron.training.problems import NO_TASK, Tasks, slots
-
-__all__ = ["AnswerDataset", "ProblemDataset"]
 
 
 class AnswerDataset(torch.utils.data.Dataset):

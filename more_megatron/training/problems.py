@@ -15,8 +15,6 @@ from megatron.core.tensor_parallel.mappings import _gather_along_first_dim
 
 from more_megatron.data.answers import has_answers, task_names
 
-__all__ = ["NO_TASK", "Problems", "Tasks", "greedy_tokens", "slots"]
-
 NO_TASK = -1
 # Tokens of a row for each of its slots.
 _TOKENS_A_SLOT = 8

@@ -1,7 +1,5 @@
 """What a run reports besides Megatron's own figures: what the model costs, and figures of its system."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable
@@ -24,8 +22,6 @@ from more_megatron.systems import get_system
 from more_megatron.training.evaluation import evaluate_at_depths
 from more_megatron.training.health import watch_health
 from more_megatron.training.row_length import announce_row_length
-
-__all__ = ["extend_loop", "prepare_reports", "print_cost", "report_figures"]
 
 # Of a parameter: itself and its gradient in 16 bits, and the optimizer's copy and two moments.
 _BYTES, _TRAINED_BYTES = 2, 16

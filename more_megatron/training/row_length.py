@@ -1,7 +1,5 @@
 """Shorter rows at first: samples are cut into several, so that tokens a step and consumed samples stay the same."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 from collections.abc import Callable
@@ -11,8 +9,6 @@ from megatron.training import get_args
 
 from more_megatron.curriculum import Curriculum
 from more_megatron.platform.training_loop import surround
-
-__all__ = ["announce_row_length", "length_curriculum", "row_length"]
 
 
 def length_curriculum(args: argparse.Namespace) -> Curriculum | None:

@@ -1,7 +1,5 @@
 """What a run takes from the checkpoint that it goes on from, where the command line does not say it."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,6 @@ from more_megatron.data.tokenizers import TokenizerOptions
 from more_megatron.flags import flag
 from more_megatron.pickles import common_state
 from more_megatron.systems import flag_names
-
-__all__ = ["checkpoint_source", "given_flags", "stored_arguments", "take_stored_flags"]
-
 
 _NAMES_OF_CODE = {"trust_remote_code", "metadata_path"}
 

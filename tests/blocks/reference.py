@@ -1,14 +1,10 @@
 """Recurrent experts in plain `torch.nn`, for one expert and one sequence at a time: slow and easy to check."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-
-__all__ = ["LightExpert", "ReferenceBlock", "Shape"]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Cells write over products, whatever autograd function these come from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Where each token stands travels with it: every row that reaches an expert is the row that its coordinates name."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 from types import SimpleNamespace

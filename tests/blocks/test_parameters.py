@@ -1,7 +1,5 @@
 """Weights of several experts in one tensor: their shapes, their marks, and their place in checkpoints."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """The penalty on projections that are not orthogonal: its value, its gradient, and that no layout changes it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The iterated MoE sub-layer: what it equals, and where its gradients go."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

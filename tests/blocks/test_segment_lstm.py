@@ -1,7 +1,5 @@
 """LSTMs along segments of any length, against PyTorch's own along one segment at a time."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Variable-length sequences in the padded layout and back."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

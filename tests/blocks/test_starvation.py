@@ -1,7 +1,5 @@
 """Routing at its extremes: all tokens at one expert, so that another rank's experts receive none."""
 
-from __future__ import annotations
-
 import itertools
 import os
 

@@ -1,7 +1,5 @@
 """Balance figures for each step of a repeated router."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

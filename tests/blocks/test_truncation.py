@@ -1,7 +1,5 @@
 """Backpropagation through the last steps only: the gradients of a detached loop, and memory that n leaves flat."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Which tokens are the answer's, and what is said of masks that do not fit."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A comparison: the flags of its runs, runs that are made once, and a report that says what their logs say."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """Two systems with two seeds, killed in the middle: the same command finishes the comparison with the same numbers."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

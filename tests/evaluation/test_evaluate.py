@@ -1,7 +1,5 @@
 """What is evaluated is what the trainer reports, and what a direct computation finds."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

@@ -1,7 +1,5 @@
 """Experts are told to take what they take, in every layer and step of every system with a router."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The check of a GPU node: its dry run, that each stage can fail, and that a case that fails ends no other."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """Systems at equal cost: what is built costs what was asked for, by PyTorch's own count."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest

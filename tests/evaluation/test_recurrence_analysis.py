@@ -1,7 +1,5 @@
 """What states do over the steps: kinds of movement that are known beforehand, and the analysis of small models."""
 
-from __future__ import annotations
-
 import json
 import math
 import sys

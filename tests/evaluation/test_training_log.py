@@ -1,7 +1,5 @@
 """Reading Megatron's lines, also where ranks write into each other's."""
 
-from __future__ import annotations
-
 import math
 
 from more_megatron.evaluation.training_log import read_iteration, read_log, read_validation

@@ -1,7 +1,5 @@
 """What tests train on: a dataset of a few hundred random documents, in Megatron's format, and a text."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import os
@@ -12,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-__all__ = ["sample_text", "shared_corpus", "write_corpus"]
 
 _SHARED = "MORE_TEST_CORPUS"
 

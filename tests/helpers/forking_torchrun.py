@@ -4,8 +4,6 @@ Ranks that are forked hand their return value to the launcher, which waits for i
 their process themselves and have none: as with ranks that are programs, the exit code says that they are done.
 """
 
-from __future__ import annotations
-
 import sys
 
 from torch.distributed import run

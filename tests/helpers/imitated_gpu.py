@@ -3,8 +3,6 @@
 Storages are told apart by where they would be. What a GPU's kernels compute is computed here by the CPU's.
 """
 
-from __future__ import annotations
-
 import collections
 import traceback
 from collections.abc import Iterator
@@ -18,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from more_megatron.platform.cuda.pytorch import _on_cpu
-
-__all__ = ["ImitatedGPU"]
 
 _Tensor, _CPU, _GPU = torch.Tensor, torch.device("cpu"), torch.device("cuda:0")
 # Operations whose result has a size that only the device knows, or that is a number.

@@ -3,8 +3,6 @@
 Each function is given to `Program` as `prepare`: it sets a trap in the rank before the program starts.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import signal
@@ -16,20 +14,6 @@ import numpy as np
 from megatron.core.dist_checkpointing import serialization
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import checkpointing, training
-
-__all__ = [
-    "kill_before_checkpoint_is_complete",
-    "kill_before_tracker",
-    "kill_in_data_file",
-    "kill_in_index_cache",
-    "kill_in_tracker",
-    "refuse_writing",
-    "spoil_first_step",
-    "spoil_third_step",
-    "spoil_unused_row",
-    "terminate_after_step",
-    "terminate_all_after_step",
-]
 
 _SAVE = 2
 _STEP = 3

@@ -1,7 +1,5 @@
 """Small models of every system, built inside a rank without Megatron's trainer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -15,19 +13,6 @@ from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
 from more_megatron.training.problems import Problems
-
-__all__ = [
-    "EXPERTS",
-    "HIDDEN",
-    "RECOMPUTATION",
-    "VOCABULARY",
-    "build_model",
-    "gpt_model",
-    "logits",
-    "redraw",
-    "small_config",
-    "start_ranks",
-]
 
 HIDDEN, EXPERTS, VOCABULARY = 16, 4, 24
 

@@ -1,13 +1,9 @@
 """Parts of transformers in plain PyTorch, written from the papers: what slow references of whole models are made of."""
 
-from __future__ import annotations
-
 import math
 
 import torch
 from torch.nn import functional
-
-__all__ = ["PlainModel", "Weights"]
 
 Weights = dict[str, torch.Tensor]
 

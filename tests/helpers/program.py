@@ -3,8 +3,6 @@
 The ranks are forked from the server process of `ranks.py`, which has imported Megatron.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os
@@ -22,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.ranks import PRELOADED, alone, free_port, rank_environment
-
-__all__ = ["Ended", "Program", "finished", "losses_by_iteration", "pretrain_more", "refused"]
 
 _ENTRY_POINT = Path(__file__).parents[2] / "pretrain_more.py"
 _LOSS = "lm loss: "

@@ -3,8 +3,6 @@
 Ranks are forked from a server process that has imported Megatron once, so that a world costs a fraction of a second.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import multiprocessing
@@ -20,8 +18,6 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-
-__all__ = ["PRELOADED", "alone", "free_port", "rank_environment", "run_ranks"]
 
 # What the server process imports.
 PRELOADED = "tests.helpers.preload"

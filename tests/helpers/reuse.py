@@ -1,13 +1,9 @@
 """Several training runs in one world, which costs seconds to start, a run of a tiny model less than that."""
 
-from __future__ import annotations
-
 from megatron.training import training
 
 from more_megatron.evaluation.runs import forget_run, read_each_docstring_once
 from tests.helpers.training import History, train
-
-__all__ = ["train_all"]
 
 
 def train_all(command_lines: list[str]) -> list[History]:

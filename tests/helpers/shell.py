@@ -5,8 +5,6 @@ real, but trains tokenizers of 400 pieces, and writes down tools that need what 
 `torchrun` can then be given to `parse`, or to `train_call`, those of tools to `use`.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import json
@@ -23,8 +21,6 @@ import pytest
 
 from tests.helpers.program import Ended, pretrain_more
 from tests.helpers.ranks import run_ranks
-
-__all__ = ["PROJECT", "Call", "calls_of", "linter", "parse", "train_call", "use"]
 
 PROJECT = Path(__file__).resolve().parents[2]
 

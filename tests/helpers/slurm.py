@@ -4,8 +4,6 @@
 `scancel` sends a signal to the tasks, and only to them, as SLURM does with `proctrack/cgroup`. `torchrun` is real.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -19,8 +17,6 @@ import psutil
 
 from tests.helpers.ranks import free_port
 from tests.helpers.shell import PROJECT
-
-__all__ = ["JOB_ID", "Job", "job_variables", "submit", "write_slurm"]
 
 JOB_ID = "4711"
 

@@ -1,7 +1,5 @@
 """What tests that go through all systems need to know of each."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,8 +7,6 @@ import pytest
 
 from more_megatron.systems import get_system
 from tests.helpers.models import small_config
-
-__all__ = ["flags_of", "in_two_tiers", "is_one_group"]
 
 
 def in_two_tiers(systems: Iterable[str], always: int = 3) -> list[Any]:

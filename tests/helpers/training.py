@@ -1,7 +1,5 @@
 """Training runs inside a rank: the command line in, losses and gradient norms out."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +12,6 @@ from more_megatron.systems import get_system
 from more_megatron.training.model import pretrain_arguments
 from more_megatron.training.reporting import extend_loop
 from tests.helpers.corpus import shared_corpus
-
-__all__ = ["TINY", "TINY_ON_FILES", "History", "dense", "train"]
 
 # A model that trains in milliseconds a step, large enough for every layout: 4 layers, 4 heads, 4 experts. The caller
 # names the data with --data-path.

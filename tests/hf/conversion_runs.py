@@ -1,7 +1,5 @@
 """Checkpoints of tiny runs, converted there and back inside ranks."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re
@@ -17,18 +15,6 @@ from more_megatron.systems import get_system, names
 from tests.helpers.corpus import write_corpus
 from tests.helpers.reuse import train_all
 from tests.helpers.training import TINY_ON_FILES, dense
-
-__all__ = [
-    "IN_MATRIX",
-    "RUNS",
-    "SEQUENCES",
-    "WITHOUT_ARGUMENTS",
-    "Reported",
-    "command_line",
-    "convert",
-    "train_runs",
-    "write_data",
-]
 
 SEQUENCES = 8
 _LENGTH = 16

@@ -1,7 +1,5 @@
 """Checkpoints of random weights, written without a trainer."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from pathlib import Path
@@ -12,8 +10,6 @@ import torch
 from more_megatron.hf.conversion.megatron_writer import write_release
 from more_megatron.hf.mapping import entries
 from more_megatron.systems import get_system
-
-__all__ = ["VALUES", "make_args", "write_source"]
 
 # Arguments of a run, as far as a conversion reads them.
 VALUES: dict[str, Any] = {

@@ -1,7 +1,5 @@
 """Small models as Megatron computes them, and the same ones in transformers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,23 +18,6 @@ from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from more_megatron.systems import get_system
 from tests.helpers.models import build_model, small_config, start_ranks
-
-__all__ = [
-    "CASES",
-    "HIDDEN",
-    "LAYERS",
-    "LENGTH",
-    "STEPS",
-    "SYSTEMS",
-    "VOCABULARY",
-    "Case",
-    "Result",
-    "compute",
-    "free",
-    "load",
-    "random_model",
-    "tokens",
-]
 
 SYSTEMS = system_names()
 

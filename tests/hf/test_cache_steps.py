@@ -1,7 +1,5 @@
 """Caches that keep fewer steps than a model takes, and recurrences that start where the token before ended."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoints of every system and layout become Hugging Face models, and come back without losing a bit."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Exported tokenizers give the ids of training and decode what they encode."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json

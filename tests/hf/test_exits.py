@@ -1,7 +1,5 @@
 """Adaptive exit: each token stops by itself, and leaves the batch."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Code beside weights: exactly the modules that a system needs, and none that needs another system."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

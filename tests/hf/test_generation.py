@@ -1,7 +1,5 @@
 """Generation: with a cache as without, for prompts of unequal length, by every method of transformers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Huginn's published form in and out: a folder as its authors' code writes it, made here from its mathematics."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

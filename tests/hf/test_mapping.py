@@ -1,7 +1,5 @@
 """The mapping table names every parameter of the Hugging Face model, and its layouts lose nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """The README of an export quotes what was measured, by its name."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The model in transformers: what it computes, what it takes and returns, and how it is saved."""
 
-from __future__ import annotations
-
 import functools
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """What a call says of its recurrences: the state behind each step, and router logits by layer and step."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

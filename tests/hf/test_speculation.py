@@ -1,7 +1,5 @@
 """Self-speculation: drafts with few steps, verified with all, lead to what plain generation leads to."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

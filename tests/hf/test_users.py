@@ -1,7 +1,5 @@
 """What users of transformers do with a model: fine-tune it, pack rows, compile it, give it states and tokens."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

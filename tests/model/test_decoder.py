@@ -1,7 +1,5 @@
 """The decoder that repeats groups of layers: against the unrolled model, in recomputation, and what is counted."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable
 from typing import Any

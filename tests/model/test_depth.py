@@ -1,7 +1,5 @@
 """How many steps a micro-batch takes: the draw, its distribution, and settings that make no sense."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

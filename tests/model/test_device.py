@@ -1,7 +1,5 @@
 """No system waits for a GPU beyond what Megatron's dispatcher does, or mixes tensors of both devices."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

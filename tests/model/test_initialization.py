@@ -1,7 +1,5 @@
 """Initial weights of recurrent blocks: as Takase et al. draw them, and the same however they are placed."""
 
-from __future__ import annotations
-
 import math
 from argparse import Namespace
 from dataclasses import dataclass

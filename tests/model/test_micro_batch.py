@@ -1,7 +1,5 @@
 """What layers are told about a micro-batch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """The random initial state: a function of its coordinates, and normally distributed."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Problems of one row: each is computed as if it stood alone."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import torch

@@ -1,7 +1,5 @@
 """Truncated backpropagation against plain autograd on a loop that is detached explicitly."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

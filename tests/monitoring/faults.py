@@ -1,7 +1,5 @@
 """Faults planted into training runs, each at the third step of a process unless it says otherwise."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable
@@ -19,8 +17,6 @@ from more_megatron.errors import MoREError
 from more_megatron.evaluation.runs import forget_run
 from more_megatron.training import forward
 from tests.helpers.reuse import train_all
-
-__all__ = ["FAULTS", "SPIKE", "faulty_run", "write_easy_corpus"]
 
 SPIKE = 14
 _STEP = 3

@@ -1,7 +1,5 @@
 """What a run computes, kept by other ways than monitoring's, and figures worked out of it in plain PyTorch."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json
@@ -17,8 +15,6 @@ from megatron.training import training
 
 from more_megatron.monitoring import HEALTH_FILE
 from tests.helpers.reuse import train_all
-
-__all__ = ["Recorded", "expected_figures", "read_records", "record_run"]
 
 _LOOPS = (
     ("more_megatron.model.loops", "iterate_state"),

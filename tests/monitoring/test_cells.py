@@ -1,7 +1,5 @@
 """What experts with recurrent cells report: of gates and refinements."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Figures of systems: the same mean under every layout, in the log line and at the writers when a line is due."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any

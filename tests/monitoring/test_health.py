@@ -1,7 +1,5 @@
 """Runs that are watched: planted faults are named, healthy runs are left alone, and watching changes nothing."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from pydoc_data.topics import topics

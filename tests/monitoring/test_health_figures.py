@@ -1,7 +1,5 @@
 """Figures of health equal what plain PyTorch makes of the same states, decisions and gradients, under every layout."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

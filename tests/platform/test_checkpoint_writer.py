@@ -1,7 +1,5 @@
 """The queue over which the writers of checkpoints report."""
 
-from __future__ import annotations
-
 import queue
 
 import pytest

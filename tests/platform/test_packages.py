@@ -1,7 +1,5 @@
 """The wrong `apex`, the right one, and none where there is no CUDA."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which platform a process is on, what it says, and what it touches."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Tensors asked for on a GPU are on the CPU, wherever they are asked for."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Each stand-in is still needed by the installed wheel, and can be put in place and taken back."""
 
-from __future__ import annotations
-
 import re
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs the experts of a layer, and a plain function for one expert and one sequence at a time, on the same weights."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -12,8 +10,6 @@ from more_megatron.blocks.layer import LayerInputs
 from more_megatron.model.depth import Depth
 from more_megatron.model.micro_batch import MicroBatch
 from tests.helpers.models import HIDDEN, gpt_model, small_config, start_ranks
-
-__all__ = ["DEPTHS", "assert_equal", "feed_forward", "ours_and_reference"]
 
 _LENGTH, _BATCH, _EXPERTS = 12, 3, 6
 _IDLE, _LONELY = 4, 2  # an expert without rows, and one with a single row

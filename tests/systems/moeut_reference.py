@@ -1,14 +1,10 @@
 """MoEUT in plain PyTorch, one sequence, one token, one expert at a time: slow and easy to check."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
-
-__all__ = ["ReferenceMoEUT", "Sizes"]
 
 Weights = dict[str, torch.Tensor]
 

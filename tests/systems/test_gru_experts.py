@@ -1,7 +1,5 @@
 """Experts that iterate a GRU in their inner layer, against PyTorch's cell."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

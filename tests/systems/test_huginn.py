@@ -1,7 +1,5 @@
 """`huginn` against its mathematics in plain PyTorch, and what is its own: initial weights, biases, one norm twice."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`loop` against its mathematics in plain PyTorch, and how it divides a model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """`moeut`: the stack against a slow reference, its entropy balance, its sizes."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from typing import Any
 

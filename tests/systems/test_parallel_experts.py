@@ -1,7 +1,5 @@
 """Experts that mix a feed-forward network and an LSTM along the tokens sent to them, against PyTorch's LSTM."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Experts whose output a gated LSTM cell refines, against PyTorch's cell."""
 
-from __future__ import annotations
-
 import torch
 
 from more_megatron.model.depth import Depth

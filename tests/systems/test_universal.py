@@ -1,7 +1,5 @@
 """The Universal Transformer equals an independent computation, and halts as Tensor2Tensor's does."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from argparse import Namespace

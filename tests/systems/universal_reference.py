@@ -3,15 +3,11 @@
 Written from the mathematics of Tensor2Tensor's `universal_transformer_util.py`, independently of the package.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import layer_norm, relu
-
-__all__ = ["Outcome", "Universal"]
 
 _EPS = 1e-6
 

@@ -1,7 +1,5 @@
 """Training on answers: what counts in the loss, under every layout, and what is reported of answers."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Damaged checkpoints and those of other models are refused with one line; what a kill left is mended."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

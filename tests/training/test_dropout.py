@@ -1,7 +1,5 @@
 """With dropout on, recomputation draws the masks of the first pass again: losses and gradients stay as they were."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Numbers that are not finite end a run in one line, and no checkpoint holds them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

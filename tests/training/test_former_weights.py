@@ -1,7 +1,5 @@
 """A system that starts from a checkpoint of another one takes what both have, and says what it draws anew."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 

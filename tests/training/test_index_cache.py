@@ -1,7 +1,5 @@
 """What a kill leaves in the cache of dataset indices is removed, and nothing else."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """What was saved under one layout continues under another, with its optimizer state."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

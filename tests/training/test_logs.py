@@ -1,7 +1,5 @@
 """What a run says: its log lines, TensorBoard, and Weights & Biases without an account."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Megatron's options, each tried once."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Gradients that are reduced while the backward pass still runs, under a depth that varies."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

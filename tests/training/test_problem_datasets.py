@@ -1,7 +1,5 @@
 """Rows of problems: whole ones, each once an epoch, with positions of their own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

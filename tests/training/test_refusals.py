@@ -1,7 +1,5 @@
 """What a user gets wrong ends with one line that says what and how to mend it, before any training step."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

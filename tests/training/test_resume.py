@@ -1,7 +1,5 @@
 """A run that is ended at any moment goes on from its newest complete checkpoint as if nothing had happened."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Shorter rows at first: the same under every layout, and after a resume."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a resumed run takes from its checkpoint, what it warns of, and what it refuses."""
 
-from __future__ import annotations
-
 import argparse
 import io
 from pathlib import Path

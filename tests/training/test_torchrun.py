@@ -1,7 +1,5 @@
 """The command a user types: killed, told to stop, and started again."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

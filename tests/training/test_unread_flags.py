@@ -1,7 +1,5 @@
 """The table of flags without effect is what a look through the wheel finds."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from importlib.util import find_spec

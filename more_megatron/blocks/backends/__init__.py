@@ -1,7 +1,5 @@
 """Building blocks by backend: `local` (plain PyTorch) and `te` (Transformer Engine)."""
 
-from __future__ import annotations
-
 from more_megatron.blocks.backends.local import Backend, LocalAttention, LocalNorm, Weights, grouped_linear
 from more_megatron.config import MoREConfig
 

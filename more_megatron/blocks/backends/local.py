@@ -1,7 +1,5 @@
 """The backend in plain PyTorch: fused kernels where the device has them, on a CPU too."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Sequence
@@ -22,8 +20,6 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from more_megatron.blocks.rows import RowGroups
 from more_megatron.config import MoREConfig
-
-__all__ = ["Backend", "LocalAttention", "LocalNorm", "Weights", "grouped_linear"]
 
 # Weights of a linear map or of a norm. Assigned to an attribute of a module they become its parameter or its submodule.
 Weights = torch.nn.Parameter | torch.nn.Module

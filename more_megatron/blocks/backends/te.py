@@ -5,8 +5,6 @@ Nothing of its own is written to checkpoints, so that they load under the other 
 state is empty but for the scaling histories of delayed FP8, which fill again within a few steps.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from typing import Any
@@ -27,8 +25,6 @@ from more_megatron.blocks.backends.local import Backend, Weights
 from more_megatron.blocks.rows import RowGroups
 from more_megatron.config import MoREConfig
 from more_megatron.model.initialization import parameter_device
-
-__all__ = ["TransformerEngineBackend"]
 
 
 class _Attention(TEDotProductAttention):

@@ -1,14 +1,10 @@
 """What is seen of experts at first sight."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 
 from more_megatron.figures import heat_map, new_figure, spread
-
-__all__ = ["draw_experts"]
 
 _MOST_LAYERS, _MOST_STEPS = 4, 4
 

@@ -1,7 +1,5 @@
 """Which expert takes which tokens, by layer and step: the routing decisions of calls, and what is counted of them."""
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json
@@ -23,8 +21,6 @@ from more_megatron.figures import write_results
 from more_megatron.flags import check_ranges
 from more_megatron.hf.exported.routing import router_scores
 from more_megatron.progress import progress_bar
-
-__all__ = ["Decision", "PlaceStatistics", "analyze_experts", "jaccard", "mutual_information", "routing_decisions"]
 
 _FREQUENT = 30
 

@@ -1,7 +1,5 @@
 """The health of a training run on one page, from the `health.jsonl` in its `--save` folder."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +9,6 @@ from more_megatron.errors import MoREError
 from more_megatron.figures import draw_loads, name_axes, panels, spread, write_results
 from more_megatron.json_lines import read_json_lines
 from more_megatron.monitoring import HEALTH_FILE
-
-__all__ = ["draw_health", "read_health", "split_tag", "warned_figure"]
 
 _FIELDS = ("iteration", "figures", "experts", "warnings")
 _MOST_LINES, _MOST_ROWS = 8, 24

@@ -1,7 +1,5 @@
 """What the states of a model do over the steps, as it reads a text: movement, path independence, loss against depth."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ from more_megatron.evaluation.exported_model import ExportedModel, open_model
 from more_megatron.evaluation.texts import read_texts, token_windows
 from more_megatron.figures import spread, write_results
 from more_megatron.flags import check_ranges
-
-__all__ = ["analyze_recurrence"]
 
 _MOST_STEPS = 64
 _SHOWN = 12

@@ -1,15 +1,11 @@
 """The movement of states, in pictures."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 
 from more_megatron.evaluation.analysis.trajectories import KINDS
 from more_megatron.figures import depth_axis, name_axes, panels, spread
-
-__all__ = ["draw_recurrence"]
 
 _MOST_RECURRENCES, _MOST_TOKENS = 4, 40
 _COLOURS = dict(zip(KINDS, ("#2166ac", "#b2182b", "#1b7837"), strict=True))

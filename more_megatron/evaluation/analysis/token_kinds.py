@@ -1,14 +1,10 @@
 """What kind of token a token is: a number, punctuation, a word, a part of one, a single character."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-__all__ = ["KINDS", "TokenKinds"]
 
 KINDS = ("numeric", "punctuation", "word", "sub-word", "single character", "other")
 """`word`: a whole word in one token; `sub-word`: a part of one; `other`: spaces, parts of characters, specials."""

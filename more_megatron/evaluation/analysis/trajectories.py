@@ -9,15 +9,11 @@ slide. Here a rule names them, for each token, from the second half of its traje
 - orbiting: otherwise.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-
-__all__ = ["KINDS", "Trajectories", "distances_of_starts"]
 
 KINDS = ("converging", "orbiting", "sliding")
 _FEWEST_STEPS = 8

@@ -3,8 +3,6 @@
 Nothing here needs Megatron: costs and widths are found in `planning`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math
@@ -22,8 +20,6 @@ from more_megatron.flags import MoREFlags, check_ranges
 from more_megatron.platform.packages import has_package
 from more_megatron.systems import flag_names, get_system, systems
 from more_megatron.yaml_tables import read_table
-
-__all__ = ["MATCHES", "Arm", "Experiment", "evaluation_flags", "mean_steps"]
 
 MATCHES = {
     "flops": "training FLOPs a token at the mean depth",

@@ -18,8 +18,6 @@ from more_megatron.evaluation.comparison import health
 from more_megatron.evaluation.comparison.measures import ArmResult, Spread
 from more_megatron.figures import depth_axis, draw_loads, new_figure
 
-__all__ = ["draw_all"]
-
 _INCHES = (4.8, 3.9)
 _MANY = 1e4
 _STYLES = ("-", "--", ":", "-.")

@@ -3,8 +3,6 @@
 Means are over layers first, then over recurrence steps, then over the seeds whose runs were watched.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import statistics
@@ -15,8 +13,6 @@ import numpy as np
 
 from more_megatron.evaluation.analysis.health_page import split_tag, warned_figure
 from more_megatron.evaluation.comparison.measures import ArmResult, Spread, spreads
-
-__all__ = ["FIGURES", "entropy_by_step", "entropy_over_training", "loads", "summary"]
 
 FIGURES = ("load cv", "effective experts", "entropy", "dead experts")
 """Figures of routing in a report."""

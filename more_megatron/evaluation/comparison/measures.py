@@ -17,8 +17,6 @@ from more_megatron.evaluation.comparison.runner import CHECKPOINT, EVALUATION, F
 from more_megatron.evaluation.training_log import TrainingLog, read_log
 from more_megatron.monitoring import HEALTH_FILE
 
-__all__ = ["ArmResult", "Difference", "RunResult", "Spread", "collect", "difference", "spreads"]
-
 _LOSS = "lm loss"
 # Two-sided confidence of an interval.
 _CONFIDENCE = 0.95

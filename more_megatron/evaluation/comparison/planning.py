@@ -20,8 +20,6 @@ from more_megatron.unfinished import write_whole
 if TYPE_CHECKING:
     from more_megatron.evaluation.matching import Described
 
-__all__ = ["Plan", "PlannedArm", "Run", "plan"]
-
 
 @dataclass(frozen=True)
 class PlannedArm:

@@ -1,7 +1,5 @@
 """The report of a comparison: one content, as JSON, as Markdown, and as one HTML file that needs no other."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime
 import importlib.metadata
@@ -23,8 +21,6 @@ from more_megatron.evaluation.comparison.measures import ArmResult, RunResult, S
 from more_megatron.evaluation.comparison.planning import Plan
 from more_megatron.platform.packages import has_package
 from more_megatron.unfinished import write_whole
-
-__all__ = ["check_packages", "write_report"]
 
 _PACKAGES = ("megatron-core", "torch", "numpy")
 

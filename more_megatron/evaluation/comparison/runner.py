@@ -4,8 +4,6 @@ A run is a folder: `log.txt`, all that its attempts said, `finetune.txt`, the sa
 its weights, `evaluation/`, its answers to problems, and `record.json`, written when it has ended.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json
@@ -28,8 +26,6 @@ from more_megatron.evaluation.command_lines import Flags, arguments_of
 from more_megatron.evaluation.comparison.planning import Run
 from more_megatron.lifetime import receive_at_end_of_parent
 from more_megatron.unfinished import write_whole
-
-__all__ = ["CHECKPOINT", "EVALUATION", "FINETUNE_LOG", "LOG", "Record", "Runner", "in_own_process", "read_record"]
 
 _PROJECT = Path(__file__).resolve().parents[3]
 LOG, FINETUNE_LOG = "log.txt", "finetune.txt"

@@ -1,15 +1,11 @@
 """How fast the arms of a plan train, in short timings taken in turn: runs themselves share the machine with others."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 from more_megatron.evaluation.command_lines import as_typed
 from more_megatron.evaluation.comparison.planning import Plan
 from more_megatron.unfinished import write_whole
-
-__all__ = ["save_timings"]
 
 # The first step allocates gradients, which are not to count.
 _ROUNDS, _WARMUP = 5, 2

@@ -1,15 +1,11 @@
 """What cases of the check found, and the report: in lines as it comes, in JSON for programs, in Markdown for people."""
 
-from __future__ import annotations
-
 import datetime
 import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
-
-__all__ = ["Finding", "Report", "Status"]
 
 
 class Status(StrEnum):

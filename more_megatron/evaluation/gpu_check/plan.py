@@ -1,15 +1,11 @@
 """How large each stage is: on a GPU, and in miniature on a CPU."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from more_megatron.evaluation.command_lines import Flags, as_typed, parse_flags, read_by
 from more_megatron.systems import get_system
-
-__all__ = ["DRY", "EXACT", "GPU", "PRECISIONS", "Plan", "Sizes", "command_line", "everywhere"]
 
 BACKENDS = {
     "local": parse_flags("--transformer-impl local"),

@@ -1,7 +1,5 @@
 """Runs the stages one after the other, their cases in worlds, and keeps to the time there is."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import tempfile
@@ -20,8 +18,6 @@ from more_megatron.evaluation.gpu_check.worlds import World, WorldError
 from more_megatron.flags import check_ranges
 from more_megatron.platform.packages import has_package
 from more_megatron.systems import names
-
-__all__ = ["Crew", "check"]
 
 # Longer than any case should take; one that hangs must not take the time of all.
 _LONGEST = 120.0

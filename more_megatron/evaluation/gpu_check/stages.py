@@ -1,13 +1,9 @@
 """The stages and their cases."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
 from more_megatron.evaluation.gpu_check.plan import Plan
-
-__all__ = ["LETTERS", "Case", "Stage", "stages"]
 
 LETTERS = "abcdef"
 # Systems of the dry run where one would find what all would: a slip in the script.

@@ -5,8 +5,6 @@ kernel that fails, since CUDA does not recover. So a world is used until a call 
 on one platform: the CPU's stand-in for CUDA and CUDA itself exclude each other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc
@@ -25,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from more_megatron.lifetime import end_with_starter
-
-__all__ = ["World", "WorldError"]
 
 _LAST_LINES = 30
 

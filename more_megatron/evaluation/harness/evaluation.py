@@ -26,8 +26,6 @@ from more_megatron.unfinished import write_whole
 if TYPE_CHECKING:
     from more_megatron.evaluation.harness.language_model import HarnessModel
 
-__all__ = ["evaluate"]
-
 
 def evaluate(args: argparse.Namespace) -> list[str]:
     """Evaluate a model, write results, table and figures, and return the table, and what was written, in lines.

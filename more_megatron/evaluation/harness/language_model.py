@@ -1,7 +1,5 @@
 """A model as the harness calls it."""
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 
@@ -10,8 +8,6 @@ from lm_eval.models.huggingface import HFLM
 
 from more_megatron.evaluation.exported_model import ExportedModel
 from more_megatron.evaluation.harness.our_tasks import Answer, AnswerTask
-
-__all__ = ["HarnessModel"]
 
 
 class HarnessModel(HFLM):

@@ -17,8 +17,6 @@ from more_megatron.evaluation.tasks.problem import is_match, read_problems
 from more_megatron.evaluation.texts import read_texts
 from more_megatron.json_lines import read_json_lines
 
-__all__ = ["Answer", "AnswerTask"]
-
 _HELLASWAG = ("activity_label", "ctx_a", "ctx_b", "endings", "label")
 
 

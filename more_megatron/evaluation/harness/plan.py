@@ -1,7 +1,5 @@
 """Which tasks are evaluated on which data."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Sequence
@@ -12,8 +10,6 @@ from typing import Any
 from more_megatron.data.hub import is_reachable
 from more_megatron.data.sources import sha256_of
 from more_megatron.errors import MoREError, last_line
-
-__all__ = ["PlannedTask", "load_task", "plan_tasks"]
 
 _TASK_FOLDER = Path(__file__).parent / "tasks"
 # Tasks that this package ships; they read files.

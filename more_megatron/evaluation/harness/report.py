@@ -1,7 +1,5 @@
 """Results as JSON, as a table and as figures."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +8,6 @@ from typing import Any
 import numpy as np
 
 from more_megatron.figures import depth_axis, panels, write_results
-
-__all__ = ["write_report"]
 
 # A task's accuracy is the first of these that it has.
 _ACCURACIES = ("exact_match", "acc", "f1")

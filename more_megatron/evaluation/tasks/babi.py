@@ -3,8 +3,6 @@
 Difficulty: facts that support the answer, as the files list them; 0 from the hub, which does not list them.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,8 +12,6 @@ from more_megatron.data.hub import fetching
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.tasks.generated import Split
 from more_megatron.evaluation.tasks.problem import Problem
-
-__all__ = ["TASKS", "fetch_babi", "read_babi"]
 
 TASKS = range(1, 21)
 _HUB = "Muennighoff/babi"

@@ -4,8 +4,6 @@ Which split a problem belongs to is a function of the problem itself, so that no
 bring one that is trained on into a test. The same words in another order count as the same problem.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re
@@ -15,8 +13,6 @@ from enum import StrEnum
 
 from more_megatron.errors import MoREError
 from more_megatron.evaluation.tasks.problem import Problem
-
-__all__ = ["GENERATED", "Generator", "Split", "generate"]
 
 # One problem in so many is for tests.
 _TEST_SHARE = 8

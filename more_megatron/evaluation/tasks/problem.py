@@ -13,8 +13,6 @@ from more_megatron.errors import MoREError
 from more_megatron.json_lines import read_json_lines
 from more_megatron.unfinished import write_whole
 
-__all__ = ["Problem", "is_match", "read_problems", "write_problems"]
-
 _FIELDS = {"prompt": str, "answer": str, "task": str, "difficulty": int}
 
 

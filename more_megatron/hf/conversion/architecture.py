@@ -1,7 +1,5 @@
 """What a model is: Megatron's arguments to `config.json` and back."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +9,6 @@ from more_megatron.flags import flag
 from more_megatron.hf.conversion.json_files import check_config
 from more_megatron.hf.exported.system import find_system, system_names
 from more_megatron.systems import get_system
-
-__all__ = ["args_from_config", "config_from_args"]
 
 _OFF = (
     *("multi_latent_attention", "experimental_attention_variant", "linear_attention_freq", "attention_output_gate"),

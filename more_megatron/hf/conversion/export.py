@@ -1,7 +1,5 @@
 """Megatron to Hugging Face."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Mapping
@@ -24,8 +22,6 @@ from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
 from more_megatron.systems.forms import OURS, Form, forms
 from more_megatron.unfinished import unfinished_folder
-
-__all__ = ["to_hf"]
 
 
 def to_hf(

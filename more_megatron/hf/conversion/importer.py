@@ -1,7 +1,5 @@
 """Hugging Face to Megatron."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ from more_megatron.hf.conversion.verification import compare_tensors
 from more_megatron.hf.mapping import Entry, entries
 from more_megatron.progress import progress_bar
 from more_megatron.unfinished import unfinished_folder
-
-__all__ = ["from_hf"]
 
 # The checkpoint holds no optimizer and no random state, and begins a run.
 _OF_A_RELEASE = {

@@ -1,7 +1,5 @@
 """The JSON files of a Hugging Face model: `config.json`, and the arguments of the run for the way back."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Mapping
@@ -14,8 +12,6 @@ from more_megatron.errors import MoREError
 from more_megatron.hf.exported.fields import complete_fields
 from more_megatron.hf.exported.system import find_system
 from more_megatron.systems.forms import Form, forms
-
-__all__ = ["ARGS_FILE", "check_config", "check_links", "read_args", "read_config", "write_args"]
 
 ARGS_FILE = "megatron_args.json"
 # Where the run stood and on which machine: nothing that describes the model.

@@ -1,7 +1,5 @@
 """A checkpoint as Megatron's own model, in one process on the CPU: what an export is compared with."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -23,8 +21,6 @@ from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint  # no
 from more_megatron.model.builder import MoREModelConfig  # noqa: E402
 from more_megatron.pickles import common_state  # noqa: E402
 from more_megatron.systems import get_system  # noqa: E402
-
-__all__ = ["megatron_logits"]
 
 _NONE = (
     *("pipeline_model_parallel_layout", "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"),

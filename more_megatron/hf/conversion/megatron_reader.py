@@ -1,7 +1,5 @@
 """A torch_dist checkpoint, read a tensor at a time in one process, whatever layout wrote it."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterable
 from math import prod
@@ -17,8 +15,6 @@ from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.parameters import check_shapes
 from more_megatron.hf.mapping import LAYERS, Entry
 from more_megatron.pickles import common_state, model_tensors, read_metadata, read_piece
-
-__all__ = ["MegatronCheckpoint", "layer_key"]
 
 
 class MegatronCheckpoint:

@@ -1,7 +1,5 @@
 """A torch_dist checkpoint as Megatron reads it, written a tensor at a time by one process."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -18,8 +16,6 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from more_megatron.checkpoint_files import RELEASE, TRACKER
 from more_megatron.hf.conversion.megatron_reader import layer_key
 from more_megatron.hf.mapping import Entry, extra_states
-
-__all__ = ["write_release"]
 
 # What `--save` writes of the layout of a checkpoint: megatron/training/checkpointing.py,
 # `_build_sharded_state_dict_metadata`.

@@ -1,7 +1,5 @@
 """The README of an export."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +7,6 @@ from typing import Any
 
 from more_megatron.flags import flag
 from more_megatron.systems import get_system
-
-__all__ = ["model_card"]
 
 _LOSSES = {"lm loss": "training loss", "lm loss validation": "validation loss"}
 _TRAINING = (

@@ -1,7 +1,5 @@
 """The parameters of a model where they are read from: whether they are those of its configuration, and finite."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -11,8 +9,6 @@ import torch
 
 from more_megatron.errors import MoREError
 from more_megatron.hf.mapping import Entry
-
-__all__ = ["Source", "check_shapes"]
 
 _SHOWN = 3
 

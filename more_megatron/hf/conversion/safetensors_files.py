@@ -4,8 +4,6 @@ The header of a file holds the SHA-256 of each tensor, so that a bit that has fl
 the model anew writes headers without them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,8 +17,6 @@ from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.parameters import check_shapes
 from more_megatron.hf.mapping import Entry
 from more_megatron.systems.export import Layout
-
-__all__ = ["SafetensorsFolder", "sha256", "tensor_bytes", "write_files"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}

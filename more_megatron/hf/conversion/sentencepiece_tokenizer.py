@@ -1,15 +1,11 @@
 """A SentencePiece model as a `tokenizer.json`, which transformers reads without any code of ours."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 from more_megatron.data.sentencepiece_models import bpe, read_model, text_scores, unknown_piece
 from more_megatron.errors import MoREError
-
-__all__ = ["write_sentencepiece"]
 
 _NEVER = -1000.0
 _MARK = "\u2581"

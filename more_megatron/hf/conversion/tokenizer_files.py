@@ -1,7 +1,5 @@
 """The tokenizer of a run as files that `AutoTokenizer` reads, checked against the one of training."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -25,8 +23,6 @@ from more_megatron.data.tokenizers import (
 )
 from more_megatron.errors import MoREError
 from more_megatron.hf.conversion.sentencepiece_tokenizer import write_sentencepiece
-
-__all__ = ["ExportedTokenizer", "open_tokenizer", "plan_tokenizer"]
 
 _OWN_FILES = (TokenizerType.HUGGINGFACE, TokenizerType.GPT2_BPE, TokenizerType.BERT_CASE, TokenizerType.BERT_LOWER)
 _REMEDY = "--no-tokenizer leaves the tokenizer out"

@@ -1,7 +1,5 @@
 """What was written, read again and compared with where it came from."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging
@@ -19,8 +17,6 @@ from more_megatron.hf.conversion.megatron_reader import MegatronCheckpoint
 from more_megatron.hf.conversion.safetensors_files import SafetensorsFolder, sha256
 from more_megatron.hf.mapping import Entry
 from more_megatron.progress import progress_bar
-
-__all__ = ["compare_logits", "compare_tensors"]
 
 _TOKENS = 64
 _TOLERANCE = 1e-4

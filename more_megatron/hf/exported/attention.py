@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from .fields import Config
 
-__all__ = ["Rotation", "RowMask", "attend", "rotate", "rotation", "sinusoid"]
-
 Rotation = tuple[Tensor, Tensor]
 """Cosine and sine of the angles of each position, [b or 1, s, planes] each."""
 

@@ -19,8 +19,6 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-__all__ = ["Memory", "cache_sizes", "cut", "prepare_cache"]
-
 _STEP = "step."
 
 

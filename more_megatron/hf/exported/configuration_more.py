@@ -11,8 +11,6 @@ from transformers import PretrainedConfig
 from .fields import complete_fields
 from .system import find_system, system_names, write_code
 
-__all__ = ["MoREConfig"]
-
 # What users of other models set, and no code here reads.
 _WITHOUT_EFFECT = {
     **dict.fromkeys(("rope_parameters", "rope_scaling"), "rope_theta and rope_scaling_factor rotate positions"),

@@ -19,8 +19,6 @@ from .noise import state_noise
 from .options import CallOptions
 from .routing import RouterLogits
 
-__all__ = ["CallContext", "Records", "find_places"]
-
 
 @dataclass
 class Records:

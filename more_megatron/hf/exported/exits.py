@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["CRITERIA", "Criterion"]
-
 
 class Criterion:
     """A distance between what two successive steps lead to; a token stops when it is strictly below a threshold.

@@ -17,8 +17,6 @@ from .parts import MoREMLP, grouped_linear
 from .recurrence import Rows
 from .routing import MoRERouter, Routing
 
-__all__ = ["CellExperts", "Experts", "FeedForwardExperts", "MoREMoE", "RecurringMoE", "lstm_cell"]
-
 
 class Experts(nn.Module):
     """Weights of all routed experts, each name's with an axis for the experts in front of the shape of one.

@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["FIELDS", "LOGIT_EMA", "Config", "Field", "check_fields", "complete_fields"]
-
 Config = Any
 """A `MoREConfig`, or whatever has its fields as attributes. The class itself imports the systems."""
 

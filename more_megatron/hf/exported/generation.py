@@ -13,8 +13,6 @@ from transformers.utils import ModelOutput
 from .options import OPTIONS, WITHOUT_STEPS, CallOptions, positive
 from .speculation import DRAFT_TOKENS, speculate
 
-__all__ = ["MoREGenerationMixin"]
-
 _DRAFT_OPTIONS = ("draft_steps", "lookahead_for_draft", "draft_tokens")
 
 

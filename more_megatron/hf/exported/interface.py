@@ -40,8 +40,6 @@ from .parts import MoREMLP, build_norm
 from .routing import RouterLogits, load_balancing_loss
 from .stack import Group, InjectedLoop, Loop
 
-__all__ = ["DividedSystem", "System"]
-
 
 class System:
     """Megatron's mixture of experts. Attributes that differ are given by their names, or by a subclass."""

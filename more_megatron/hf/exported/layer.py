@@ -12,8 +12,6 @@ from .experts import MoREMoE
 from .fields import Config
 from .parts import build_norm
 
-__all__ = ["LayerOutput", "MoREAttention", "MoRELayer", "SandwichLayer"]
-
 LayerOutput = tuple[Tensor, ...]
 """Hidden states, [b, s, h], and the logits of each routing decision, [b, s, N]."""
 

@@ -31,8 +31,6 @@ from .options import CallOptions
 from .stack import run_stack
 from .system import find_system
 
-__all__ = ["MoRECausalLMOutput", "MoREForCausalLM", "MoREModel", "MoREModelOutput", "MoREPreTrainedModel"]
-
 # Newer releases of transformers call it `cache`.
 _CACHE_FIELD = "cache" if "cache" in MoeModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 

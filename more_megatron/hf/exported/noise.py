@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["normal_pairs", "state_noise", "token_keys"]
-
 
 def _signed(value: int, bits: int = 64) -> int:
     """Return the low bits of `value` as a signed integer, which is what tensors hold."""

@@ -11,8 +11,6 @@ from torch import Tensor
 from .exits import CRITERIA, Criterion
 from .fields import Config
 
-__all__ = ["OPTIONS", "WITHOUT_STEPS", "CallOptions", "positive"]
-
 WITHOUT_STEPS = "in this system the number of steps means nothing"
 _OTHER_NAMES = {"exit_criterion": "criterion"}
 

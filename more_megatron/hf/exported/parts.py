@@ -9,8 +9,6 @@ from transformers.activations import ACT2FN
 
 from .fields import Config
 
-__all__ = ["MoREMLP", "build_norm", "grouped_linear", "rms_norm"]
-
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return `x / sqrt(mean(x^2) + eps) * weight` in float32 (arXiv 1910.07467); rows may have weights of their own."""

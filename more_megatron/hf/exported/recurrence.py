@@ -18,8 +18,6 @@ from .cache import Memory
 from .context import CallContext
 from .exits import Criterion
 
-__all__ = ["Rows", "State", "recur"]
-
 State = tuple[Tensor, ...]
 """What a recurrence carries from step to step; the first tensor is what a call returns as its state."""
 

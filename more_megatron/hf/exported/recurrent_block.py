@@ -18,8 +18,6 @@ from .parts import grouped_linear, rms_norm
 from .recurrence import Rows, State, recur
 from .routing import Routing
 
-__all__ = ["BlockSystem", "MixingMoE", "RecurrentBlock"]
-
 
 class RecurrentBlock(nn.Module):
     """Huginn's recurrent block (Geiping et al., arXiv 2502.05171, section 3), one for all rows or one for each expert.

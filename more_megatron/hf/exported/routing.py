@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from .fields import Config
 
-__all__ = ["MoRERouter", "RouterLogits", "Routing", "load_balancing_loss", "router_scores"]
-
 
 def router_scores(config: Config, logits: Tensor) -> Tensor:
     """Return how well each expert suits each token, in float32, before any choice."""

@@ -21,8 +21,6 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from .cache import cut
 from .options import OPTIONS
 
-__all__ = ["DRAFT_TOKENS", "SpeculativeOutput", "speculate"]
-
 DRAFT_TOKENS = 4
 """Tokens of a draft if a call does not say how many."""
 

@@ -16,8 +16,6 @@ from .context import CallContext
 from .fields import LOGIT_EMA, Config, Field
 from .recurrence import Rows, State, recur
 
-__all__ = ["Group", "InjectedLoop", "Loop", "RunPass", "division_fields", "run_stack"]
-
 RunPass = Callable[[Tensor, int, Rows], Tensor]
 """Runs the layers of a group once: hidden states, [b, s, h], the number of the pass, from 0, and what rows they are."""
 

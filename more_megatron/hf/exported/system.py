@@ -10,8 +10,6 @@ from transformers.dynamic_module_utils import get_relative_import_files, get_rel
 
 from .interface import System
 
-__all__ = ["PUBLIC_MODULES", "find_system", "system_names", "write_code"]
-
 PUBLIC_MODULES = ("configuration_more", "modeling_more")
 """Modules that `auto_map` in `config.json` names."""
 

@@ -3,15 +3,11 @@
 Importing this module imports `megatron.training`; it is only read when a run starts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
 
 from more_megatron.platform.stand_in import Table
-
-__all__ = ["MEGATRON_ON_CPU"]
 
 MEGATRON_ON_CPU = Table()
 

@@ -1,7 +1,5 @@
 """PyTorch on a CPU where Megatron means GPUs: tensors that are asked for on one, and collectives of unequal size."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -9,8 +7,6 @@ import torch.distributed
 from torch.overrides import TorchFunctionMode
 
 from more_megatron.platform.stand_in import Table
-
-__all__ = ["PYTORCH", "CpuInPlaceOfCuda", "enter_for_good"]
 
 PYTORCH = Table()
 

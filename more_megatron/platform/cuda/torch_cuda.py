@@ -19,8 +19,6 @@ import torch
 
 from more_megatron.platform.stand_in import Table
 
-__all__ = ["NO_COMPILER", "TORCH_CUDA"]
-
 NO_COMPILER, TORCH_CUDA = Table(), Table()
 
 

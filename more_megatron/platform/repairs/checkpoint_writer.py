@@ -16,8 +16,6 @@ from more_megatron.platform import Platform, select_platform
 from more_megatron.platform.packages import silence_absent_package_warnings
 from more_megatron.platform.stand_in import Table, install
 
-__all__ = ["CHECKPOINT_WRITER", "PickledQueue", "async_loop", "results_queue"]
-
 CHECKPOINT_WRITER = Table()
 _queue: PickledQueue | None = None
 

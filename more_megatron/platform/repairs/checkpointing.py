@@ -1,7 +1,5 @@
 """Loading and saving around Megatron's own: nothing in a checkpoint is run, and what is wrong ends in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Iterator
@@ -17,14 +15,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
 from more_megatron.checkpoint_files import clear_for_save, newest_complete_iteration
-from more_megatron.output_folders import check_still_held
 from more_megatron.console import say, start_is_over
 from more_megatron.errors import MoREError, is_out_of_space, last_line
+from more_megatron.output_folders import check_still_held
 from more_megatron.pickles import load_strictly, read_metadata
 from more_megatron.platform.repairs.finite import check_parameters
 from more_megatron.platform.stand_in import Table
-
-__all__ = ["CHECKPOINTING"]
 
 CHECKPOINTING = Table()
 

@@ -3,8 +3,6 @@
 Read by the processes that write checkpoints as well: nothing here imports Megatron's trainer.
 """
 
-from __future__ import annotations
-
 import logging
 import queue
 import threading
@@ -16,8 +14,6 @@ from megatron.core.dist_checkpointing.strategies import async_utils, filesystem_
 from more_megatron.errors import MoREError, one_line_errors
 from more_megatron.lifetime import sigterm_blocked
 from more_megatron.platform.stand_in import Table
-
-__all__ = ["CALLERS", "WRITERS"]
 
 WRITERS = Table()
 CALLERS = Table()

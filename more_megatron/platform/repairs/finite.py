@@ -1,7 +1,5 @@
 """Numbers that are not finite end a run: nothing of them is stepped with, saved or loaded."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,6 @@ from megatron.training import get_args
 from more_megatron.checkpoint_files import newest_clean_iteration
 from more_megatron.errors import MoREError
 from more_megatron.platform.stand_in import Table
-
-__all__ = ["FINITE", "Tracer", "check_parameters", "non_finite_stop", "trace_reruns"]
 
 FINITE = Table()
 

@@ -4,8 +4,6 @@ Megatron matches groups of parameters by all that is set for them, their learnin
 change of `--lr` that `--override-opt-param-scheduler` allows.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -14,8 +12,6 @@ from megatron.core.optimizer.optimizer import param_group_identifier_keys
 from megatron.training import get_args
 
 from more_megatron.platform.stand_in import Table
-
-__all__ = ["OPTIMIZER"]
 
 OPTIMIZER = Table()
 _SCHEDULE = ("max_lr", "min_lr", "start_wd", "end_wd")

@@ -1,7 +1,5 @@
 """What Megatron's trainer reports, under its right name, and only what is true of the systems here."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,8 +10,6 @@ from megatron.training import get_args
 
 from more_megatron.console import say, start_is_over
 from more_megatron.platform.stand_in import Table, install
-
-__all__ = ["REPORTS", "TEST_SPLIT"]
 
 REPORTS = Table()
 

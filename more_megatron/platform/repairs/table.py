@@ -1,7 +1,5 @@
 """All repairs of the wheel. Importing this module imports `megatron.training`."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from more_megatron.platform.repairs.checkpoint_writer import CHECKPOINT_WRITER
@@ -11,8 +9,6 @@ from more_megatron.platform.repairs.finite import FINITE
 from more_megatron.platform.repairs.optimizer import OPTIMIZER
 from more_megatron.platform.repairs.reports import REPORTS
 from more_megatron.platform.stand_in import Table
-
-__all__ = ["WHEEL_REPAIRS"]
 
 WHEEL_REPAIRS = Table((*OPTIMIZER, *REPORTS, *CHECKPOINT_WRITER, *CHECKPOINTING, *FINITE, *WRITERS, *CALLERS))
 

@@ -13,7 +13,6 @@ from more_megatron.systems.forms import Form
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FORM"]
 
 _STATE_STD = math.sqrt(2 / 5)
 # Fields of config.json, what they are called in ours, and the default of the authors' RavenConfig.

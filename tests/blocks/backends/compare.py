@@ -1,7 +1,5 @@
 """The same model on one backend and another: weights carried over, outputs and gradients compared."""
 
-from __future__ import annotations
-
 import tempfile
 from typing import Any
 
@@ -15,27 +13,10 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.models.gpt import GPTModel
 
-from more_megatron.evaluation.gpu_check.work.tensors import gradient, gradients, lay, sharded
+from more_megatron.evaluation.gpu_check.work.tensors import gradients, sharded
 from more_megatron.hf.exported.system import find_system
 from more_megatron.model.depth import Depth
 from tests.helpers.models import gpt_model, logits, small_config
-
-__all__ = [
-    "BATCH",
-    "DEPTH",
-    "LAYERS",
-    "LENGTH",
-    "SAMPLES",
-    "carry_over",
-    "contents",
-    "difference",
-    "gradient",
-    "gradients",
-    "lay",
-    "model_of",
-    "sharded",
-    "step",
-]
 
 LENGTH, BATCH, LAYERS = 8, 2, 2
 DEPTH = Depth(1, 2)

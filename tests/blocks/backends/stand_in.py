@@ -5,8 +5,6 @@ FP8 is imitated as far as callers can get it wrong: fused accumulation overwrite
 of the state, FP8 wants rows in multiples. Nothing is rounded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys
@@ -17,8 +15,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-
-__all__ = ["CALLS", "FP8_ROWS", "REQUESTS", "Call", "Request", "install"]
 
 FP8_ROWS = 16
 

@@ -1,7 +1,5 @@
 """The backend of Transformer Engine against the local one, with a stand-in for the package that computes on a CPU."""
 
-from __future__ import annotations
-
 import collections
 import os
 import subprocess

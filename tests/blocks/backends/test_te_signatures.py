@@ -1,7 +1,5 @@
 """The stand-in has the parameters of the real Transformer Engine, where that can be imported."""
 
-from __future__ import annotations
-
 import inspect
 
 import pytest

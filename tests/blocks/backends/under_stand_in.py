@@ -3,8 +3,6 @@
 To be imported in a process of its own, after `stand_in.install()` and `initialize_platform()`.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Stage a: what is installed, what the defaults make of it, and what the device can do at the most."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import platform
@@ -17,8 +15,6 @@ from more_megatron.evaluation.gpu_check.plan import Plan, command_line
 from more_megatron.evaluation.runs import configure
 from more_megatron.evaluation.step_benchmark import seconds_of
 from more_megatron.platform import Platform, initialize_platform
-
-__all__ = ["attention", "ceilings", "defaults", "fp8_obstacle", "packages"]
 
 _PACKAGES = ("megatron-core", "transformer_engine", "apex", "triton", "transformers", "numpy")
 # What a run's defaults decide by what is there.

@@ -1,7 +1,5 @@
 """Stage b: logits and gradients of a system against the CPU in float32, and the noise of initial states."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -17,8 +15,6 @@ from more_megatron.evaluation.runs import configure, fresh_model
 from more_megatron.evaluation.step_benchmark import forward
 from more_megatron.model.depth import Depth
 from more_megatron.model.noise import state_noise
-
-__all__ = ["compare", "compare_noise", "save_noise", "save_reference", "take_step"]
 
 # Largest distance of logits and of any gradient, as a part of its norm.
 _BARS = {"fp32": (1e-4, 1e-3), "bf16": (0.05, 0.3)}

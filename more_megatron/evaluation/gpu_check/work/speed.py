@@ -1,7 +1,5 @@
 """Stage e: how fast a training step is, at equal cost, and where its time goes."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections import Counter
@@ -19,8 +17,6 @@ from more_megatron.evaluation.step_benchmark import StepBenchmark, time_systems
 from more_megatron.model.depth import Depth
 from more_megatron.platform import Platform, initialize_platform
 from more_megatron.systems import get_system
-
-__all__ = ["measure", "profile_slowest", "save_target"]
 
 # Part of the memory that a step may fill.
 _FILL = 0.85

@@ -1,7 +1,5 @@
 """Weights and gradients of a model as checkpoints store them, whatever backend and layout hold them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +8,6 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
-
-__all__ = ["gradient", "gradients", "lay", "sharded"]
 
 
 def sharded(model: GPTModel) -> dict[str, Any]:

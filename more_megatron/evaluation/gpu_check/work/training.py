@@ -1,7 +1,5 @@
 """Stages c, d and f: short runs, resumed under the other backend, exported, in FP8, and under other layouts."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -23,8 +21,6 @@ from more_megatron.evaluation.gpu_check.work.tensors import sharded
 from more_megatron.evaluation.runs import configure, fresh_model, train
 from more_megatron.evaluation.step_benchmark import forward
 from more_megatron.hf.conversion.export import to_hf
-
-__all__ = ["learn_and_hand_on", "learn_in_fp8", "save_losses", "under_layout", "write_corpus"]
 
 # How far losses after a resumption may be from those of the uninterrupted run: the other backend rounds otherwise.
 _RESUMED = 0.02
