@@ -106,8 +106,8 @@ def _log_with_figures(
     **kwargs: Any,
 ) -> Any:
     """Take the place of Megatron's `training_log`, whose arguments these are."""
-    is_first = kwargs.get("is_first_iteration", False)
-    if is_first or iteration % get_args().log_interval == 0:
+    is_due = iteration % get_args().log_interval == 0
+    if is_due or kwargs.get("is_first_iteration", False):
         means = figures.means()
         write_scalars(means, iteration, get_tensorboard_writer(), get_wandb_writer())
         # The log line has the sum of each entry over the steps since the line before, divided by their number. The
@@ -117,7 +117,7 @@ def _log_with_figures(
         for name, mean in means.items():
             if "/" not in name:
                 total_loss_dict[name] = torch.tensor([mean * steps])
-        # Megatron begins its sums anew in the same way.
-        if not is_first:
+        # Megatron's sums begin anew in the same way: behind a first line too, if it would have come anyway.
+        if is_due:
             figures.clear()
     return training_log(loss_dict, total_loss_dict, learning_rate, iteration, *args, **kwargs)

@@ -40,7 +40,7 @@ class History:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)  # norm of the whole gradient before clipping, of each step
     steps: list[float] = field(default_factory=list)  # recurrence steps of each training step
-    # The system's own figures, of each training step; the first two are averaged, as Megatron's log does
+    # The system's own figures, of each training step
     figures: list[dict[str, float]] = field(default_factory=list)
 
 
