@@ -252,6 +252,8 @@ def test_health_is_that_of_the_runs_and_what_was_not_watched_is_not_called_healt
     assert (moe["seeds"], moe["entropy"], moe["warnings"]) == (0, None, None)
     rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| `moe` | 0 |")]
     assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == ["not recorded"] * 6
+    # What is long is broken into lines.
+    assert '<td class="words">0.301 ± 0.001 (seed 13 failed)</td>' in (tmp_path / "report.html").read_text()
     results = collect(plan, tmp_path)
     assert {step: load.tolist() for step, load in loads(results[1]).items()} == {1: [0.75, 0.25, 0], 2: [0.75, 0.25, 0]}
     assert {step: spread.mean * math.log(3) for step, spread in entropy_by_step(results[1]).items()} == pytest.approx(
