@@ -97,10 +97,12 @@ def read_metadata(checkpoint: Path) -> Metadata:
     """Return the index in the folder of a checkpoint.
 
     Raises:
-        MoREError: If it names what could run code, or a file outside of the checkpoint's folder.
+        MoREError: If it names what could run code, or a file outside of the checkpoint's folder, or no tensors.
     """
     with open(checkpoint / ".metadata", "rb") as file:
         metadata: Metadata = _IndexUnpickler(file).load()
+    if not isinstance(metadata.state_dict_metadata, dict):
+        raise MoREError("its .metadata does not say what is in it")
     inside = checkpoint.resolve()
     for file_name in {info.relative_path for info in metadata.storage_data.values()}:
         if (checkpoint / file_name).resolve().parent != inside:

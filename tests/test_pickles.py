@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from more_megatron.checkpoint_files import fault, newest_complete_iteration
+from more_megatron.checkpoint_files import fault, newest_clean_iteration, newest_complete_iteration
 from more_megatron.errors import MoREError
 from more_megatron.pickles import load_strictly, read_metadata
 from tests.helpers.program import finished, pretrain_more, refused
@@ -81,6 +81,12 @@ def test_code_in_the_index_is_not_run(folder: Path, tmp_path: Path) -> None:
     refused(pretrain_more(1, f"{_RUN} --load {folder}")[0], "could run code", "--ckpt-step 2")
     assert newest_complete_iteration(folder) == 2
     assert not trace.exists()
+
+
+def test_an_index_without_tensors_is_damaged(folder: Path) -> None:
+    _change_index(folder / "iter_0000004", lambda metadata: setattr(metadata, "state_dict_metadata", None))
+    assert fault(folder / "iter_0000004") == "its .metadata does not say what is in it"
+    assert newest_clean_iteration(folder) == 2
 
 
 def test_code_beside_a_tensor_is_not_run(folder: Path, tmp_path: Path) -> None:

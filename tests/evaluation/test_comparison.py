@@ -1,6 +1,7 @@
 """A comparison: the flags of its runs, runs that are made once, and a report that says what their logs say."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -158,9 +159,12 @@ def test_an_experiment_without_an_arm_that_can_be_trained_is_refused(
 
 
 def test_a_report_of_runs_that_were_not_made_says_so(tmp_path: Path) -> None:
+    plan = dataclasses.replace(_plan(1), points=({"qk-layernorm": None},))
     with pytest.raises(MoREError, match="3 of 3 runs have no result"):
-        compare_systems._report(argparse.Namespace(folder=tmp_path), _plan(1))
+        compare_systems._report(argparse.Namespace(folder=tmp_path), plan)
     assert (tmp_path / "report.html").exists()
+    # A point of a sweep that leaves a flag out is told from the others.
+    assert "## With --qk-layernorm null\n" in (tmp_path / "report.md").read_text()
 
 
 # Runs, with a stand-in for the program.
@@ -248,6 +252,8 @@ def test_health_is_that_of_the_runs_and_what_was_not_watched_is_not_called_healt
     assert (moe["seeds"], moe["entropy"], moe["warnings"]) == (0, None, None)
     rows = [line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("| `moe` | 0 |")]
     assert [cell.strip() for cell in rows[0].split("|")[3:-1]] == ["not recorded"] * 6
+    # What is long is broken into lines.
+    assert '<td class="words">0.301 ± 0.001 (seed 13 failed)</td>' in (tmp_path / "report.html").read_text()
     results = collect(plan, tmp_path)
     assert {step: load.tolist() for step, load in loads(results[1]).items()} == {1: [0.75, 0.25, 0], 2: [0.75, 0.25, 0]}
     assert {step: spread.mean * math.log(3) for step, spread in entropy_by_step(results[1]).items()} == pytest.approx(

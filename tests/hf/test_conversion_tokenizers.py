@@ -19,8 +19,10 @@ MODELS: dict[str, dict[str, Any]] = {
     # As tools/preprocess_wikitext.py trains.
     "ours": {"model_type": "bpe", "split_digits": True, "allow_whitespace_only_pieces": True, **_EXACT},
     "bpe, nfkc": {"model_type": "bpe", "pad_id": 3},
+    "bpe, nfkc, all spaces": {"model_type": "bpe", "remove_extra_whitespaces": False},
     "bpe, own pieces": {"model_type": "bpe", "user_defined_symbols": ["<sep>"], "add_dummy_prefix": False, **_EXACT},
     "unigram": {"model_type": "unigram", **_EXACT},
+    "bpe, fewer spaces": {"model_type": "bpe", "normalization_rule_name": "identity"},
     "unigram, nfkc": {"model_type": "unigram"},
 }
 _KEEPS_EVERYTHING = ("ours", "bpe, own pieces")

@@ -94,7 +94,7 @@ def _point(
     baseline = next((arm for arm in arms if arm.arm.name == experiment["baseline"]), arms[0])
     tasks = sorted({task for arm in arms for task in arm.by_difficulty})
     return {
-        "flags": as_typed(flags),
+        "flags": as_typed({name: "null" if value is None else value for name, value in flags.items()}),
         "baseline": baseline.arm.name,
         "arms": [_arm(arm, baseline) | {"timing": timings.get(arm.arm.name)} for arm in arms],
         "depths": sorted({depth for arm in arms for depth in arm.loss_at}),

@@ -92,8 +92,12 @@ def _normalizer(proto: Any) -> Any:
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
+        # The two together are one character to it.
+        if steps[0].normalize_str("\r") == steps[0].normalize_str("\n"):
+            steps.insert(0, normalizers.Replace("\r\n", "\n\n"))
     if spec.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        # A mark at the end of a text is a space to SentencePiece.
+        steps += [normalizers.Replace(Regex(rf"\A +|[ {_MARK}]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if spec.add_dummy_prefix:
         steps.append(normalizers.Prepend(" "))
     if spec.escape_whitespaces:

@@ -203,7 +203,7 @@ def _compare(
         MoREError: If they do not.
     """
     for text in texts:
-        ids, expected = list(tokenizer(text)["input_ids"]), list(encode(text))
+        ids, expected = list(tokenizer(text, verbose=False)["input_ids"]), list(encode(text))
         differs = ids != expected
         if decode is not None and not differs and tokenizer.unk_token_id not in ids:
             differs = tokenizer.decode(ids) != decode(ids)
