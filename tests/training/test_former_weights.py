@@ -10,9 +10,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.models.gpt import GPTModel
 
+from more_megatron.evaluation.gpu_check.work.tensors import lay, sharded
 from more_megatron.systems import get_system, systems
 from more_megatron.training.former_weights import ask_for_former_weights
-from tests.blocks.backends.compare import lay, sharded
 from tests.helpers.models import HIDDEN, gpt_model, small_config, start_ranks
 from tests.helpers.program import finished
 from tests.helpers.ranks import run_ranks

@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from more_megatron.blocks.parameters import GroupedModule, Weight
 from more_megatron.blocks.placement import Placement
 from more_megatron.blocks.rows import RowPadding, Rows
+from more_megatron.evaluation.gpu_check.work.tensors import gradient, lay
 from more_megatron.model.depth import Depth
 from more_megatron.model.initialization import BlockInitializer
 from more_megatron.systems import get_system, systems
@@ -26,8 +27,6 @@ from tests.blocks.backends.compare import (
     carry_over,
     contents,
     difference,
-    gradient,
-    lay,
     model_of,
     step,
 )
