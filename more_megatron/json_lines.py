@@ -17,7 +17,8 @@ def read_json_lines(path: str | os.PathLike[str], remedy: str, fields: Collectio
         MoREError: If it cannot be read, is empty, or has a line that is no object with all these fields.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`: the text in an object may hold other marks of a line's end, such as U+2028.
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise MoREError(f"{path} cannot be read ({error}): {remedy}") from error
     found: dict[int, Any] = {number: None for number, line in enumerate(lines, 1) if line.strip()}

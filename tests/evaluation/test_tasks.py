@@ -133,6 +133,12 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, message: str) -> Non
         read_problems(path)
 
 
+def test_a_text_may_hold_any_mark_of_a_line_end(tmp_path: Path) -> None:
+    problems = [Problem("one\u2028two\x85three\r\nfour\x0bWhich?", "fi\u2029ve", "lines", 1)]
+    write_problems(tmp_path / "lines.jsonl", problems)
+    assert read_problems(tmp_path / "lines.jsonl") == problems
+
+
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(MoREError, match="cannot be read"):
         read_problems(tmp_path / "no.jsonl")

@@ -53,12 +53,12 @@ def read_problems(path: str | os.PathLike[str]) -> list[Problem]:
     Raises:
         MoREError: It is not there, has no problem, or a line that is none; the message says which and why.
     """
+    form = 'a problem is {"prompt": text, "answer": text, "task": name, "difficulty": integer}'
     problems = []
-    for number, record in read_json_lines(path, "write it with tools/prepare_tasks.py").items():
+    for number, record in read_json_lines(path, f"write it with tools/prepare_tasks.py; {form}").items():
         wrong = [name for name, kind in _FIELDS.items() if type(record.get(name)) is not kind]
         wrong += [name for name in ("prompt", "answer", "task") if name not in wrong and not record[name].strip()]
         if wrong:
-            mend = 'a problem is {"prompt": text, "answer": text, "task": name, "difficulty": integer}'
-            raise MoREError(f"{path}: line {number} has no usable {', '.join(wrong)}: {mend}")
+            raise MoREError(f"{path}: line {number} has no usable {', '.join(wrong)}: {form}")
         problems.append(Problem(*(record[name] for name in _FIELDS)))
     return problems
