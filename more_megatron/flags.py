@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from argparse import Namespace
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -36,6 +36,13 @@ _RANGES = {
 def flag(name: str) -> str:
     """Return the command-line flag of a field."""
     return "--" + name.replace("_", "-")
+
+
+def layers_with_experts(frequency: int | Sequence[int], num_layers: int) -> list[bool]:
+    """Return which layers have experts, as Megatron reads `--moe-layer-freq`: each n-th from the first, or a list."""
+    if isinstance(frequency, int):
+        return [index % frequency == 0 for index in range(num_layers)]
+    return [bool(has_experts) for has_experts in frequency]
 
 
 def check_ranges(fields: object, ranges: Mapping[str, str]) -> None:

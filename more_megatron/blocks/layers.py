@@ -15,6 +15,7 @@ from more_megatron.blocks.layer import BaseMoELayer, MicroBatchTransformerLayer
 from more_megatron.blocks.router import IteratedRouter
 from more_megatron.config import MoREConfig
 from more_megatron.errors import MoREError
+from more_megatron.flags import layers_with_experts
 from more_megatron.model.costs import Cost, attention_cost, linear_cost, mlp_cost
 from more_megatron.model.stack import Group, Layer, Stack
 
@@ -61,15 +62,14 @@ def _arranged(config: MoREConfig, layer: type[TransformerLayer], moe: Callable[[
     def cost(seq_length: int) -> Cost:
         return _attention_part_cost(config, seq_length) + mlp_cost(config, config.ffn_hidden_size)
 
-    dense, frequency = Layer(ModuleSpec(module=layer, submodules=submodules), cost), config.moe_layer_freq
+    dense = Layer(ModuleSpec(module=layer, submodules=submodules), cost)
     if config.num_moe_experts is None:
         return (dense,) * config.num_layers
-    if isinstance(frequency, int):
-        frequency = [int(index % frequency == 0) for index in range(config.num_layers)]
-    if len(frequency) != config.num_layers:
-        raise MoREError(f"--moe-layer-freq names {len(frequency)} layers, --num-layers is {config.num_layers}")
+    arranged = layers_with_experts(config.moe_layer_freq, config.num_layers)
+    if len(arranged) != config.num_layers:
+        raise MoREError(f"--moe-layer-freq names {len(arranged)} layers, --num-layers is {config.num_layers}")
     with_experts = moe()
-    return tuple(with_experts if is_moe else dense for is_moe in frequency)
+    return tuple(with_experts if has_experts else dense for has_experts in arranged)
 
 
 def moe_layer(

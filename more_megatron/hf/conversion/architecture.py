@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from more_megatron.errors import MoREError, last_line
-from more_megatron.flags import flag
+from more_megatron.flags import flag, layers_with_experts
 from more_megatron.hf.conversion.json_files import check_config
 from more_megatron.hf.exported.system import find_system, system_names
 from more_megatron.systems import get_system
@@ -190,11 +190,10 @@ def _activation_flags(config: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def _experts(args: argparse.Namespace) -> dict[str, Any]:
-    frequency, coefficient = args.moe_layer_freq, args.moe_aux_loss_coeff
-    if isinstance(frequency, int):
-        frequency = [layer % frequency == 0 for layer in range(args.num_layers)]
+    coefficient = args.moe_aux_loss_coeff
+    with_experts = layers_with_experts(args.moe_layer_freq, args.num_layers)
     return {
-        "moe_layers": [args.num_experts is not None and bool(is_moe) for is_moe in frequency],
+        "moe_layers": [args.num_experts is not None and has_experts for has_experts in with_experts],
         "moe_intermediate_size": args.moe_ffn_hidden_size or args.ffn_hidden_size,
         "router_aux_loss_coef": sum(coefficient) if isinstance(coefficient, list) else coefficient,
     }
