@@ -7,7 +7,6 @@ takes the folder over when the file stays as it is.
 
 import argparse
 import contextlib
-import fcntl
 import os
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from typing import IO
 from more_megatron.console import say, write_start_to
 from more_megatron.errors import MoREError
 from more_megatron.flags import flag
+from more_megatron.unfinished import try_lock
 
 _FOLDERS = ("save", "tensorboard_dir", "data_cache_path", "wandb_save_dir")
 _NAME = ".trainer.lock"
@@ -133,7 +133,7 @@ def _wait_for(file: IO[str], path: Path) -> None:
     if token and not token.startswith(_machine()):
         _wait_while_beating(path)
     deadline = time.monotonic() + _PATIENCE_HERE_SECONDS
-    while not _lock(file):
+    while not try_lock(file):
         # A lock that outlived its machine has no beat.
         if not _token(path).startswith(_machine()):
             return
@@ -150,17 +150,6 @@ def _wait_while_beating(path: Path) -> None:
         if path.stat().st_mtime_ns != first:
             raise _taken(path.parent)
         time.sleep(1.0)
-
-
-def _lock(file: IO[str]) -> bool:
-    """Take the lock, and return whether it was free; where there are no locks, it always is."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 def _taken(folder: Path) -> MoREError:

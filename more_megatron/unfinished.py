@@ -69,14 +69,21 @@ def hold(folder: Path, taken: str) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # the one that held it has removed or renamed it: once more
             lock = (folder / LOCK).open("a")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise MoREError(taken) from None
-            except OSError:
-                return lock
+            if not try_lock(lock):
+                raise MoREError(taken)
             if os.path.samestat(os.stat(folder / LOCK), os.fstat(lock.fileno())):
                 return lock
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Take the lock of a file, and return whether it was free; where a file system has no locks, it always is."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def empty(folder: Path) -> None:

@@ -26,7 +26,7 @@ def _hold(folder: Path, held: Any, machine: str | None) -> None:
     output_folders._BEAT_SECONDS = 0.2
     if machine is not None:
         output_folders._machine = lambda: machine  # type: ignore[assignment]
-        output_folders._lock = lambda file: True  # A file system that does not share locks.
+        output_folders.try_lock = lambda file: True  # A file system that does not share locks.
     with only_trainer(folder):
         held.set()
         signal.pause()
@@ -53,7 +53,7 @@ def test_second_run_is_refused_until_the_first_is_killed(tmp_path: Path, machine
 
 def test_lock_that_outlived_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".trainer.lock").write_text("a machine that died 17 token")
-    monkeypatch.setattr(output_folders, "_lock", lambda file: False)
+    monkeypatch.setattr(output_folders, "try_lock", lambda file: False)
     with only_trainer(tmp_path):
         check_still_held()
 

@@ -5,11 +5,12 @@ import fcntl
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from more_megatron.console import say
+from more_megatron.unfinished import try_lock
 
 _DESCRIPTION = "description.txt"
 _LOCK = ".index.lock"
@@ -32,16 +33,11 @@ def only_writer(folders: Iterable[Path]) -> Iterator[None]:
         for folder in sorted(set(folders)):
             with contextlib.suppress(OSError):  # said by Megatron, which writes there next
                 folder.mkdir(parents=True, exist_ok=True)
-                _lock(held.enter_context(open(folder / _LOCK, "a")), folder)
+                file = held.enter_context(open(folder / _LOCK, "a"))
+                if not try_lock(file):
+                    say(f"> waiting for another run that builds dataset indices in {folder}")
+                    fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def _lock(file: IO[str], folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say(f"> waiting for another run that builds dataset indices in {folder}")
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def remove_unusable_indices(folders: Iterable[Path]) -> None:
